@@ -1,0 +1,45 @@
+# `make demo` trains LeNet-5, `make test` runs the tests, `make lint` checks style, layers and types.
+# Nothing is needed but Python 3.11 or later and make.
+PYTHON ?= python3
+VENV ?= .venv
+# The one place that pins torch: unpinned, several GB of another build may arrive.
+TORCH ?= torch==2.13.0
+# The newest that torch allows. A CUDA build of torch wants one exact version, the CPU build none.
+TRITON ?= triton>=3.6
+PYTEST_ARGS ?= -n 2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/ready
+REQUEST := $(VENV)/request
+# Triton warns unless this is said; the compiled kernels may fuse a product and a sum.
+export TRITON_DEFAULT_FP_FUSION ?= 1
+
+.PHONY: demo test lint force
+
+demo: $(READY)
+	@TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
+		$(PY) -m cnn train --model lenet5 --data digits --output $(VENV)/lenet5-digits.pt
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/linters
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+# Written last, so that an interrupted installation is done again.
+$(READY): $(REQUEST) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade '$(TORCH)' '$(TRITON)' --editable '.[test]'
+	@touch $@
+
+$(VENV)/linters: $(READY)
+	$(PIP) --editable '.[lint]'
+	@touch $@
+
+# Changes when TORCH or TRITON does, so that each is met by what is installed.
+$(REQUEST): force
+	@mkdir -p $(VENV)
+	@echo '$(TORCH) $(TRITON)' | cmp -s - $@ || echo '$(TORCH) $(TRITON)' > $@

@@ -1,0 +1,1 @@
+"""What the kernels cost: for now the code that they compile to, which needs no GPU."""

@@ -1,0 +1,17 @@
+"""Drop-in layers, functions and models on the Triton kernels of ``kernels``.
+
+Importing this touches no GPU and compiles nothing.
+"""
+
+from . import functional, models
+from .layers import Conv2d, ConvReLU2d, ConvTranspose2d, MaxPool2d, MaxUnpool2d
+
+__all__ = [
+    "Conv2d",
+    "ConvReLU2d",
+    "ConvTranspose2d",
+    "MaxPool2d",
+    "MaxUnpool2d",
+    "functional",
+    "models",
+]

@@ -1,0 +1,292 @@
+"""``torch.nn.functional``'s convolutions and max-poolings, on this library's kernels.
+
+Signatures, defaults, unbatched inputs, result layouts, autocast and errors are torch's: what torch
+rejects is rejected here with the same class of exception, and no bad argument reaches a kernel.
+The dtypes are float16, bfloat16, float32 and float64; others raise NotImplementedError.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from kernels import functions
+from kernels.geometry import conv_output_size, conv_transpose_output_size, pool_output_size
+
+from .arguments import (
+    INT32,
+    check_channels,
+    check_choice,
+    check_devices,
+    check_dimensions,
+    check_dtypes,
+    check_not_empty,
+    check_pixels,
+    check_tensor,
+    conv_padding,
+    one_number,
+    pair,
+    shape,
+    unpool_size,
+    weight_sizes,
+)
+from .autocast import autocast, cast
+
+Size = int | Sequence[int]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _overridable(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Ask ``__torch_function__`` first, as torch does; torch.fx traces through it."""
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        values = (*args, *kwargs.values())
+        if has_torch_function(values):
+            return handle_torch_function(call, values, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_overridable
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    activation: Literal["relu"] | None = None,
+    residual: Tensor | None = None,
+    precision: Literal["ieee", "tf32", "tf32x3"] | None = None,
+) -> Tensor:
+    """activation(convolution + bias + residual), in one kernel.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W].
+        weight: [K, C / groups, R, S].
+        bias: [K].
+        padding: zeros on each side, or "valid", "same" (an odd one goes to the bottom and right)
+            or "full", which is dilation * (kernel - 1).
+        activation: None or "relu".
+        residual: of the result's shape, dtype and device.
+        precision: how a GPU multiplies float32: "ieee", "tf32", or "tf32x3", which reaches
+            float32's accuracy on tensor cores; None follows torch's setting for convolutions.
+
+    Returns [N, K, P, Q] or [K, P, Q], in channels_last if input or weight is. Where input has no
+    channels the result has none either, as in torch.
+    """
+    check_tensor("input", input)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias, optional=True)
+    check_tensor("residual", residual, optional=True)
+    check_choice("activation", activation, ("relu",))
+    check_choice("precision", precision, ("ieee", "tf32", "tf32x3"))
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    groups = one_number("groups", groups, 1)
+    unbatched = check_dimensions(input)
+    K, channels, R, S = weight_sizes(weight, groups)
+    C, H, W = input.shape[-3:]
+    check_channels(input, weight, bias, groups, channels * groups, K)
+    pads = conv_padding(padding, (R, S), stride, steps, spread)
+    size = (
+        conv_output_size(H, R, steps[0], pads[:2], spread[0]),
+        conv_output_size(W, S, steps[1], pads[2:], spread[1]),
+    )
+    if size[0] < 1 or size[1] < 1:
+        raise RuntimeError(
+            f"weight must fit into the padded input, got input of {shape(input)}, weight of "
+            f"{shape(weight)}, padding={padding!r} and dilation={dilation!r}"
+        )
+    check_pixels(input)
+    check_devices(input, weight=weight, bias=bias, residual=residual)
+    if residual is not None:
+        expected = (*input.shape[:-3], K if C else 0, *size)
+        if residual.shape != expected:
+            raise ValueError(
+                f"residual must have the result's shape {expected}, got residual of "
+                f"{shape(residual)}"
+            )
+        residual = residual.unsqueeze(0) if unbatched else residual
+    x = input.unsqueeze(0) if unbatched else input
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
+    check_dtypes(x, weight=weight, bias=bias, residual=residual)
+    if C == 0:
+        y = _without_channels(x, weight, bias, size)
+    else:
+        relu = activation is not None
+        y = functions.conv2d(
+            x, weight, bias, residual, steps, pads, spread, groups, relu, precision
+        )
+    return y.squeeze(0) if unbatched else y
+
+
+def _without_channels(
+    x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
+) -> Tensor:
+    """[N, 0, P, Q], whose gradients are zero."""
+    y = x.reshape(x.shape[0], 0, *size) + weight.sum()
+    return y if bias is None else y + bias.sum()
+
+
+@_overridable
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    output_padding: Size = 0,
+    groups: int = 1,
+    dilation: Size = 1,
+) -> Tensor:
+    """The gradient of conv2d with respect to its input, as an operator of its own.
+
+    Args:
+        input: [N, K, P, Q] or [K, P, Q].
+        weight: [K, C / groups, R, S], as in the convolution this is the transpose of.
+        bias: [C].
+        output_padding: rows and columns added to the result at the bottom and right; it must be
+            smaller than stride or dilation.
+
+    Returns [N, C, H, W] or [C, H, W], in channels_last if input or weight is.
+    """
+    check_tensor("input", input)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias, optional=True)
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    (ph, pw), extra = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
+    groups = one_number("groups", groups, 1)
+    unbatched = check_dimensions(input)
+    K, channels, R, S = weight_sizes(weight, groups)
+    check_channels(input, weight, bias, groups, K, channels * groups)
+    if any(e >= s and e >= d for e, s, d in zip(extra, steps, spread, strict=True)):
+        raise RuntimeError(
+            "output_padding must be smaller than stride or dilation, got "
+            f"output_padding={output_padding!r}, stride={stride!r} and dilation={dilation!r}"
+        )
+    P, Q = input.shape[-2:]
+    size = (
+        conv_transpose_output_size(P, R, steps[0], (ph, ph), spread[0], extra[0]),
+        conv_transpose_output_size(Q, S, steps[1], (pw, pw), spread[1], extra[1]),
+    )
+    if channels == 0 or size[0] < 0 or size[1] < 0:
+        raise RuntimeError(
+            f"there is no result of {channels * groups} channels of {size}, got input of "
+            f"{shape(input)}, weight of {shape(weight)} and padding={padding!r}"
+        )
+    check_pixels(input)
+    check_devices(input, weight=weight, bias=bias)
+    x = input.unsqueeze(0) if unbatched else input
+    x, weight, bias = autocast(x, weight, bias)
+    check_dtypes(x, weight=weight, bias=bias)
+    # Dilation admits output padding that no window of this convolution reaches: the last windows
+    # then end before the image, as negative padding has it.
+    pads = (
+        *(ph, ph - max(0, extra[0] - steps[0] + 1)),
+        *(pw, pw - max(0, extra[1] - steps[1] + 1)),
+    )
+    y = functions.conv_transpose2d(x, weight, bias, size, steps, pads, spread, groups, None)
+    return y.squeeze(0) if unbatched else y
+
+
+@_overridable
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """The maximum of each window. NaN wins, of equal values the first, padding never.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W].
+        stride: kernel_size where it is None or empty.
+        padding: at most half of kernel_size.
+        ceil_mode: whether a window may reach beyond the padded input.
+
+    Returns [N, C, P, Q] or [C, P, Q] in input's layout; with return_indices also the int64 places
+    of the maxima, flat over H * W. A window without any pixel gives -inf and index -1.
+    """
+    check_tensor("input", input)
+    kernel = pair("kernel_size", kernel_size, 1, INT32)
+    default = stride is None or (isinstance(stride, list | tuple) and len(stride) == 0)
+    steps = kernel if default else pair("stride", stride, 1, INT32)
+    pads, spread = pair("padding", padding, 0, INT32), pair("dilation", dilation, 1, INT32)
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode must be a bool, got ceil_mode={ceil_mode!r}")
+    if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
+        raise RuntimeError(
+            "padding must be at most half of kernel_size, got "
+            f"padding={padding!r} and kernel_size={kernel_size!r}"
+        )
+    unbatched = check_dimensions(input)
+    C, H, W = input.shape[-3:]
+    check_not_empty(input, (C, H, W))
+    P = pool_output_size(H, kernel[0], steps[0], pads[0], spread[0], ceil_mode)
+    Q = pool_output_size(W, kernel[1], steps[1], pads[1], spread[1], ceil_mode)
+    if P < 1 or Q < 1:
+        raise RuntimeError(
+            f"kernel_size must fit into the padded input, got input of {shape(input)}, "
+            f"kernel_size={kernel_size!r}, padding={padding!r} and dilation={dilation!r}"
+        )
+    check_dtypes(input)
+    x = input.unsqueeze(0) if unbatched else input
+    result: Any = functions.max_pool2d(
+        x, kernel, steps, pads, spread, ceil_mode, bool(return_indices)
+    )
+    if not unbatched:
+        return result
+    return tuple(t.squeeze(0) for t in result) if return_indices else result.squeeze(0)
+
+
+@_overridable
+def max_unpool2d(
+    input: Tensor,
+    indices: Tensor,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    output_size: Sequence[int] | None = None,
+) -> Tensor:
+    """Put each value back to the place where max_pool2d found it, among zeros.
+
+    Args:
+        input: [N, C, P, Q] or [C, P, Q].
+        indices: int64, of input's shape, flat over H * W; of equal indices the last wins.
+        output_size: (H, W) or (N, C, H, W), of which N and C are ignored; less than a stride from
+            the size that the other arguments give.
+
+    Returns [N, C, H, W] or [C, H, W] in input's layout. An index outside H * W raises
+    RuntimeError on the CPU and fails a device-side assertion on a GPU.
+    """
+    if not hasattr(input, "size"):  # what torch asks for before it looks at the type
+        raise AttributeError(f"input must be a Tensor, got input={input!r:.80}")
+    check_tensor("input", input)
+    check_tensor("indices", indices)
+    size = unpool_size(input, kernel_size, stride, padding, output_size)
+    unbatched = check_dimensions(input)
+    check_not_empty(input, input.shape[1:])
+    if indices.dtype != torch.int64:
+        raise RuntimeError(f"indices must be torch.int64, got indices of {indices.dtype}")
+    if indices.shape != input.shape:
+        raise RuntimeError(
+            f"indices must have input's shape {shape(input)}, got indices of {shape(indices)}"
+        )
+    check_devices(input, indices=indices)
+    check_dtypes(input)
+    if input.is_cpu and torch.is_autocast_enabled("cpu"):
+        input = cast(input, torch.float32)  # torch's rule; GPUs unpool in the dtype they are given
+    if unbatched:
+        return functions.max_unpool2d(input.unsqueeze(0), indices.unsqueeze(0), size).squeeze(0)
+    return functions.max_unpool2d(input, indices, size)

@@ -1,0 +1,119 @@
+"""Drop-in modules: torch's own, with ``forward`` on this library's functions.
+
+Constructors, ``state_dict`` and ``isinstance`` are those of ``torch.nn``.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as TF
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from kernels.geometry import full_padding
+
+from . import functional as F
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+
+
+class Conv2d(nn.Conv2d):
+    """torch.nn.Conv2d, whose padding may also be "full": dilation * (kernel_size - 1).
+
+    Under a padding_mode other than "zeros" the input is padded first, as in torch.
+    """
+
+    _activation: ClassVar[Literal["relu"] | None] = None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if padding == "full":
+            pairs = zip(_pair(kernel_size), _pair(dilation), strict=True)
+            padding = tuple(full_padding(kernel, spread)[0] for kernel, spread in pairs)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":
+            input = TF.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return F.conv2d(
+            input,
+            weight,
+            bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            activation=self._activation,
+        )
+
+
+class ConvReLU2d(Conv2d):
+    """Conv2d and ReLU in one kernel. Its parameters are Conv2d's."""
+
+    _activation = "relu"
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """torch.nn.ConvTranspose2d."""
+
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
+        geometry: Any = self.stride, self.padding, self.kernel_size, 2, self.dilation
+        return F.conv_transpose2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self._output_padding(input, output_size, *geometry),
+            self.groups,
+            self.dilation,
+        )
+
+
+class MaxPool2d(nn.MaxPool2d):
+    """torch.nn.MaxPool2d."""
+
+    def forward(self, input: Tensor) -> Any:
+        return F.max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )
+
+
+class MaxUnpool2d(nn.MaxUnpool2d):
+    """torch.nn.MaxUnpool2d."""
+
+    def forward(self, input: Tensor, indices: Tensor, output_size: Any = None) -> Tensor:
+        return F.max_unpool2d(
+            input, indices, self.kernel_size, self.stride, self.padding, output_size
+        )

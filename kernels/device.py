@@ -1,0 +1,154 @@
+"""The device: what it is, how a kernel is launched on it, and how often one was.
+
+Everything is asked lazily: importing this module touches no GPU.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+
+INTERPRET: bool = triton.knobs.runtime.interpret
+"""Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on CPU tensors."""
+
+
+def _interpreted_loop(turns: Any) -> range:
+    return range(int(turns.handle.data.item()) if isinstance(turns, tl.tensor) else turns)
+
+
+# Triton 3.6's interpreter hands range() a one-element array, which numpy from 2.4 on refuses.
+loop = _interpreted_loop if INTERPRET else tl.range
+
+_lock = threading.RLock()
+_launches: Counter[str] = Counter()
+_target: GPUTarget | None = None  # set while launches only compile, into _compiled
+_compiled: list[Any] = []
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a planner asks of a device. ``backend`` is "cuda", "hip" or "interpreter"."""
+
+    backend: str
+    arch: int | str
+    multiprocessors: int
+    shared_memory: int  # bytes one program may use
+
+
+_SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+_SHARED_MEMORY |= {100: 227 << 10, 103: 227 << 10, 110: 227 << 10, 120: 99 << 10, 121: 99 << 10}
+_INTERPRETER = Device("interpreter", "numpy", multiprocessors=1, shared_memory=1 << 40)
+
+
+def _of_target(target: GPUTarget) -> Device:
+    """A typical device of an architecture, for compiling without one."""
+    if target.backend == "hip":
+        shared = (160 if target.arch == "gfx950" else 64) << 10
+        return Device("hip", target.arch, multiprocessors=304, shared_memory=shared)
+    shared = _SHARED_MEMORY.get(int(target.arch), 48 << 10)
+    return Device("cuda", target.arch, multiprocessors=132, shared_memory=shared)
+
+
+@cache
+def _of_gpu(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    count = properties.multi_processor_count
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+        return Device("hip", arch, count, properties.shared_memory_per_block)
+    arch = 10 * properties.major + properties.minor
+    return Device("cuda", arch, count, properties.shared_memory_per_block_optin)
+
+
+def describe(device: torch.device) -> Device:
+    """The description of the device a tensor is on."""
+    if _target is not None:
+        return _of_target(_target)
+    if device.type == "cuda":
+        return _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return _INTERPRETER
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any):
+    """Run ``kernel`` on ``device`` over ``grid``; an empty grid runs nothing.
+
+    The interpreter is not thread-safe (two threads give wrong numbers in silence), hence the lock.
+    """
+    if 0 in grid:
+        return
+    if _target is not None:
+        _compiled.append(kernel.run(*args, grid=grid, warmup=True, **meta))
+        return
+    _launches[kernel.fn.__name__] += 1
+    if INTERPRET:
+        with _lock, np.errstate(all="ignore"):
+            kernel[grid](*args, **meta)
+        return
+    elsewhere = device.index not in (None, torch.cuda.current_device())
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[grid](*args, **meta)
+
+
+def launches() -> dict[str, int]:
+    """How many launches this process has made of each kernel."""
+    return dict(_launches)
+
+
+class _NoDriver:
+    """Stands in for Triton's driver where there is no GPU; enough to compile."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}:{self.target.arch}"
+
+    def get_current_stream(self, device: str | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def compile_only(target: GPUTarget) -> Iterator[list[Any]]:
+    """Within this context launches compile for ``target`` and run nothing; no GPU is needed.
+
+    Yields the list to which each launch adds Triton's compiled kernel. Tensors may be of the meta
+    device. Not for use beside other threads that launch kernels.
+    """
+    global _target, _compiled
+    if INTERPRET:
+        raise RuntimeError("compile_only needs a process without TRITON_INTERPRET")
+    if _target is not None:
+        raise RuntimeError(f"compile_only is not re-entrant; it is compiling for {_target}")
+    previous = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_NoDriver(target))
+    _target, _compiled = target, []
+    try:
+        yield _compiled
+    finally:
+        _target = None
+        triton.runtime.driver._active = previous
+
+
+def wide(pixels: int, *tensors: torch.Tensor | None) -> bool:
+    """Whether offsets need 64 bits: a tensor's largest, or the count of pixels walked.
+
+    A margin of one tile is kept, as the last program's masked rows lie beyond the end.
+    """
+    largest = max([pixels, *(_largest_offset(t) for t in tensors if t is not None)])
+    return largest >= 2**31 - 2**20
+
+
+def _largest_offset(t: torch.Tensor) -> int:
+    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))

@@ -1,0 +1,739 @@
+"""Engine 3: direct convolution, for few input channels (C / groups <= 4) and for depthwise.
+
+With few channels, a row of the filter is one run of S x C elements that lie together in x as well,
+c fastest in channels_last and s fastest in NCHW: it becomes one segment of the product's depth,
+cut into (c, s) once, outside the loop over the rows. Depthwise there is nothing to multiply
+matrices with: each output walks its own taps. dgrad runs on views of dx and w, one for each parity
+of the stride, as in engine 1. Sizes and strides are in elements.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .device import Device, loop
+from .epilogue import finish
+from .geometry import Conv2dGeometry, Direction, Taps
+from .indexing import dot, narrow, pixel, program, reduction_block, reduction_turns, widen
+from .split_sum import parts_like, split_sum
+from .tile import INTERPRETER_ELEMENTS, Tile
+
+_FEW = 4
+_NO_STRIDES = (0, 0, 0, 0)
+
+Walk = tuple[int, int, int, int, int, int]  # stride, origin, step of the height, then of the width
+
+
+def is_depthwise(g: Conv2dGeometry) -> bool:
+    """Whether each group has one channel, of several; a single channel makes a matrix product."""
+    return g.groups == g.C > 1
+
+
+def supports(g: Conv2dGeometry) -> bool:
+    """Whether this engine's launchers take the convolution, in all three directions."""
+    return g.C // g.groups <= _FEW
+
+
+@triton.jit
+def indices(COUNT: tl.constexpr, WIDE: tl.constexpr):
+    """0 .. COUNT - 1, as wide as the offsets that are computed from them."""
+    i = tl.arange(0, COUNT)
+    if WIDE:
+        i = i.to(tl.int64)
+    return i
+
+
+@triton.jit
+def lines(BLOCK: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr):
+    """(line, place) of a block's elements, laid in lines of SEGMENT; of one line, the scalar 0."""
+    place = indices(BLOCK, WIDE)
+    if BLOCK == SEGMENT:
+        line = program(WIDE) * 0
+    else:
+        line = place // SEGMENT
+        place = place % SEGMENT
+    return line, place
+
+
+@triton.jit
+def row_element(i, C, S, CHANNELS_FASTEST: tl.constexpr):
+    """(c, s, inside) of the i-th of the S x C elements of one row of a filter."""
+    if CHANNELS_FASTEST:
+        c = i % C
+        s = i // C
+    else:
+        c = i // S
+        s = i % S
+    return c, s, i < C * S
+
+
+@triton.jit
+def store_result(
+    acc,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    residual_strides,
+    y_strides,
+    n,
+    p,
+    q,
+    k,
+    row_mask,
+    k_mask,
+    RELU: tl.constexpr,
+):
+    """Finish a tile of accumulators [pixels (n, p, q), channels k] and store it to y."""
+    mask = row_mask[:, None] & k_mask[None, :]
+    residual_offsets = 0
+    if residual_ptr is not None:
+        at = n * residual_strides[0] + p * residual_strides[2] + q * residual_strides[3]
+        residual_offsets = at[:, None] + (k * residual_strides[1])[None, :]
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    y = finish(acc, bias_ptr, k, k_mask, residual_ptr, residual_offsets, mask, RELU, DTYPE)
+    at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
+    tl.store(y_ptr + at[:, None] + (k * y_strides[1])[None, :], y, mask=mask)
+
+
+@triton.jit
+def sum_pixels(dy_ptr, dy_strides, sizes, k, k_mask, first, turns, DEPTH: tl.constexpr, ACC: tl.constexpr):
+    """db[k], the sum of dy over ``turns`` blocks of DEPTH pixels from the ``first`` block on."""
+    N, _, _, P, Q = sizes
+    acc = tl.zeros((k.shape[0], DEPTH), ACC)
+    for i in loop(turns):
+        at = (first + i) * DEPTH + tl.arange(0, DEPTH)
+        n, p, q = pixel(at, P, Q)
+        offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+        offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
+        mask = k_mask[:, None] & (at < N * P * Q)[None, :]
+        acc += widen(tl.load(dy_ptr + offsets, mask=mask, other=0.0), ACC)
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit(do_not_specialize=["sizes", "walk"])
+def few_channel_fprop_kernel(
+    x_ptr,  # [N, groups * C, H, W]
+    w_ptr,  # [groups * K, C, R, S]
+    bias_ptr,  # [groups * K] or None
+    residual_ptr,  # like y, or None
+    y_ptr,  # [N, groups * K, P, Q]
+    x_strides,  # n, c, h, w
+    w_strides,  # k, c, r, s
+    residual_strides,
+    y_strides,  # n, k, p, q
+    sizes,  # N, H, W, P, Q
+    reduction,  # groups, K, C, R, S; K and C of one group
+    walk,  # stride, origin, step of the height, then of the width
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # rows, columns, depth, segment, whether c runs fastest
+):
+    """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
+
+    h = p * stride + origin + r * step, likewise w; x is zero outside. One program writes one
+    rows x columns tile of one group, accumulated in float32 (float64 for float64). A turn's depth
+    is ``depth / segment`` rows of the filter, each padded to a segment.
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    DEPTH: tl.constexpr = TILE[2]
+    SEGMENT: tl.constexpr = TILE[3]
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    N, H, W, P, Q = sizes
+    groups, K, C, R, S = reduction
+
+    pid = program(WIDE)
+    column_tiles = tl.cdiv(K, COLUMNS)
+    group = pid // column_tiles % groups
+    row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
+    n, p, q = pixel(row, P, Q)
+    row_mask = row < N * P * Q
+    k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    k_mask = k < K
+    k += group * K
+
+    h0 = p * walk[0] + walk[1]
+    w0 = q * walk[3] + walk[4]
+    x_rows = x_ptr + group * C * x_strides[1] + n * x_strides[0]
+    w_columns = w_ptr + k * w_strides[0]
+    line, place = lines(DEPTH, SEGMENT, WIDE)
+    acc = tl.zeros((ROWS, COLUMNS), ACC)
+    for part in loop(tl.cdiv(S * C, SEGMENT)):
+        c, s, inside = row_element(part * SEGMENT + place, C, S, TILE[4])
+        w = w0[:, None] + s * walk[5]
+        # [ROWS, DEPTH]
+        along = (c * x_strides[1])[None, :] + w * x_strides[3]
+        along_mask = (row_mask[:, None] & inside[None, :]) & ((w >= 0) & (w < W))
+        w_along = c * w_strides[1] + s * w_strides[3]
+        for i in loop(tl.cdiv(R, DEPTH // SEGMENT)):
+            r = i * (DEPTH // SEGMENT) + line
+            h = h0[:, None] + r * walk[2]
+            x_mask = along_mask & ((h >= 0) & (h < H))
+            w_mask = inside
+            if DEPTH > SEGMENT:
+                x_mask &= (r < R)[None, :]
+                w_mask &= r < R
+            x_tile = tl.load(x_rows[:, None] + (h * x_strides[2] + along), mask=x_mask, other=0.0)
+            # [DEPTH, COLUMNS]
+            w_mask = w_mask[:, None] & k_mask[None, :]
+            w_offsets = (w_along + r * w_strides[2])[:, None]
+            w_tile = tl.load(w_columns[None, :] + w_offsets, mask=w_mask, other=0.0)
+            acc = dot(x_tile, w_tile, acc, PRECISION)
+
+    store_result(
+        acc, bias_ptr, residual_ptr, y_ptr, residual_strides, y_strides,
+        n, p, q, k, row_mask, k_mask, RELU,
+    )
+
+
+@triton.jit(do_not_specialize=["sizes", "walk"])
+def few_channel_dgrad_kernel(
+    dy_ptr,  # [N, groups * K, P, Q]
+    w_ptr,  # [groups * K, C, R, S]
+    bias_ptr,  # [groups * C] or None
+    dx_ptr,  # [N, groups * C, H, W]
+    dy_strides,  # n, k, p, q
+    w_strides,  # k, c, r, s
+    dx_strides,  # n, c, h, w
+    sizes,  # N, P, Q, H, W
+    reduction,  # groups, K, C, R, S; K and C of one group
+    walk,  # 1, origin, step of the height, then of the width
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # rows, columns, depth, packed
+):
+    """dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * w[k,c,r,s] + bias[c].
+
+    p = h + origin + r * step, likewise q; dy is zero outside. One program writes the C channels of
+    one group for a block of pixels. C is too narrow for a matrix product: each lane adds up its
+    own products over the turns, in float32 (float64 for float64), and the lanes are summed once.
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    DEPTH: tl.constexpr = TILE[2]
+    PACKED: tl.constexpr = TILE[3]
+    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    N, P, Q, H, W = sizes
+    groups, K, C, R, S = reduction
+
+    pid = program(WIDE)
+    group = pid % groups
+    row = pid // groups * ROWS + tl.arange(0, ROWS)
+    n, h, w = pixel(row, H, W)
+    row_mask = row < N * H * W
+    c = indices(COLUMNS, WIDE)
+    c_mask = c < C
+
+    p0 = h * walk[0] + walk[1]
+    q0 = w * walk[3] + walk[4]
+    dy_rows = dy_ptr + group * K * dy_strides[1] + n * dy_strides[0]
+    w_columns = w_ptr + group * K * w_strides[0] + c * w_strides[1]
+    acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
+    for i in loop(reduction_turns(K, R, S, DEPTH, PACKED)):
+        k, r, s, inside = reduction_block(i + pid * 0, K, R, S, DEPTH, PACKED)
+        p = p0[:, None] + r * walk[2]
+        q = q0[:, None] + s * walk[5]
+        # [ROWS, DEPTH]
+        dy_mask = (row_mask[:, None] & inside[None, :]) & ((p >= 0) & (p < P) & (q >= 0) & (q < Q))
+        dy_offsets = (k * dy_strides[1])[None, :] + p * dy_strides[2] + q * dy_strides[3]
+        dy = tl.load(dy_rows[:, None] + dy_offsets, mask=dy_mask, other=0.0)
+        # [COLUMNS, DEPTH]
+        w_mask = c_mask[:, None] & inside[None, :]
+        w_offsets = k * w_strides[0] + (r * w_strides[2] + s * w_strides[3])
+        w_tile = tl.load(w_columns[:, None] + w_offsets[None, :], mask=w_mask, other=0.0)
+        acc += widen(dy, ACC)[:, None, :] * widen(w_tile, ACC)[None, :, :]
+
+    store_result(
+        tl.sum(acc, axis=2), bias_ptr, None, dx_ptr, dx_strides, dx_strides,
+        n, h, w, c + group * C, row_mask, c_mask, False,
+    )
+
+
+@triton.jit(do_not_specialize=["sizes", "walk", "splits"])
+def few_channel_wgrad_kernel(
+    x_ptr,  # [N, groups * C, H, W]
+    dy_ptr,  # [N, groups * K, P, Q]
+    dw_ptr,  # [splits, groups * K, C, R, S] or None
+    db_ptr,  # [splits, groups * K] or None
+    x_strides,  # n, c, h, w
+    dy_strides,  # n, k, p, q
+    dw_strides,  # split, k, c, r, s
+    sizes,  # N, H, W, P, Q
+    reduction,  # groups, K, C, R, S; K and C of one group
+    walk,  # stride, origin, step of the height, then of the width
+    splits,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # rows, columns, depth, segment, whether c runs fastest
+):
+    """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
+
+    One program writes a tile of filters k by ``columns / segment`` rows of them, each padded to a
+    segment, summed over one part of the pixels in float32 (float64 for float64); the programs of
+    one column of tiles more sum dy alone.
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    DEPTH: tl.constexpr = TILE[2]
+    SEGMENT: tl.constexpr = TILE[3]
+    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    N, H, W, P, Q = sizes
+    groups, K, C, R, S = reduction
+
+    pid = program(WIDE)
+    parts = tl.cdiv(S * C, SEGMENT)
+    column_tiles = 0
+    if dw_ptr is not None:
+        column_tiles = parts * tl.cdiv(R, COLUMNS // SEGMENT)
+    tiles = column_tiles
+    if db_ptr is not None:
+        tiles += 1
+    row_tiles = tl.cdiv(K, ROWS)
+    tile = pid % tiles
+    group = pid // (tiles * row_tiles) % groups
+    split = pid // (tiles * row_tiles * groups)
+    k = pid // tiles % row_tiles * ROWS + tl.arange(0, ROWS)
+    k_mask = k < K
+    k += group * K
+    turns = tl.cdiv(tl.cdiv(N * P * Q, DEPTH), splits)
+
+    if tile == column_tiles:
+        if db_ptr is not None:
+            db = sum_pixels(dy_ptr, dy_strides, sizes, k, k_mask, split * turns, turns, DEPTH, ACC)
+            db = narrow(db, db_ptr.dtype.element_ty)
+            tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
+    elif dw_ptr is not None:
+        line, place = lines(COLUMNS, SEGMENT, WIDE)
+        c, s, inside = row_element(tile % parts * SEGMENT + place, C, S, TILE[4])
+        r = tile // parts * (COLUMNS // SEGMENT) + line
+        if COLUMNS > SEGMENT:
+            inside &= r < R
+        x_columns = x_ptr + (group * C + c) * x_strides[1]
+        acc = tl.zeros((ROWS, COLUMNS), ACC)
+        for i in loop(turns):
+            at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
+            at_mask = at < N * P * Q
+            n, p, q = pixel(at, P, Q)
+            # [DEPTH, ROWS]
+            offsets = (n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3])[:, None]
+            mask = at_mask[:, None] & k_mask[None, :]
+            dy = tl.load(dy_ptr + offsets + (k * dy_strides[1])[None, :], mask=mask, other=0.0)
+            # [DEPTH, COLUMNS]
+            h = (p * walk[0] + walk[1])[:, None] + r * walk[2]
+            w = (q * walk[3] + walk[4])[:, None] + s * walk[5]
+            offsets = (n * x_strides[0])[:, None] + h * x_strides[2] + w * x_strides[3]
+            mask = at_mask[:, None] & inside[None, :] & ((h >= 0) & (h < H) & (w >= 0) & (w < W))
+            x = tl.load(x_columns[None, :] + offsets, mask=mask, other=0.0)
+            acc = dot(tl.trans(dy), x, acc, PRECISION)
+        offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
+        offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]
+        dw = narrow(acc, dw_ptr.dtype.element_ty)
+        tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["sizes", "walk"])
+def depthwise_kernel(
+    x_ptr,  # [N, channels, H, W]
+    w_ptr,  # [filters, 1, R, S]
+    bias_ptr,  # [K] or None
+    residual_ptr,  # like y, or None
+    y_ptr,  # [N, K, P, Q]
+    x_strides,  # n, c, h, w
+    w_strides,  # filter, 1, r, s
+    residual_strides,
+    y_strides,  # n, k, p, q
+    sizes,  # N, H, W, P, Q
+    reduction,  # K, REPEAT, FOLD, R, S
+    walk,  # stride, origin, step of the height, then of the width
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # rows, columns, taps unrolled (a divisor of S)
+):
+    """y[n,k,p,q] = relu?(sum over m,r,s of x[n,c,h,w] * w[f,r,s] + bias[k] + residual[n,k,p,q]).
+
+    m runs to FOLD, c = k // REPEAT * FOLD + m and f = k * FOLD + m: fprop repeats each channel of
+    x for several filters, dgrad folds the filters of a channel together. h = p * stride + origin +
+    r * step, likewise w; x is zero outside. One program writes one pixels x channels tile,
+    accumulated in float32 (float64 for float64).
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    UNROLL: tl.constexpr = TILE[2]
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    N, H, W, P, Q = sizes
+    K, REPEAT, FOLD, R, S = reduction
+
+    pid = program(WIDE)
+    column_tiles = tl.cdiv(K, COLUMNS)
+    row = pid // column_tiles * ROWS + tl.arange(0, ROWS)
+    n, p, q = pixel(row, P, Q)
+    row_mask = row < N * P * Q
+    k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    k_mask = k < K
+
+    h0 = p * walk[0] + walk[1]
+    w0 = q * walk[3] + walk[4]
+    parts = S // UNROLL
+    acc = tl.zeros((ROWS, COLUMNS), ACC)
+    for m in loop(FOLD):
+        x_columns = x_ptr + (k // REPEAT * FOLD + m) * x_strides[1]
+        w_columns = w_ptr + (k * FOLD + m) * w_strides[0]
+        for i in loop(R * parts):
+            r = pid * 0 + i // parts
+            h = h0 + r * walk[2]
+            h_mask = row_mask & (h >= 0) & (h < H)
+            x_rows = n * x_strides[0] + h * x_strides[2]
+            for j in tl.static_range(UNROLL):
+                s = pid * 0 + i % parts * UNROLL + j
+                w = w0 + s * walk[5]
+                x_mask = (h_mask & (w >= 0) & (w < W))[:, None] & k_mask[None, :]
+                x_offsets = (x_rows + w * x_strides[3])[:, None]
+                x = tl.load(x_columns[None, :] + x_offsets, mask=x_mask, other=0.0)
+                w_offset = r * w_strides[2] + s * w_strides[3]
+                tap = tl.load(w_columns + w_offset, mask=k_mask, other=0.0)
+                acc += widen(x, ACC) * widen(tap, ACC)[None, :]
+
+    store_result(
+        acc, bias_ptr, residual_ptr, y_ptr, residual_strides, y_strides,
+        n, p, q, k, row_mask, k_mask, RELU,
+    )
+
+
+@triton.jit(do_not_specialize=["sizes", "walk", "splits"])
+def depthwise_wgrad_kernel(
+    x_ptr,  # [N, channels, H, W]
+    dy_ptr,  # [N, K, P, Q]
+    dw_ptr,  # [splits, K, 1, R, S] or None
+    db_ptr,  # [splits, K] or None
+    x_strides,  # n, c, h, w
+    dy_strides,  # n, k, p, q
+    dw_strides,  # split, k, 1, r, s
+    sizes,  # N, H, W, P, Q
+    reduction,  # K, REPEAT, R, S
+    walk,  # stride, origin, step of the height, then of the width
+    splits,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # rows, columns, depth
+):
+    """dw[k,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,k // REPEAT,h,w]; db[k] = sum of dy[n,k,p,q].
+
+    One program writes a tile of filters k by taps (r, s), summed over one part of the pixels; each
+    lane adds up its own products, in float32 (float64 for float64), and the lanes are summed once.
+    The programs of one column of tiles more sum dy alone.
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    DEPTH: tl.constexpr = TILE[2]
+    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    N, H, W, P, Q = sizes
+    K, REPEAT, R, S = reduction
+
+    pid = program(WIDE)
+    column_tiles = 0
+    if dw_ptr is not None:
+        column_tiles = tl.cdiv(R * S, COLUMNS)
+    tiles = column_tiles
+    if db_ptr is not None:
+        tiles += 1
+    row_tiles = tl.cdiv(K, ROWS)
+    tile = pid % tiles
+    split = pid // (tiles * row_tiles)
+    k = pid // tiles % row_tiles * ROWS + tl.arange(0, ROWS)
+    k_mask = k < K
+    turns = tl.cdiv(tl.cdiv(N * P * Q, DEPTH), splits)
+
+    if tile == column_tiles:
+        if db_ptr is not None:
+            db = sum_pixels(dy_ptr, dy_strides, sizes, k, k_mask, split * turns, turns, DEPTH, ACC)
+            db = narrow(db, db_ptr.dtype.element_ty)
+            tl.store(db_ptr + split * K + k, db, mask=k_mask)
+    elif dw_ptr is not None:
+        tap = tile * COLUMNS + tl.arange(0, COLUMNS)
+        r = tap // S
+        s = tap % S
+        x_rows = x_ptr + k // REPEAT * x_strides[1]
+        acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
+        for i in loop(turns):
+            at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
+            at_mask = at < N * P * Q
+            n, p, q = pixel(at, P, Q)
+            # [ROWS, DEPTH]
+            offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+            offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
+            mask = k_mask[:, None] & at_mask[None, :]
+            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+            # [COLUMNS, DEPTH], then [ROWS, COLUMNS, DEPTH]
+            h = (p * walk[0] + walk[1])[None, :] + (r * walk[2])[:, None]
+            w = (q * walk[3] + walk[4])[None, :] + (s * walk[5])[:, None]
+            offsets = (n * x_strides[0])[None, :] + h * x_strides[2] + w * x_strides[3]
+            mask = (r < R)[:, None] & at_mask[None, :]
+            mask &= (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            mask = k_mask[:, None, None] & mask[None, :, :]
+            x = tl.load(x_rows[:, None, None] + offsets[None, :, :], mask=mask, other=0.0)
+            acc += widen(dy, ACC)[:, None, :] * widen(x, ACC)
+        offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None]
+        offsets += (r * dw_strides[3] + s * dw_strides[4])[None, :]
+        dw = narrow(tl.sum(acc, axis=2), dw_ptr.dtype.element_ty)
+        tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & (r < R)[None, :])
+
+
+def _walk(g: Conv2dGeometry) -> Walk:
+    (top, _), (left, _) = g.padding
+    return g.stride[0], -top, g.dilation[0], g.stride[1], -left, g.dilation[1]
+
+
+def _segment(g: Conv2dGeometry, block: int) -> int:
+    """What a row of the filter is padded to, in blocks that hold several rows or part of one."""
+    return min(block, triton.next_power_of_2(max(1, g.S * g.C // g.groups)))
+
+
+def _channels_fastest(x: Tensor) -> bool:
+    return x.stride(1) < x.stride(3)
+
+
+def fprop(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    relu: bool,
+    precision: str,
+) -> None:
+    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
+    if is_depthwise(g):
+        reduction = (g.K, g.K // g.groups, 1, g.R, g.S)
+        _depthwise(x, w, bias, residual, y, reduction, _walk(g), tile, relu)
+        return
+    rows = g.N * g.P * g.Q
+    K = g.K // g.groups
+    device.launch(
+        few_channel_fprop_kernel,
+        (triton.cdiv(rows, tile.rows) * triton.cdiv(K, tile.columns) * g.groups,),
+        *(x, w, bias, residual, y),
+        *(x.stride(), w.stride()),
+        *(_NO_STRIDES if residual is None else residual.stride(), y.stride()),
+        *((g.N, g.H, g.W, g.P, g.Q), (g.groups, K, g.C // g.groups, g.R, g.S), _walk(g)),
+        *(relu, precision, device.wide(rows, x, w, residual, y)),
+        (tile.rows, tile.columns, tile.depth, _segment(g, tile.depth), _channels_fastest(x)),
+        device=x.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _depthwise(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    reduction: tuple[int, int, int, int, int],  # K, REPEAT, FOLD, R, S
+    walk: Walk,
+    tile: Tile,
+    relu: bool,
+) -> None:
+    N, K, P, Q = y.shape
+    S = reduction[-1]
+    rows = N * P * Q
+    device.launch(
+        depthwise_kernel,
+        (triton.cdiv(rows, tile.rows) * triton.cdiv(K, tile.columns),),
+        *(x, w, bias, residual, y),
+        *(x.stride(), w.stride()),
+        *(_NO_STRIDES if residual is None else residual.stride(), y.stride()),
+        *((N, *x.shape[2:], P, Q), reduction, walk),
+        *(relu, device.wide(rows, x, w, residual, y)),
+        (tile.rows, tile.columns, S if 0 < S <= tile.depth else 1),
+        device=x.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def dgrad(
+    dy: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    dx: Tensor,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+) -> None:
+    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride.
+
+    ``precision`` takes no part: the products are formed outside the tensor cores, in float32.
+    """
+    for row, column in g.dgrad():
+        _dgrad_parity(dy, w, bias, dx, g, row, column, tile)
+
+
+def _dgrad_parity(
+    dy: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    dx: Tensor,
+    g: Conv2dGeometry,
+    row: Taps,
+    column: Taps,
+    tile: Tile,
+) -> None:
+    dx = dx[:, :, row.first :: row.stride, column.first :: column.stride]
+    w = w[:, :, row.tap :: row.tap_step, column.tap :: column.tap_step]
+    walk = (1, row.origin, -row.step, 1, column.origin, -column.step)
+    K, C = g.K // g.groups, g.C // g.groups
+    if is_depthwise(g):
+        _depthwise(dy, w, bias, None, dx, (g.C, 1, K, row.taps, column.taps), walk, tile, False)
+        return
+    rows = g.N * row.count * column.count
+    device.launch(
+        few_channel_dgrad_kernel,
+        (triton.cdiv(rows, tile.rows) * g.groups,),
+        *(dy, w, bias, dx, dy.stride(), w.stride(), dx.stride()),
+        (g.N, g.P, g.Q, row.count, column.count),
+        *((g.groups, K, C, row.taps, column.taps), walk),
+        device.wide(rows, dy, w, dx),
+        (tile.rows, tile.columns, tile.depth, tile.packed),
+        device=dy.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def wgrad(
+    x: Tensor,
+    dy: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+) -> None:
+    """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
+
+    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
+    """
+    dw_parts = None if dw is None else parts_like(dw, tile.splits)
+    db_parts = None if db is None else parts_like(db, tile.splits)
+    tensors = (x, dy, dw_parts, db_parts, x.stride(), dy.stride())
+    dw_strides = (0, *_NO_STRIDES) if dw is None else (dw.numel(), *dw.stride())
+    sizes = (g.N, g.H, g.W, g.P, g.Q)
+    wide = device.wide(g.N * g.P * g.Q, x, dy, dw_parts)
+    tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
+    K, C = g.K // g.groups, g.C // g.groups
+    if is_depthwise(g):
+        device.launch(
+            depthwise_wgrad_kernel,
+            (tiles * triton.cdiv(g.K, tile.rows) * tile.splits,),
+            *(*tensors, dw_strides, sizes, (g.K, K, g.R, g.S), _walk(g), tile.splits, wide),
+            (tile.rows, tile.columns, tile.depth),
+            device=x.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    else:
+        device.launch(
+            few_channel_wgrad_kernel,
+            (tiles * triton.cdiv(K, tile.rows) * g.groups * tile.splits,),
+            *(*tensors, dw_strides, sizes, (g.groups, K, C, g.R, g.S), _walk(g), tile.splits),
+            *(precision, wide),
+            (tile.rows, tile.columns, tile.depth, _segment(g, tile.columns), _channels_fastest(x)),
+            device=x.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    if dw is not None and dw_parts is not None:
+        split_sum(dw_parts, dw)
+    if db is not None and db_parts is not None:
+        split_sum(db_parts, db)
+
+
+def _tap_tiles(g: Conv2dGeometry, tile: Tile) -> int:
+    """How many tiles of columns wgrad cuts the taps into."""
+    if is_depthwise(g):
+        return triton.cdiv(g.R * g.S, tile.columns)
+    segment = _segment(g, tile.columns)
+    parts = triton.cdiv(g.S * g.C // g.groups, segment)
+    return parts * triton.cdiv(g.R, tile.columns // segment)
+
+
+def _power(size: int, least: int, most: int) -> int:
+    """The power of two that holds ``size``, between two others."""
+    return max(least, min(most, triton.next_power_of_2(max(1, size))))
+
+
+def choose_tile(
+    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, device: Device
+) -> Tile:
+    """A tile that suits the convolution; with fprop and dgrad its depth ignores the batch."""
+    if device.backend == "interpreter":
+        return _interpreter_tile(direction, g)
+    tile = _gpu_tile(direction, g, dtype.itemsize)
+    if direction != "wgrad":
+        return tile
+    programs = (_tap_tiles(g, tile) + 1) * triton.cdiv(g.K // g.groups, tile.rows) * g.groups
+    if is_depthwise(g):
+        programs = (_tap_tiles(g, tile) + 1) * triton.cdiv(g.K, tile.rows)
+    # Two programs for each multiprocessor, but at least eight turns for each program.
+    most = triton.cdiv(g.N * g.P * g.Q, 8 * tile.depth)
+    return replace(tile, splits=max(1, min(most, 2 * device.multiprocessors // programs)))
+
+
+def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
+    K, C = g.K // g.groups, g.C // g.groups
+    half = itemsize == 2
+    if is_depthwise(g):
+        if direction == "wgrad":
+            return Tile(32, _power(g.R * g.S, 1, 16), 8 if half else 4)
+        columns = _power(g.K if direction == "fprop" else g.C, 1, 64)
+        return Tile((2048 if half else 1024) // columns, columns, 8)
+    row = triton.next_power_of_2(max(1, g.S * C))
+    if direction == "dgrad":
+        columns = triton.next_power_of_2(max(1, C))
+        depth = _power(K, 1, 16)
+        return Tile(_power((4096 if half else 2048) // (columns * depth), 1, 256), columns, depth)
+    if direction == "wgrad":
+        rows = _power(K, 16, 64 if half else 32)
+        return Tile(rows, _power(g.R * row, 16, 128 if half else 32), 64 if half else 16)
+    # The depth that pads a row of the filter least.
+    depth = min((32, 16), key=lambda depth: triton.cdiv(g.S * C, depth) * depth) if half else 16
+    return Tile(64, _power(K, 16, 64 if half else 32), depth)
+
+
+def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
+    """A program and a turn of its loop cost far more than an element: few, large blocks."""
+    limit = INTERPRETER_ELEMENTS
+    K, C = g.K // g.groups, g.C // g.groups
+    row = triton.next_power_of_2(max(1, g.S * C))
+    taps = triton.next_power_of_2(max(1, g.R)) * row
+    pixels = g.N * g.P * g.Q
+    if direction == "dgrad":
+        pixels = g.N * triton.cdiv(g.H, g.stride[0]) * triton.cdiv(g.W, g.stride[1])
+    if is_depthwise(g):
+        if direction == "wgrad":
+            rows, columns = _power(g.K, 1, 256), _power(g.R * g.S, 1, 16)
+            return Tile(rows, columns, _power(pixels, 1, limit // (rows * columns)))
+        columns = _power(g.K if direction == "fprop" else g.C, 1, 1024)
+        return Tile(_power(pixels, 1, limit // columns), columns)
+    if direction == "dgrad":
+        columns = triton.next_power_of_2(max(1, C))
+        reduction = K * triton.cdiv(g.R, g.stride[0]) * triton.cdiv(g.S, g.stride[1])
+        packed = reduction <= 256
+        depth = _power(reduction if packed else K, 1, 256)
+        return Tile(_power(pixels, 1, limit // (columns * depth)), columns, depth, packed)
+    if direction == "wgrad":
+        rows, columns = _power(K, 16, 1024), _power(taps, 16, 1024)
+        return Tile(rows, columns, _power(pixels, 16, limit // max(rows, columns)))
+    columns = _power(K, 16, 1024)
+    # A turn takes whole rows of the filter as long as it pays to pad their number.
+    depth = max(16, min(taps, max(row, 256), 4096))
+    return Tile(_power(pixels, 16, limit // max(columns, depth)), columns, depth)

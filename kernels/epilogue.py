@@ -1,0 +1,97 @@
+"""What is done to a finished tile while it is still in registers: bias, residual, ReLU.
+
+``y = relu(acc + bias + residual)``, rounded once, to the result's dtype. Backward, y is its own
+mask, so nothing more is kept of it.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .indexing import narrow, pixel, program, widen
+
+
+@triton.jit
+def relu(tile):
+    """max(tile, 0), where NaN stays NaN as in torch; tl.maximum would drop it."""
+    return tl.where(tile < 0, 0.0, tile)
+
+
+@triton.jit
+def finish(
+    tile,
+    bias_ptr,
+    columns,
+    columns_mask,
+    residual_ptr,
+    residual_offsets,
+    mask,
+    RELU: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """relu?(tile + bias[column] + residual) in DTYPE, of a [pixels, channels] accumulator tile.
+
+    ``columns`` are the channels of the tile's columns; ``residual_offsets`` and ``mask`` have the
+    tile's shape. A pointer that is None takes no part.
+    """
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns_mask, other=0.0)
+        tile += widen(bias, tile.dtype)[None, :]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0)
+        tile += widen(residual, tile.dtype)
+    if RELU:
+        tile = relu(tile)
+    return narrow(tile, DTYPE)
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def relu_backward_kernel(
+    dy_ptr,
+    y_ptr,
+    dz_ptr,
+    dy_strides,  # n, k, p, q; so are the others
+    y_strides,
+    dz_strides,
+    sizes,  # N, K, P, Q
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dz = 0 where y <= 0, else dy: a NaN in y passes dy on, and a masked infinity gives 0.
+
+    One program writes a tile of ROWS pixels by COLUMNS channels.
+    """
+    N, K, P, Q = sizes
+    pid = program(WIDE)
+    column_tiles = tl.cdiv(K, COLUMNS)
+    row = pid // column_tiles * ROWS + tl.arange(0, ROWS)
+    n, p, q = pixel(row, P, Q)
+    k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row < N * P * Q)[:, None] & (k < K)[None, :]
+    dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+    dy = tl.load(dy_ptr + dy_at[:, None] + (k * dy_strides[1])[None, :], mask=mask, other=0.0)
+    y_at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
+    y = tl.load(y_ptr + y_at[:, None] + (k * y_strides[1])[None, :], mask=mask, other=0.0)
+    ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dz = tl.where(widen(y, ACC) <= 0, 0.0, dy)
+    dz_at = n * dz_strides[0] + p * dz_strides[2] + q * dz_strides[3]
+    tl.store(dz_ptr + dz_at[:, None] + (k * dz_strides[1])[None, :], dz, mask=mask)
+
+
+def relu_backward(dy: Tensor, y: Tensor, dz: Tensor) -> None:
+    """dz[N,K,P,Q] = the gradient before a ReLU with output y, from the gradient dy after it."""
+    N, K, P, Q = y.shape
+    if device.INTERPRET:
+        rows, columns = 4096, min(64, triton.next_power_of_2(max(K, 1)))
+    else:
+        # The longer side of a tile lies along the axis that is contiguous.
+        rows, columns = (32, 64) if y.stride(1) == 1 else (512, 4)
+    device.launch(
+        relu_backward_kernel,
+        (triton.cdiv(N * P * Q, rows) * triton.cdiv(K, columns),),
+        *(dy, y, dz, dy.stride(), y.stride(), dz.stride(), (N, K, P, Q)),
+        *(device.wide(N * P * Q, dy, y, dz), rows, columns),
+        device=y.device,
+    )

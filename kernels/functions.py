@@ -1,0 +1,353 @@
+"""The operators as differentiable functions: a torch.autograd.Function each, no arithmetic.
+
+The three walks of a convolution are one another's derivatives (fprop, dgrad and wgrad are linear
+in each argument), and so are pooling's backward and gather; so every derivative of any order is
+again a kernel. All arguments are batched and normalised: see ``library``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import library  # noqa: F401  defines the operators
+from .geometry import Pair, is_channels_last
+
+_ops = torch.ops.triton_cnn
+Padding = tuple[int, int, int, int]
+
+
+def _channels_last(*tensors: Tensor) -> bool:
+    return any(is_channels_last(t.shape, t.stride()) for t in tensors)
+
+
+class ReluBackward(Function):
+    """dz = dy where y > 0, through which y itself gets no gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, y):
+        return _ops.relu_backward.default(dy, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, ddz):
+        return ReluBackward.apply(ddz, *ctx.saved_tensors), None
+
+
+class ChannelSum(Function):
+    """db[k] = sum over n, p, q of dy[n, k, p, q]: the gradient of a bias."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy):
+        return _ops.channel_sum.default(dy)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, ddb):
+        return ddb[:, None, None].expand(ctx.shape)
+
+
+class Conv2d(Function):
+    """y = relu?(conv(x, w) + bias + residual). Under ReLU y is its own mask; nothing else is kept."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, bias, residual, stride, padding, dilation, groups, precision, relu):
+        return _ops.conv2d.default(
+            x, w, bias, residual, stride, padding, dilation, groups, precision, relu
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        x, w, _, _, *ctx.geometry, relu = inputs
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(
+            x if need_dw else None, w if need_dx else None, output if relu else None
+        )
+        ctx.size = x.shape[2:]
+        ctx.w_size, ctx.w_strides = w.shape, w.stride()
+        ctx.channels_last = _channels_last(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        x, w, y = ctx.saved_tensors
+        need_dx, need_dw, need_db, need_residual = ctx.needs_input_grad[:4]
+        if y is not None:
+            dy = ReluBackward.apply(dy, y)
+        dx = dw = db = None
+        if need_dx:
+            dx = Conv2dDgrad.apply(dy, w, None, ctx.size, *ctx.geometry, ctx.channels_last)
+        if need_dw:
+            dw, db = Conv2dWgrad.apply(
+                x, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, need_db
+            )
+        elif need_db:
+            db = ChannelSum.apply(dy)
+        return dx, dw, db if need_db else None, dy if need_residual else None, *[None] * 6
+
+
+class Conv2dDgrad(Function):
+    """dx = the gradient of x, plus bias: also the transposed convolution of dy."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last
+    ):
+        return _ops.conv2d_dgrad.default(
+            dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        dy, w, _, _, *ctx.geometry, _ = inputs
+        need_dy, need_dw = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(dy if need_dw else None, w if need_dy else None)
+        ctx.w_size, ctx.w_strides = w.shape, w.stride()
+
+    @staticmethod
+    def backward(ctx: Any, ddx):
+        dy, w = ctx.saved_tensors
+        need_dy, need_dw, need_db = ctx.needs_input_grad[:3]
+        ddy = dw = db = None
+        if need_dy:
+            ddy = Conv2d.apply(ddx, w, None, None, *ctx.geometry, False)
+        if need_dw:
+            dw, _ = Conv2dWgrad.apply(ddx, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, False)
+        if need_db:
+            db = ChannelSum.apply(ddx)
+        return ddy, dw, db, *[None] * 7
+
+
+class Conv2dWgrad(Function):
+    """(dw, db) = the gradients of weight and, where asked for, bias: from x and dy."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, dy, size, strides, stride, padding, dilation, groups, precision, bias):
+        return _ops.conv2d_wgrad.default(
+            x, dy, size, strides, stride, padding, dilation, groups, precision, bias
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        x, dy, _, _, *ctx.geometry, ctx.bias = inputs
+        need_dx, need_ddy = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_ddy else None, dy if need_dx else None)
+        ctx.size = x.shape[2:]
+        ctx.x_channels_last = _channels_last(x)
+
+    @staticmethod
+    def backward(ctx: Any, ddw, ddb):
+        x, dy = ctx.saved_tensors
+        need_dx, need_ddy = ctx.needs_input_grad[:2]
+        dx = ddy = None
+        if need_dx:
+            channels_last = ctx.x_channels_last or _channels_last(ddw)
+            dx = Conv2dDgrad.apply(dy, ddw, None, ctx.size, *ctx.geometry, channels_last)
+        if need_ddy:
+            ddy = Conv2d.apply(x, ddw, ddb if ctx.bias else None, None, *ctx.geometry, False)
+        return dx, ddy, *[None] * 8
+
+
+class MaxPool2d(Function):
+    """(y, offsets, indices): the winner's tap is kept for backward, flat indices where asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices):
+        return _ops.max_pool2d.default(
+            x, kernel, stride, padding, dilation, ceil_mode, offsets, indices
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        x, *ctx.geometry, _, _ = inputs
+        _, offsets, indices = output
+        ctx.mark_non_differentiable(offsets, indices)
+        ctx.save_for_backward(offsets)
+        ctx.size = x.shape[2:]
+        ctx.channels_last = _channels_last(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy, _offsets, _indices):
+        (offsets,) = ctx.saved_tensors
+        dx = MaxPool2dBackward.apply(
+            dy, offsets, ctx.size, *ctx.geometry, ctx.channels_last
+        )
+        return dx, *[None] * 7
+
+
+class MaxPool2dBackward(Function):
+    """dx = each pixel's share: the sum of dy over the windows it won."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, offsets, size, kernel, stride, padding, dilation, ceil_mode, channels_last):
+        return _ops.max_pool2d_backward.default(
+            dy, offsets, size, kernel, stride, padding, dilation, ceil_mode, channels_last
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        _, offsets, _, *ctx.geometry, _ = inputs
+        ctx.save_for_backward(offsets)
+
+    @staticmethod
+    def backward(ctx: Any, ddx):
+        return MaxPool2dGather.apply(ddx, *ctx.saved_tensors, *ctx.geometry), *[None] * 8
+
+
+class MaxPool2dGather(Function):
+    """ddy = the value of ddx at each window's winner."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(ddx, offsets, kernel, stride, padding, dilation, ceil_mode):
+        return _ops.max_pool2d_gather.default(
+            ddx, offsets, kernel, stride, padding, dilation, ceil_mode
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        ddx, offsets, *ctx.geometry = inputs
+        ctx.save_for_backward(offsets)
+        ctx.size = ddx.shape[2:]
+        ctx.channels_last = _channels_last(ddx)
+
+    @staticmethod
+    def backward(ctx: Any, ddy):
+        (offsets,) = ctx.saved_tensors
+        ddx = MaxPool2dBackward.apply(ddy, offsets, ctx.size, *ctx.geometry, ctx.channels_last)
+        return ddx, *[None] * 6
+
+
+class MaxUnpool2d(Function):
+    """y[indices] = x, zero elsewhere; of equal indices the last in row-major order wins."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, indices, size):
+        return _ops.max_unpool2d.default(x, indices, size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        _, indices, ctx.size = inputs
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        return MaxUnpool2dBackward.apply(dy, *ctx.saved_tensors), None, None
+
+
+class MaxUnpool2dBackward(Function):
+    """dx = dy[indices]; of equal indices each gets it, as in torch."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, indices):
+        return _ops.max_unpool2d_backward.default(dy, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        dy, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.size = dy.shape[2:]
+
+    @staticmethod
+    def backward(ctx: Any, ddx):
+        return MaxUnpool2d.apply(ddx, *ctx.saved_tensors, ctx.size), None
+
+
+for _name, _function in {
+    "relu_backward": ReluBackward,
+    "channel_sum": ChannelSum,
+    "conv2d": Conv2d,
+    "conv2d_dgrad": Conv2dDgrad,
+    "conv2d_wgrad": Conv2dWgrad,
+    "max_pool2d": MaxPool2d,
+    "max_pool2d_backward": MaxPool2dBackward,
+    "max_pool2d_gather": MaxPool2dGather,
+    "max_unpool2d": MaxUnpool2d,
+    "max_unpool2d_backward": MaxUnpool2dBackward,
+}.items():
+    # The operators are differentiable by themselves too; the Functions cost less to call.
+    torch.library.register_autograd(
+        f"triton_cnn::{_name}", _function.backward, setup_context=_function.setup_context
+    )
+
+
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+    precision: str | None,
+) -> Tensor:
+    """y[N,K,P,Q] = relu?(conv(x[N,C,H,W], w[K,C/groups,R,S]) + bias[K] + residual[N,K,P,Q])."""
+    return Conv2d.apply(
+        x, w, bias, residual, stride, padding, dilation, groups, precision, relu
+    )
+
+
+def conv_transpose2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    precision: str | None,
+) -> Tensor:
+    """The [N,C,H,W] of (H, W) = size that is dgrad of x[N,K,P,Q] with w[K,C/groups,R,S], plus bias."""
+    return Conv2dDgrad.apply(
+        x, w, bias, size, stride, padding, dilation, groups, precision, _channels_last(x, w)
+    )
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+    indices: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y[N,C,P,Q], with indices also the int64 positions of the maxima, flat over H * W."""
+    y, _, flat = MaxPool2d.apply(
+        x, kernel, stride, padding, dilation, ceil_mode, torch.is_grad_enabled(), indices
+    )
+    return (y, flat) if indices else y
+
+
+def max_unpool2d(x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:
+    """[N,C,H,W] of (H, W) = size with x[N,C,P,Q] at its indices, flat over H * W, and zeros."""
+    return MaxUnpool2d.apply(x, indices, size)

@@ -1,0 +1,399 @@
+"""Which pixels meet which taps: convolutions and pooling windows as plain integers.
+
+Nothing here knows tensors or GPUs. Letters are the field's: ``x[N, C, H, W]``, ``w[K, C/groups,
+R, S]``, ``y[N, K, P, Q]``. Sizes and strides are in elements, pairs are ``(height, width)``. The
+functions use plain arithmetic and comparisons only, so that they also take symbolic sizes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import gcd, prod
+from typing import Literal, NamedTuple, Protocol
+
+Pair = tuple[int, int]
+Direction = Literal["fprop", "dgrad", "wgrad"]
+
+
+def conv_output_size(size: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:
+    """Number of places a kernel takes along one axis; ``padding`` is (before, after)."""
+    before, after = padding
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def conv_transpose_output_size(
+    size: int, kernel: int, stride: int, padding: Pair, dilation: int, output_padding: int
+) -> int:
+    """Size along one axis of the input whose convolution has ``size`` places."""
+    before, after = padding
+    return (size - 1) * stride - before - after + dilation * (kernel - 1) + output_padding + 1
+
+
+def pool_output_size(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> int:
+    """Number of windows along one axis; with ``ceil_mode`` each starts inside the padded input."""
+    room = size + 2 * padding - dilation * (kernel - 1) - 1
+    if not ceil_mode:
+        return room // stride + 1
+    places = (room + stride - 1) // stride + 1
+    return places - 1 if (places - 1) * stride >= size + padding else places
+
+
+def same_padding(kernel: int, dilation: int) -> Pair:
+    """Padding that keeps a stride-1 output as large as its input; an odd pixel goes after."""
+    total = dilation * (kernel - 1)
+    return total // 2, total - total // 2
+
+
+def full_padding(kernel: int, dilation: int) -> Pair:
+    """Padding with which each placement that touches the input counts."""
+    return dilation * (kernel - 1), dilation * (kernel - 1)
+
+
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Strides of a dense N, C, H, W tensor that is stored as N, H, W, C."""
+    _, c, h, w = shape
+    return h * w * c, 1, w * c, c
+
+
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Strides of a dense N, C, H, W tensor that is stored in this order."""
+    _, c, h, w = shape
+    return c * h * w, h * w, w, 1
+
+
+def is_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether torch takes these strides for channels_last.
+
+    Its rule, ``suggest_memory_format``: strides that rise in the order C, W, H, N, where a shape
+    that could be either (one channel, or one pixel) is not channels_last.
+    """
+    if strides[1] == 0:
+        return False
+    least = 0
+    for axis in (1, 3, 2, 0):
+        if shape[axis] == 0 or strides[axis] < least:
+            return False
+        if axis == 0 and least == strides[1]:
+            return False
+        least = strides[axis]
+        if shape[axis] > 1:
+            least = least * shape[axis]
+    return True
+
+
+def dense_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides for a new tensor like this one: its own if it is dense, else its memory format's."""
+    expected = 1
+    for axis in sorted(range(len(shape)), key=lambda axis: strides[axis]):
+        if shape[axis] > 1:
+            if strides[axis] != expected:
+                break
+            expected = expected * shape[axis]
+    else:
+        return tuple(strides)
+    return output_strides(shape, is_channels_last(shape, strides))
+
+
+def output_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, int, int, int]:
+    """Strides of a new result in one of torch's two memory formats."""
+    return channels_last_strides(shape) if channels_last else contiguous_strides(shape)
+
+
+def largest_offset(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Distance from a tensor's first element to its last, in elements; views count in full."""
+    return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+class Taps(NamedTuple):
+    """One axis of one parity of dgrad: a stride-1 convolution with a subset of the taps.
+
+    It writes the pixels ``h = first + stride * i`` for ``i < count``, with the taps
+    ``r = tap + tap_step * j`` for ``j < taps``, reading ``dy`` at ``p = i + origin - step * j``.
+    """
+
+    first: int
+    stride: int
+    count: int
+    tap: int
+    tap_step: int
+    taps: int
+    origin: int
+    step: int
+
+
+def dgrad_taps(size: int, kernel: int, stride: int, before: int, dilation: int) -> tuple[Taps, ...]:
+    """The parities of one axis, each with exactly the taps that can contribute to it.
+
+    Tap ``r`` of place ``p`` reads pixel ``h = p * stride - before + r * dilation``; so a pixel
+    meets tap ``r`` only if ``stride`` divides ``h + before - r * dilation``, which recurs every
+    ``stride / gcd(stride, dilation)`` taps.
+    """
+    tap_step = stride // gcd(stride, dilation)
+    parities = []
+    for first in range(min(stride, size)):
+        distance = first + before
+        tap = next((r for r in range(tap_step) if (distance - r * dilation) % stride == 0), kernel)
+        taps = max(0, -((tap - kernel) // tap_step))
+        parities.append(
+            Taps(
+                first=first,
+                stride=stride,
+                count=(size - first + stride - 1) // stride,
+                tap=tap if taps else 0,
+                tap_step=tap_step,
+                taps=taps,
+                origin=(distance - tap * dilation) // stride if taps else 0,
+                step=tap_step * dilation // stride,
+            )
+        )
+    return tuple(parities)
+
+
+class Gemm(NamedTuple):
+    """Sizes of a matrix product: rows x depth times depth x columns, once for each group."""
+
+    rows: int
+    columns: int
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conv2dGeometry:
+    """A 2-D convolution ``y[n,k,p,q] = sum x[n,c,h,w] * w[k,c,r,s]``, as integers.
+
+    ``h = p * stride[0] - padding[0][0] + r * dilation[0]``, likewise for the width; a pixel
+    outside the input counts as zero. ``padding`` is ((top, bottom), (left, right)).
+    """
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    stride: Pair = (1, 1)
+    padding: tuple[Pair, Pair] = ((0, 0), (0, 0))
+    dilation: Pair = (1, 1)
+    groups: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        x_shape: Sequence[int],
+        w_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> "Conv2dGeometry":
+        """From the shapes of x and w; ``padding`` is (top, bottom, left, right)."""
+        top, bottom, left, right = padding
+        return cls(
+            *x_shape,
+            w_shape[0],
+            *w_shape[2:],
+            stride=(stride[0], stride[1]),
+            padding=((top, bottom), (left, right)),
+            dilation=(dilation[0], dilation[1]),
+            groups=groups,
+        )
+
+    @property
+    def P(self) -> int:
+        return conv_output_size(self.H, self.R, self.stride[0], self.padding[0], self.dilation[0])
+
+    @property
+    def Q(self) -> int:
+        return conv_output_size(self.W, self.S, self.stride[1], self.padding[1], self.dilation[1])
+
+    @property
+    def kernel(self) -> Pair:
+        return self.R, self.S
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def w_shape(self) -> tuple[int, int, int, int]:
+        return self.K, self.C // self.groups, self.R, self.S
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.K, self.P, self.Q
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions, those with padding included: the field's convention."""
+        return 2 * prod(self.y_shape) * prod(self.w_shape[1:])
+
+    def bytes(self, itemsize: int) -> int:
+        """Least traffic: each of x, w and y moved once. The same for all three directions."""
+        return itemsize * (prod(self.x_shape) + prod(self.w_shape) + prod(self.y_shape))
+
+    def gemm(self, direction: Direction) -> Gemm:
+        """The matrix product of one group; dgrad's depth is its mean over the parities."""
+        c, k, taps = self.C // self.groups, self.K // self.groups, self.R * self.S
+        pixels = self.N * self.P * self.Q
+        if direction == "fprop":
+            return Gemm(pixels, k, c * taps)
+        if direction == "wgrad":
+            return Gemm(k, c * taps, pixels)
+        parities = [h.taps * w.taps for h, w in self.dgrad()]
+        return Gemm(self.N * self.H * self.W, c, k * sum(parities) // max(1, len(parities)))
+
+    def dgrad(self) -> tuple[tuple[Taps, Taps], ...]:
+        """dx as stride[0] * stride[1] independent stride-1 convolutions, one for each parity.
+
+        No zeros are inserted, and no tap is walked that cannot contribute. A parity may have no
+        tap at all: its pixels get zero.
+        """
+        rows, columns = (
+            dgrad_taps(size, kernel, stride, padding[0], dilation)
+            for size, kernel, stride, padding, dilation in zip(
+                (self.H, self.W), self.kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+        return tuple((row, column) for row in rows for column in columns)
+
+    def dgrad_as_fprop(self) -> "Conv2dGeometry":
+        """For stride 1: the convolution of dy with flipped, transposed filters that is dx.
+
+        Its padding is negative where the forward pass padded by more than the kernel reaches.
+        """
+        if self.stride != (1, 1):
+            raise ValueError(f"dgrad is one convolution only for stride 1, not {self.stride}")
+        padding = tuple(
+            (reach - before, size - 1 - (places - 1) + before)
+            for reach, (before, _), size, places in zip(
+                (self.dilation[0] * (self.R - 1), self.dilation[1] * (self.S - 1)),
+                self.padding,
+                (self.H, self.W),
+                (self.P, self.Q),
+                strict=True,
+            )
+        )
+        return Conv2dGeometry(
+            *(self.N, self.K, self.P, self.Q, self.C, self.R, self.S),
+            padding=(padding[0], padding[1]),
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def wgrad_as_fprop(self) -> "Conv2dGeometry":
+        """For one group: dw as a convolution of x by dy, batch and channels exchanged.
+
+        Stride and dilation change places. Its first R x S places are dw; there may be more.
+        """
+        if self.groups != 1:
+            raise ValueError(f"wgrad is one convolution only for one group, not {self.groups}")
+        return Conv2dGeometry(
+            *(self.C, self.N, self.H, self.W, self.K, self.P, self.Q),
+            stride=self.dilation,
+            padding=self.padding,
+            dilation=self.stride,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pool2dGeometry:
+    """Windows of a 2-D pooling over ``x[N, C, H, W]``; padded pixels never win."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    ceil_mode: bool = False
+
+    @property
+    def P(self) -> int:
+        return pool_output_size(
+            self.H,
+            self.kernel[0],
+            self.stride[0],
+            self.padding[0],
+            self.dilation[0],
+            self.ceil_mode,
+        )
+
+    @property
+    def Q(self) -> int:
+        return pool_output_size(
+            self.W,
+            self.kernel[1],
+            self.stride[1],
+            self.padding[1],
+            self.dilation[1],
+            self.ceil_mode,
+        )
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.P, self.Q
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def covering(self) -> Pair:
+        """How many windows at most cover a pixel, along each axis."""
+        rows, columns = (
+            (dilation * (kernel - 1)) // stride + 1
+            for kernel, stride, dilation in zip(
+                self.kernel, self.stride, self.dilation, strict=True
+            )
+        )
+        return rows, columns
+
+    def bytes(self, itemsize: int, offset_size: int = 0) -> int:
+        """Least traffic of one direction, with ``offset_size`` bytes kept for each output."""
+        return itemsize * prod(self.x_shape) + (itemsize + offset_size) * prod(self.y_shape)
+
+
+class Window(Protocol):
+    """What a layer must tell to be part of a receptive field."""
+
+    @property
+    def kernel(self) -> Pair: ...
+    @property
+    def stride(self) -> Pair: ...
+    @property
+    def padding(self) -> tuple[Pair, Pair] | Pair: ...
+    @property
+    def dilation(self) -> Pair: ...
+
+
+class ReceptiveField(NamedTuple):
+    """Output (p, q) of a chain sees ``size`` input pixels from ``offset + stride * (p, q)`` on."""
+
+    size: Pair
+    stride: Pair
+    offset: Pair
+
+
+def receptive_field(layers: Iterable[Window]) -> ReceptiveField:
+    """What one output of a chain of convolutions and poolings sees of the input, in pixels.
+
+    ``offset`` is negative where the first window starts in the padding. Each layer widens the
+    field by its own reach times the stride of all layers before it (Araujo, Norris, Sim:
+    "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019, section 2).
+    """
+    size, stride, offset = [1, 1], [1, 1], [0, 0]
+    for layer in layers:
+        for axis in (0, 1):
+            before = layer.padding[axis]
+            offset[axis] -= stride[axis] * (before[0] if isinstance(before, tuple) else before)
+            size[axis] += stride[axis] * layer.dilation[axis] * (layer.kernel[axis] - 1)
+            stride[axis] *= layer.stride[axis]
+    return ReceptiveField((size[0], size[1]), (stride[0], stride[1]), (offset[0], offset[1]))

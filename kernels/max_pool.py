@@ -1,0 +1,456 @@
+"""Max-pooling and its inverse: memory traffic alone, in any layout.
+
+The forward pass keeps one small number for each window, its *offset*: the tap that won, as
+``r * S + s``. All gradients follow from it, and all gather: each element is written exactly once,
+without atomics and without a pass of zeros. Sizes and strides are in elements.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .device import Device, loop
+from .geometry import Pair, Pool2dGeometry, is_channels_last
+from .indexing import narrow, pixel, program, widen
+from .tile import Tile
+
+
+def offset_dtype(g: Pool2dGeometry) -> torch.dtype:
+    """The smallest dtype that holds the offsets of g.
+
+    All bits set, which is -1 in a signed dtype, stand for a window without any pixel.
+    """
+    if g.taps < 2**8:
+        return torch.uint8
+    return torch.uint16 if g.taps < 2**16 else torch.int32
+
+
+def choose_tile(direction: str, g: Pool2dGeometry, channels_last: bool, device: Device) -> Tile:
+    """The tile for a walk over a pooling's results ("forward") or its inputs ("backward")."""
+    pixels = g.P * g.Q if direction == "forward" else g.H * g.W
+    return _tile(g.N * pixels, g.C, channels_last, device)
+
+
+def _tile(pixels: int, channels: int, channels_last: bool, device: Device) -> Tile:
+    """A tile that lies along the axis of a tensor that is contiguous.
+
+    Eight channels for each thread are one load of 16 bytes in 16 bits; pixels are loaded one by
+    one. The interpreter takes its time by the program, not by the element.
+    """
+    columns = triton.next_power_of_2(max(channels, 1))
+    if device.backend == "interpreter":
+        columns = min(columns, 1024)
+        return Tile(min(triton.next_power_of_2(max(pixels, 1)), 2**18 // columns), columns)
+    if not channels_last:
+        return Tile(512, 1)
+    columns = min(columns, 64)
+    return Tile(1024 // columns, columns)
+
+
+class _Window(NamedTuple):
+    """What of a pooling its kernels are compiled for; pairs are height and width."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    @classmethod
+    def of(cls, g: Pool2dGeometry) -> "_Window":
+        return cls(g.kernel, g.stride, g.padding, g.dilation)
+
+
+class _Turns(NamedTuple):
+    """A loop of the height and, within it, one of the width; a few turns are unrolled wholly."""
+
+    first: Pair
+    end: Pair
+
+    @property
+    def unroll(self) -> Pair:
+        rows, columns = (end - first for first, end in zip(self.first, self.end, strict=True))
+        return rows if rows * columns <= 16 else 1, min(columns, 8)
+
+
+def _taps(g: Pool2dGeometry) -> _Turns:
+    """The taps that lie inside the input for any window."""
+    first, end = zip(
+        *(
+            (
+                max(0, -(((places - 1) * stride - padding) // dilation)),
+                min(kernel, (size - 1 + padding) // dilation + 1),
+            )
+            for size, places, kernel, stride, padding, dilation in zip(
+                *((g.H, g.W), (g.P, g.Q), g.kernel, g.stride, g.padding, g.dilation), strict=True
+            )
+        ),
+        strict=True,
+    )
+    return _Turns(first, end)
+
+
+@triton.jit
+def _pixels_and_channels(N, I, J, C, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(n, i, j, c, mask) of this program's tile of N x I x J pixels by C channels.
+
+    Pixels are [ROWS, 1], channels [1, COLUMNS], the mask has both.
+    """
+    pid = program(WIDE)
+    column_tiles = tl.cdiv(C, COLUMNS)
+    row = (pid // column_tiles * ROWS + tl.arange(0, ROWS))[:, None]
+    c = (pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    n, i, j = pixel(row, I, J)
+    return n, i, j, c, (n < N) & (c < C)
+
+
+@triton.jit
+def _at(n, c, i, j, strides):
+    """Where a tensor's elements [n, c, i, j] are."""
+    return n * strides[0] + i * strides[2] + j * strides[3] + c * strides[1]
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def max_pool2d_kernel(
+    x_ptr,
+    y_ptr,
+    offsets_ptr,  # or None
+    indices_ptr,  # or None
+    x_strides,  # n, c, h, w
+    y_strides,  # n, c, p, q; so are the next two
+    offsets_strides,
+    indices_strides,
+    sizes,  # N, H, W, P, Q
+    C,
+    WINDOW: tl.constexpr,
+    TAPS: tl.constexpr,  # those to try
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """y[n,c,p,q] = max over r,s of x[n,c,h,w], and the tap that won, and its index h * W + w.
+
+    h = p * stride - padding + r * dilation, likewise w; pixels outside x take no part. A later
+    tap wins if it is greater or NaN: of equal values the first does, of several NaNs the last.
+    One program writes ROWS pixels by COLUMNS channels; values are compared in float32 (float64).
+    """
+    N, H, W, P, Q = sizes
+    n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
+    S: tl.constexpr = WINDOW.kernel[1]
+    h0 = p * WINDOW.stride[0] - WINDOW.padding[0]
+    w0 = q * WINDOW.stride[1] - WINDOW.padding[1]
+    # A window's first tap inside x wins unless another beats it, even if its value is -inf.
+    r0 = tl.maximum((WINDOW.dilation[0] - 1 - h0) // WINDOW.dilation[0], 0)
+    s0 = tl.maximum((WINDOW.dilation[1] - 1 - w0) // WINDOW.dilation[1], 0)
+    found = (r0 < WINDOW.kernel[0]) & (h0 + r0 * WINDOW.dilation[0] < H)
+    found &= (s0 < WINDOW.kernel[1]) & (w0 + s0 * WINDOW.dilation[1] < W)
+    winner = tl.where(found & (c < C), r0 * S + s0, -1).to(tl.int32)
+
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    best = tl.full((ROWS, COLUMNS), float("-inf"), ACC)
+    x_planes = x_ptr + n * x_strides[0] + c * x_strides[1]
+    for r in tl.range(TAPS.first[0], TAPS.end[0], loop_unroll_factor=TAPS.unroll[0]):
+        h = h0 + r * WINDOW.dilation[0]
+        row_mask = mask & (h >= 0) & (h < H)
+        x_rows = x_planes + h * x_strides[2]
+        for s in tl.range(TAPS.first[1], TAPS.end[1], loop_unroll_factor=TAPS.unroll[1]):
+            w = w0 + s * WINDOW.dilation[1]
+            inside = row_mask & (w >= 0) & (w < W)
+            x = tl.load(x_rows + w * x_strides[3], mask=inside, other=float("-inf"))
+            x = widen(x, ACC)
+            wins = (x > best) | (x != x)
+            best = tl.where(wins, x, best)
+            winner = tl.where(wins, r * S + s, winner)
+
+    y = narrow(best, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + _at(n, c, p, q, y_strides), y, mask=mask)
+    if offsets_ptr is not None:
+        offset = winner.to(offsets_ptr.dtype.element_ty)
+        tl.store(offsets_ptr + _at(n, c, p, q, offsets_strides), offset, mask=mask)
+    if indices_ptr is not None:
+        h = h0 + winner // S * WINDOW.dilation[0]
+        w = w0 + winner % S * WINDOW.dilation[1]
+        index = tl.where(winner < 0, -1, h.to(tl.int64) * W + w)
+        tl.store(indices_ptr + _at(n, c, p, q, indices_strides), index, mask=mask)
+
+
+def max_pool2d(
+    x: Tensor,
+    g: Pool2dGeometry,
+    y: Tensor,
+    offsets: Tensor | None,
+    indices: Tensor | None,
+    tile: Tile,
+) -> None:
+    """y[N,C,P,Q] = the maximum of each window of x[N,C,H,W].
+
+    offsets[N,C,P,Q], of ``offset_dtype(g)``, and int64 indices[N,C,P,Q] tell the pixel that it
+    came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
+    """
+    none = (0, 0, 0, 0)
+    device.launch(
+        max_pool2d_kernel,
+        (triton.cdiv(g.N * g.P * g.Q, tile.rows) * triton.cdiv(g.C, tile.columns),),
+        *(x, y, offsets, indices, x.stride(), y.stride()),
+        none if offsets is None else offsets.stride(),
+        none if indices is None else indices.stride(),
+        *((g.N, g.H, g.W, g.P, g.Q), g.C, _Window.of(g), _taps(g)),
+        *(device.wide(g.N * g.P * g.Q, x, y, offsets, indices), tile.rows, tile.columns),
+        device=x.device,
+        num_warps=tile.warps,
+    )
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def max_pool2d_backward_kernel(
+    dy_ptr,
+    offsets_ptr,
+    dx_ptr,
+    dy_strides,  # n, c, p, q; so are those of offsets
+    offsets_strides,
+    dx_strides,  # n, c, h, w
+    sizes,  # N, H, W, P, Q
+    C,
+    WINDOW: tl.constexpr,
+    WINDOWS: tl.constexpr,  # those to ask
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx[n,c,h,w] = sum of dy[n,c,p,q] over the windows that pixel (h, w) won.
+
+    Each pixel asks the windows that cover it, in the order of p and q. One program writes ROWS
+    pixels by COLUMNS channels, summed in float32 (float64 for float64).
+    """
+    N, H, W, P, Q = sizes
+    R: tl.constexpr = WINDOW.kernel[0]
+    S: tl.constexpr = WINDOW.kernel[1]
+    n, h, w, c, mask = _pixels_and_channels(N, H, W, C, WIDE, ROWS, COLUMNS)
+    h0 = h + WINDOW.padding[0]
+    w0 = w + WINDOW.padding[1]
+    p0 = h0 // WINDOW.stride[0] - (WINDOWS.end[0] - 1)
+    q0 = w0 // WINDOW.stride[1] - (WINDOWS.end[1] - 1)
+
+    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    dx = tl.zeros((ROWS, COLUMNS), ACC)
+    dy_planes = dy_ptr + n * dy_strides[0] + c * dy_strides[1]
+    offsets_planes = offsets_ptr + n * offsets_strides[0] + c * offsets_strides[1]
+    for i in tl.range(0, WINDOWS.end[0], loop_unroll_factor=WINDOWS.unroll[0]):
+        p = p0 + i
+        r = h0 - p * WINDOW.stride[0]
+        row_mask = mask & (p >= 0) & (p < P)
+        row_mask = row_mask & (r % WINDOW.dilation[0] == 0) & (r // WINDOW.dilation[0] < R)
+        dy_rows = dy_planes + p * dy_strides[2]
+        offsets_rows = offsets_planes + p * offsets_strides[2]
+        for j in tl.range(0, WINDOWS.end[1], loop_unroll_factor=WINDOWS.unroll[1]):
+            q = q0 + j
+            s = w0 - q * WINDOW.stride[1]
+            covers = row_mask & (q >= 0) & (q < Q)
+            covers = covers & (s % WINDOW.dilation[1] == 0) & (s // WINDOW.dilation[1] < S)
+            offset = tl.load(offsets_rows + q * offsets_strides[3], mask=covers, other=0)
+            dy = tl.load(dy_rows + q * dy_strides[3], mask=covers, other=0.0)
+            tap = r // WINDOW.dilation[0] * S + s // WINDOW.dilation[1]
+            won = covers & (offset.to(tl.int32) == tap)
+            dx += tl.where(won, widen(dy, ACC), 0.0)
+    tl.store(dx_ptr + _at(n, c, h, w, dx_strides), narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+
+
+def max_pool2d_backward(
+    dy: Tensor, offsets: Tensor, dx: Tensor, g: Pool2dGeometry, tile: Tile
+) -> None:
+    """dx[N,C,H,W] from dy[N,C,P,Q] and the offsets[N,C,P,Q] of the forward pass."""
+    device.launch(
+        max_pool2d_backward_kernel,
+        (triton.cdiv(g.N * g.H * g.W, tile.rows) * triton.cdiv(g.C, tile.columns),),
+        *(dy, offsets, dx, dy.stride(), offsets.stride(), dx.stride()),
+        *((g.N, g.H, g.W, g.P, g.Q), g.C, _Window.of(g), _Turns((0, 0), g.covering)),
+        *(device.wide(g.N * g.H * g.W, dy, offsets, dx), tile.rows, tile.columns),
+        device=dy.device,
+        num_warps=tile.warps,
+    )
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def max_pool2d_gather_kernel(
+    ddx_ptr,
+    offsets_ptr,
+    ddy_ptr,
+    ddx_strides,  # n, c, h, w
+    offsets_strides,  # n, c, p, q; so are those of ddy
+    ddy_strides,
+    sizes,  # N, P, Q
+    C,
+    WINDOW: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """ddy[n,c,p,q] = ddx[n,c,h,w] at the pixel that won window (p, q); 0 where there was none.
+
+    One program writes ROWS pixels by COLUMNS channels.
+    """
+    N, P, Q = sizes
+    n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
+    offset = tl.load(offsets_ptr + _at(n, c, p, q, offsets_strides), mask=mask, other=0)
+    offset = offset.to(tl.int32)
+    found = mask & (offset >= 0) & (offset < WINDOW.kernel[0] * WINDOW.kernel[1])
+    r = offset // WINDOW.kernel[1]
+    s = offset % WINDOW.kernel[1]
+    h = p * WINDOW.stride[0] - WINDOW.padding[0] + r * WINDOW.dilation[0]
+    w = q * WINDOW.stride[1] - WINDOW.padding[1] + s * WINDOW.dilation[1]
+    ddy = tl.load(ddx_ptr + _at(n, c, h, w, ddx_strides), mask=found, other=0.0)
+    tl.store(ddy_ptr + _at(n, c, p, q, ddy_strides), ddy, mask=mask)
+
+
+def max_pool2d_gather(
+    ddx: Tensor, offsets: Tensor, ddy: Tensor, g: Pool2dGeometry, tile: Tile
+) -> None:
+    """ddy[N,C,P,Q] from ddx[N,C,H,W] and offsets[N,C,P,Q]: the gradient of the gradient."""
+    device.launch(
+        max_pool2d_gather_kernel,
+        (triton.cdiv(g.N * g.P * g.Q, tile.rows) * triton.cdiv(g.C, tile.columns),),
+        *(ddx, offsets, ddy, ddx.stride(), offsets.stride(), ddy.stride()),
+        *((g.N, g.P, g.Q), g.C, _Window.of(g)),
+        *(device.wide(g.N * g.P * g.Q, ddx, offsets, ddy), tile.rows, tile.columns),
+        device=ddx.device,
+        num_warps=tile.warps,
+    )
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def max_unpool2d_kernel(
+    x_ptr,
+    indices_ptr,
+    y_ptr,
+    x_strides,  # n, c, p, q; so are those of indices
+    indices_strides,
+    y_strides,  # n, c, h, w
+    sizes,  # N, H * W, W, P * Q, Q
+    C,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """y[n,c,h,w] = the last x[n,c,p,q] whose index is h * W + w; 0 where there is none.
+
+    One program writes PLANES planes (n, c): zeros first, then x in blocks of BLOCK elements.
+    Barriers order the blocks; within one, an element yields to a later one of the same index.
+    """
+    N, HW, W, PQ, Q = sizes
+    plane = (program(WIDE) * PLANES + tl.arange(0, PLANES))[:, None]
+    n = plane // C
+    c = plane % C
+
+    hw = tl.arange(0, 8 * BLOCK).to(plane.dtype)[None, :]
+    for _ in loop(tl.cdiv(HW, 8 * BLOCK)):
+        zero = tl.zeros((PLANES, 8 * BLOCK), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + _at(n, c, hw // W, hw % W, y_strides), zero, mask=(n < N) & (hw < HW))
+        hw += 8 * BLOCK
+
+    place = tl.arange(0, BLOCK)
+    pq = place.to(plane.dtype)[None, :]
+    for _ in loop(tl.cdiv(PQ, BLOCK)):
+        mask = (n < N) & (pq < PQ)
+        p = pq // Q
+        q = pq % Q
+        index = tl.load(indices_ptr + _at(n, c, p, q, indices_strides), mask=mask, other=0)
+        inside = (index >= 0) & (index < HW)
+        tl.device_assert(inside, "max_unpool2d: an index lies outside the result")
+        x = tl.load(x_ptr + _at(n, c, p, q, x_strides), mask=mask, other=0.0)
+        inside = inside & mask
+        index = tl.where(inside, index, -1).to(plane.dtype)
+        # [PLANES, BLOCK, BLOCK]
+        repeated = (index[:, :, None] == index[:, None, :]) & (place[:, None] < place[None, :])
+        last = tl.max(repeated.to(tl.int32), axis=2) == 0
+        tl.debug_barrier()
+        tl.store(y_ptr + _at(n, c, index // W, index % W, y_strides), x, mask=inside & last)
+        pq += BLOCK
+
+
+def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
+    """y[N,C,H,W] from x[N,C,P,Q] and int64 indices[N,C,P,Q], flat over H * W: zero elsewhere.
+
+    Of equal indices the last in the order of p and q wins. An index outside raises RuntimeError on
+    a CPU; on a GPU it fails a device-side assertion. Nothing is written outside y either way.
+    """
+    N, C, H, W = y.shape
+    P, Q = x.shape[2:]
+    _check_indices(indices, H, W)
+    tile = _unpool_tile(y)
+    device.launch(
+        max_unpool2d_kernel,
+        (triton.cdiv(N * C, tile.columns),),
+        *(x, indices, y, x.stride(), indices.stride(), y.stride()),
+        *((N, H * W, W, P * Q, Q), C),
+        *(device.wide(max(N * C, H * W, P * Q), x, indices, y), tile.rows, tile.columns),
+        device=x.device,
+        num_warps=tile.warps,
+        # Triton compiles assertions only into kernels of debug mode.
+        debug=True,
+        sanitize_overflow=False,
+    )
+
+
+def _check_indices(indices: Tensor, H: int, W: int) -> None:
+    if indices.device.type == "cpu" and indices.numel():
+        for bad in indices.aminmax():
+            if not 0 <= bad < H * W:
+                raise RuntimeError(
+                    f"max_unpool2d: index {bad.item()} is outside [0, {H * W}), "
+                    f"the range for a result of size {H}x{W}"
+                )
+
+
+def _unpool_tile(y: Tensor) -> Tile:
+    """A block of pixels, which is compared with itself, by some planes (n, c)."""
+    N, C = y.shape[:2]
+    if device.INTERPRET:
+        return Tile(64, min(256, triton.next_power_of_2(max(N * C, 1))))
+    return Tile(16, 16) if is_channels_last(y.shape, y.stride()) else Tile(64, 1, warps=1)
+
+
+@triton.jit(do_not_specialize=["sizes"])
+def max_unpool2d_backward_kernel(
+    dy_ptr,
+    indices_ptr,
+    dx_ptr,
+    dy_strides,  # n, c, h, w
+    indices_strides,  # n, c, p, q; so are those of dx
+    dx_strides,
+    sizes,  # N, H * W, W, P, Q
+    C,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx[n,c,p,q] = dy[n,c,h,w] where indices[n,c,p,q] = h * W + w; 0 for an index outside.
+
+    One program writes ROWS pixels by COLUMNS channels.
+    """
+    N, HW, W, P, Q = sizes
+    n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
+    index = tl.load(indices_ptr + _at(n, c, p, q, indices_strides), mask=mask, other=0)
+    inside = mask & (index >= 0) & (index < HW)
+    index = tl.where(inside, index, 0).to(n.dtype)
+    dx = tl.load(dy_ptr + _at(n, c, index // W, index % W, dy_strides), mask=inside, other=0.0)
+    tl.store(dx_ptr + _at(n, c, p, q, dx_strides), dx, mask=mask)
+
+
+def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
+    """dx[N,C,P,Q] from dy[N,C,H,W] and the forward pass's indices; equal ones all get dy."""
+    N, C, H, W = dy.shape
+    P, Q = dx.shape[2:]
+    channels_last = is_channels_last(dx.shape, dx.stride())
+    tile = _tile(N * P * Q, C, channels_last, device.describe(dy.device))
+    device.launch(
+        max_unpool2d_backward_kernel,
+        (triton.cdiv(N * P * Q, tile.rows) * triton.cdiv(C, tile.columns),),
+        *(dy, indices, dx, dy.stride(), indices.stride(), dx.stride()),
+        *((N, H * W, W, P, Q), C),
+        *(device.wide(max(N * P * Q, H * W), dy, indices, dx), tile.rows, tile.columns),
+        device=dy.device,
+        num_warps=tile.warps,
+    )

@@ -1,0 +1,44 @@
+"""The second pass of a reduction that was split: its parts are added in a fixed order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .device import loop
+from .indexing import narrow, program
+
+
+@triton.jit(do_not_specialize=["numel", "splits"])
+def split_sum_kernel(parts_ptr, out_ptr, numel, splits, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = parts[0, i] + parts[1, i] + ..., first to last; one program sums BLOCK elements."""
+    i = program(WIDE) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < numel
+    total = tl.load(parts_ptr + i, mask=mask, other=0.0)
+    for _ in loop(splits - 1):
+        parts_ptr += numel
+        total += tl.load(parts_ptr + i, mask=mask, other=0.0)
+    tl.store(out_ptr + i, narrow(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+def parts_like(out: Tensor, splits: int) -> Tensor:
+    """Where a split reduction writes: out itself for one part, else a workspace[splits, numel]."""
+    if splits == 1:
+        return out
+    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+    return torch.empty((splits, out.numel()), dtype=dtype, device=out.device)
+
+
+def split_sum(parts: Tensor, out: Tensor) -> None:
+    """Add parts[splits, numel] into out, whose storage is dense in any order of strides."""
+    if parts is out:
+        return
+    splits, numel = parts.shape
+    block = min(1 << 16, triton.next_power_of_2(max(1, numel))) if device.INTERPRET else 1024
+    device.launch(
+        split_sum_kernel,
+        (triton.cdiv(numel, block),),
+        *(parts, out, numel, splits, device.wide(0, parts), block),
+        device=out.device,
+    )

@@ -1,0 +1,109 @@
+"""torch.vmap over the operators: the mapped axis joins the batch, or the groups where w is mapped."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .geometry import contiguous_strides
+
+_ops = torch.ops.triton_cnn
+_BATCH, _CHANNELS = 0, 1
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int, axis: int) -> Tensor | None:
+    """The mapped axis ``dim`` of t merged into ``axis``, slower than it; an unmapped t repeats."""
+    if t is None:
+        return None
+    if dim is None:
+        t = t.unsqueeze(axis).expand(*t.shape[:axis], size, *t.shape[axis:])
+    else:
+        t = t.movedim(dim, axis)
+    return t.flatten(axis, axis + 1)
+
+
+def _unfold(t: Tensor, size: int, axis: int) -> Tensor:
+    return t.unflatten(axis, (size, t.shape[axis] // size))
+
+
+def _conv2d(info, in_dims, x, w, bias, residual, stride, padding, dilation, groups, *rest):
+    size, (x_dim, w_dim, bias_dim, residual_dim) = info.batch_size, in_dims[:4]
+    axis = _BATCH
+    if w_dim is not None or bias_dim is not None:
+        axis, groups = _CHANNELS, groups * size
+        w, bias = _fold(w, w_dim, size, 0), _fold(bias, bias_dim, size, 0)
+    x, residual = _fold(x, x_dim, size, axis), _fold(residual, residual_dim, size, axis)
+    y = _ops.conv2d(x, w, bias, residual, stride, padding, dilation, groups, *rest)
+    return _unfold(y, size, axis), axis
+
+
+def _dgrad(info, in_dims, dy, w, bias, extent, stride, padding, dilation, groups, *rest):
+    size, (dy_dim, w_dim, bias_dim) = info.batch_size, in_dims[:3]
+    axis = _BATCH
+    if w_dim is not None or bias_dim is not None:
+        axis, groups = _CHANNELS, groups * size
+        w, bias = _fold(w, w_dim, size, 0), _fold(bias, bias_dim, size, 0)
+    dy = _fold(dy, dy_dim, size, axis)
+    dx = _ops.conv2d_dgrad(dy, w, bias, extent, stride, padding, dilation, groups, *rest)
+    return _unfold(dx, size, axis), axis
+
+
+def _wgrad(info, in_dims, x, dy, w_size, _, stride, padding, dilation, groups, precision, bias):
+    size = info.batch_size
+    x, dy = _fold(x, in_dims[0], size, _CHANNELS), _fold(dy, in_dims[1], size, _CHANNELS)
+    w_size = (w_size[0] * size, *w_size[1:])
+    dw, db = _ops.conv2d_wgrad(
+        x,
+        dy,
+        w_size,
+        contiguous_strides(w_size),
+        *(stride, padding, dilation, groups * size, precision, bias),
+    )
+    return (_unfold(dw, size, 0), _unfold(db, size, 0) if bias else db), (0, 0 if bias else None)
+
+
+def _channel_sum(info, in_dims, dy):
+    folded = _fold(dy, in_dims[0], info.batch_size, _CHANNELS)
+    return _unfold(_ops.channel_sum(folded), info.batch_size, 0), 0
+
+
+def _max_pool2d(info, in_dims, x, *window):
+    results = _ops.max_pool2d(_fold(x, in_dims[0], info.batch_size, _BATCH), *window)
+    wanted = (True, *window[-2:])
+    unfolded = (
+        _unfold(t, info.batch_size, _BATCH) if want else t
+        for t, want in zip(results, wanted, strict=True)
+    )
+    return tuple(unfolded), tuple(0 if want else None for want in wanted)
+
+
+def _over_batch(operator: Callable[..., Tensor]) -> Callable:
+    """The rule of an operator on two tensors whose images do not mix."""
+
+    def rule(info, in_dims, first, second, *rest):
+        size = info.batch_size
+        folded = (_fold(t, dim, size, _BATCH) for t, dim in zip((first, second), in_dims[:2], strict=True))
+        return _unfold(operator(*folded, *rest), size, _BATCH), _BATCH
+
+    return rule
+
+
+def register(library: torch.library.Library) -> None:
+    """Register the rules of all operators."""
+    rules = {
+        "conv2d": _conv2d,
+        "conv2d_dgrad": _dgrad,
+        "conv2d_wgrad": _wgrad,
+        "channel_sum": _channel_sum,
+        "max_pool2d": _max_pool2d,
+    }
+    for name in (
+        "relu_backward",
+        "max_pool2d_backward",
+        "max_pool2d_gather",
+        "max_unpool2d",
+        "max_unpool2d_backward",
+    ):
+        rules[name] = _over_batch(getattr(_ops, name))
+    for name, rule in rules.items():
+        torch.library.register_vmap(f"triton_cnn::{name}", rule, lib=library)

@@ -1,0 +1,559 @@
+"""cnn.functional against torch.nn.functional: errors, layouts, shapes, unbatched, autocast.
+
+What the kernels compute is tested with the operators; here it is what reaches them, and in which
+shape, layout and dtype it comes back.
+"""
+
+import itertools
+from math import prod
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as TF
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import cnn.functional as F
+
+TENSORS = ("input", "weight", "bias", "residual", "indices")
+HUGE = 2**64
+
+# A valid call of each function: the tables below replace some of its arguments. For a tensor,
+# a tuple is its shape and a dtype its dtype.
+VALID = {
+    "conv2d": {"input": (2, 4, 9, 11), "weight": (6, 4, 3, 3)},
+    "conv_transpose2d": {"input": (2, 4, 5, 6), "weight": (4, 6, 3, 3)},
+    "max_pool2d": {"input": (2, 4, 9, 11), "kernel_size": 3},
+    "max_unpool2d": {"input": (2, 4, 4, 5), "indices": (2, 4, 4, 5), "kernel_size": 2},
+}
+
+
+def arguments(function: str, changes: dict, device="cpu", dtype=torch.float32) -> dict:
+    """The keyword arguments of a call: ``function``'s valid ones with these changes."""
+    random = torch.Generator().manual_seed(0)
+
+    def tensor(name: str, shape: tuple, kind: torch.dtype) -> torch.Tensor:
+        if name == "indices":  # all different in each plane, and inside of it
+            flat = torch.arange(prod(shape)) % max(1, prod(shape[-2:]))
+            return flat.reshape(shape).to(device, kind)
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(device, kind)
+
+    def value(name: str, change):
+        if name not in TENSORS or not isinstance(change, tuple | torch.dtype):
+            return change
+        kind = torch.int64 if name == "indices" else dtype
+        if isinstance(change, tuple):
+            return tensor(name, change, kind)
+        return tensor(name, VALID[function].get(name, (6,)), change)
+
+    return {name: value(name, change) for name, change in {**VALID[function], **changes}.items()}
+
+
+def described(name: str, change) -> str:
+    """How an error's message must show an argument."""
+    return repr(change) if name in TENSORS else f"{name}={change!r}"
+
+
+def table(rows: list[tuple[str, dict]]):
+    """Parametrize over rows of (function, changes), with what is changed as the id."""
+
+    def show(v) -> str:
+        return str(v).replace(" ", "").replace("torch.", "")
+
+    return pytest.mark.parametrize(
+        ("function", "changes"),
+        [
+            pytest.param(f, c, id="-".join([f, *(f"{k}={show(v)}" for k, v in c.items())]))
+            for f, c in rows
+        ],
+    )
+
+
+def each(function: str, name: str, *values, **fixed) -> list[tuple[str, dict]]:
+    return [(function, {name: value, **fixed}) for value in values]
+
+
+NO_STRIDES = (1.0, True, "1", (1, 2, 3), (1.0, 1), (True, 1), (1, None), (1, "a"), [None], {1, 2})
+NO_STRIDES += (np.float32(1), np.array([1, 2]), torch.tensor(1.0), torch.tensor([1, 2]))
+NO_STRIDES += (1j, HUGE, (1, HUGE), range(1, 3))
+NO_PAIRS = (*NO_STRIDES, None, ())  # which of strides max_pool2d takes
+NO_POSITIVES = (0, -1, (1, 0), (0, 1), (1, -1), [0])
+NO_COUNTS = (-1, (1, -1), (-1, 0))
+NO_TENSORS = (None, 1.0, [[1.0]], np.zeros(2), "x")
+NO_IMAGES = ((), (4,), (4, 9), (1, 2, 4, 9, 11))
+
+# The argument named first is the one to blame.
+REJECTED = [
+    *each("conv2d", "input", *NO_TENSORS, *NO_IMAGES),
+    *each("conv2d", "input", (2, 3, 9, 11), (3, 9, 11), (0, 3, 9, 11), (2, 0, 9, 11)),
+    *each("conv2d", "input", (2, 4, 2, 11), (2, 4, 9, 2), (4, 2, 2), (0, 4, 2, 2)),
+    *each("conv2d", "input", (2, 4, 0, 9), (4, 0, 9), padding=2),
+    *each("conv2d", "input", torch.float64, torch.float16, torch.int64, torch.complex64),
+    *each("conv2d", "weight", *NO_TENSORS, (), (6,), (6, 4), (6, 4, 3), (6, 4, 3, 3, 3)),
+    *each("conv2d", "weight", (6, 3, 3, 3), (0, 4, 3, 3), (6, 4, 0, 3), (6, 4, 3, 0)),
+    *each("conv2d", "weight", (6, 4, 10, 3), (6, 4, 3, 12), (6, 4, 10, 12)),
+    *each("conv2d", "weight", (5, 2, 3, 3), (1, 2, 3, 3), (0, 2, 3, 3), groups=2),
+    *each("conv2d", "weight", torch.float64, torch.float16, torch.bfloat16, torch.int64),
+    *each("conv2d", "bias", 1.0, False, [1.0] * 6, np.zeros(6)),
+    *each("conv2d", "bias", (), (5,), (1,), (0,), (6, 1), (1, 6), torch.float64, torch.float16),
+    *each("conv2d", "stride", *NO_PAIRS, *NO_POSITIVES, "same"),
+    *each("conv2d", "padding", *NO_PAIRS, *NO_COUNTS, "Same", "", "circular", b"1"),
+    *each("conv2d", "stride", 2, (1, 2), (2, 1), 0, padding="same"),
+    *each("conv2d", "dilation", *NO_PAIRS, *NO_POSITIVES, 10, (1, 6)),
+    *each("conv2d", "dilation", 0, None, (1, 1, 1), padding="same"),
+    *each("conv2d", "groups", 0, -1, 3, 5, 2**40, HUGE, 1.0, True, None, "1", (1,), [1]),
+    *each("conv_transpose2d", "input", *NO_TENSORS, *NO_IMAGES),
+    *each("conv_transpose2d", "input", (2, 3, 5, 6), (3, 5, 6), (2, 0, 5, 6)),
+    *each("conv_transpose2d", "input", (2, 4, 0, 6), (4, 5, 0), (2, 4, 0, 0)),
+    *each("conv_transpose2d", "input", (2, 4, 1, 1), (0, 4, 1, 1), (4, 1, 9), padding=2),
+    *each("conv_transpose2d", "input", torch.float64, torch.float16, torch.int64),
+    *each("conv_transpose2d", "weight", *NO_TENSORS, (), (4,), (4, 6, 3), (4, 6, 3, 3, 3)),
+    *each("conv_transpose2d", "weight", (3, 6, 3, 3), (0, 6, 3, 3), (4, 0, 3, 3), (4, 6, 0, 3)),
+    *each("conv_transpose2d", "weight", torch.float64, torch.float16, torch.bfloat16),
+    *each("conv_transpose2d", "bias", 1.0, [1.0] * 6, (), (5,), (4,), (12,), (6, 1)),
+    *each("conv_transpose2d", "bias", torch.float64, torch.float16),
+    *each("conv_transpose2d", "bias", (6,), groups=2),
+    *each("conv_transpose2d", "stride", *NO_PAIRS, *NO_POSITIVES),
+    *each("conv_transpose2d", "padding", *NO_PAIRS, *NO_COUNTS, "same", 5, (0, 5)),
+    *each("conv_transpose2d", "dilation", *NO_PAIRS, *NO_POSITIVES),
+    *each("conv_transpose2d", "output_padding", *NO_PAIRS, *NO_COUNTS, 1, (0, 1), (1, 0), [1]),
+    *each("conv_transpose2d", "output_padding", 2, 3, (0, 2), stride=2),
+    *each("conv_transpose2d", "output_padding", 3, stride=2, dilation=3),
+    *each("conv_transpose2d", "output_padding", (0, 1), stride=(2, 1)),
+    *each("conv_transpose2d", "groups", 0, -1, 3, 8, 2**40, HUGE, 1.0, True, None, [1]),
+    *each("max_pool2d", "input", *NO_TENSORS, *NO_IMAGES),
+    *each("max_pool2d", "input", (2, 0, 9, 11), (0, 9, 11), (2, 4, 0, 9), (4, 9, 0), (0, 0, 9, 9)),
+    *each("max_pool2d", "input", (2, 4, 2, 2), (0, 4, 2, 2), (4, 9, 2), torch.bool),
+    *each("max_pool2d", "kernel_size", *NO_PAIRS, *NO_POSITIVES, 10, (3, 12), 2**40),
+    *each("max_pool2d", "kernel_size", 0, (0, 2), stride=1),
+    *each("max_pool2d", "kernel_size", 5, (3, 7), stride=1, dilation=(3, 2), ceil_mode=True),
+    *each("max_pool2d", "stride", *NO_STRIDES),
+    *each("max_pool2d", "stride", *NO_POSITIVES, 2**31, 2**40),
+    *each("max_pool2d", "padding", *NO_PAIRS, *NO_COUNTS, 2, (1, 2), (2, 1), 2**31),
+    *each("max_pool2d", "padding", 2, dilation=2),
+    *each("max_pool2d", "padding", 1, kernel_size=1),
+    *each("max_pool2d", "dilation", *NO_PAIRS, *NO_POSITIVES, 5, (1, 6)),
+    *each("max_pool2d", "dilation", -1, 2**31, kernel_size=1),
+    *each("max_pool2d", "ceil_mode", None, 0, 1, "a", 1.0, np.True_, torch.tensor(True)),
+    *each("max_unpool2d", "input", *NO_TENSORS, *NO_IMAGES),
+    *each("max_unpool2d", "input", (2, 0, 4, 5), (2, 4, 0, 5), (4, 4, 0), (0, 0, 4, 5)),
+    *each("max_unpool2d", "input", (2, 4, 0, 4), stride=3),
+    *each("max_unpool2d", "input", torch.int64, torch.complex64, torch.bool),
+    *each("max_unpool2d", "indices", *NO_TENSORS, torch.int32, torch.float32, torch.uint8),
+    *each("max_unpool2d", "indices", (2, 4, 4, 4), (4, 4, 5), (1, 4, 4, 5), (2, 4, 4, 5, 1)),
+    *each("max_unpool2d", "kernel_size", 1.0, "1", None, (2, 1.0), (None, 2), np.int64(2)),
+    *each("max_unpool2d", "kernel_size", torch.tensor(2), (), (2,), [2], (2, 2, 2), -1, (2, -1)),
+    *each("max_unpool2d", "stride", 1.0, "1", (2, 1.0), (None, 2), np.int64(2), torch.tensor(2)),
+    *each("max_unpool2d", "stride", (), (2,), [], -1, (2, -1)),
+    *each("max_unpool2d", "padding", 1.0, "1", None, (1, 1.0), np.int64(1), (), (1,), 5, (0, 6)),
+    *each("max_unpool2d", "output_size", 8, "ab", {8, 10}, (None, 10), (8, "a"), (8.0, 10)),
+    *each("max_unpool2d", "output_size", (), [], (9,), (8, 10, 1), (2, 4, 8, 10, 1), (4, 8, 10)),
+    *each("max_unpool2d", "output_size", (10, 10), (6, 10), (8, 12), (8, 8), (0, 0), (2, 4, 8, 12)),
+    *each("max_unpool2d", "output_size", torch.tensor([8, 10]), np.array([8, 10])),
+]
+
+
+@table(REJECTED)
+def test_what_torch_rejects(function, changes, device, monkeypatch):
+    """The same class of exception, the blame on the right argument, and no operator is called."""
+    with pytest.raises(Exception) as theirs:  # noqa: PT011  any that torch raises
+        getattr(TF, function)(**arguments(function, changes))
+    monkeypatch.setattr(F, "functions", SimpleNamespace())
+    with pytest.raises(theirs.type) as ours:
+        getattr(F, function)(**arguments(function, changes, device))
+    assert ours.type is theirs.type
+    name, change = next(iter(changes.items()))
+    assert name in str(ours.value)
+    assert described(name, change) in str(ours.value)
+
+
+# Ours alone, or where torch takes on the CPU what the library does not.
+REFUSED = [
+    *(
+        (f, {"input": d}, NotImplementedError)
+        for f in VALID
+        for d in (torch.int64, torch.complex64)
+    ),
+    *((f, {"input": torch.float8_e4m3fn}, NotImplementedError) for f in VALID),
+    ("conv2d", {"activation": "gelu"}, ValueError),
+    ("conv2d", {"activation": True}, ValueError),
+    ("conv2d", {"precision": "bf16"}, ValueError),
+    ("conv2d", {"precision": False}, ValueError),
+    ("conv2d", {"residual": 1.0}, TypeError),
+    ("conv2d", {"residual": (2, 6, 9, 11)}, ValueError),
+    ("conv2d", {"residual": (6, 7, 9)}, ValueError),
+    ("conv2d", {"residual": (1, 6, 7, 9)}, ValueError),
+    ("conv2d", {"residual": (2, 6, 7, 9), "input": (4, 9, 11)}, ValueError),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "error"),
+    [pytest.param(*row, id=f"{row[0]}-{row[1]}".replace(" ", "")) for row in REFUSED],
+)
+def test_what_this_library_refuses(function, changes, error, device, monkeypatch):
+    if "input" in changes and function.startswith("conv") and "residual" not in changes:
+        changes = {**changes, "weight": changes["input"]}
+    monkeypatch.setattr(F, "functions", SimpleNamespace())
+    with pytest.raises(error) as raised:
+        getattr(F, function)(**arguments(function, changes, device))
+    name, change = next(iter(changes.items()))
+    assert name in str(raised.value)
+    assert described(name, change) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [("conv2d", n) for n in ("weight", "bias", "residual")]
+    + [("conv_transpose2d", n) for n in ("weight", "bias")]
+    + [("max_unpool2d", "indices")],
+)
+def test_tensors_on_two_devices(function, name, device):
+    shapes = {"bias": (6,), "residual": (2, 6, 7, 9)}
+    call = arguments(function, {name: shapes.get(name, VALID[function].get(name))}, device)
+    elsewhere = "cpu" if device.type == "cuda" else "meta"
+    call[name] = call[name].to(elsewhere)
+    with pytest.raises(RuntimeError, match=f"{name} must have .* device.* on {elsewhere}"):
+        getattr(F, function)(**call)
+
+
+@pytest.mark.parametrize("function", VALID)
+def test_sparse_tensors(function, device):
+    call = arguments(function, {}, device)
+    call["input"] = call["input"].to_sparse()
+    with pytest.raises(RuntimeError, match=r"layout|strided"):
+        getattr(F, function)(**call)
+
+
+@pytest.mark.parametrize("index", [80, 1000, -1, -1000])
+def test_an_index_outside_the_result(index):
+    call = arguments("max_unpool2d", {})
+    call["indices"][1, 2, 3, 4] = index
+    with pytest.raises(RuntimeError):
+        TF.max_unpool2d(**call)
+    with pytest.raises(RuntimeError):
+        F.max_unpool2d(**call)
+
+
+TAKEN = [
+    *each("conv2d", "stride", 2, (2, 1), [1, 2], [2], (2,), torch.Size([1, 2]), np.int64(2)),
+    *each("conv2d", "stride", torch.tensor(2), (np.int64(2), torch.tensor(1)), (2, True), 2**40),
+    *each("conv2d", "padding", 1, (1, 0), [2], "valid", "same", (np.int32(1), 2), 7),
+    *each("conv2d", "padding", "same", weight=(6, 4, 2, 4)),
+    *each("conv2d", "padding", "same", weight=(6, 4, 4, 3), dilation=(3, 2)),
+    *each("conv2d", "padding", "same", weight=(6, 4, 1, 2), dilation=[2], input=(4, 9, 11)),
+    *each("conv2d", "padding", "valid", stride=2),
+    *each("conv2d", "dilation", 2, (1, 3), [4, 2], np.int64(2)),
+    *each("conv2d", "groups", 2, np.int64(2), torch.tensor(2), weight=(6, 2, 3, 3), bias=(6,)),
+    *each("conv2d", "groups", 4, weight=(8, 1, 3, 3), input=(4, 9, 11)),
+    *each("conv2d", "input", (4, 9, 11), (2, 4, 3, 3), (4, 3, 3), bias=(6,)),
+    *each("conv2d", "input", (0, 4, 9, 11), (0, 4, 3, 3), bias=(6,)),
+    *each("conv2d", "input", (2, 0, 9, 11), (0, 0, 9, 11), (0, 9, 11), weight=(6, 0, 3, 3)),
+    *each("conv2d", "input", (2, 0, 9, 11), weight=(6, 0, 3, 3), bias=(6,), groups=3, padding=1),
+    *each("conv_transpose2d", "stride", 2, (2, 1), [3], np.int64(2), (2, True), torch.tensor(3)),
+    *each("conv_transpose2d", "padding", 1, (1, 0), [2], 3, np.int64(1)),
+    *each("conv_transpose2d", "output_padding", 1, (1, 0), [1], np.int64(1), stride=2),
+    *each("conv_transpose2d", "output_padding", 2, (1, 2), stride=2, dilation=3, padding=1),
+    *each("conv_transpose2d", "output_padding", (0, 1), stride=(2, 1), dilation=(1, 2)),
+    *each("conv_transpose2d", "output_padding", 2, dilation=(4, 3), bias=(6,)),
+    *each("conv_transpose2d", "dilation", 2, (1, 3), [2], np.int64(2)),
+    *each("conv_transpose2d", "groups", 2, np.int64(2), bias=(12,)),
+    *each("conv_transpose2d", "groups", 4, weight=(4, 2, 2, 3), stride=(1, 2)),
+    *each("conv_transpose2d", "input", (4, 5, 6), (4, 1, 1), (0, 4, 5, 6), bias=(6,)),
+    *each("max_pool2d", "stride", None, [], (), 1, 2, (1, 2), [2], 4, np.int64(2), 2**31 - 1),
+    *each("max_pool2d", "kernel_size", 1, (2, 3), [2], (3,), np.int64(2), (2, True)),
+    *each("max_pool2d", "padding", 1, (1, 0), [1], np.int64(1), stride=2),
+    *each("max_pool2d", "padding", (1, 2), kernel_size=(2, 4), stride=1),
+    *each("max_pool2d", "dilation", 2, (1, 3), [2], np.int64(2), stride=1, padding=1),
+    *each("max_pool2d", "dilation", 2**31 - 1, kernel_size=1),
+    *each("max_pool2d", "ceil_mode", True, False, stride=2, padding=1),
+    *each("max_pool2d", "ceil_mode", True, input=(4, 2, 2)),
+    *each("max_pool2d", "return_indices", True, 1, "yes", 0, None),
+    *each("max_pool2d", "return_indices", True, input=(4, 9, 11), stride=2, ceil_mode=True),
+    *each("max_pool2d", "input", (0, 4, 9, 11), (0, 4, 3, 3), (4, 9, 11), return_indices=True),
+    *each("max_unpool2d", "kernel_size", 2, (2, 3), [2, 2], (3, 2)),
+    *each("max_unpool2d", "stride", None, 2, (3, 2), [2, 2], (2, 2, 9)),
+    *each("max_unpool2d", "padding", 0, 1, (0, 1), [1, 0], -1, True, kernel_size=3),
+    *each("max_unpool2d", "output_size", (8, 10), [9, 11], (7, 9), (2, 4, 9, 10), (1, 1, 8, 11)),
+    *each("max_unpool2d", "output_size", torch.Size([9, 9]), torch.Size([2, 4, 8, 10])),
+    *each("max_unpool2d", "input", (4, 4, 5), indices=(4, 4, 5), output_size=(9, 10)),
+    *each("max_unpool2d", "input", (0, 4, 4, 5), indices=(0, 4, 4, 5)),
+]
+
+
+def results(value) -> list[torch.Tensor]:
+    return list(value) if isinstance(value, tuple) else [value]
+
+
+def gradients(call: dict, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    leaves = [v for v in call.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    dy = torch.arange(1.0, outputs[0].numel() + 1, dtype=outputs[0].dtype)
+    dy = dy.reshape(outputs[0].shape).to(outputs[0].device)
+    return list(torch.autograd.grad(outputs[0], leaves, dy))
+
+
+@table(TAKEN)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_what_torch_takes(function, changes, device):
+    """Results, indices and gradients are torch's, in shape and value."""
+    found = []
+    for module, place in ((TF, "cpu"), (F, device)):
+        call = arguments(function, changes, place, torch.float64)
+        for v in call.values():
+            if isinstance(v, torch.Tensor) and v.is_floating_point():
+                v.requires_grad_()
+        outputs = results(getattr(module, function)(**call))
+        found.append([t.cpu() for t in outputs + gradients(call, outputs)])
+    assert_close(*reversed(found))
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize(
+    ("kernel", "dilation"), [((3, 3), 1), ((2, 5), (3, 1)), ((1, 4), 2)], ids=str
+)
+def test_full_padding(kernel, dilation, batched, device):
+    call = arguments(
+        "conv2d", {"weight": (6, 4, *kernel), "dilation": dilation}, device, torch.float64
+    )
+    if not batched:
+        call["input"] = call["input"][0]
+    d = dilation if isinstance(dilation, tuple) else (dilation, dilation)
+    padding = tuple(step * (size - 1) for step, size in zip(d, kernel, strict=True))
+    assert_close(F.conv2d(**call, padding="full"), TF.conv2d(**call, padding=padding))
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_residual_and_activation(activation, batched, device):
+    call = arguments("conv2d", {"bias": (6,)}, device, torch.float64)
+    residual = torch.randn(2, 6, 7, 9, dtype=torch.float64, device=device)
+    if not batched:
+        call["input"], residual = call["input"][0], residual[0]
+    expected = TF.conv2d(**call) + residual
+    expected = expected.relu() if activation else expected
+    assert_close(F.conv2d(**call, residual=residual, activation=activation), expected)
+
+
+# Layouts.
+
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize(("of_input", "of_weight"), [*itertools.product(LAYOUTS, LAYOUTS)])
+@pytest.mark.parametrize("function", ["conv2d", "conv_transpose2d"])
+def test_layout_of_a_convolution(function, of_input, of_weight, batched, device):
+    """channels_last if input or weight is; one image alone never is, by torch's rule."""
+    strides = []
+    for module, place in ((TF, "cpu"), (F, device)):
+        call = arguments(function, {}, place)
+        call["input"] = call["input"].contiguous(memory_format=LAYOUTS[of_input])
+        call["weight"] = call["weight"].contiguous(memory_format=LAYOUTS[of_weight])
+        if not batched:
+            call["input"] = call["input"][0]
+        strides.append(getattr(module, function)(**call).stride())
+    assert strides[1] == strides[0]
+
+
+@pytest.mark.parametrize("view", ["whole", "image", "channel", "channels", "columns", "batch"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_of_a_pooling(layout, view, device):
+    views = {
+        "whole": lambda x: x,
+        "image": lambda x: x[0],
+        "channel": lambda x: x[:, :1],
+        "channels": lambda x: x[:, ::2],
+        "columns": lambda x: x[..., ::2],
+        "batch": lambda x: x.expand(2, -1, -1, -1),
+    }
+    found = []
+    for module, place in ((TF, "cpu"), (F, device)):
+        x = arguments("max_pool2d", {"input": (1 if view == "batch" else 2, 4, 8, 8)}, place)[
+            "input"
+        ]
+        x = views[view](x.contiguous(memory_format=LAYOUTS[layout]))
+        y, indices = module.max_pool2d(x, 2, return_indices=True)
+        unpooled = module.max_unpool2d(y, indices, 2)
+        found.append([t.stride() for t in (module.max_pool2d(x, 2), y, indices, unpooled)])
+    assert found[1] == found[0]
+
+
+# What else torch's functions do.
+
+
+def test_fx_traces_through(device):
+    def block(x, w):
+        return F.max_pool2d(F.conv2d(x, w, activation="relu"), kernel_size=2)
+
+    traced = torch.fx.symbolic_trace(block)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_function"] == [
+        F.conv2d,
+        F.max_pool2d,
+    ]
+    call = arguments("conv2d", {}, device)
+    assert_close(traced(*call.values()), block(*call.values()))
+
+
+def test_subclasses_of_tensor(device):
+    class Tagged(torch.Tensor):
+        pass
+
+    call = arguments("conv2d", {}, device)
+    y = F.conv2d(call["input"].as_subclass(Tagged), weight=call["weight"])
+    assert type(y) is Tagged
+    assert_close(y.as_subclass(torch.Tensor), F.conv2d(**call))
+
+
+def test_meta_tensors():
+    x = torch.empty(2, 4, 9, 11, device="meta")
+    y, indices = F.max_pool2d(F.conv2d(x, x.new_empty(6, 4, 3, 3)), 2, return_indices=True)
+    assert y.shape == (2, 6, 3, 4)
+    assert F.max_unpool2d(y, indices, 2).shape == (2, 6, 6, 8)
+    assert F.conv_transpose2d(y, x.new_empty(6, 4, 2, 2), stride=2).shape == (2, 4, 6, 8)
+
+
+def test_compiles_once_for_all_sizes(device):
+    """No graph break, and nothing but arithmetic on sizes; arguments may be symbolic too."""
+
+    def everything(x, w, step):
+        y = F.conv2d(x, w, None, step, (step, 1), activation="relu", residual=None)
+        y = F.conv2d(y, w, padding="same", residual=y)
+        pooled, indices = F.max_pool2d(y, [2], stride=[], return_indices=True)
+        y = F.max_unpool2d(pooled, indices, 2, output_size=y.shape)
+        return F.conv_transpose2d(y, w, None, [step], 1, (step - 1, 0), dilation=step)
+
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(everything, backend=counter, fullgraph=True, dynamic=True)
+    w = torch.randn(4, 4, 3, 2, device=device)
+    for shape, step in (((2, 4, 9, 11), 2), ((3, 4, 14, 10), 3), ((5, 4, 21, 16), 4)):
+        x = torch.randn(shape, device=device)
+        assert_close(compiled(x, w, step), everything(x, w, step))
+    assert counter.frame_count == 1
+
+
+# Autocast.
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts made within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def parameters(device, function="conv2d") -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    call = arguments(function, {"bias": (6,)}, device)
+    return torch.nn.Parameter(call["weight"]), torch.nn.Parameter(call["bias"])
+
+
+def half(device, **options):
+    return torch.autocast(device.type, torch.bfloat16, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("function", VALID)
+def test_dtype_under_autocast(function, dtype, device):
+    call = arguments(function, {}, device, dtype)
+    with half(device):
+        ours, theirs = getattr(F, function)(**call), getattr(TF, function)(**call)
+    assert ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "residual"])
+def test_autocast_mends_mixed_dtypes_but_float64(name, device):
+    shapes = {"bias": (6,), "residual": (2, 6, 7, 9), "weight": (6, 4, 3, 3)}
+    call = arguments("conv2d", {name: shapes[name]}, device)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        with half(device):
+            assert F.conv2d(**{**call, name: call[name].to(dtype)}).dtype == torch.bfloat16
+    with half(device), pytest.raises(RuntimeError, match=f"{name} of torch.float64"):
+        F.conv2d(**{**call, name: call[name].double()})
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", ["conv2d", "conv_transpose2d"])
+def test_a_parameter_is_cast_once_in_a_region(function, mode, cache, device):
+    counts = []
+    for module in (TF, F):
+        w, bias = parameters(device, function)
+        x = arguments(function, {}, device)["input"]
+        with mode(), half(device, cache_enabled=cache), Casts() as casts:
+            for _ in range(3):
+                getattr(module, function)(x, w, bias)
+        counts.append(casts.count)
+    assert counts == ([5, 5] if cache else [9, 9])
+
+
+def test_gradients_pass_through_a_shared_cast(device):
+    """Also where it was first made without gradients, and by torch's own layer."""
+    w, bias = parameters(device)
+    x = arguments("conv2d", {}, device)["input"]
+    with half(device):
+        with torch.no_grad():
+            F.conv2d(x, w, bias)
+        ys = [m.conv2d(x, w, bias) for m in (TF, F, TF, F)]
+    ys[1].sum().backward()
+    once = w.grad.clone(), bias.grad.clone()
+    ys[3].sum().backward()
+    assert_close((w.grad, bias.grad), (2 * once[0], 2 * once[1]))
+    expected = TF.conv2d(x.double(), w.double(), bias.double()).sum()
+    exact = torch.autograd.grad(expected, (w, bias))
+    assert_close(once, exact, rtol=2e-2, atol=2e-1)
+
+
+def test_a_new_region_casts_anew(device):
+    w, _ = parameters(device)
+    x = arguments("conv2d", {}, device)["input"]
+    with half(device):
+        F.conv2d(x, w)
+    with torch.no_grad():
+        w.zero_()
+    with half(device):
+        assert (F.conv2d(x, w) == 0).all()
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "hooks"])
+def test_autocast_within_a_checkpoint(reentrant, device):
+    """A checkpoint's saved-tensor hooks must not see how the shared cast is had."""
+    w, bias = parameters(device)
+    x = arguments("conv2d", {}, device)["input"].requires_grad_()
+    found = []
+    for wrap in (lambda f, x: checkpoint(f, x, use_reentrant=reentrant), lambda f, x: f(x)):
+        with half(device):
+            y = wrap(lambda x: F.conv2d(x, w, bias, activation="relu").float().square(), x)
+        found.append(torch.autograd.grad(y.sum(), (x, w, bias)) if not reentrant else None)
+        if reentrant:
+            y.sum().backward()
+            found[-1] = [t.grad for t in (x, w, bias)]
+            x.grad = w.grad = bias.grad = None
+    assert_close(list(found[0]), list(found[1]))
+
+
+def test_autocast_within_a_function_transform(device):
+    w, bias = parameters(device)
+    x = arguments("conv2d", {}, device)["input"]
+
+    def loss(w):
+        return F.conv2d(x, w, bias).float().square().sum()
+
+    with half(device):
+        (expected,) = torch.autograd.grad(loss(w), w)
+        assert_close(torch.func.grad(loss)(w), expected)
+
+
+def test_compiled_under_autocast(device):
+    w, bias = parameters(device)
+    x = arguments("conv2d", {}, device)["input"]
+    compiled = torch.compile(F.conv2d, backend="eager", fullgraph=True)
+    with half(device):
+        assert_close(compiled(x, w, bias), F.conv2d(x, w, bias))
