@@ -48,11 +48,16 @@ POOLS = {
 DIRECTIONS: tuple[Direction, ...] = ("fprop", "dgrad", "wgrad")
 
 _TENSOR_CORE = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|UTC\w*MMA|DMMA|v_mfma_\w+)")
+_LABEL = re.compile(r"^\s*(\.L\w+):")
+_BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)")
 
 
 @dataclass(frozen=True)
 class Code:
-    """One compiled kernel. ``spills`` counts the bytes of local memory (AMD: scratch) it uses."""
+    """One compiled kernel: ``spills`` in bytes of local memory (AMD: scratch) a thread.
+
+    ``tensor_core_instructions`` are those of the loop that has most of them.
+    """
 
     layer: str
     direction: str
@@ -114,9 +119,24 @@ def read(compiled, **labels: str) -> Code:
         registers=registers,
         spills=spills,
         shared_bytes=compiled.metadata.shared,
-        tensor_core_instructions=len(_TENSOR_CORE.findall(assembly)),
+        tensor_core_instructions=max(map(_tensor_core, _loops(assembly)), default=0),
         **labels,
     )
+
+
+def _tensor_core(lines: list[str]) -> int:
+    return sum(bool(_TENSOR_CORE.search(line)) for line in lines)
+
+
+def _loops(assembly: str) -> Iterator[list[str]]:
+    """The lines from each label to each branch back to it."""
+    lines = assembly.splitlines()
+    labels: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        if label := _LABEL.match(line):
+            labels[label[1]] = number
+        elif (branch := _BRANCH.search(line)) and branch[1] in labels:
+            yield lines[labels[branch[1]] : number]
 
 
 def _amd(compiled) -> tuple[int, int, str]:

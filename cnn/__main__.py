@@ -63,7 +63,7 @@ def device(text: str) -> torch.device:
 
 def parser() -> Parser:
     """The command line with its subcommands."""
-    top = Parser(prog="python -m cnn", description=__doc__.split("\n")[0])
+    top = Parser(prog="python -m cnn", description="Train and test image classifiers.")
     commands = top.add_subparsers(required=True)
     common = Parser(add_help=False)
     common.add_argument("--data", choices=DATA, default="digits", help="data set (%(default)s)")
@@ -76,10 +76,10 @@ def parser() -> Parser:
     command = commands.add_parser("train", parents=[common], help="train a model")
     command.set_defaults(run=train)
     command.add_argument("--model", choices=MODELS, default="lenet5", help="model (%(default)s)")
-    command.add_argument("--epochs", type=whole, default=15, help="passes (%(default)s)")
-    command.add_argument("--batch-size", type=whole, default=64, help="images (%(default)s)")
+    command.add_argument("--epochs", type=whole, default=6, help="passes (%(default)s)")
+    command.add_argument("--batch-size", type=whole, default=32, help="images (%(default)s)")
     command.add_argument("--lr", type=rate, default=5e-3, help="peak rate (%(default)s)")
-    command.add_argument("--seed", type=seed, default=0, help="for all that is random (%(default)s)")
+    command.add_argument("--seed", type=seed, default=0, help="fixes the run (%(default)s)")
     command.add_argument("--output", type=Path, help="checkpoint to write (MODEL-DATA.pt)")
 
     command = commands.add_parser("eval", parents=[common], help="test a trained model")
@@ -98,11 +98,11 @@ def train(args: argparse.Namespace) -> None:
     training, test = DATA[args.data]()
     torch.manual_seed(args.seed)
     model = MODELS[args.model]().to(args.device)
-    hyperparameters = {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "seed")}
+    chosen = {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "seed", "device")}
     kept = "nothing was saved"
     share = 0.0
     try:
-        for epoch, loss in enumerate(fit(model, training, device=args.device, **hyperparameters), 1):
+        for epoch, loss in enumerate(fit(model, training, **chosen), start=1):
             share = accuracy(model, test, args.device)
             contents = {"model": args.model, "state_dict": model.state_dict()}
             try:

@@ -44,7 +44,7 @@ def _parsed_pair(name: str, value: Any) -> Pair:
     """
     items = value if isinstance(value, list | tuple) else [value]
     try:
-        numbers: Any = [v if isinstance(v, torch.SymInt) else operator.index(v) for v in items]
+        numbers: Any = [v if _is_int(v) else operator.index(v) for v in items]
     except TypeError:
         numbers = None
     if numbers is None or (items and isinstance(items[0], bool)):
@@ -52,6 +52,11 @@ def _parsed_pair(name: str, value: Any) -> Pair:
     if len(numbers) not in (1, 2):
         raise RuntimeError(f"{name} must be an integer or a pair, got {name}={value!r:.80}")
     return numbers[0], numbers[-1]
+
+
+def _is_int(value: Any) -> bool:
+    """Also of a symbolic int, which torch.compile shows as an int and other tracers as a SymInt."""
+    return type(value) is int or isinstance(value, torch.SymInt)
 
 
 def one_number(name: str, value: Any, least: int) -> int:

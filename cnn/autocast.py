@@ -26,10 +26,12 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _may_share(t: Tensor) -> bool:
     return (
-        t.dim() in (1, 4)
-        and torch.is_autocast_cache_enabled()
+        torch.is_autocast_cache_enabled()
         and not torch.compiler.is_compiling()
+        and not torch.is_inference_mode_enabled()  # torch keeps nothing there
         and not torch._C._are_functorch_transforms_active()  # they refuse saved-tensor hooks
+        and t.dim() in (1, 4)
+        and t.numel() > 0
     )
 
 
@@ -41,7 +43,6 @@ def _shared_cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     hooks keep a caller's own, such as a checkpoint's, from seeing this.
     """
     with (
-        torch.inference_mode(False),
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(_same, _same),
     ):

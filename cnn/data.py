@@ -14,12 +14,12 @@ def digits(size: int = 32) -> tuple[TensorDataset, TensorDataset]:
     share of each digit in both. Images are float32 [1, size, size], shifted and scaled so that the
     training set's pixels have mean 0 and variance 1; labels are int64.
     """
-    source = load_digits()
-    images = torch.from_numpy(source.images).float().unsqueeze(1)
+    pixels, target = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8)
     images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-    labels = torch.from_numpy(source.target)
+    labels = torch.from_numpy(target)
     train, test = train_test_split(
-        range(len(labels)), test_size=0.2, stratify=source.target, random_state=0
+        range(len(labels)), test_size=0.2, stratify=target, random_state=0
     )
     images = (images - images[train].mean()) / images[train].std()
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])

@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 
     Raises OSError where ``path`` cannot be written.
     """
+    whole = BytesIO()  # torch.save into a file hides what the system says of a full disk
+    torch.save(checkpoint, whole)
     part = _part(path)
     try:
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
+        part.write_bytes(whole.getbuffer())
         part.replace(path.resolve())
     finally:
         part.unlink(missing_ok=True)

@@ -55,7 +55,7 @@ def conv2d_dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision
     padded = _backward(
         dy, dy.new_empty(shape), w, stride, dilation, groups, [True, False, False]
     )[0]
-    dx = padded[:, :, top : top + size[0], left : left + size[1]]
+    dx = F.pad(padded, (-left, -right, -top, -bottom))  # the last sides may be negative: zeros
     if bias is not None:
         dx = dx + bias[:, None, None]
     return _stored(dx, channels_last)

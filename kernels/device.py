@@ -28,6 +28,12 @@ def _interpreted_loop(turns: Any) -> range:
 # Triton 3.6's interpreter hands range() a one-element array, which numpy from 2.4 on refuses.
 loop = _interpreted_loop if INTERPRET else tl.range
 
+if INTERPRET:
+    from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
+
+    # Its checks for overflow take two thirds of the time; compiled kernels run without them too.
+    interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
+
 _lock = threading.RLock()
 _launches: Counter[str] = Counter()
 _target: GPUTarget | None = None  # set while launches only compile, into _compiled

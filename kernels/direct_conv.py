@@ -159,15 +159,14 @@ def few_channel_fprop_kernel(
 
     h0 = p * walk[0] + walk[1]
     w0 = q * walk[3] + walk[4]
-    x_rows = x_ptr + group * C * x_strides[1] + n * x_strides[0]
-    w_columns = w_ptr + k * w_strides[0]
+    x_ptr += group * C * x_strides[1]
     line, place = lines(DEPTH, SEGMENT, WIDE)
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for part in loop(tl.cdiv(S * C, SEGMENT)):
         c, s, inside = row_element(part * SEGMENT + place, C, S, TILE[4])
         w = w0[:, None] + s * walk[5]
         # [ROWS, DEPTH]
-        along = (c * x_strides[1])[None, :] + w * x_strides[3]
+        along = (n * x_strides[0])[:, None] + (c * x_strides[1])[None, :] + w * x_strides[3]
         along_mask = (row_mask[:, None] & inside[None, :]) & ((w >= 0) & (w < W))
         w_along = c * w_strides[1] + s * w_strides[3]
         for i in loop(tl.cdiv(R, DEPTH // SEGMENT)):
@@ -178,11 +177,11 @@ def few_channel_fprop_kernel(
             if DEPTH > SEGMENT:
                 x_mask &= (r < R)[None, :]
                 w_mask &= r < R
-            x_tile = tl.load(x_rows[:, None] + (h * x_strides[2] + along), mask=x_mask, other=0.0)
+            x_tile = tl.load(x_ptr + (along + h * x_strides[2]), mask=x_mask, other=0.0)
             # [DEPTH, COLUMNS]
             w_mask = w_mask[:, None] & k_mask[None, :]
-            w_offsets = (w_along + r * w_strides[2])[:, None]
-            w_tile = tl.load(w_columns[None, :] + w_offsets, mask=w_mask, other=0.0)
+            w_offsets = (w_along + r * w_strides[2])[:, None] + (k * w_strides[0])[None, :]
+            w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
             acc = dot(x_tile, w_tile, acc, PRECISION)
 
     store_result(
@@ -703,10 +702,11 @@ def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
         return Tile(_power((4096 if half else 2048) // (columns * depth), 1, 256), columns, depth)
     if direction == "wgrad":
         rows = _power(K, 16, 64 if half else 32)
-        return Tile(rows, _power(g.R * row, 16, 128 if half else 32), 64 if half else 16)
+        columns = _power(g.R * row, 16, 128 if half else 32)
+        return Tile(rows, columns, 64 if half else 16, warps=8 if half else 4)
     # The depth that pads a row of the filter least.
     depth = min((32, 16), key=lambda depth: triton.cdiv(g.S * C, depth) * depth) if half else 16
-    return Tile(64, _power(K, 16, 64 if half else 32), depth)
+    return Tile(64, _power(K, 16, 64 if half else 32), depth, warps=8 if half else 4)
 
 
 def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:

@@ -133,7 +133,8 @@ def dgrad_taps(size: int, kernel: int, stride: int, before: int, dilation: int) 
     parities = []
     for first in range(min(stride, size)):
         distance = first + before
-        tap = next((r for r in range(tap_step) if (distance - r * dilation) % stride == 0), kernel)
+        first_taps = range(min(tap_step, kernel))
+        tap = next((r for r in first_taps if (distance - r * dilation) % stride == 0), kernel)
         taps = max(0, -((tap - kernel) // tap_step))
         parities.append(
             Taps(

@@ -5,7 +5,7 @@ The forward pass keeps one small number for each window, its *offset*: the tap t
 without atomics and without a pass of zeros. Sizes and strides are in elements.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -29,8 +29,13 @@ def offset_dtype(g: Pool2dGeometry) -> torch.dtype:
     return torch.uint16 if g.taps < 2**16 else torch.int32
 
 
-def choose_tile(direction: str, g: Pool2dGeometry, channels_last: bool, device: Device) -> Tile:
-    """The tile for a walk over a pooling's results ("forward") or its inputs ("backward")."""
+def choose_tile(
+    direction: Literal["forward", "backward"],
+    g: Pool2dGeometry,
+    channels_last: bool,
+    device: Device,
+) -> Tile:
+    """The tile for a walk over a pooling's results, as forward and gather take it, or its input."""
     pixels = g.P * g.Q if direction == "forward" else g.H * g.W
     return _tile(g.N * pixels, g.C, channels_last, device)
 
@@ -65,7 +70,7 @@ class _Window(NamedTuple):
 
 
 class _Turns(NamedTuple):
-    """A loop of the height and, within it, one of the width; a few turns are unrolled wholly."""
+    """A loop over the height and, within it, one over the width; small ones are unrolled."""
 
     first: Pair
     end: Pair
@@ -77,25 +82,21 @@ class _Turns(NamedTuple):
 
 
 def _taps(g: Pool2dGeometry) -> _Turns:
-    """The taps that lie inside the input for any window."""
-    first, end = zip(
-        *(
-            (
-                max(0, -(((places - 1) * stride - padding) // dilation)),
-                min(kernel, (size - 1 + padding) // dilation + 1),
-            )
-            for size, places, kernel, stride, padding, dilation in zip(
-                *((g.H, g.W), (g.P, g.Q), g.kernel, g.stride, g.padding, g.dilation), strict=True
-            )
-        ),
-        strict=True,
-    )
-    return _Turns(first, end)
+    """The taps that lie inside x for any window at all: few where windows outgrow the image."""
+    rows = _reach(g.H, g.P, g.kernel[0], g.stride[0], g.padding[0], g.dilation[0])
+    columns = _reach(g.W, g.Q, g.kernel[1], g.stride[1], g.padding[1], g.dilation[1])
+    return _Turns((rows[0], columns[0]), (rows[1], columns[1]))
+
+
+def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
+    """(first, end) of the taps along one axis: from the last window's to the first window's."""
+    first = max(0, -(((places - 1) * stride - padding) // dilation))
+    return first, min(kernel, (size - 1 + padding) // dilation + 1)
 
 
 @triton.jit
-def _pixels_and_channels(N, I, J, C, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(n, i, j, c, mask) of this program's tile of N x I x J pixels by C channels.
+def _pixels_and_channels(N, H, W, C, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(n, h, w, c, mask) of this program's tile of N x H x W pixels by C channels.
 
     Pixels are [ROWS, 1], channels [1, COLUMNS], the mask has both.
     """
@@ -103,14 +104,14 @@ def _pixels_and_channels(N, I, J, C, WIDE: tl.constexpr, ROWS: tl.constexpr, COL
     column_tiles = tl.cdiv(C, COLUMNS)
     row = (pid // column_tiles * ROWS + tl.arange(0, ROWS))[:, None]
     c = (pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    n, i, j = pixel(row, I, J)
-    return n, i, j, c, (n < N) & (c < C)
+    n, h, w = pixel(row, H, W)
+    return n, h, w, c, (n < N) & (c < C)
 
 
 @triton.jit
-def _at(n, c, i, j, strides):
-    """Where a tensor's elements [n, c, i, j] are."""
-    return n * strides[0] + i * strides[2] + j * strides[3] + c * strides[1]
+def _at(n, c, h, w, strides):
+    """Where a tensor's elements [n, c, h, w] are."""
+    return n * strides[0] + h * strides[2] + w * strides[3] + c * strides[1]
 
 
 @triton.jit(do_not_specialize=["sizes"])
@@ -125,8 +126,8 @@ def max_pool2d_kernel(
     indices_strides,
     sizes,  # N, H, W, P, Q
     C,
-    WINDOW: tl.constexpr,
-    TAPS: tl.constexpr,  # those to try
+    WINDOW: tl.constexpr,  # a _Window
+    TAPS: tl.constexpr,  # the _Turns to take
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -139,14 +140,15 @@ def max_pool2d_kernel(
     """
     N, H, W, P, Q = sizes
     n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
+    R: tl.constexpr = WINDOW.kernel[0]
     S: tl.constexpr = WINDOW.kernel[1]
     h0 = p * WINDOW.stride[0] - WINDOW.padding[0]
     w0 = q * WINDOW.stride[1] - WINDOW.padding[1]
     # A window's first tap inside x wins unless another beats it, even if its value is -inf.
     r0 = tl.maximum((WINDOW.dilation[0] - 1 - h0) // WINDOW.dilation[0], 0)
     s0 = tl.maximum((WINDOW.dilation[1] - 1 - w0) // WINDOW.dilation[1], 0)
-    found = (r0 < WINDOW.kernel[0]) & (h0 + r0 * WINDOW.dilation[0] < H)
-    found &= (s0 < WINDOW.kernel[1]) & (w0 + s0 * WINDOW.dilation[1] < W)
+    found = (r0 < R) & (h0 + r0 * WINDOW.dilation[0] < H)
+    found &= (s0 < S) & (w0 + s0 * WINDOW.dilation[1] < W)
     winner = tl.where(found & (c < C), r0 * S + s0, -1).to(tl.int32)
 
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -214,8 +216,8 @@ def max_pool2d_backward_kernel(
     dx_strides,  # n, c, h, w
     sizes,  # N, H, W, P, Q
     C,
-    WINDOW: tl.constexpr,
-    WINDOWS: tl.constexpr,  # those to ask
+    WINDOW: tl.constexpr,  # a _Window
+    WINDOWS: tl.constexpr,  # the _Turns to take
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -283,7 +285,7 @@ def max_pool2d_gather_kernel(
     ddy_strides,
     sizes,  # N, P, Q
     C,
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr,  # a _Window
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -358,7 +360,7 @@ def max_unpool2d_kernel(
         q = pq % Q
         index = tl.load(indices_ptr + _at(n, c, p, q, indices_strides), mask=mask, other=0)
         inside = (index >= 0) & (index < HW)
-        tl.device_assert(inside, "max_unpool2d: an index lies outside the result")
+        tl.device_assert(inside, "max_unpool2d: an index lies outside the result", mask=mask)
         x = tl.load(x_ptr + _at(n, c, p, q, x_strides), mask=mask, other=0.0)
         inside = inside & mask
         index = tl.where(inside, index, -1).to(plane.dtype)
@@ -388,7 +390,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
         *(device.wide(max(N * C, H * W, P * Q), x, indices, y), tile.rows, tile.columns),
         device=x.device,
         num_warps=tile.warps,
-        # Triton compiles assertions only into kernels of debug mode.
+        # Assertions are compiled in debug mode only, which must not check all arithmetic as well.
         debug=True,
         sanitize_overflow=False,
     )
@@ -405,11 +407,11 @@ def _check_indices(indices: Tensor, H: int, W: int) -> None:
 
 
 def _unpool_tile(y: Tensor) -> Tile:
-    """A block of pixels, which is compared with itself, by some planes (n, c)."""
+    """A block of pixels, short as it is compared with itself, by some planes (n, c)."""
     N, C = y.shape[:2]
     if device.INTERPRET:
-        return Tile(64, min(256, triton.next_power_of_2(max(N * C, 1))))
-    return Tile(16, 16) if is_channels_last(y.shape, y.stride()) else Tile(64, 1, warps=1)
+        return Tile(32, min(triton.next_power_of_2(max(N * C, 1)), 1024))
+    return Tile(16, 16) if is_channels_last(y.shape, y.stride()) else Tile(32, 4)
 
 
 @triton.jit(do_not_specialize=["sizes"])

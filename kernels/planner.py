@@ -84,7 +84,10 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
     gemm = g.gemm(direction)
     if direction == "wgrad":
         return Tile(_power(gemm.rows, 256), _power(gemm.columns, 256), 1024, packed=True)
-    return Tile(_power(gemm.rows, 1024), _power(gemm.columns, 256), 64, packed=True)
+    columns, depth = _power(gemm.columns, 256), 64
+    # Larger blocks leave the processor's cache.
+    rows = _power(gemm.rows, 2**18 // max(columns, depth))
+    return Tile(rows, columns, depth, packed=True)
 
 
 def _power(size: int, most: int) -> int:

@@ -83,7 +83,7 @@ CONV_CASES = (
     conv_case(1, 5, (7, 6), 5, (4, 2), padding="same", dilation=(1, 3)),
     # dilation that reaches beyond the padding, or shares a divisor with the stride
     conv_case(2, 5, (11, 9), 6, (3, 3), padding=(1, 1, 0, 0), dilation=(4, 3)),
-    conv_case(2, 5, (11, 12), 6, (3, 4), stride=(4, 6), padding=(2, 2, 3, 3), dilation=(2, 4)),
+    conv_case(2, 5, (9, 8), 6, (3, 4), stride=(4, 2), padding=(2, 2, 4, 4), dilation=(2, 4)),
     # stride, padding and dilation that differ from axis to axis and from side to side
     conv_case(2, 6, (8, 9), 5, (3, 4), (2, 3), (0, 3, 2, 1), (1, 2)),
     # full padding

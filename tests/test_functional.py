@@ -1,11 +1,10 @@
-"""cnn.functional against torch.nn.functional: errors, layouts, shapes, unbatched, autocast.
+"""cnn.functional against torch.nn.functional: errors, layouts, shapes, unbatched inputs.
 
 What the kernels compute is tested with the operators; here it is what reaches them, and in which
 shape, layout and dtype it comes back.
 """
 
 import itertools
-from math import prod
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,44 +12,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as TF
+from calls import TENSORS, VALID, arguments
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import cnn.functional as F
 
-TENSORS = ("input", "weight", "bias", "residual", "indices")
-HUGE = 2**64
-
-# A valid call of each function: the tables below replace some of its arguments. For a tensor,
-# a tuple is its shape and a dtype its dtype.
-VALID = {
-    "conv2d": {"input": (2, 4, 9, 11), "weight": (6, 4, 3, 3)},
-    "conv_transpose2d": {"input": (2, 4, 5, 6), "weight": (4, 6, 3, 3)},
-    "max_pool2d": {"input": (2, 4, 9, 11), "kernel_size": 3},
-    "max_unpool2d": {"input": (2, 4, 4, 5), "indices": (2, 4, 4, 5), "kernel_size": 2},
-}
-
-
-def arguments(function: str, changes: dict, device="cpu", dtype=torch.float32) -> dict:
-    """The keyword arguments of a call: ``function``'s valid ones with these changes."""
-    random = torch.Generator().manual_seed(0)
-
-    def tensor(name: str, shape: tuple, kind: torch.dtype) -> torch.Tensor:
-        if name == "indices":  # all different in each plane, and inside of it
-            flat = torch.arange(prod(shape)) % max(1, prod(shape[-2:]))
-            return flat.reshape(shape).to(device, kind)
-        return torch.randn(shape, generator=random, dtype=torch.float64).to(device, kind)
-
-    def value(name: str, change):
-        if name not in TENSORS or not isinstance(change, tuple | torch.dtype):
-            return change
-        kind = torch.int64 if name == "indices" else dtype
-        if isinstance(change, tuple):
-            return tensor(name, change, kind)
-        return tensor(name, VALID[function].get(name, (6,)), change)
-
-    return {name: value(name, change) for name, change in {**VALID[function], **changes}.items()}
+DYNAMO = "ignore:.*should not be instantiated:DeprecationWarning"  # it makes a Function's ctx
 
 
 def described(name: str, change) -> str:
@@ -79,8 +46,8 @@ def each(function: str, name: str, *values, **fixed) -> list[tuple[str, dict]]:
 
 NO_STRIDES = (1.0, True, "1", (1, 2, 3), (1.0, 1), (True, 1), (1, None), (1, "a"), [None], {1, 2})
 NO_STRIDES += (np.float32(1), np.array([1, 2]), torch.tensor(1.0), torch.tensor([1, 2]))
-NO_STRIDES += (1j, HUGE, (1, HUGE), range(1, 3))
-NO_PAIRS = (*NO_STRIDES, None, ())  # which of strides max_pool2d takes
+NO_STRIDES += (1j, range(1, 3))
+NO_PAIRS = (*NO_STRIDES, None, ())  # as strides max_pool2d takes these two
 NO_POSITIVES = (0, -1, (1, 0), (0, 1), (1, -1), [0])
 NO_COUNTS = (-1, (1, -1), (-1, 0))
 NO_TENSORS = (None, 1.0, [[1.0]], np.zeros(2), "x")
@@ -105,7 +72,7 @@ REJECTED = [
     *each("conv2d", "stride", 2, (1, 2), (2, 1), 0, padding="same"),
     *each("conv2d", "dilation", *NO_PAIRS, *NO_POSITIVES, 10, (1, 6)),
     *each("conv2d", "dilation", 0, None, (1, 1, 1), padding="same"),
-    *each("conv2d", "groups", 0, -1, 3, 5, 2**40, HUGE, 1.0, True, None, "1", (1,), [1]),
+    *each("conv2d", "groups", 0, -1, 3, 5, 2**40, 1.0, True, None, "1", (1,), [1]),
     *each("conv_transpose2d", "input", *NO_TENSORS, *NO_IMAGES),
     *each("conv_transpose2d", "input", (2, 3, 5, 6), (3, 5, 6), (2, 0, 5, 6)),
     *each("conv_transpose2d", "input", (2, 4, 0, 6), (4, 5, 0), (2, 4, 0, 0)),
@@ -124,7 +91,7 @@ REJECTED = [
     *each("conv_transpose2d", "output_padding", 2, 3, (0, 2), stride=2),
     *each("conv_transpose2d", "output_padding", 3, stride=2, dilation=3),
     *each("conv_transpose2d", "output_padding", (0, 1), stride=(2, 1)),
-    *each("conv_transpose2d", "groups", 0, -1, 3, 8, 2**40, HUGE, 1.0, True, None, [1]),
+    *each("conv_transpose2d", "groups", 0, -1, 3, 8, 2**40, 1.0, True, None, [1]),
     *each("max_pool2d", "input", *NO_TENSORS, *NO_IMAGES),
     *each("max_pool2d", "input", (2, 0, 9, 11), (0, 9, 11), (2, 4, 0, 9), (4, 9, 0), (0, 0, 9, 9)),
     *each("max_pool2d", "input", (2, 4, 2, 2), (0, 4, 2, 2), (4, 9, 2), torch.bool),
@@ -141,19 +108,16 @@ REJECTED = [
     *each("max_pool2d", "ceil_mode", None, 0, 1, "a", 1.0, np.True_, torch.tensor(True)),
     *each("max_unpool2d", "input", *NO_TENSORS, *NO_IMAGES),
     *each("max_unpool2d", "input", (2, 0, 4, 5), (2, 4, 0, 5), (4, 4, 0), (0, 0, 4, 5)),
-    *each("max_unpool2d", "input", (2, 4, 0, 4), stride=3),
     *each("max_unpool2d", "input", torch.int64, torch.complex64, torch.bool),
     *each("max_unpool2d", "indices", *NO_TENSORS, torch.int32, torch.float32, torch.uint8),
     *each("max_unpool2d", "indices", (2, 4, 4, 4), (4, 4, 5), (1, 4, 4, 5), (2, 4, 4, 5, 1)),
-    *each("max_unpool2d", "kernel_size", 1.0, "1", None, (2, 1.0), (None, 2), np.int64(2)),
-    *each("max_unpool2d", "kernel_size", torch.tensor(2), (), (2,), [2], (2, 2, 2), -1, (2, -1)),
-    *each("max_unpool2d", "stride", 1.0, "1", (2, 1.0), (None, 2), np.int64(2), torch.tensor(2)),
-    *each("max_unpool2d", "stride", (), (2,), [], -1, (2, -1)),
-    *each("max_unpool2d", "padding", 1.0, "1", None, (1, 1.0), np.int64(1), (), (1,), 5, (0, 6)),
+    *each("max_unpool2d", "kernel_size", 1.0, "1", None, (2, 1.0), (None, 2), torch.tensor(2)),
+    *each("max_unpool2d", "kernel_size", (), (2,), [2], (2, 2, 2)),
+    *each("max_unpool2d", "stride", 1.0, "1", (2, 1.0), (None, 2), torch.tensor(2), (), (2,), []),
+    *each("max_unpool2d", "padding", 1.0, "1", None, (1, 1.0), (), (1,)),
     *each("max_unpool2d", "output_size", 8, "ab", {8, 10}, (None, 10), (8, "a"), (8.0, 10)),
     *each("max_unpool2d", "output_size", (), [], (9,), (8, 10, 1), (2, 4, 8, 10, 1), (4, 8, 10)),
     *each("max_unpool2d", "output_size", (10, 10), (6, 10), (8, 12), (8, 8), (0, 0), (2, 4, 8, 12)),
-    *each("max_unpool2d", "output_size", torch.tensor([8, 10]), np.array([8, 10])),
 ]
 
 
@@ -170,6 +134,12 @@ def test_what_torch_rejects(function, changes, device, monkeypatch):
     assert name in str(ours.value)
     assert described(name, change) in str(ours.value)
 
+
+LISTS = {
+    "conv2d": ("stride", "padding", "dilation"),
+    "conv_transpose2d": ("stride", "padding", "dilation", "output_padding"),
+    "max_pool2d": ("kernel_size", "stride", "padding", "dilation"),
+}
 
 # Ours alone, or where torch takes on the CPU what the library does not.
 REFUSED = [
@@ -188,6 +158,21 @@ REFUSED = [
     ("conv2d", {"residual": (6, 7, 9)}, ValueError),
     ("conv2d", {"residual": (1, 6, 7, 9)}, ValueError),
     ("conv2d", {"residual": (2, 6, 7, 9), "input": (4, 9, 11)}, ValueError),
+    # As torch 2.13 has it; earlier ones have other classes, or take some of these.
+    *((f, {name: 2**64}, ValueError) for f in LISTS for name in LISTS[f]),
+    *((f, {name: (1, 2**64)}, TypeError) for f in LISTS for name in LISTS[f]),
+    *((f, {"groups": 2**64}, ValueError) for f in ("conv2d", "conv_transpose2d")),
+    ("max_unpool2d", {"kernel_size": np.int64(2)}, TypeError),
+    ("max_unpool2d", {"stride": (np.int64(2), 2)}, TypeError),
+    ("max_unpool2d", {"padding": np.int64(1)}, TypeError),
+    ("max_unpool2d", {"output_size": torch.tensor([8, 10])}, TypeError),
+    ("max_unpool2d", {"output_size": np.array([8, 10])}, TypeError),
+    ("max_unpool2d", {"kernel_size": -1}, ValueError),
+    ("max_unpool2d", {"kernel_size": (2, -1)}, ValueError),
+    ("max_unpool2d", {"stride": -1}, ValueError),
+    ("max_unpool2d", {"stride": (2, -1)}, ValueError),
+    ("max_unpool2d", {"padding": 5}, ValueError),
+    ("max_unpool2d", {"padding": (0, 6)}, ValueError),
 ]
 
 
@@ -416,6 +401,7 @@ def test_meta_tensors():
     assert F.conv_transpose2d(y, x.new_empty(6, 4, 2, 2), stride=2).shape == (2, 4, 6, 8)
 
 
+@pytest.mark.filterwarnings(DYNAMO)
 def test_compiles_once_for_all_sizes(device):
     """No graph break, and nothing but arithmetic on sizes; arguments may be symbolic too."""
 
@@ -429,131 +415,7 @@ def test_compiles_once_for_all_sizes(device):
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(everything, backend=counter, fullgraph=True, dynamic=True)
     w = torch.randn(4, 4, 3, 2, device=device)
-    for shape, step in (((2, 4, 9, 11), 2), ((3, 4, 14, 10), 3), ((5, 4, 21, 16), 4)):
+    for shape, step in (((5, 4, 9, 11), 2), ((6, 4, 14, 10), 3), ((7, 4, 21, 16), 4)):
         x = torch.randn(shape, device=device)
         assert_close(compiled(x, w, step), everything(x, w, step))
     assert counter.frame_count == 1
-
-
-# Autocast.
-
-
-class Casts(TorchDispatchMode):
-    """Counts the casts made within it."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._to_copy.default
-        return func(*args, **(kwargs or {}))
-
-
-def parameters(device, function="conv2d") -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    call = arguments(function, {"bias": (6,)}, device)
-    return torch.nn.Parameter(call["weight"]), torch.nn.Parameter(call["bias"])
-
-
-def half(device, **options):
-    return torch.autocast(device.type, torch.bfloat16, **options)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("function", VALID)
-def test_dtype_under_autocast(function, dtype, device):
-    call = arguments(function, {}, device, dtype)
-    with half(device):
-        ours, theirs = getattr(F, function)(**call), getattr(TF, function)(**call)
-    assert ours.dtype == theirs.dtype
-
-
-@pytest.mark.parametrize("name", ["weight", "bias", "residual"])
-def test_autocast_mends_mixed_dtypes_but_float64(name, device):
-    shapes = {"bias": (6,), "residual": (2, 6, 7, 9), "weight": (6, 4, 3, 3)}
-    call = arguments("conv2d", {name: shapes[name]}, device)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        with half(device):
-            assert F.conv2d(**{**call, name: call[name].to(dtype)}).dtype == torch.bfloat16
-    with half(device), pytest.raises(RuntimeError, match=f"{name} of torch.float64"):
-        F.conv2d(**{**call, name: call[name].double()})
-
-
-@pytest.mark.parametrize("cache", [True, False], ids=["cached", "uncached"])
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("function", ["conv2d", "conv_transpose2d"])
-def test_a_parameter_is_cast_once_in_a_region(function, mode, cache, device):
-    counts = []
-    for module in (TF, F):
-        w, bias = parameters(device, function)
-        x = arguments(function, {}, device)["input"]
-        with mode(), half(device, cache_enabled=cache), Casts() as casts:
-            for _ in range(3):
-                getattr(module, function)(x, w, bias)
-        counts.append(casts.count)
-    assert counts == ([5, 5] if cache else [9, 9])
-
-
-def test_gradients_pass_through_a_shared_cast(device):
-    """Also where it was first made without gradients, and by torch's own layer."""
-    w, bias = parameters(device)
-    x = arguments("conv2d", {}, device)["input"]
-    with half(device):
-        with torch.no_grad():
-            F.conv2d(x, w, bias)
-        ys = [m.conv2d(x, w, bias) for m in (TF, F, TF, F)]
-    ys[1].sum().backward()
-    once = w.grad.clone(), bias.grad.clone()
-    ys[3].sum().backward()
-    assert_close((w.grad, bias.grad), (2 * once[0], 2 * once[1]))
-    expected = TF.conv2d(x.double(), w.double(), bias.double()).sum()
-    exact = torch.autograd.grad(expected, (w, bias))
-    assert_close(once, exact, rtol=2e-2, atol=2e-1)
-
-
-def test_a_new_region_casts_anew(device):
-    w, _ = parameters(device)
-    x = arguments("conv2d", {}, device)["input"]
-    with half(device):
-        F.conv2d(x, w)
-    with torch.no_grad():
-        w.zero_()
-    with half(device):
-        assert (F.conv2d(x, w) == 0).all()
-
-
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "hooks"])
-def test_autocast_within_a_checkpoint(reentrant, device):
-    """A checkpoint's saved-tensor hooks must not see how the shared cast is had."""
-    w, bias = parameters(device)
-    x = arguments("conv2d", {}, device)["input"].requires_grad_()
-    found = []
-    for wrap in (lambda f, x: checkpoint(f, x, use_reentrant=reentrant), lambda f, x: f(x)):
-        with half(device):
-            y = wrap(lambda x: F.conv2d(x, w, bias, activation="relu").float().square(), x)
-        found.append(torch.autograd.grad(y.sum(), (x, w, bias)) if not reentrant else None)
-        if reentrant:
-            y.sum().backward()
-            found[-1] = [t.grad for t in (x, w, bias)]
-            x.grad = w.grad = bias.grad = None
-    assert_close(list(found[0]), list(found[1]))
-
-
-def test_autocast_within_a_function_transform(device):
-    w, bias = parameters(device)
-    x = arguments("conv2d", {}, device)["input"]
-
-    def loss(w):
-        return F.conv2d(x, w, bias).float().square().sum()
-
-    with half(device):
-        (expected,) = torch.autograd.grad(loss(w), w)
-        assert_close(torch.func.grad(loss)(w), expected)
-
-
-def test_compiled_under_autocast(device):
-    w, bias = parameters(device)
-    x = arguments("conv2d", {}, device)["input"]
-    compiled = torch.compile(F.conv2d, backend="eager", fullgraph=True)
-    with half(device):
-        assert_close(compiled(x, w, bias), F.conv2d(x, w, bias))

@@ -6,11 +6,11 @@ from ..layers import ConvReLU2d, MaxPool2d
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 in today's form: ReLU for tanh, max-pooling for trained subsampling, logits at the end.
+    """LeNet-5 in today's form: ReLU for tanh, max-pooling for trained subsampling, logits out.
 
-    The layout is figure 2 of LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to
-    document recognition" (1998): maps of 6@28x28, 6@14x14, 16@10x10 and 16@5x5, then 120 and 84
-    units. Each of the 16 maps sees all six below it, where the paper's table I leaves some out. With
+    The layout is figure 2 of LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied
+    to document recognition" (1998): maps of 6@28x28, 6@14x14, 16@10x10 and 16@5x5, then 120 and
+    84 units. Each of the 16 maps sees all six below it; the paper's table I leaves some out. With
     one channel and ten classes it has 61,706 parameters and takes 833,040 FLOPs an image.
 
     Takes x[N, in_channels, 32, 32] or one image without N; returns logits [N, num_classes].

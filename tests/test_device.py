@@ -1,0 +1,103 @@
+"""Launching: counting, empty grids, threads; and compiling without a device."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+from cnn import functional as F
+from kernels import device as devices
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_launches_are_counted_and_an_empty_grid_is_none(device):
+    x, w = torch.randn(2, 5, 6, 6, device=device), torch.randn(4, 5, 3, 3, device=device)
+    before = devices.launches().get("fprop_kernel", 0)
+    F.conv2d(x, w)
+    F.conv2d(x[:0], w)
+    assert devices.launches()["fprop_kernel"] == before + 1
+
+
+def test_threads_get_right_numbers(device):
+    inputs = [torch.randn(2, 6, 8, 8, dtype=torch.float64) for _ in range(4)]
+    w = torch.randn(7, 6, 3, 3, dtype=torch.float64)
+    results: dict[int, torch.Tensor] = {}
+
+    def work(i):
+        for _ in range(3):
+            results[i] = F.conv2d(inputs[i].to(device), w.to(device), padding=1).cpu()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, x in enumerate(inputs):
+        torch.testing.assert_close(results[i], TF.conv2d(x, w, padding=1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not devices.INTERPRET, reason="the interpreter is off")
+def test_compiling_needs_a_process_without_the_interpreter():
+    from triton.backends.compiler import GPUTarget
+
+    with (
+        pytest.raises(RuntimeError, match="TRITON_INTERPRET"),
+        devices.compile_only(GPUTarget("cuda", 90, 32)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "pixels", "wide"),
+    [
+        ((2, 3, 4, 5), (60, 20, 5, 1), 40, False),
+        ((2, 1, 1, 1), (2**31, 1, 1, 1), 2, True),
+        ((1, 1, 2, 2), (1, 1, 2**31 - 2**20 - 2, 1), 4, False),
+        ((1, 1, 2, 2), (1, 1, 2**31 - 2**20 - 1, 1), 4, True),
+        ((1, 1, 1, 1), (2**40, 2**40, 2**40, 2**40), 1, False),
+        ((2**16, 1, 2**15, 1), (0, 0, 0, 0), 2**31, True),
+    ],
+)
+def test_offsets_are_wide_where_the_largest_offset_or_the_count_of_pixels_is(
+    shape, strides, pixels, wide
+):
+    view = torch.empty_strided(shape, strides, device="meta")
+    assert devices.wide(pixels, view, None) is wide
+
+
+def test_cpu_tensors_run_aten_without_the_interpreter():
+    program = """
+import torch, torch.nn.functional as TF
+import cnn, cnn.functional as F
+from kernels import device
+x = torch.randn(2, 4, 9, 8, requires_grad=True)
+w = torch.randn(6, 2, 3, 3, requires_grad=True)
+r = torch.randn(2, 6, 5, 4)
+y = F.conv2d(x, w, stride=2, padding=1, groups=2, activation="relu", residual=r)
+z = torch.relu(TF.conv2d(x, w, stride=2, padding=1, groups=2) + r)
+torch.testing.assert_close(y, z)
+for ours, torchs in zip(
+    torch.autograd.grad(y.square().sum(), (x, w)), torch.autograd.grad(z.square().sum(), (x, w))
+):
+    torch.testing.assert_close(ours, torchs)
+p, i = F.max_pool2d(x, 3, 2, 1, return_indices=True)
+q, j = TF.max_pool2d(x, 3, 2, 1, return_indices=True)
+assert torch.equal(p, q) and torch.equal(i, j)
+assert torch.equal(*(torch.autograd.grad(v.sum(), x)[0] for v in (p, q)))
+u = F.max_unpool2d(p.detach(), i, 3, 2, 1, (9, 8))
+assert torch.equal(u, TF.max_unpool2d(p.detach(), i, 3, 2, 1, (9, 8)))
+t = F.conv_transpose2d(y, w, stride=2, groups=2)
+torch.testing.assert_close(t, TF.conv_transpose2d(z, w, stride=2, groups=2))
+assert device.launches() == {}, device.launches()
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr

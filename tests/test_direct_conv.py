@@ -1,0 +1,339 @@
+"""Engine 3 through its launchers: few channels and depthwise, with chosen and with tiny tiles.
+
+Results are filled with NaN before each launch, so an element that no program writes shows.
+"""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from cases import DTYPES, LAYOUTS, conv_case, operands, params, random, sliced
+from tolerance import (
+    assert_close,
+    assert_operator_close,
+    double,
+    evaluate,
+    torch_conv2d,
+    torch_conv_transpose2d,
+)
+
+from kernels import device as kernel_device
+from kernels import direct_conv
+from kernels.device import Device
+from kernels.geometry import output_strides
+from kernels.tile import INTERPRETER_ELEMENTS, Tile, is_valid
+
+STEM = conv_case(2, 3, (9, 8), 8, (7, 7), stride=(2, 2), padding=(3, 3, 3, 3))
+GROUPED = conv_case(2, 8, (6, 5), 20, (3, 2), (2, 1), (1, 0, 2, 1), (1, 2), groups=2)
+DEPTHWISE = conv_case(2, 20, (6, 7), 20, (3, 3), padding=(1, 1, 1, 1), groups=20)
+MULTIPLIED = conv_case(2, 5, (7, 6), 15, (3, 2), (2, 1), (1, 1, 0, 2), groups=5)
+TYPICAL = (STEM, GROUPED, DEPTHWISE, MULTIPLIED)
+
+FEW_CHANNEL_CASES = (
+    STEM,
+    GROUPED,
+    # one to four channels; filters that are fewer and more than a tile's columns
+    conv_case(2, 1, (9, 8), 6, (5, 5), padding=(2, 2, 2, 2)),
+    conv_case(3, 2, (4, 7), 17, (3, 3), padding=(0, 1, 1, 0)),
+    conv_case(2, 3, (9, 11), 5, (3, 2), stride=(2, 1), padding=(1, 1, 0, 0)),
+    conv_case(1, 4, (6, 6), 33, (2, 2), stride=(2, 2)),
+    # a row of eleven taps, and rows that a block does not hold
+    conv_case(2, 3, (13, 12), 7, (11, 11), stride=(4, 4), padding=(2, 2, 2, 2)),
+    conv_case(1, 4, (3, 40), 3, (2, 37), padding=(0, 1, 5, 0)),
+    # one tap, at every pixel and at a few: dgrad has pixels without any
+    conv_case(2, 3, (5, 4), 7, (1, 1)),
+    conv_case(2, 3, (9, 10), 5, (2, 1), stride=(3, 4)),
+    # a kernel wider than the input, an even one with 'same', dilation beyond the padding
+    conv_case(2, 2, (2, 3), 6, (5, 7), padding=(2, 2, 3, 3)),
+    conv_case(2, 3, (5, 6), 7, (2, 4), padding="same"),
+    conv_case(2, 3, (11, 12), 6, (3, 4), (4, 6), (2, 2, 3, 3), (2, 4)),
+    # three groups of two channels
+    conv_case(2, 6, (6, 5), 9, (3, 3), (1, 2), (1, 1, 1, 1), groups=3),
+)
+DEPTHWISE_CASES = (
+    DEPTHWISE,
+    MULTIPLIED,
+    # one filter a channel and two; one tap, even and wide kernels, a long row of taps
+    conv_case(2, 3, (5, 4), 3, (1, 1), stride=(2, 3), groups=3),
+    conv_case(2, 4, (8, 7), 8, (4, 2), padding="same", dilation=(2, 1), groups=4),
+    conv_case(1, 3, (2, 12), 6, (3, 11), padding=(1, 1, 4, 5), groups=3),
+    conv_case(2, 6, (9, 10), 6, (2, 1), stride=(3, 4), groups=6),
+    conv_case(2, 2, (11, 12), 2, (3, 4), (4, 6), (2, 2, 3, 3), (2, 4), groups=2),
+)
+CASES = FEW_CHANNEL_CASES + DEPTHWISE_CASES
+
+DIRECTIONS = ("fprop", "dgrad", "wgrad")
+
+
+def chosen(g, dtype, device):
+    """What the engine would launch, by direction."""
+    here = kernel_device.describe(device)
+    return {name: direct_conv.choose_tile(name, g, dtype, here) for name in DIRECTIONS}
+
+
+TINY = {
+    # Many programs, rows of the filter in parts, several turns, parts of the sum without a pixel.
+    "fprop": Tile(16, 16, 16),
+    "dgrad": Tile(16, 4, 4),
+    "wgrad": Tile(16, 16, 16, splits=9),
+}
+
+
+class Launch(torch.autograd.Function):
+    """The three launchers as one differentiable function, with results poisoned beforehand."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, residual, g, tiles, relu):
+        y = sliced(x.new_full(g.y_shape, torch.nan))
+        direct_conv.fprop(x, w, bias, residual, y, g, tiles["fprop"], relu=relu, precision="ieee")
+        ctx.save_for_backward(x, w, y)
+        ctx.rest = g, tiles, relu
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, w, y), (g, tiles, relu) = ctx.saved_tensors, ctx.rest
+        dz = torch.where(y <= 0, 0, dy) if relu else dy
+        dx = dgrad(dz, w, None, g, tiles)
+        dw, db = wgrad(x, dz, w, g, tiles)
+        return dx, dw, db, dz, None, None, None
+
+
+def dgrad(dy, w, bias, g, tiles):
+    dx = sliced(dy.new_full(g.x_shape, torch.nan))
+    direct_conv.dgrad(dy, w, bias, dx, g, tiles["dgrad"], precision="ieee")
+    return dx
+
+
+def wgrad(x, dy, w, g, tiles, dw=True, db=True):
+    strides = output_strides(w.shape, w.stride(1) < w.stride(3))
+    dw = w.new_empty_strided(w.shape, strides).fill_(torch.nan) if dw else None
+    db = w.new_full((g.K,), torch.nan) if db else None
+    direct_conv.wgrad(x, dy, dw, db, g, tiles["wgrad"], precision="ieee")
+    return dw, db
+
+
+def conv(g, tiles, relu=False):
+    return lambda *inputs: Launch.apply(*inputs, g, tiles, relu)
+
+
+def check(g, t, tiles, relu=False, inputs=None):
+    assert direct_conv.supports(g)
+    return assert_operator_close(
+        conv(g, tiles, relu),
+        torch_conv2d(g),
+        t.inputs if inputs is None else inputs,
+        t.dy,
+        names=("x", "w", "bias", "residual"),
+        relu=relu,
+    )
+
+
+@pytest.mark.parametrize(("g", "dtype"), params(CASES, DTYPES))
+def test_chosen_tiles(g, dtype, device):
+    check(g, operands(g, dtype, device, "channels_last"), chosen(g, dtype, device))
+
+
+@pytest.mark.parametrize(("g", "dtype"), params(CASES, (torch.float32, torch.bfloat16)))
+def test_tiny_tiles(g, dtype, device):
+    check(g, operands(g, dtype, device), TINY)
+
+
+@pytest.mark.parametrize(("g", "layout"), params(TYPICAL, LAYOUTS))
+def test_layouts(g, layout, device):
+    """Filters in either format, views between NaN, and tensors expanded with stride 0."""
+    t = operands(g, torch.float32, device, layout)
+    check(g, t, chosen(g, torch.float32, device))
+
+
+@pytest.mark.parametrize(
+    ("g", "tiles"),
+    [
+        # several rows of the filter in a block, a single one, a part of one
+        *((STEM, {"fprop": Tile(32, 16, depth)}) for depth in (64, 32, 16)),
+        *((STEM, {"wgrad": Tile(16, columns, 32)}) for columns in (64, 32, 16)),
+        *((GROUPED, {"dgrad": Tile(32, 4, depth, packed=True)}) for depth in (8, 128)),
+        # taps of a row unrolled and not, channels in one tile and in many
+        *((MULTIPLIED, {"fprop": Tile(8, 8, taps), "dgrad": Tile(8, 2, taps)}) for taps in (1, 2)),
+        *((DEPTHWISE, {"wgrad": Tile(rows, taps, 8)}) for rows, taps in ((4, 16), (32, 4), (8, 1))),
+    ],
+    ids=str,
+)
+def test_tiles(g, tiles, device):
+    t = operands(g, torch.float16, device, "x_channels_last")
+    check(g, t, chosen(g, torch.float16, device) | tiles)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 50])
+@pytest.mark.parametrize(("g", "dtype"), params(TYPICAL, (torch.float16, torch.float64)))
+def test_splits(g, dtype, splits, device):
+    tile = replace(chosen(g, dtype, device)["wgrad"], depth=16, splits=splits)
+    check(g, operands(g, dtype, device), TINY | {"wgrad": tile})
+
+
+@pytest.mark.parametrize(("g", "dtype"), params(TYPICAL, DTYPES))
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_epilogue(g, dtype, bias, residual, device):
+    t = operands(g, dtype, device)
+    inputs = (t.x, t.w, t.bias if bias else None, t.residual if residual else None)
+    y, _ = check(g, t, chosen(g, dtype, device), relu=True, inputs=inputs)
+    assert (y == 0).any()
+
+
+@pytest.mark.parametrize(("g", "dtype"), params(CASES, (torch.float32, torch.bfloat16)))
+def test_dgrad_adds_the_bias_of_a_transposed_convolution(g, dtype, device):
+    t = operands(g, dtype, device)
+    inputs = (t.dy, t.w, random((g.C,), dtype, device, seed=9))
+    exact = [double(v) for v in inputs]
+    same_dtype, reference, magnitude = (
+        torch_conv_transpose2d(g)(*tensors)
+        for tensors in (inputs, exact, [v.abs() for v in exact])
+    )
+    ours = dgrad(*inputs, g, chosen(g, dtype, device))
+    assert_close(ours, reference, same_dtype, magnitude)
+
+
+@pytest.mark.parametrize(("g", "splits"), params(TYPICAL, (1, 3)))
+def test_a_gradient_alone_is_the_same(g, splits, device):
+    t = operands(g, torch.float32, device)
+    tiles = {"wgrad": replace(TINY["wgrad"], splits=splits)}
+    both = wgrad(t.x, t.dy, t.w, g, tiles)
+    only_dw, nothing = wgrad(t.x, t.dy, t.w, g, tiles, db=False)
+    assert nothing is None
+    assert torch.equal(only_dw, both[0])
+    nothing, only_db = wgrad(t.x, t.dy, t.w, g, tiles, dw=False)
+    assert nothing is None
+    assert torch.equal(only_db, both[1])
+
+
+def results(g, t, tiles):
+    y, gradients = evaluate(conv(g, tiles), t.inputs, t.dy)
+    return y, *gradients
+
+
+@pytest.mark.parametrize(("g", "dtype"), params(TYPICAL, DTYPES))
+def test_repeats_bit_for_bit(g, dtype, device):
+    t = operands(g, dtype, device, "channels_last")
+    for tiles in (chosen(g, dtype, device), TINY):
+        assert all(map(torch.equal, results(g, t, tiles), results(g, t, tiles)))
+
+
+@pytest.mark.parametrize(("g", "dtype"), params(TYPICAL, DTYPES))
+def test_an_image_does_not_depend_on_its_neighbours(g, dtype, device):
+    many, one = replace(g, N=9), replace(g, N=1)
+    t = operands(many, dtype, device)
+    for i in range(9):
+        t.x[i], t.dy[i] = (torch.nan, torch.nan) if i != 4 else (t.x[4], t.dy[4])
+    y, dx, *_ = results(many, t, chosen(many, dtype, device))
+    alone = replace(t, x=t.x[4:5], residual=t.residual[4:5], dy=t.dy[4:5])
+    y_alone, dx_alone, *_ = results(one, alone, chosen(one, dtype, device))
+    assert y_alone.isfinite().all()
+    assert torch.equal(y[4:5], y_alone)
+    assert torch.equal(dx[4:5], dx_alone)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "g",
+    params(
+        (
+            conv_case(1, 3, (5, 5), 4, (2, 2), stride=(3, 3)),
+            conv_case(1, 3, (5, 5), 3, (2, 2), stride=(3, 3), groups=3),
+        )
+    ),
+)
+@pytest.mark.parametrize("tiny", [False, True], ids=["", "tiny"])
+def test_what_no_window_holds_takes_no_part(g, tiny, value, device):
+    """All windows are surrounded by ``value``: they lie at 0, 1 and 3, 4 of 5 rows and columns."""
+    t = operands(g, torch.float32, device)
+    t.x[:, :, 2], t.x[:, :, :, 2] = value, value
+    tiles = TINY if tiny else chosen(g, torch.float32, device)
+    y, (dx, dw, db, _) = check(g, t, tiles)
+    assert all(result.isfinite().all() for result in (y, dx, dw, db))
+    assert (dx[:, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize("g", params(TYPICAL))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_spreads_to_its_own_windows(g, value, device):
+    t = operands(g, torch.float64, device)
+    t.x[1, 1, 2, 3] = value
+    t.dy[0, 3, 1, 0] = value
+    for tiles in (chosen(g, torch.float64, device), TINY):
+        y, (dx, *_) = check(g, t, tiles)
+        for result in (y, dx):
+            assert 0 < result.isfinite().sum() < result.numel()
+
+
+@pytest.mark.parametrize("g", params(TYPICAL))
+def test_64_bit_offsets_change_nothing(g, device, monkeypatch):
+    t = operands(g, torch.float32, device)
+    for tiles in (chosen(g, torch.float32, device), TINY):
+        monkeypatch.undo()
+        narrow = results(g, t, tiles)
+        monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+        assert all(map(torch.equal, narrow, results(g, t, tiles)))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("g", params(TYPICAL))
+def test_no_images(g, splits, device):
+    empty = replace(g, N=0)
+    t = operands(empty, torch.float32, device)
+    tiles = chosen(empty, torch.float32, device)
+    tiles["wgrad"] = replace(tiles["wgrad"], splits=splits)
+    y, dx, dw, db, _ = results(empty, t, tiles)
+    assert (y.shape, dx.shape) == (empty.y_shape, empty.x_shape)
+    assert torch.equal(dw, torch.zeros_like(t.w))
+    assert torch.equal(db, torch.zeros_like(t.bias))
+
+
+def test_no_channels(device):
+    g = conv_case(2, 0, (4, 5), 3, (2, 2))
+    t = operands(g, torch.float32, device)
+    y, dx, dw, db, _ = results(g, t, chosen(g, torch.float32, device))
+    assert torch.equal(y, t.bias[:, None, None] + t.residual)
+    assert dx.numel() == dw.numel() == 0
+    assert db.allclose(t.dy.sum((0, 2, 3)))
+
+
+DEVICES = (
+    Device("interpreter", "numpy", multiprocessors=1, shared_memory=1 << 40),
+    Device("cuda", 80, multiprocessors=108, shared_memory=163 << 10),
+    Device("cuda", 90, multiprocessors=132, shared_memory=227 << 10),
+    Device("hip", "gfx942", multiprocessors=304, shared_memory=64 << 10),
+)
+LAYERS = (
+    *CASES,
+    conv_case(256, 3, (224, 224), 64, (7, 7), (2, 2), (3, 3, 3, 3)),
+    conv_case(128, 3, (224, 224), 96, (11, 11), (4, 4), (2, 2, 2, 2)),
+    conv_case(64, 4, (8, 9000), 2000, (1, 3000)),
+    conv_case(64, 2048, (7, 7), 2048, (31, 31), padding="same", groups=2048),
+    conv_case(0, 0, (1, 1), 1, (1, 1)),
+)
+
+
+@pytest.mark.parametrize("target", DEVICES, ids=lambda target: f"{target.backend}-{target.arch}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_are_valid_and_their_order_of_summation_ignores_the_batch(dtype, target):
+    for g, direction in product(LAYERS, DIRECTIONS):
+        tile = direct_conv.choose_tile(direction, g, dtype, target)
+        assert is_valid(tile, dtype.itemsize, target), (g, direction, tile)
+        if direction != "fprop" or not direct_conv.is_depthwise(g):
+            block = tile.rows * tile.columns
+            if direction == "dgrad" or direct_conv.is_depthwise(g):
+                block *= tile.depth
+            assert block <= INTERPRETER_ELEMENTS, (g, direction, tile)
+        if direction != "wgrad":
+            other = direct_conv.choose_tile(direction, replace(g, N=7 * g.N + 1), dtype, target)
+            assert replace(other, rows=tile.rows) == tile, (g, direction)
+
+
+def test_what_is_supported():
+    for g in CASES:
+        assert direct_conv.supports(g)
+    assert not direct_conv.supports(conv_case(1, 5, (3, 3), 4, (1, 1)))
+    assert not direct_conv.supports(conv_case(1, 10, (3, 3), 4, (1, 1), groups=2))
+    assert not direct_conv.is_depthwise(conv_case(1, 1, (3, 3), 4, (1, 1)))

@@ -1,0 +1,125 @@
+"""What is installed, what an import does, and that imports between modules only go down."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("kernels", "cnn", "cnn.models")
+
+# Lowest first; a module may import those of lower rows, never its neighbours.
+ROWS = """
+kernels
+kernels.geometry
+kernels.device
+kernels.tile kernels.indexing
+kernels.epilogue kernels.split_sum
+kernels.implicit_gemm kernels.direct_conv kernels.max_pool
+kernels.planner kernels.aten kernels.vmap
+kernels.library
+kernels.functions
+cnn.arguments cnn.autocast
+cnn.functional
+cnn.layers
+cnn.models.lenet5
+cnn.models
+cnn
+cnn.data cnn.train
+cnn.__main__
+"""
+ROW = {name: row for row, line in enumerate(ROWS.split("\n")) for name in line.split()}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {
+    module_name(path): path
+    for package in PACKAGES
+    for path in (ROOT / package.replace(".", "/")).glob("*.py")
+}
+
+
+def imported(name: str) -> set[str]:
+    """All modules that the module ``name`` imports, wherever in its source."""
+    path = SOURCES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            source = ".".join([*above, *(node.module or "").split(".")]).strip(".")
+            inner = {f"{source}.{alias.name}" for alias in node.names} & SOURCES.keys()
+            # The names of ``from . import device`` are modules; those of other imports are not.
+            found.update(inner or {source})
+    return found
+
+
+def test_the_rows_name_every_module():
+    assert ROW.keys() == SOURCES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_imports_only_go_down(name):
+    own = imported(name) & SOURCES.keys()
+    assert {other for other in own if ROW[other] >= ROW[name]} == set()
+
+
+def test_the_geometry_knows_only_the_standard_library():
+    roots = {module.split(".")[0] for module in imported("kernels.geometry")}
+    assert roots <= sys.stdlib_module_names
+
+
+def test_sources_import_neither_tests_nor_benchmarks():
+    roots = {module.split(".")[0] for name in SOURCES for module in imported(name)}
+    assert not roots & {"tests", "bench"}
+    assert {"torch", "triton", "kernels"} <= roots
+
+
+def test_import_touches_no_gpu_and_compiles_nothing(tmp_path):
+    """With every way to a GPU walled up; without the interpreter, which would need none."""
+    script = """
+import torch, triton
+def wall(*args, **kwargs):
+    raise AssertionError("importing cnn asked for a GPU")
+for name in ("_lazy_init", "is_available", "device_count", "current_device"):
+    setattr(torch.cuda, name, wall)
+torch.cuda.get_device_properties = torch.cuda.get_device_capability = wall
+import sys, cnn, cnn.functional
+from kernels.device import INTERPRET, launches
+assert not INTERPRET
+assert launches() == {}
+assert triton.runtime.driver._active is None
+assert "sklearn" not in sys.modules
+"""
+    environment = {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], cwd=ROOT, env=environment, check=True
+    )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_wheel_holds_the_two_packages_alone(tmp_path):
+    for folder in ("kernels", "cnn", "tests", "bench"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        if (ROOT / folder).exists():
+            shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    wheel = zipfile.ZipFile(tmp_path / done.stdout.split()[-1])
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    sources = {str(path.relative_to(ROOT)) for path in SOURCES.values()}
+    assert names == sources | {"kernels/py.typed", "cnn/py.typed"}
