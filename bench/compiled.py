@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -33,7 +34,9 @@ LAYERS = {
     "resnet50 3x3/2": Conv2dGeometry(32, 128, 56, 56, 128, 3, 3, (2, 2), ((1, 1), (1, 1))),
     "resnet50 1x1": Conv2dGeometry(32, 256, 56, 56, 64, 1, 1),
     "vgg16 conv5": Conv2dGeometry(8, 512, 14, 14, 512, 3, 3, padding=((1, 1), (1, 1))),
-    "resnext50 grouped": Conv2dGeometry(8, 128, 56, 56, 128, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 32),
+    "resnext50 grouped": Conv2dGeometry(
+        8, 128, 56, 56, 128, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 32
+    ),
     "regnet grouped": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 4),
     "lenet5 conv1": Conv2dGeometry(64, 1, 32, 32, 6, 5, 5),
     "lenet5 conv2": Conv2dGeometry(64, 6, 14, 14, 16, 5, 5),
@@ -98,10 +101,13 @@ def launch(
 def launch_pool(g: Pool2dGeometry, dtype: torch.dtype, channels_last: bool) -> None:
     """Launch all pooling kernels, and a ReLU's backward, on meta tensors of one layer."""
     x, y = (_meta(s, dtype, channels_last) for s in (g.x_shape, g.y_shape))
-    offsets, indices = (_meta(g.y_shape, d, channels_last) for d in (max_pool.offset_dtype(g), torch.int64))
+    offsets, indices = (
+        _meta(g.y_shape, d, channels_last) for d in (max_pool.offset_dtype(g), torch.int64)
+    )
     gpu = device.describe(x.device)
     forward, backward = (
-        max_pool.choose_tile(direction, g, channels_last, gpu) for direction in ("forward", "backward")
+        max_pool.choose_tile(direction, g, channels_last, gpu)
+        for direction in ("forward", "backward")
     )
     max_pool.max_pool2d(x, g, y, offsets, indices, forward)
     max_pool.max_pool2d_backward(y, offsets, x, g, backward)
@@ -166,7 +172,7 @@ def _nvidia(compiled) -> tuple[int, int, str]:
 
 
 def compile_layers(target: GPUTarget) -> Iterator[Code]:
-    """Every kernel the planner would launch for the named layers: 16 bits for all, wider for two."""
+    """Each kernel that the planner's choices launch: all layers in 16 bits, some wider."""
     runs = [
         *((layer, torch.bfloat16, True, "ieee") for layer in LAYERS),
         ("resnet50 3x3", torch.float16, True, "ieee"),
@@ -207,10 +213,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
     parser.add_argument("target", help="cuda:80, cuda:90, cuda:100, hip:gfx942, ...")
     backend, arch = parser.parse_args().target.split(":")
-    target = (
-        GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
-    )
-    print(json.dumps([asdict(code) for code in compile_layers(target)], indent=1))
+    target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+    json.dump([asdict(code) for code in compile_layers(target)], sys.stdout, indent=1)
 
 
 if __name__ == "__main__":

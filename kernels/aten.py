@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import (
-    Conv2dGeometry,
     Pool2dGeometry,
     dense_strides,
     is_channels_last,
@@ -52,9 +51,9 @@ def _backward(dy, x, w, stride, dilation, groups, mask):
 def conv2d_dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
     top, bottom, left, right = padding
     shape = (dy.shape[0], w.shape[1] * groups, size[0] + top + bottom, size[1] + left + right)
-    padded = _backward(
-        dy, dy.new_empty(shape), w, stride, dilation, groups, [True, False, False]
-    )[0]
+    padded = _backward(dy, dy.new_empty(shape), w, stride, dilation, groups, [True, False, False])[
+        0
+    ]
     dx = F.pad(padded, (-left, -right, -top, -bottom))  # the last sides may be negative: zeros
     if bias is not None:
         dx = dx + bias[:, None, None]
@@ -63,9 +62,9 @@ def conv2d_dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision
 
 def conv2d_wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, bias):
     x = F.pad(x, _widths(padding))
-    dw = _backward(
-        dy, x, x.new_empty(tuple(size)), stride, dilation, groups, [False, True, False]
-    )[1]
+    dw = _backward(dy, x, x.new_empty(tuple(size)), stride, dilation, groups, [False, True, False])[
+        1
+    ]
     result = x.new_empty_strided(tuple(size), dense_strides(size, strides)).copy_(dw)
     return result, channel_sum(dy) if bias else x.new_empty(0)
 
@@ -109,7 +108,9 @@ def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices
         x, kernel, stride, padding, dilation, ceil_mode
     )
     rows, columns = _taps(g)
-    inside = ((rows >= 0) & (rows < g.H)).any(1)[:, None] & ((columns >= 0) & (columns < g.W)).any(1)
+    inside = ((rows >= 0) & (rows < g.H)).any(1)[:, None] & ((columns >= 0) & (columns < g.W)).any(
+        1
+    )
     y = y.masked_fill(~inside, -torch.inf)
     r = (flat // g.W - rows[:, :1]) // g.dilation[0]
     s = (flat % g.W - columns[:, 0]) // g.dilation[1]

@@ -703,10 +703,13 @@ def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
     if direction == "wgrad":
         rows = _power(K, 16, 64 if half else 32)
         columns = _power(g.R * row, 16, 128 if half else 32)
-        return Tile(rows, columns, 64 if half else 16, warps=8 if half else 4)
+        if columns == 128:
+            return Tile(rows, columns, 64, warps=8)
+        return Tile(rows, columns, 32 if half else 16)
     # The depth that pads a row of the filter least.
     depth = min((32, 16), key=lambda depth: triton.cdiv(g.S * C, depth) * depth) if half else 16
-    return Tile(64, _power(K, 16, 64 if half else 32), depth, warps=8 if half else 4)
+    columns = _power(K, 16, 64 if half else 32)
+    return Tile(64, columns, depth, warps=8 if columns == 64 else 4)
 
 
 def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:

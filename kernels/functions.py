@@ -60,7 +60,7 @@ class ChannelSum(Function):
 
 
 class Conv2d(Function):
-    """y = relu?(conv(x, w) + bias + residual). Under ReLU y is its own mask; nothing else is kept."""
+    """y = relu?(conv(x, w) + bias + residual). Under ReLU y is its own mask: no other is kept."""
 
     generate_vmap_rule = True
 
@@ -91,9 +91,7 @@ class Conv2d(Function):
         if need_dx:
             dx = Conv2dDgrad.apply(dy, w, None, ctx.size, *ctx.geometry, ctx.channels_last)
         if need_dw:
-            dw, db = Conv2dWgrad.apply(
-                x, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, need_db
-            )
+            dw, db = Conv2dWgrad.apply(x, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, need_db)
         elif need_db:
             db = ChannelSum.apply(dy)
         return dx, dw, db if need_db else None, dy if need_residual else None, *[None] * 6
@@ -105,9 +103,7 @@ class Conv2dDgrad(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last
-    ):
+    def forward(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
         return _ops.conv2d_dgrad.default(
             dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last
         )
@@ -166,7 +162,7 @@ class Conv2dWgrad(Function):
 
 
 class MaxPool2d(Function):
-    """(y, offsets, indices): the winner's tap is kept for backward, flat indices where asked for."""
+    """(y, offsets, indices): the winners' taps for backward, flat indices for the caller."""
 
     generate_vmap_rule = True
 
@@ -188,9 +184,7 @@ class MaxPool2d(Function):
     @staticmethod
     def backward(ctx: Any, dy, _offsets, _indices):
         (offsets,) = ctx.saved_tensors
-        dx = MaxPool2dBackward.apply(
-            dy, offsets, ctx.size, *ctx.geometry, ctx.channels_last
-        )
+        dx = MaxPool2dBackward.apply(dy, offsets, ctx.size, *ctx.geometry, ctx.channels_last)
         return dx, *[None] * 7
 
 
@@ -310,9 +304,7 @@ def conv2d(
     precision: str | None,
 ) -> Tensor:
     """y[N,K,P,Q] = relu?(conv(x[N,C,H,W], w[K,C/groups,R,S]) + bias[K] + residual[N,K,P,Q])."""
-    return Conv2d.apply(
-        x, w, bias, residual, stride, padding, dilation, groups, precision, relu
-    )
+    return Conv2d.apply(x, w, bias, residual, stride, padding, dilation, groups, precision, relu)
 
 
 def conv_transpose2d(
@@ -326,7 +318,7 @@ def conv_transpose2d(
     groups: int,
     precision: str | None,
 ) -> Tensor:
-    """The [N,C,H,W] of (H, W) = size that is dgrad of x[N,K,P,Q] with w[K,C/groups,R,S], plus bias."""
+    """[N,C,H,W] of (H, W) = size: dgrad of x[N,K,P,Q] with w[K,C/groups,R,S], plus bias[C]."""
     return Conv2dDgrad.apply(
         x, w, bias, size, stride, padding, dilation, groups, precision, _channels_last(x, w)
     )

@@ -226,6 +226,15 @@ class Conv2dGeometry:
         return self.N, self.K, self.P, self.Q
 
     @property
+    def walk(self) -> tuple[int, int, int, int, int, int]:
+        """Stride, origin and step along the height, then along the width.
+
+        Place p and tap r meet at row ``p * stride + origin + r * step``.
+        """
+        (top, _), (left, _) = self.padding
+        return self.stride[0], -top, self.dilation[0], self.stride[1], -left, self.dilation[1]
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions, those with padding included: the field's convention."""
         return 2 * prod(self.y_shape) * prod(self.w_shape[1:])

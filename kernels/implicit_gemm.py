@@ -8,7 +8,6 @@ and strides are in elements.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from . import device
 from .device import loop
 from .epilogue import finish
-from .geometry import Conv2dGeometry, Pair, Taps
+from .geometry import Conv2dGeometry
 from .indexing import dot, narrow, pixel, program, reduction_block, reduction_turns, widen
 from .split_sum import parts_like, split_sum
 from .tile import Tile
@@ -149,7 +148,7 @@ def fprop(
     product = _Product(
         (K * k_stride, *w.stride()),
         (g.groups, K, C, R, S),
-        (g.stride[0], -g.padding[0][0], g.dilation[0], g.stride[1], -g.padding[1][0], g.dilation[1]),
+        g.walk,
     )
     _multiply(x, w, bias, residual, y, product, tile, relu, precision)
 
@@ -294,7 +293,11 @@ def wgrad(
     tiles = 0 if db is None else 1
     if dw is not None:
         depth = C * R * S
-        tiles += triton.cdiv(depth, tile.columns) if tile.packed else R * S * triton.cdiv(C, tile.columns)
+        tiles += (
+            triton.cdiv(depth, tile.columns)
+            if tile.packed
+            else R * S * triton.cdiv(C, tile.columns)
+        )
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
     device.launch(
@@ -304,7 +307,7 @@ def wgrad(
         *(x.stride(), dy.stride()),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
         *((g.N, g.H, g.W, P, Q), (g.groups, K, C, R, S)),
-        (g.stride[0], -g.padding[0][0], g.dilation[0], g.stride[1], -g.padding[1][0], g.dilation[1]),
+        g.walk,
         *(tile.splits, precision, device.wide(g.N * P * Q, x, dy, dw_parts)),
         (tile.rows, tile.columns, tile.depth, tile.packed),
         device=x.device,

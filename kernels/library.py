@@ -6,7 +6,6 @@ Triton's interpreter (TRITON_INTERPRET=1 at import) and otherwise ATen, through 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +87,9 @@ def _dgrad_empty(dy, w, bias, size, stride, padding, dilation, groups, precision
 
 
 def _dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
-    dx = _dgrad_empty(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last)
+    dx = _dgrad_empty(
+        dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last
+    )
     g = Conv2dGeometry.of(dx.shape, w.shape, stride, padding, dilation, groups)
     precision = resolve_precision(precision, dy)
     engine, tile = _plan("dgrad", g, dy, precision)
@@ -105,9 +106,7 @@ def _wgrad_empty(
 
 
 def _wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, bias):
-    dw, db = _wgrad_empty(
-        x, dy, size, strides, stride, padding, dilation, groups, precision, bias
-    )
+    dw, db = _wgrad_empty(x, dy, size, strides, stride, padding, dilation, groups, precision, bias)
     g = Conv2dGeometry.of(x.shape, size, stride, padding, dilation, groups)
     precision = resolve_precision(precision, x)
     engine, tile = _plan("wgrad", g, x, precision)
@@ -187,9 +186,7 @@ def _max_pool2d_empty(x, kernel, stride, padding, dilation, ceil_mode, offsets, 
 
 
 def _max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices):
-    results = _max_pool2d_empty(
-        x, kernel, stride, padding, dilation, ceil_mode, offsets, indices
-    )
+    results = _max_pool2d_empty(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices)
     g = _pool(x.shape, kernel, stride, padding, dilation, ceil_mode)
     y, kept, flat = results
     tile = max_pool.choose_tile("forward", g, _channels_last(x), describe(x.device))

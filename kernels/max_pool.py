@@ -5,7 +5,8 @@ The forward pass keeps one small number for each window, its *offset*: the tap t
 without atomics and without a pass of zeros. Sizes and strides are in elements.
 """
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import triton
@@ -56,7 +57,8 @@ def _tile(pixels: int, channels: int, channels_last: bool, device: Device) -> Ti
     return Tile(1024 // columns, columns)
 
 
-class _Window(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Window:
     """What of a pooling its kernels are compiled for; pairs are height and width."""
 
     kernel: Pair
@@ -69,23 +71,26 @@ class _Window(NamedTuple):
         return cls(g.kernel, g.stride, g.padding, g.dilation)
 
 
-class _Turns(NamedTuple):
-    """A loop over the height and, within it, one over the width; small ones are unrolled."""
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """A loop over the height and, within it, one over the width."""
 
     first: Pair
     end: Pair
+    unroll: Pair
 
-    @property
-    def unroll(self) -> Pair:
-        rows, columns = (end - first for first, end in zip(self.first, self.end, strict=True))
-        return rows if rows * columns <= 16 else 1, min(columns, 8)
+    @classmethod
+    def between(cls, first: Pair, end: Pair) -> "_Turns":
+        """A few turns are unrolled wholly, of more only the inner loop."""
+        rows, columns = end[0] - first[0], end[1] - first[1]
+        return cls(first, end, (rows if rows * columns <= 16 else 1, min(columns, 8)))
 
 
 def _taps(g: Pool2dGeometry) -> _Turns:
     """The taps that lie inside x for any window at all: few where windows outgrow the image."""
     rows = _reach(g.H, g.P, g.kernel[0], g.stride[0], g.padding[0], g.dilation[0])
     columns = _reach(g.W, g.Q, g.kernel[1], g.stride[1], g.padding[1], g.dilation[1])
-    return _Turns((rows[0], columns[0]), (rows[1], columns[1]))
+    return _Turns.between((rows[0], columns[0]), (rows[1], columns[1]))
 
 
 def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
@@ -268,7 +273,7 @@ def max_pool2d_backward(
         max_pool2d_backward_kernel,
         (triton.cdiv(g.N * g.H * g.W, tile.rows) * triton.cdiv(g.C, tile.columns),),
         *(dy, offsets, dx, dy.stride(), offsets.stride(), dx.stride()),
-        *((g.N, g.H, g.W, g.P, g.Q), g.C, _Window.of(g), _Turns((0, 0), g.covering)),
+        *((g.N, g.H, g.W, g.P, g.Q), g.C, _Window.of(g), _Turns.between((0, 0), g.covering)),
         *(device.wide(g.N * g.H * g.W, dy, offsets, dx), tile.rows, tile.columns),
         device=dy.device,
         num_warps=tile.warps,

@@ -1,4 +1,4 @@
-"""torch.vmap over the operators: the mapped axis joins the batch, or the groups where w is mapped."""
+"""torch.vmap over the operators: the mapped axis joins the batch, or the groups if w has it."""
 
 from collections.abc import Callable
 
@@ -82,7 +82,9 @@ def _over_batch(operator: Callable[..., Tensor]) -> Callable:
 
     def rule(info, in_dims, first, second, *rest):
         size = info.batch_size
-        folded = (_fold(t, dim, size, _BATCH) for t, dim in zip((first, second), in_dims[:2], strict=True))
+        folded = (
+            _fold(t, dim, size, _BATCH) for t, dim in zip((first, second), in_dims[:2], strict=True)
+        )
         return _unfold(operator(*folded, *rest), size, _BATCH), _BATCH
 
     return rule

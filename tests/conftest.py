@@ -1,4 +1,4 @@
-"""Set-up for all tests: the interpreter where there is no GPU, and the repository's own packages."""
+"""Set-up for all tests: the interpreter where there is no GPU, the repository's own packages."""
 
 import os
 

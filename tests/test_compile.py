@@ -32,7 +32,7 @@ OTHERS = {
 
 @pytest.fixture(scope="module", params=TARGETS)
 def codes(request, tmp_path_factory) -> list[dict]:
-    """What the planner's choices compile to; in its own process, as the interpreter is off there."""
+    """What the planner's choices compile to, in a process of its own without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # A cache of its own: what is read was compiled now, by this version.
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
