@@ -14,6 +14,8 @@ READY := $(VENV)/ready
 REQUEST := $(VENV)/request
 # Triton warns unless this is said; the compiled kernels may fuse a product and a sum.
 export TRITON_DEFAULT_FP_FUSION ?= 1
+# The interpreter and the tests have nothing for more threads to share.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test lint force
 
@@ -22,7 +24,7 @@ demo: $(READY)
 		$(PY) -m cnn train --model lenet5 --data digits --output $(VENV)/lenet5-digits.pt
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/linters
 	$(PY) -m ruff check .

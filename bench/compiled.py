@@ -87,7 +87,8 @@ def launch(
     bias = torch.empty(g.K, dtype=dtype, device="meta")
     if dtype != torch.float32:
         precision = "ieee"
-    plan = planner.plan(direction, g, dtype, precision, device.describe(x.device))
+    gpu = device.describe(x.device)
+    plan = planner.plan(direction, g, dtype, precision, gpu, not channels_last)
     engine, tile = plan
     if direction == "fprop":
         engine.fprop(x, w, bias, y, y, g, tile, relu=True, precision=precision)

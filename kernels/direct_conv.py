@@ -72,35 +72,28 @@ def row_element(i, C, S, CHANNELS_FASTEST: tl.constexpr):
 
 
 @triton.jit
-def store_result(
-    acc,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    residual_strides,
-    y_strides,
-    n,
-    p,
-    q,
-    k,
-    row_mask,
-    k_mask,
-    RELU: tl.constexpr,
-):
-    """Finish a tile of accumulators [pixels (n, p, q), channels k] and store it to y."""
-    mask = row_mask[:, None] & k_mask[None, :]
+def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU: tl.constexpr):
+    """Finish the accumulators of pixels at = (n, p, q) and channels k, and store them to y.
+
+    ``masks`` are those of the pixels and of the channels, ``strides`` those of residual and y.
+    """
+    residual_strides, y_strides = strides
+    n, p, q = at
+    mask = masks[0][:, None] & masks[1][None, :]
     residual_offsets = 0
     if residual_ptr is not None:
-        at = n * residual_strides[0] + p * residual_strides[2] + q * residual_strides[3]
-        residual_offsets = at[:, None] + (k * residual_strides[1])[None, :]
+        offsets = n * residual_strides[0] + p * residual_strides[2] + q * residual_strides[3]
+        residual_offsets = offsets[:, None] + (k * residual_strides[1])[None, :]
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    y = finish(acc, bias_ptr, k, k_mask, residual_ptr, residual_offsets, mask, RELU, DTYPE)
-    at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-    tl.store(y_ptr + at[:, None] + (k * y_strides[1])[None, :], y, mask=mask)
+    y = finish(acc, bias_ptr, k, masks[1], residual_ptr, residual_offsets, mask, RELU, DTYPE)
+    offsets = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
+    tl.store(y_ptr + offsets[:, None] + (k * y_strides[1])[None, :], y, mask=mask)
 
 
 @triton.jit
-def sum_pixels(dy_ptr, dy_strides, sizes, k, k_mask, first, turns, DEPTH: tl.constexpr, ACC: tl.constexpr):
+def sum_pixels(
+    dy_ptr, dy_strides, sizes, k, k_mask, first, turns, DEPTH: tl.constexpr, ACC: tl.constexpr
+):
     """db[k], the sum of dy over ``turns`` blocks of DEPTH pixels from the ``first`` block on."""
     N, _, _, P, Q = sizes
     acc = tl.zeros((k.shape[0], DEPTH), ACC)
@@ -184,10 +177,9 @@ def few_channel_fprop_kernel(
             w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
             acc = dot(x_tile, w_tile, acc, PRECISION)
 
-    store_result(
-        acc, bias_ptr, residual_ptr, y_ptr, residual_strides, y_strides,
-        n, p, q, k, row_mask, k_mask, RELU,
-    )
+    masks = (row_mask, k_mask)
+    strides = (residual_strides, y_strides)
+    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU)
 
 
 @triton.jit(do_not_specialize=["sizes", "walk"])
@@ -246,10 +238,10 @@ def few_channel_dgrad_kernel(
         w_tile = tl.load(w_columns[:, None] + w_offsets[None, :], mask=w_mask, other=0.0)
         acc += widen(dy, ACC)[:, None, :] * widen(w_tile, ACC)[None, :, :]
 
-    store_result(
-        tl.sum(acc, axis=2), bias_ptr, None, dx_ptr, dx_strides, dx_strides,
-        n, h, w, c + group * C, row_mask, c_mask, False,
-    )
+    masks = (row_mask, c_mask)
+    strides = (dx_strides, dx_strides)
+    c += group * C
+    store_result(tl.sum(acc, axis=2), (n, h, w), c, masks, bias_ptr, None, dx_ptr, strides, False)
 
 
 @triton.jit(do_not_specialize=["sizes", "walk", "splits"])
@@ -396,10 +388,9 @@ def depthwise_kernel(
                 tap = tl.load(w_columns + w_offset, mask=k_mask, other=0.0)
                 acc += widen(x, ACC) * widen(tap, ACC)[None, :]
 
-    store_result(
-        acc, bias_ptr, residual_ptr, y_ptr, residual_strides, y_strides,
-        n, p, q, k, row_mask, k_mask, RELU,
-    )
+    masks = (row_mask, k_mask)
+    strides = (residual_strides, y_strides)
+    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU)
 
 
 @triton.jit(do_not_specialize=["sizes", "walk", "splits"])
@@ -623,37 +614,36 @@ def wgrad(
     """
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
-    tensors = (x, dy, dw_parts, db_parts, x.stride(), dy.stride())
-    dw_strides = (0, *_NO_STRIDES) if dw is None else (dw.numel(), *dw.stride())
-    sizes = (g.N, g.H, g.W, g.P, g.Q)
-    wide = device.wide(g.N * g.P * g.Q, x, dy, dw_parts)
-    tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
     K, C = g.K // g.groups, g.C // g.groups
+    wide = device.wide(g.N * g.P * g.Q, x, dy, dw_parts)
+    block = (tile.rows, tile.columns, tile.depth)
     if is_depthwise(g):
-        device.launch(
-            depthwise_wgrad_kernel,
-            (tiles * triton.cdiv(g.K, tile.rows) * tile.splits,),
-            *(*tensors, dw_strides, sizes, (g.K, K, g.R, g.S), _walk(g), tile.splits, wide),
-            (tile.rows, tile.columns, tile.depth),
-            device=x.device,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        kernel, reduction = depthwise_wgrad_kernel, (g.K, K, g.R, g.S)
+        options = (wide, block)
     else:
-        device.launch(
-            few_channel_wgrad_kernel,
-            (tiles * triton.cdiv(K, tile.rows) * g.groups * tile.splits,),
-            *(*tensors, dw_strides, sizes, (g.groups, K, C, g.R, g.S), _walk(g), tile.splits),
-            *(precision, wide),
-            (tile.rows, tile.columns, tile.depth, _segment(g, tile.columns), _channels_fastest(x)),
-            device=x.device,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+        kernel, reduction = few_channel_wgrad_kernel, (g.groups, K, C, g.R, g.S)
+        options = (precision, wide, (*block, _segment(g, tile.columns), _channels_fastest(x)))
+    column_tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
+    device.launch(
+        kernel,
+        (column_tiles * _filter_tiles(g, tile) * tile.splits,),
+        *(x, dy, dw_parts, db_parts, x.stride(), dy.stride()),
+        (0, *_NO_STRIDES) if dw is None else (dw.numel(), *dw.stride()),
+        *((g.N, g.H, g.W, g.P, g.Q), reduction, _walk(g), tile.splits, *options),
+        device=x.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
     if dw is not None and dw_parts is not None:
         split_sum(dw_parts, dw)
     if db is not None and db_parts is not None:
         split_sum(db_parts, db)
+
+
+def _filter_tiles(g: Conv2dGeometry, tile: Tile) -> int:
+    """How many tiles of rows wgrad cuts the filters into."""
+    groups = 1 if is_depthwise(g) else g.groups
+    return groups * triton.cdiv(g.K // groups, tile.rows)
 
 
 def _tap_tiles(g: Conv2dGeometry, tile: Tile) -> int:
@@ -679,9 +669,7 @@ def choose_tile(
     tile = _gpu_tile(direction, g, dtype.itemsize)
     if direction != "wgrad":
         return tile
-    programs = (_tap_tiles(g, tile) + 1) * triton.cdiv(g.K // g.groups, tile.rows) * g.groups
-    if is_depthwise(g):
-        programs = (_tap_tiles(g, tile) + 1) * triton.cdiv(g.K, tile.rows)
+    programs = max(1, (_tap_tiles(g, tile) + 1) * _filter_tiles(g, tile))
     # Two programs for each multiprocessor, but at least eight turns for each program.
     most = triton.cdiv(g.N * g.P * g.Q, 8 * tile.depth)
     return replace(tile, splits=max(1, min(most, 2 * device.multiprocessors // programs)))
@@ -694,7 +682,7 @@ def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
         if direction == "wgrad":
             return Tile(32, _power(g.R * g.S, 1, 16), 8 if half else 4)
         columns = _power(g.K if direction == "fprop" else g.C, 1, 64)
-        return Tile((2048 if half else 1024) // columns, columns, 8)
+        return Tile(_power((2048 if half else 1024) // columns, 1, 256), columns, 8)
     row = triton.next_power_of_2(max(1, g.S * C))
     if direction == "dgrad":
         columns = triton.next_power_of_2(max(1, C))
@@ -738,5 +726,5 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
         return Tile(rows, columns, _power(pixels, 16, limit // max(rows, columns)))
     columns = _power(K, 16, 1024)
     # A turn takes whole rows of the filter as long as it pays to pad their number.
-    depth = max(16, min(taps, max(row, 256), 4096))
+    depth = max(16, min(taps, max(row, 256), 1024))
     return Tile(_power(pixels, 16, limit // max(columns, depth)), columns, depth)

@@ -291,6 +291,13 @@ for _name, _function in {
     )
 
 
+def _call(function: type[Function], operator: Any, *args: Any) -> Any:
+    """The Function eagerly; its operator when compiled, as Dynamo takes no Function that is given
+    one tensor twice (an input that is its own residual, say).
+    """
+    return operator(*args) if torch.compiler.is_compiling() else function.apply(*args)
+
+
 def conv2d(
     x: Tensor,
     w: Tensor,
@@ -304,7 +311,11 @@ def conv2d(
     precision: str | None,
 ) -> Tensor:
     """y[N,K,P,Q] = relu?(conv(x[N,C,H,W], w[K,C/groups,R,S]) + bias[K] + residual[N,K,P,Q])."""
-    return Conv2d.apply(x, w, bias, residual, stride, padding, dilation, groups, precision, relu)
+    return _call(
+        Conv2d,
+        _ops.conv2d,
+        *(x, w, bias, residual, stride, padding, dilation, groups, precision, relu),
+    )
 
 
 def conv_transpose2d(
@@ -319,8 +330,11 @@ def conv_transpose2d(
     precision: str | None,
 ) -> Tensor:
     """[N,C,H,W] of (H, W) = size: dgrad of x[N,K,P,Q] with w[K,C/groups,R,S], plus bias[C]."""
-    return Conv2dDgrad.apply(
-        x, w, bias, size, stride, padding, dilation, groups, precision, _channels_last(x, w)
+    channels_last = _channels_last(x, w)
+    return _call(
+        Conv2dDgrad,
+        _ops.conv2d_dgrad,
+        *(x, w, bias, size, stride, padding, dilation, groups, precision, channels_last),
     )
 
 
@@ -334,12 +348,15 @@ def max_pool2d(
     indices: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y[N,C,P,Q], with indices also the int64 positions of the maxima, flat over H * W."""
-    y, _, flat = MaxPool2d.apply(
-        x, kernel, stride, padding, dilation, ceil_mode, torch.is_grad_enabled(), indices
+    offsets = torch.is_grad_enabled()
+    y, _, flat = _call(
+        MaxPool2d,
+        _ops.max_pool2d,
+        *(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices),
     )
     return (y, flat) if indices else y
 
 
 def max_unpool2d(x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:
     """[N,C,H,W] of (H, W) = size with x[N,C,P,Q] at its indices, flat over H * W, and zeros."""
-    return MaxUnpool2d.apply(x, indices, size)
+    return _call(MaxUnpool2d, _ops.max_unpool2d, x, indices, size)

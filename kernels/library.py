@@ -45,8 +45,11 @@ def _channels_last(*tensors: Tensor) -> bool:
     return any(is_channels_last(t.shape, t.stride()) for t in tensors)
 
 
-def _plan(direction: Direction, g: Conv2dGeometry, x: Tensor, precision: str) -> planner.Plan:
-    return planner.plan(direction, g, x.dtype, precision, describe(x.device))
+def _plan(
+    direction: Direction, g: Conv2dGeometry, precision: str, x: Tensor, other: Tensor
+) -> planner.Plan:
+    scattered = x.stride(1) != 1 or other.stride(1) != 1
+    return planner.plan(direction, g, x.dtype, precision, describe(x.device), scattered)
 
 
 def resolve_precision(precision: str | None, x: Tensor) -> str:
@@ -76,7 +79,7 @@ def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, 
     g = Conv2dGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
     y = _new(x, g.y_shape, _channels_last(x, w))
     precision = resolve_precision(precision, x)
-    engine, tile = _plan("fprop", g, x, precision)
+    engine, tile = _plan("fprop", g, precision, x, w)
     bias = None if bias is None else bias.contiguous()
     engine.fprop(x, w, bias, residual, y, g, tile, relu=relu, precision=precision)
     return y
@@ -92,7 +95,7 @@ def _dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision, chan
     )
     g = Conv2dGeometry.of(dx.shape, w.shape, stride, padding, dilation, groups)
     precision = resolve_precision(precision, dy)
-    engine, tile = _plan("dgrad", g, dy, precision)
+    engine, tile = _plan("dgrad", g, precision, dy, w)
     bias = None if bias is None else bias.contiguous()
     engine.dgrad(dy, w, bias, dx, g, tile, precision=precision)
     return dx
@@ -109,7 +112,7 @@ def _wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, b
     dw, db = _wgrad_empty(x, dy, size, strides, stride, padding, dilation, groups, precision, bias)
     g = Conv2dGeometry.of(x.shape, size, stride, padding, dilation, groups)
     precision = resolve_precision(precision, x)
-    engine, tile = _plan("wgrad", g, x, precision)
+    engine, tile = _plan("wgrad", g, precision, x, dy)
     engine.wgrad(x, dy, dw, db if bias else None, g, tile, precision=precision)
     return dw, db
 
@@ -122,7 +125,7 @@ def _channel_sum(dy: Tensor) -> Tensor:
     db = _channel_sum_empty(dy)
     N, K, P, Q = dy.shape
     g = Conv2dGeometry(N, K, P, Q, K, 1, 1)
-    engine, tile = _plan("wgrad", g, dy, "ieee")
+    engine, tile = _plan("wgrad", g, "ieee", dy, dy)
     engine.wgrad(dy, dy, None, db, g, tile, precision="ieee")
     return db
 

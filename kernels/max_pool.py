@@ -154,7 +154,8 @@ def max_pool2d_kernel(
     s0 = tl.maximum((WINDOW.dilation[1] - 1 - w0) // WINDOW.dilation[1], 0)
     found = (r0 < R) & (h0 + r0 * WINDOW.dilation[0] < H)
     found &= (s0 < S) & (w0 + s0 * WINDOW.dilation[1] < W)
-    winner = tl.where(found & (c < C), r0 * S + s0, -1).to(tl.int32)
+    winner = tl.where(found, r0 * S + s0, -1).to(tl.int32)
+    winner = tl.broadcast_to(winner, (ROWS, COLUMNS))
 
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     best = tl.full((ROWS, COLUMNS), float("-inf"), ACC)
@@ -260,7 +261,7 @@ def max_pool2d_backward_kernel(
             offset = tl.load(offsets_rows + q * offsets_strides[3], mask=covers, other=0)
             dy = tl.load(dy_rows + q * dy_strides[3], mask=covers, other=0.0)
             tap = r // WINDOW.dilation[0] * S + s // WINDOW.dilation[1]
-            won = covers & (offset.to(tl.int32) == tap)
+            won = covers & (offset == tap)
             dx += tl.where(won, widen(dy, ACC), 0.0)
     tl.store(dx_ptr + _at(n, c, h, w, dx_strides), narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
 

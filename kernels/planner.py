@@ -17,8 +17,10 @@ from .device import Device
 from .geometry import Conv2dGeometry, Direction
 from .tile import Tile, is_valid
 
-# rows, columns, warps for 16-bit, float32 through tensor cores, and arithmetic without them.
+# rows, columns, warps: in 16 bits; there, with an address for each element, which fills the
+# registers sooner; in float32 through tensor cores; and without them.
 _SHAPES_16 = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (64, 16, 4))
+_SHAPES_SCATTERED = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_TF32 = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_EXACT = ((32, 32, 4), (32, 16, 4))
 
@@ -32,26 +34,44 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def plan(
-    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
+    direction: Direction,
+    g: Conv2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    scattered: bool = False,
 ) -> Plan:
     """The best of the candidates."""
-    return candidates(direction, g, dtype, precision, device)[0]
+    return candidates(direction, g, dtype, precision, device, scattered)[0]
 
 
 def candidates(
-    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
+    direction: Direction,
+    g: Conv2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    scattered: bool = False,
 ) -> list[Plan]:
-    """All plans that can run this problem, best first."""
+    """All plans that can run this problem, best first.
+
+    ``scattered``: an operand's channels do not lie side by side, so each element has an address.
+    """
     if direct_conv.supports(g):
         return [Plan(direct_conv, direct_conv.choose_tile(direction, g, dtype, device))]
-    tiles = _tiles(direction, g, dtype, precision, device)
+    tiles = _tiles(direction, g, dtype, precision, device, scattered)
     tiles = [tile for tile in tiles if is_valid(tile, dtype.itemsize, device)]
     tiles.sort(key=lambda tile: _cost(direction, g, tile, device))
     return [Plan(implicit_gemm, tile) for tile in tiles]
 
 
 def _tiles(
-    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
+    direction: Direction,
+    g: Conv2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    scattered: bool,
 ) -> list[Tile]:
     if device.backend == "interpreter":
         return [_interpreter_tile(direction, g)]
@@ -60,6 +80,8 @@ def _tiles(
         shapes, depth = _SHAPES_EXACT, 16
     elif dtype == torch.float32:
         shapes, depth = _SHAPES_TF32, 32
+    elif scattered:
+        shapes, depth = _SHAPES_SCATTERED, 32
     else:
         shapes, depth = _SHAPES_16, 64
     stages = 2 if exact or device.backend == "hip" else 3

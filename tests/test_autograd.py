@@ -23,6 +23,7 @@ from cases import (
     params,
     random,
 )
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
@@ -111,13 +112,12 @@ def test_gradients(name, device):
 
 
 def test_gradients_element_by_element(device):
-    inputs = leaves(device, (1, 2, 3, 2), (2, 2, 2, 2), (2,), (1, 2, 2, 2))
+    inputs = leaves(device, (1, 1, 3, 2), (2, 1, 2, 2), (2,), (1, 2, 2, 2))
 
     def function(x, w, bias, residual):
         return F.conv2d(x, w, bias, (2, 1), 1, (1, 2), activation="relu", residual=residual)
 
     assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs)
 
 
 POOLED = {
@@ -132,7 +132,7 @@ POOLED = {
 @pytest.mark.parametrize("name", POOLED)
 def test_gradients_of_pooling(name, device):
     x = distinct(device, 1, 2, 6, 4)
-    assert gradcheck(POOLED[name], (x,))
+    assert gradcheck(POOLED[name], (x,), fast_mode=True)
     assert gradgradcheck(POOLED[name], (x,), fast_mode=True)
 
 
@@ -143,25 +143,22 @@ def test_gradients_of_unpooling(device):
         return F.max_unpool2d(x, indices, 2, (2, 2), output_size=(5, 4))
 
     inputs = leaves(device, (1, 2, 3, 2))
-    assert gradcheck(unpool, inputs)
+    assert gradcheck(unpool, inputs, fast_mode=True)
     assert gradgradcheck(unpool, inputs, fast_mode=True)
 
 
-def test_a_hessian_of_a_network(device):
-    """Second derivatives that pass through several operators at once."""
+def test_second_derivatives_of_a_network(device):
+    """They pass through several operators at once."""
+    inputs = leaves(device, (2, 3, 6, 6), (5, 3, 3, 3), (4, 5, 2, 2))
+    along = leaves(device, (2, 3, 6, 6), (5, 3, 3, 3), (4, 5, 2, 2))
 
-    def loss(x, w, v):
-        y = F.max_pool2d(F.conv2d(x, w, padding=1, activation="relu"), 2)
-        return F.conv2d(y, v).pow(2).sum()
+    def products(module):
+        x, w, v = inputs
+        y = module.conv2d(module.max_pool2d(module.conv2d(x, w, padding=1).relu(), 2), v)
+        gradients = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(gradients, inputs, along)
 
-    def right(x, w, v):
-        y = TF.max_pool2d(TF.conv2d(x, w, padding=1).relu(), 2)
-        return TF.conv2d(y, v).pow(2).sum()
-
-    inputs = leaves(device, (1, 1, 4, 4), (2, 1, 3, 3), (1, 2, 2, 2))
-    ours = torch.autograd.functional.hessian(loss, inputs)
-    theirs = torch.autograd.functional.hessian(right, inputs)
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(products(F), products(TF))
 
 
 # What is kept for backward, and how gradients arrive and leave.
@@ -355,14 +352,14 @@ def network_inputs(device, n, size, dtype=torch.float32):
     return leaves(device, (n, 3, size, size), (8, 3, 3, 3), (8, 8, 2, 2), (8,), dtype=dtype)
 
 
-# Dynamo instantiates each autograd.Function that it traces, of which torch itself warns.
-traced = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# What torch itself loads for this is written in its own, deprecated TorchScript.
+old_torch = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 
 
 def compiles(backend, device):
     torch._dynamo.reset()
     compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=backend)
-    for n, size in ((2, 8), (3, 12), (5, 16)):
+    for n, size in ((5, 12), (3, 16)):
         inputs = network_inputs(device, n, size)
         y, right = compiled(*inputs), network(*inputs)
         torch.testing.assert_close(y, right)
@@ -373,12 +370,11 @@ def compiles(backend, device):
         assert [t.stride() for t in ours] == [t.stride() for t in theirs]
 
 
-@traced
 def test_compiles_whole(device):
     compiles("aot_eager", device)
 
 
-@traced
+@old_torch
 @pytest.mark.skipif(
     shutil.which("g++") is None and not torch.cuda.is_available(),
     reason="on the CPU Inductor needs a C++ compiler",
@@ -387,17 +383,25 @@ def test_compiles_with_inductor(device):
     compiles("inductor", device)
 
 
-@traced
 def test_a_new_batch_size_compiles_nothing(device):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(network, fullgraph=True, dynamic=True, backend=counter)
-    for n, size in ((2, 8), (3, 12), (7, 20)):
+    for n, size in ((5, 12), (3, 16), (7, 20)):
         compiled(*network_inputs(device, n, size))
     assert counter.frame_count == 1
 
 
-@traced
+def test_exports(device):
+    class Model(torch.nn.Module):
+        def forward(self, *tensors):
+            return network(*tensors)
+
+    inputs = network_inputs(device, 5, 12)
+    program = torch.export.export(Model(), inputs)
+    torch.testing.assert_close(program.module()(*inputs), network(*inputs))
+
+
 def test_compiled_double_backward_raises_torchs_own_error(device):
     torch._dynamo.reset()
     compiled = torch.compile(F.conv2d, fullgraph=True, backend="aot_eager")
@@ -484,8 +488,7 @@ def test_gradients_of_each_sample(device):
         torch.testing.assert_close((ours[0][i], ours[1][i]), right)
 
 
-# What torch loads for forward mode is written in its own deprecated TorchScript.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@old_torch
 @pytest.mark.parametrize("name", TRANSFORMED)
 def test_forward_mode_raises_clearly(name, device):
     of, *shapes = TRANSFORMED[name]
