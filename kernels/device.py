@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -27,12 +27,6 @@ def _interpreted_loop(turns: Any) -> range:
 
 # Triton 3.6's interpreter hands range() a one-element array, which numpy from 2.4 on refuses.
 loop = _interpreted_loop if INTERPRET else tl.range
-
-if INTERPRET:
-    from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
-
-    # Its checks for overflow take two thirds of the time; compiled kernels run without them too.
-    interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
 
 _lock = threading.RLock()
 _launches: Counter[str] = Counter()
@@ -96,12 +90,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         return
     _launches[kernel.fn.__name__] += 1
     if INTERPRET:
-        with _lock, np.errstate(all="ignore"):
+        with _lock, np.errstate(all="ignore"), _unchecked_overflow():
             kernel[grid](*args, **meta)
         return
     elsewhere = device.index not in (None, torch.cuda.current_device())
     with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*args, **meta)
+
+
+@contextmanager
+def _unchecked_overflow() -> Iterator[None]:
+    """The interpreter without its checks of integer overflow, two thirds of its time.
+
+    Compiled kernels run without them too.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    previous = interpreter_builder.options
+    interpreter_builder.options = replace(previous, sanitize_overflow=False)
+    try:
+        yield
+    finally:
+        interpreter_builder.options = previous
 
 
 def launches() -> dict[str, int]:

@@ -663,7 +663,7 @@ def _power(size: int, least: int, most: int) -> int:
 def choose_tile(
     direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, device: Device
 ) -> Tile:
-    """A tile that suits the convolution; with fprop and dgrad its depth ignores the batch."""
+    """A tile that suits the convolution; fprop's and dgrad's order of summation ignores N."""
     if device.backend == "interpreter":
         return _interpreter_tile(direction, g)
     tile = _gpu_tile(direction, g, dtype.itemsize)
@@ -676,6 +676,7 @@ def choose_tile(
 
 
 def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
+    """Blocks that leave a thread enough registers for the addresses of what it gathers."""
     K, C = g.K // g.groups, g.C // g.groups
     half = itemsize == 2
     if is_depthwise(g):
@@ -683,14 +684,12 @@ def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
             return Tile(32, _power(g.R * g.S, 1, 16), 8 if half else 4)
         columns = _power(g.K if direction == "fprop" else g.C, 1, 64)
         return Tile(_power((2048 if half else 1024) // columns, 1, 256), columns, 8)
-    row = triton.next_power_of_2(max(1, g.S * C))
     if direction == "dgrad":
-        columns = triton.next_power_of_2(max(1, C))
-        depth = _power(K, 1, 16)
+        columns, depth = _power(C, 1, _FEW), _power(K, 1, 16)
         return Tile(_power((4096 if half else 2048) // (columns * depth), 1, 256), columns, depth)
     if direction == "wgrad":
         rows = _power(K, 16, 64 if half else 32)
-        columns = _power(g.R * row, 16, 128 if half else 32)
+        columns = _power(g.R * _segment(g, 128), 16, 128 if half else 32)
         if columns == 128:
             return Tile(rows, columns, 64, warps=8)
         return Tile(rows, columns, 32 if half else 16)
@@ -704,7 +703,7 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
     """A program and a turn of its loop cost far more than an element: few, large blocks."""
     limit = INTERPRETER_ELEMENTS
     K, C = g.K // g.groups, g.C // g.groups
-    row = triton.next_power_of_2(max(1, g.S * C))
+    row = _segment(g, limit)
     taps = triton.next_power_of_2(max(1, g.R)) * row
     pixels = g.N * g.P * g.Q
     if direction == "dgrad":
@@ -716,7 +715,7 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
         columns = _power(g.K if direction == "fprop" else g.C, 1, 1024)
         return Tile(_power(pixels, 1, limit // columns), columns)
     if direction == "dgrad":
-        columns = triton.next_power_of_2(max(1, C))
+        columns = _power(C, 1, _FEW)
         reduction = K * triton.cdiv(g.R, g.stride[0]) * triton.cdiv(g.S, g.stride[1])
         packed = reduction <= 256
         depth = _power(reduction if packed else K, 1, 256)

@@ -153,7 +153,7 @@ def operands(
     layout: str = "contiguous",
     seed: int = 0,
 ) -> Operands:
-    """Operands of a case. "expanded" repeats single images, rows and pixels with stride 0."""
+    """Operands of a case. "expanded" repeats one image, row or channel with stride 0."""
     x, w, bias, residual, dy = (
         random(shape, dtype, device, seed + i)
         for i, shape in enumerate((g.x_shape, g.w_shape, (g.K,), g.y_shape, g.y_shape))
@@ -166,7 +166,7 @@ def operands(
             w[:, :, :1].expand_as(w),
             bias[:1].expand_as(bias),
             residual[:, :, :1].expand_as(residual),
-            dy[:, :, :1, :1].expand_as(dy),
+            dy[:, :, :1].expand_as(dy),
         )
     x_last = layout in ("channels_last", "x_channels_last")
     w_last = layout in ("channels_last", "w_channels_last")

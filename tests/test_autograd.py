@@ -531,7 +531,7 @@ def test_tensors_on_different_devices_are_refused(other, device):
     assert kernel_device.launches() == before
 
 
-def test_meta_tensors_give_shapes(device):
+def test_meta_tensors_give_shapes():
     x, w = torch.empty((2, 3, 8, 8), device="meta"), torch.empty((4, 3, 3, 3), device="meta")
     y = F.max_pool2d(F.conv2d(x, w, padding="same", activation="relu"), 3, 2)
     assert y.device.type == "meta"

@@ -83,8 +83,8 @@ def test_conv2d(g, dtype, layout, device):
 
 
 @pytest.mark.parametrize(("g", "dtype"), params(ENGINES, DTYPES))
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("bias", [False, True], ids=["unbiased", "bias"])
 def test_relu(g, dtype, bias, residual, device):
     t = operands(g, dtype, device, "channels_last")
     inputs = (t.x, t.w, t.bias if bias else None, t.residual if residual else None)
@@ -153,9 +153,12 @@ def test_unbatched(g, dtype, device):
     assert torch.equal(x, batched[0])
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+@pytest.mark.parametrize(
+    ("precision", "product_eps"), [("ieee", 0.0), ("tf32", 2**-10), ("tf32x3", 2**-21)]
+)
 @pytest.mark.parametrize("g", params(ENGINES))
-def test_precision(g, precision, device):
+def test_precision(g, precision, product_eps, device):
+    """TF32 keeps 10 bits of each factor, three products of TF32 twice as many and one more."""
     t = operands(g, torch.float32, device, "channels_last")
     assert_operator_close(
         conv2d(g, precision=precision),
@@ -163,7 +166,7 @@ def test_precision(g, precision, device):
         t.inputs,
         t.dy,
         names=("x", "w", "bias", "residual"),
-        product_eps=2**-10 if precision == "tf32" else 0.0,
+        product_eps=product_eps,
     )
 
 
@@ -304,7 +307,7 @@ def test_an_empty_batch(g, dtype, device):
     assert all("wgrad" in kernel or "sum" in kernel for kernel in launched), launched
 
 
-@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("with_bias", [False, True], ids=["unbiased", "bias"])
 def test_no_channels(with_bias, device):
     """torch's result has no channels either, and so neither bias nor weight counts."""
     x = torch.empty((2, 0, 5, 6), device=device)

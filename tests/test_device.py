@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_threads_get_right_numbers(device):
         thread.join()
     for i, x in enumerate(inputs):
         torch.testing.assert_close(results[i], TF.conv2d(x, w, padding=1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not devices.INTERPRET, reason="the interpreter is off")
+def test_the_interpreter_is_usable():
+    x, w = torch.randn(64, 8, 8, 8), torch.randn(16, 8, 3, 3)
+    seconds = []
+    for _ in range(5):
+        start = time.process_time()
+        F.conv2d(x, w, padding=1)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.3, seconds
 
 
 @pytest.mark.skipif(not devices.INTERPRET, reason="the interpreter is off")

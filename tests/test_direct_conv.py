@@ -330,10 +330,8 @@ def test_tiles_are_valid_and_their_order_of_summation_ignores_the_batch(dtype, t
     for g, direction in product(LAYERS, DIRECTIONS):
         tile = direct_conv.choose_tile(direction, g, dtype, target)
         assert is_valid(tile, dtype.itemsize, target), (g, direction, tile)
-        if direction != "fprop" or not direct_conv.is_depthwise(g):
-            block = tile.rows * tile.columns
-            if direction == "dgrad" or direct_conv.is_depthwise(g):
-                block *= tile.depth
+        if direction == ("wgrad" if direct_conv.is_depthwise(g) else "dgrad"):
+            block = tile.rows * tile.columns * tile.depth
             assert block <= INTERPRETER_ELEMENTS, (g, direction, tile)
         if direction != "wgrad":
             other = direct_conv.choose_tile(direction, replace(g, N=7 * g.N + 1), dtype, target)
