@@ -471,11 +471,6 @@ def depthwise_wgrad_kernel(
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & (r < R)[None, :])
 
 
-def _walk(g: Conv2dGeometry) -> Walk:
-    (top, _), (left, _) = g.padding
-    return g.stride[0], -top, g.dilation[0], g.stride[1], -left, g.dilation[1]
-
-
 def _segment(g: Conv2dGeometry, block: int) -> int:
     """What a row of the filter is padded to, in blocks that hold several rows or part of one."""
     return min(block, triton.next_power_of_2(max(1, g.S * g.C // g.groups)))
@@ -500,7 +495,7 @@ def fprop(
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
     if is_depthwise(g):
         reduction = (g.K, g.K // g.groups, 1, g.R, g.S)
-        _depthwise(x, w, bias, residual, y, reduction, _walk(g), tile, relu)
+        _depthwise(x, w, bias, residual, y, reduction, g.walk, tile, relu)
         return
     rows = g.N * g.P * g.Q
     K = g.K // g.groups
@@ -510,7 +505,7 @@ def fprop(
         *(x, w, bias, residual, y),
         *(x.stride(), w.stride()),
         *(_NO_STRIDES if residual is None else residual.stride(), y.stride()),
-        *((g.N, g.H, g.W, g.P, g.Q), (g.groups, K, g.C // g.groups, g.R, g.S), _walk(g)),
+        *((g.N, g.H, g.W, g.P, g.Q), (g.groups, K, g.C // g.groups, g.R, g.S), g.walk),
         *(relu, precision, device.wide(rows, x, w, residual, y)),
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.depth), _channels_fastest(x)),
         device=x.device,
@@ -629,7 +624,7 @@ def wgrad(
         (column_tiles * _filter_tiles(g, tile) * tile.splits,),
         *(x, dy, dw_parts, db_parts, x.stride(), dy.stride()),
         (0, *_NO_STRIDES) if dw is None else (dw.numel(), *dw.stride()),
-        *((g.N, g.H, g.W, g.P, g.Q), reduction, _walk(g), tile.splits, *options),
+        *((g.N, g.H, g.W, g.P, g.Q), reduction, g.walk, tile.splits, *options),
         device=x.device,
         num_warps=tile.warps,
         num_stages=tile.stages,
