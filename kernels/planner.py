@@ -19,7 +19,7 @@ from .tile import Tile, is_valid
 
 # rows, columns, warps: in 16 bits; there, with an address for each element, which fills the
 # registers sooner; in float32 through tensor cores; and without them.
-_SHAPES_16 = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4), (64, 16, 4))
+_SHAPES_16 = ((128, 128, 8), (128, 64, 8), (64, 64, 4), (128, 32, 8), (64, 32, 4), (64, 16, 4))
 _SHAPES_SCATTERED = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_TF32 = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_EXACT = ((32, 32, 4), (32, 16, 4))
