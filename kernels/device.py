@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on CPU tensors."""
 
 
-def _interpreted_loop(turns: Any) -> range:
-    return range(int(turns.handle.data.item()) if isinstance(turns, tl.tensor) else turns)
+def _interpreted_loop(*bounds: Any) -> range:
+    plain = (int(b.handle.data.item()) if isinstance(b, tl.tensor) else b for b in bounds)
+    return range(*plain)
 
 
 # Triton 3.6's interpreter hands range() a one-element array, which numpy from 2.4 on refuses.
@@ -34,6 +35,28 @@ _target: GPUTarget | None = None  # set while launches only compile, into _compi
 _compiled: list[Any] = []
 
 
+class Peaks(NamedTuple):
+    """What a device sustains; the planner's model of time is built on it.
+
+    For sm_90 products and memory are what was measured on an H200: 790 TFLOP/s in bfloat16 and
+    4.3 TB/s. The others, and the rates of L2, follow data sheets by the same proportions.
+    """
+
+    macs: int  # 16-bit multiply-adds a cycle of one multiprocessor
+    clock: float  # GHz
+    memory: float  # GB/s
+    l2: float  # GB/s
+
+
+_PEAKS: dict[int | str, Peaks] = {
+    80: Peaks(1024, 1.2, 1700, 3500),
+    90: Peaks(2048, 1.46, 4300, 7000),
+    100: Peaks(4096, 1.5, 7000, 11000),
+    "gfx942": Peaks(1024, 1.4, 4300, 8000),
+}
+_OTHER_PEAKS = Peaks(512, 1.6, 800, 2500)
+
+
 @dataclass(frozen=True)
 class Device:
     """What a planner asks of a device. ``backend`` is "cuda", "hip" or "interpreter"."""
@@ -42,6 +65,16 @@ class Device:
     arch: int | str
     multiprocessors: int
     shared_memory: int  # bytes one program may use
+
+    @property
+    def descriptors(self) -> bool:
+        """Whether hardware loads boxes through tensor descriptors (TMA): Hopper and later."""
+        return self.backend == "cuda" and int(self.arch) >= 90
+
+    @property
+    def peaks(self) -> Peaks:
+        """Sustained rates, of the architecture rather than of one product."""
+        return _PEAKS.get(self.arch, _OTHER_PEAKS)
 
 
 _SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10}

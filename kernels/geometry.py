@@ -226,6 +226,11 @@ class Conv2dGeometry:
         return self.N, self.K, self.P, self.Q
 
     @property
+    def pointwise(self) -> bool:
+        """Whether each place reads its own pixel alone: a plain product over all pixels."""
+        return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == ((0, 0), (0, 0))
+
+    @property
     def walk(self) -> tuple[int, int, int, int, int, int]:
         """Stride, origin and step along the height, then along the width.
 

@@ -15,7 +15,6 @@ from . import aten, epilogue, max_pool, planner, vmap
 from .device import INTERPRET, describe
 from .geometry import (
     Conv2dGeometry,
-    Direction,
     Pool2dGeometry,
     conv_output_size,
     dense_strides,
@@ -45,11 +44,11 @@ def _channels_last(*tensors: Tensor) -> bool:
     return any(is_channels_last(t.shape, t.stride()) for t in tensors)
 
 
-def _plan(
-    direction: Direction, g: Conv2dGeometry, precision: str, x: Tensor, other: Tensor
-) -> planner.Plan:
-    scattered = x.stride(1) != 1 or other.stride(1) != 1
-    return planner.plan(direction, g, x.dtype, precision, describe(x.device), scattered)
+def _as_rows(w: Tensor, x: Tensor) -> Tensor:
+    """w with channels side by side where x has them so: a small copy that saves gathering it."""
+    if x.stride(1) != 1 or w.stride(1) == 1 or not describe(x.device).descriptors:
+        return w
+    return w.contiguous(memory_format=torch.channels_last)
 
 
 def resolve_precision(precision: str | None, x: Tensor) -> str:
@@ -79,7 +78,9 @@ def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, 
     g = Conv2dGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
     y = _new(x, g.y_shape, _channels_last(x, w))
     precision = resolve_precision(precision, x)
-    engine, tile = _plan("fprop", g, precision, x, w)
+    here, w = describe(x.device), _as_rows(w, x)
+    layout = planner.layout_of((x, y, residual), (w,))
+    engine, tile, *_ = planner.plan("fprop", g, x.dtype, precision, here, layout)
     bias = None if bias is None else bias.contiguous()
     engine.fprop(x, w, bias, residual, y, g, tile, relu=relu, precision=precision)
     return y
@@ -95,7 +96,9 @@ def _dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision, chan
     )
     g = Conv2dGeometry.of(dx.shape, w.shape, stride, padding, dilation, groups)
     precision = resolve_precision(precision, dy)
-    engine, tile = _plan("dgrad", g, precision, dy, w)
+    here, w = describe(dy.device), _as_rows(w, dy)
+    layout = planner.layout_of((dy, dx), (w,))
+    engine, tile, *_ = planner.plan("dgrad", g, dy.dtype, precision, here, layout)
     bias = None if bias is None else bias.contiguous()
     engine.dgrad(dy, w, bias, dx, g, tile, precision=precision)
     return dx
@@ -112,7 +115,8 @@ def _wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, b
     dw, db = _wgrad_empty(x, dy, size, strides, stride, padding, dilation, groups, precision, bias)
     g = Conv2dGeometry.of(x.shape, size, stride, padding, dilation, groups)
     precision = resolve_precision(precision, x)
-    engine, tile = _plan("wgrad", g, precision, x, dy)
+    layout = planner.layout_of((x, dy), ())
+    engine, tile, *_ = planner.plan("wgrad", g, x.dtype, precision, describe(x.device), layout)
     engine.wgrad(x, dy, dw, db if bias else None, g, tile, precision=precision)
     return dw, db
 
@@ -125,7 +129,8 @@ def _channel_sum(dy: Tensor) -> Tensor:
     db = _channel_sum_empty(dy)
     N, K, P, Q = dy.shape
     g = Conv2dGeometry(N, K, P, Q, K, 1, 1)
-    engine, tile = _plan("wgrad", g, "ieee", dy, dy)
+    here, layout = describe(dy.device), planner.layout_of((dy,), ())
+    engine, tile, *_ = planner.plan("wgrad", g, dy.dtype, "ieee", here, layout)
     engine.wgrad(dy, dy, None, db, g, tile, precision="ieee")
     return db
 

@@ -1,35 +1,59 @@
 """Which engine and which tile for a convolution, from its geometry alone; nothing is timed.
 
-The engine and the depth of its tiles follow from channels, taps and dtype, never from the batch
-or the image: so an image's result does not depend on its neighbours.
+The engine and the depth of its tiles follow from channels, taps, dtype and layout, never from the
+batch or the image: so an image's result does not depend on its neighbours. (wgrad sums over the
+batch, and is free to choose.) Tiles and boxes come from fixed families, so that few binaries serve
+all sizes; ``model`` predicts which of them is quickest.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from math import ceil
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from . import direct_conv, implicit_gemm
+from . import descriptor_gemm, direct_conv, implicit_gemm, model
 from .device import Device
 from .geometry import Conv2dGeometry, Direction
-from .tile import Tile, is_valid
+from .tile import Tile, blocks_per_multiprocessor, is_valid
 
-# rows, columns, warps: in 16 bits; there, with an address for each element, which fills the
-# registers sooner; in float32 through tensor cores; and without them.
+Layout = Literal["aligned", "channels_last", "scattered"]
+"""How the operands lie: channels side by side, pixels in memory order and rows on 16 bytes, as
+descriptors need; channels side by side; or otherwise, where each element has an address."""
+
+# Engine 1. rows, columns, warps: in 16 bits; there, with an address for each element, which fills
+# the registers sooner; in float32 through tensor cores; and without them.
 _SHAPES_16 = ((128, 128, 8), (128, 64, 8), (64, 64, 4), (128, 32, 8), (64, 32, 4), (64, 16, 4))
 _SHAPES_SCATTERED = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_TF32 = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_EXACT = ((32, 32, 4), (32, 16, 4))
 
+# Engine 2, whose ring takes what shared memory is left. fprop, dgrad: pixels, channels, warps.
+_PRODUCTS = ((256, 128, 8), (256, 64, 4), (128, 128, 4), (128, 64, 4))
+# wgrad: filters, channels, warps.
+_WGRADS = ((128, 256, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4))
+# Boxes of pixels by their number, in an order that breaks ties: near pixels before far images.
+_BOXES = {
+    256: ((1, 16, 16), (4, 8, 8), (16, 4, 4), (64, 2, 2), (256, 1, 1)),
+    128: ((1, 8, 16), (2, 8, 8), (8, 4, 4), (32, 2, 2), (128, 1, 1)),
+    64: ((1, 8, 8), (4, 4, 4), (16, 2, 2), (64, 1, 1)),
+    32: ((2, 4, 4), (8, 2, 2), (32, 1, 1)),
+}
+_LEAST_COLUMNS = 64  # what one instruction of a group of four warps writes, on Hopper
+
 
 class Plan(NamedTuple):
-    """An engine (a module with fprop, dgrad and wgrad) and the tile to launch it with."""
+    """An engine (a module with fprop, dgrad and wgrad), the tile to launch it with, and the
+    predicted time with what limits it.
+    """
 
     engine: ModuleType
     tile: Tile
+    ms: float
+    limit: model.Limit
 
 
 @lru_cache(maxsize=4096)
@@ -39,10 +63,10 @@ def plan(
     dtype: torch.dtype,
     precision: str,
     device: Device,
-    scattered: bool = False,
+    layout: Layout,
 ) -> Plan:
     """The best of the candidates."""
-    return candidates(direction, g, dtype, precision, device, scattered)[0]
+    return candidates(direction, g, dtype, precision, device, layout)[0]
 
 
 def candidates(
@@ -51,54 +75,167 @@ def candidates(
     dtype: torch.dtype,
     precision: str,
     device: Device,
-    scattered: bool = False,
+    layout: Layout,
 ) -> list[Plan]:
-    """All plans that can run this problem, best first.
-
-    ``scattered``: an operand's channels do not lie side by side, so each element has an address.
-    """
+    """All plans that can run this problem, best first."""
+    arguments = (direction, g, dtype, precision, device)
     if direct_conv.supports(g):
-        return [Plan(direct_conv, direct_conv.choose_tile(direction, g, dtype, device))]
-    tiles = _tiles(direction, g, dtype, precision, device, scattered)
-    tiles = [tile for tile in tiles if is_valid(tile, dtype.itemsize, device)]
-    tiles.sort(key=lambda tile: _cost(direction, g, tile, device))
-    return [Plan(implicit_gemm, tile) for tile in tiles]
+        tile = direct_conv.choose_tile(direction, g, dtype, device)
+        return [Plan(direct_conv, tile, *model.predict(*arguments, tile, direct=True))]
+    tiles: list[tuple[ModuleType, Tile]] = []
+    if layout == "aligned" and _takes_descriptors(*arguments):
+        tiles += [(descriptor_gemm, tile) for tile in _descriptor_tiles(*arguments)]
+    if direction == "wgrad" or not tiles:
+        tiles += [(implicit_gemm, tile) for tile in _pointer_tiles(*arguments, layout)]
+    plans = [
+        Plan(engine, tile, *model.predict(*arguments, tile))
+        for engine, tile in tiles
+        if is_valid(tile, dtype.itemsize, device)
+    ]
+    return sorted(plans, key=_preference)
 
 
-def _tiles(
+def _preference(plan: Plan) -> float:
+    """The predicted time; engine 1's, whose loop the model knows less of, counts a quarter more."""
+    return plan.ms * (1.25 if plan.engine is implicit_gemm else 1.0)
+
+
+def layout_of(images: Iterable[Tensor | None], filters: Iterable[Tensor]) -> Layout:
+    """How the operands lie; ``images`` are x, y or residual, ``filters`` w."""
+    found: Layout = "aligned"
+    for t in (*images, *filters):
+        if t is not None and t.stride(1) != 1:
+            return "scattered"
+    if not all(t is None or _is_aligned(t, ordered=True) for t in images):
+        found = "channels_last"
+    if not all(_is_aligned(t, ordered=False) for t in filters):
+        found = "channels_last"
+    return found
+
+
+def _is_aligned(t: Tensor, *, ordered: bool) -> bool:
+    """Whether rows of channels start on 16 bytes, and where asked follow one another in order."""
+    (N, _, H, W), (n, _, h, w) = t.shape, t.stride()
+    unit = 16 // t.element_size()
+    end = 0
+    for size, stride in ((W, w), (H, h), (N, n)):
+        if size > 1:
+            if stride % unit or stride <= 0 or (ordered and end and stride != end):
+                return False
+            end = stride * size
+    return t.data_ptr() % 16 == 0
+
+
+def _takes_descriptors(
+    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
+) -> bool:
+    """Whether engine 2 is right for a layer and worth it: its groups fill blocks of channels."""
+    if not device.descriptors or not descriptor_gemm.supports(direction, g, dtype, precision):
+        return False
+    columns, depth = (g.C, g.K) if direction == "dgrad" else (g.K, g.C)
+    if g.groups == 1:
+        return min(columns, depth) >= 16
+    return columns // g.groups % _LEAST_COLUMNS == 0 and depth // g.groups % 16 == 0
+
+
+def _descriptor_tiles(
+    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
+) -> Iterator[Tile]:
+    """Engine 2's family, all of it for sizes that fill a block, the smallest for those that do not."""
+    K, C = g.K // g.groups, g.C // g.groups
+    narrow = (
+        64 if dtype.itemsize == 2 else 128 // dtype.itemsize
+    )  # one row of a swizzle's 128 bytes
+    if direction == "wgrad":
+        for rows, columns, warps in _WGRADS:
+            if _too_large(rows, K, 64) or _too_large(columns, C, 64):
+                continue
+            depth = narrow if rows * columns > 2**13 else 2 * narrow
+            for box in _wgrad_boxes(g, depth):
+                tile = Tile(rows, columns, depth, warps=warps, box=box)
+                yield from _split(g, _deepest(tile, dtype, device), device)
+        return
+    columns_all, reduction = (K, C) if direction == "fprop" else (C, K)
+    depth = _depth(reduction, narrow)
+    for rows, columns, warps in _PRODUCTS:
+        if _too_large(columns, columns_all, _LEAST_COLUMNS) or (
+            g.groups > 1 and columns_all % columns
+        ):
+            continue
+        if dtype.itemsize > 2 and rows * columns > 2**14:
+            continue
+        for box in _BOXES[rows]:
+            yield _deepest(Tile(rows, columns, depth, warps=warps, box=box), dtype, device)
+
+
+def _too_large(block: int, size: int, least: int) -> bool:
+    """Whether a block half as large would do."""
+    return block > least and size <= block // 2
+
+
+def _depth(reduction: int, narrow: int) -> int:
+    """Channels of a turn: two swizzle rows where they come out even, else as few as hold them."""
+    if reduction % (2 * narrow) == 0:
+        return 2 * narrow
+    return next((d for d in (narrow, narrow // 2) if reduction % d == 0 or reduction > d // 2), 16)
+
+
+def _deepest(tile: Tile, dtype: torch.dtype, device: Device) -> Tile:
+    """The tile with up to four stages: as many as let two programs share a multiprocessor, if that
+    is more than one stage and they are small; else as many as fit.
+    """
+    for share, least in ((2, 2), (1, 2)):
+        if share == 2 and tile.warps == 8:
+            continue
+        for stages in (4, 3, 2):
+            deep = replace(tile, stages=stages)
+            room = blocks_per_multiprocessor(deep, dtype.itemsize, device)
+            if stages >= least and room >= share and is_valid(deep, dtype.itemsize, device):
+                return deep
+    return replace(tile, stages=2)
+
+
+def _wgrad_boxes(g: Conv2dGeometry, depth: int) -> Iterator[tuple[int, int, int]]:
+    """Boxes that no place outside the result shares with a pixel inside x.
+
+    There dy counts as zero, but zero times an infinity or NaN of x would spread.
+    """
+    for box in _BOXES[depth]:
+        if descriptor_gemm.keeps_places_apart(g, box):
+            yield box
+
+
+def _pointer_tiles(
     direction: Direction,
     g: Conv2dGeometry,
     dtype: torch.dtype,
     precision: str,
     device: Device,
-    scattered: bool,
-) -> list[Tile]:
+    layout: Layout,
+) -> Iterator[Tile]:
+    """Engine 1's family."""
     if device.backend == "interpreter":
-        return [_interpreter_tile(direction, g)]
+        yield _interpreter_tile(direction, g)
+        return
     exact = dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee")
     if exact:
         shapes, depth = _SHAPES_EXACT, 16
     elif dtype == torch.float32:
         shapes, depth = _SHAPES_TF32, 32
-    elif scattered:
+    elif layout == "scattered":
         shapes, depth = _SHAPES_SCATTERED, 32
     else:
         shapes, depth = _SHAPES_16, 64
     stages = 2 if exact or device.backend == "hip" else 3
-    per_group = g.C // g.groups
-    if direction == "wgrad":
-        tiles = [
-            Tile(rows, columns, depth, per_group % columns != 0, 1, warps, stages)
-            for rows, columns, warps in shapes
-        ]
-        return [replace(tile, splits=_splits(g, tile, device)) for tile in tiles]
-    channels = per_group if direction == "fprop" else g.K // g.groups
+    per_group = (g.K if direction == "dgrad" else g.C) // g.groups
     # A turn of one tap wants whole blocks of channels; else channels and taps run together.
-    whole = next((d for d in (depth, depth // 2, depth // 4) if d >= 16 and channels % d == 0), 0)
-    return [
-        Tile(rows, columns, whole or min(depth, 32), not whole, 1, warps, stages)
-        for rows, columns, warps in shapes
-    ]
+    whole = next((d for d in (depth, depth // 2, depth // 4) if d >= 16 and per_group % d == 0), 0)
+    for rows, columns, warps in shapes:
+        if direction == "wgrad":
+            tile = Tile(rows, columns, depth, per_group % columns != 0, 1, warps, stages)
+            yield from _split(g, tile, device)
+        else:
+            yield Tile(rows, columns, whole or min(depth, 32), not whole, 1, warps, stages)
 
 
 def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
@@ -117,18 +254,16 @@ def _power(size: int, most: int) -> int:
     return max(16, min(most, 1 << (max(1, size) - 1).bit_length()))
 
 
-def _splits(g: Conv2dGeometry, tile: Tile, device: Device) -> int:
-    """Parts of wgrad's reduction that fill the device twice, of at least eight turns each."""
-    gemm = g.gemm("wgrad")
-    programs = g.groups * ceil(gemm.rows / tile.rows) * ceil(gemm.columns / tile.columns)
-    turns = ceil(gemm.depth / tile.depth)
-    return max(1, min(2 * device.multiprocessors // max(1, programs), turns // 8))
-
-
-def _cost(direction: Direction, g: Conv2dGeometry, tile: Tile, device: Device) -> float:
-    """Relative time: waves of programs, times a tile's products and the traffic that feeds them."""
-    gemm = g.gemm(direction)
-    programs = g.groups * ceil(gemm.rows / tile.rows) * ceil(gemm.columns / tile.columns)
-    waves = ceil(programs * tile.splits / device.multiprocessors)
-    area = tile.rows * tile.columns
-    return waves * (area + 64 * (tile.rows + tile.columns)) / tile.splits
+def _split(g: Conv2dGeometry, tile: Tile, device: Device) -> Iterator[Tile]:
+    """wgrad's reduction in one part, and in as many as fill the device once, twice and four times,
+    of at least eight turns each.
+    """
+    programs, turns = model.wgrad_work(g, tile)
+    most = max(1, turns // 8)
+    room = blocks_per_multiprocessor(tile, 2, device) * device.multiprocessors
+    yield from (
+        replace(tile, splits=splits)
+        for splits in sorted(
+            {max(1, min(most, fill * room // max(1, programs))) for fill in (0, 1, 2, 4)}
+        )
+    )

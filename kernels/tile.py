@@ -1,10 +1,13 @@
 """Tiles: what one program computes, and the one predicate that says which tiles a device takes."""
 
 from dataclasses import dataclass
+from math import prod
 
 from .device import Device
 
 INTERPRETER_ELEMENTS = 2**20  # Triton's limit on the elements of one block
+
+Box = tuple[int, int, int]  # pixels along n, p, q
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,7 @@ class Tile:
     into ``splits`` parts, added up in a second pass. ``packed`` runs the reduction over channels
     and taps together, for channels that do not fill a block; otherwise each turn has one tap.
     Pooling and depthwise kernels have no depth: rows are pixels, columns channels.
+    ``box``: how a descriptor's block of pixels (rows, for wgrad depth) lies in n, p and q.
     """
 
     rows: int
@@ -25,16 +29,50 @@ class Tile:
     splits: int = 1
     warps: int = 4
     stages: int = 2
+    box: Box | None = None
+
+
+def shared_bytes(tile: Tile, itemsize: int) -> int:
+    """Shared memory of one program: the ring of operands, and what a descriptor stores from."""
+    ring = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize
+    stores = tile.box is not None and prod(tile.box) == tile.rows
+    return ring + (tile.rows // 2 * tile.columns * itemsize + _BARRIERS if stores else 0)
+
+
+_BARRIERS = 256  # bytes, at most, of a descriptor ring's barriers
+_RESERVED = 1024  # bytes that each program takes besides
 
 
 def is_valid(tile: Tile, itemsize: int, device: Device) -> bool:
     """The single statement of which tiles may be launched, for elements of ``itemsize`` bytes."""
-    sizes = (tile.rows, tile.columns, tile.depth)
+    sizes = (tile.rows, tile.columns, tile.depth, *(tile.box or ()))
     if any(size < 1 or size & (size - 1) for size in sizes) or tile.splits < 1:
         return False
     areas = (tile.rows * tile.columns, tile.rows * tile.depth, tile.columns * tile.depth)
+    if tile.box is not None and not _is_valid_box(tile, itemsize, device):
+        return False
     if device.backend == "interpreter":
         return max(areas) <= INTERPRETER_ELEMENTS
-    ring = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize
     registers = tile.rows * tile.columns * max(1, itemsize // 4) // (32 * tile.warps)
-    return ring <= device.shared_memory and registers <= 128
+    return shared_bytes(tile, itemsize) <= device.shared_memory and registers <= 128
+
+
+def _is_valid_box(tile: Tile, itemsize: int, device: Device) -> bool:
+    """A box holds the tile's pixels, at least two; hardware takes 256 along each dimension."""
+    pixels = prod(tile.box or ())
+    if pixels < 2 or pixels not in (tile.rows, tile.depth) or tile.packed:
+        return False
+    if device.backend == "interpreter":
+        return True
+    return device.descriptors and max(tile.box or ()) <= 256 and tile.depth * itemsize >= 16
+
+
+def blocks_per_multiprocessor(tile: Tile, itemsize: int, device: Device) -> int:
+    """How many programs of a tile a multiprocessor holds at once, by shared memory and threads."""
+    return max(
+        1,
+        min(
+            (device.shared_memory + _RESERVED) // (shared_bytes(tile, itemsize) + _RESERVED),
+            8 // tile.warps,
+        ),
+    )

@@ -380,7 +380,9 @@ def run_dgrad(g, t, dx, plan=None):
 
 
 def planned(direction, g, t):
-    return planner.plan(direction, g, t.x.dtype, "ieee", kernel_device.describe(t.x.device))
+    return planner.plan(
+        direction, g, t.x.dtype, "ieee", kernel_device.describe(t.x.device), "channels_last"
+    )[:2]
 
 
 def assert_engine(direction, g, dtype, device, plan):
@@ -467,7 +469,9 @@ def test_each_candidate_of_the_planner(g, direction, dtype, device):
     plans = {
         (engine.__name__, tile): (engine, tile)
         for target in (GPUS if here.backend == "interpreter" else (here,))
-        for engine, tile in planner.candidates(direction, g, dtype, "ieee", target)
+        for engine, tile, *_ in planner.candidates(
+            direction, g, dtype, "ieee", target, "channels_last"
+        )
     }
     assert plans
     for plan in plans.values():

@@ -18,9 +18,11 @@ kernels
 kernels.geometry
 kernels.device
 kernels.tile kernels.indexing
-kernels.epilogue kernels.split_sum
+kernels.epilogue kernels.split_sum kernels.model
 kernels.implicit_gemm kernels.direct_conv kernels.max_pool
+kernels.descriptor_gemm
 kernels.planner kernels.aten kernels.vmap
+kernels.autotune
 kernels.library
 kernels.functions
 cnn.arguments cnn.autocast

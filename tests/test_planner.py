@@ -31,14 +31,16 @@ def test_each_candidate_is_valid_and_its_order_does_not_depend_on_the_batch(
     direction, name, dtype, device
 ):
     g = LAYERS[name]
-    candidates = planner.candidates(direction, g, dtype, "ieee", device)
+    candidates = planner.candidates(direction, g, dtype, "ieee", device, "channels_last")
     assert candidates
-    assert all(is_valid(tile, dtype.itemsize, device) for _, tile in candidates)
+    assert all(is_valid(tile, dtype.itemsize, device) for _, tile, *_ in candidates)
     if direction == "wgrad":
         return
     orders = set()
     for N in (1, 3, 64, 1000):
-        engine, tile = planner.plan(direction, replace(g, N=N), dtype, "ieee", device)
+        engine, tile, *_ = planner.plan(
+            direction, replace(g, N=N), dtype, "ieee", device, "channels_last"
+        )
         orders.add((engine, tile.depth, tile.packed))
     assert len(orders) == 1
 
@@ -54,16 +56,21 @@ def test_each_candidate_is_valid_and_its_order_does_not_depend_on_the_batch(
     ],
 )
 def test_engine(name, engine):
-    assert planner.plan("fprop", LAYERS[name], torch.bfloat16, "ieee", H100).engine is engine
+    assert (
+        planner.plan("fprop", LAYERS[name], torch.bfloat16, "ieee", H100, "channels_last").engine
+        is engine
+    )
 
 
 def test_wgrad_splits_its_pixels_until_the_device_is_full():
     g = LAYERS["3x3"]
-    tile = planner.plan("wgrad", g, torch.bfloat16, "ieee", H100).tile
+    tile = planner.plan("wgrad", g, torch.bfloat16, "ieee", H100, "channels_last").tile
     programs = -(-g.K // tile.rows) * -(-g.C * 9 // tile.columns) * tile.splits
     assert H100.multiprocessors <= programs <= 2 * H100.multiprocessors
     tiny = replace(g, N=1, H=4, W=4)
-    assert planner.plan("wgrad", tiny, torch.bfloat16, "ieee", H100).tile.splits == 1
+    assert (
+        planner.plan("wgrad", tiny, torch.bfloat16, "ieee", H100, "channels_last").tile.splits == 1
+    )
 
 
 @pytest.mark.parametrize(

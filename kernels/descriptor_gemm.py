@@ -1,0 +1,569 @@
+"""Engine 2: the convolution's matrix product through tiled tensor descriptors (TMA).
+
+A descriptor over NHWC memory loads a box of pixels from any offset and gives zero outside, which
+is the padding: no addresses, no masks. Each tap of the filter is one shifted load of the same box.
+A stride cuts x into parities, each a descriptor of its own and a stride-1 problem with its own
+taps; dgrad writes dx one parity at a time by the same rule.
+
+The product is formed as channels x pixels, the transpose of what is stored: Triton feeds tensor
+cores from shared memory on the left only what was loaded as a matrix, on the right anything, so
+the box stands right, and left the filters, whose unit axes fold away. With both in shared memory
+the loop needs a third fewer registers and instructions than with pixels on the left.
+
+Operands need channels side by side, pixels in memory order and rows that start on 16 bytes
+(``planner.layout_of`` says "aligned"). Sizes and strides are in elements.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import device, implicit_gemm
+from .device import Device, loop
+from .epilogue import relu
+from .geometry import Conv2dGeometry, Direction, Taps
+from .indexing import dot, narrow, program, widen
+from .split_sum import parts_like, split_sum
+from .tile import Box, Tile, blocks_per_multiprocessor
+
+_ODD = 2**20 + 1
+
+
+def unspecialised(values):
+    return tuple(2 * v + _ODD for v in values)
+
+
+@triton.jit
+def plain(v):
+    return (v - 1048577) >> 1
+
+
+@triton.jit
+def next_tap(c, r, s, C, S, DEPTH: tl.constexpr):
+    """(c, r, s) of the turn after this one: channels run fastest. Counting is cheaper in a loop
+    than dividing its turn.
+    """
+    c += DEPTH
+    end = c >= C
+    c = tl.where(end, 0, c)
+    s = tl.where(end, s + 1, s)
+    end = s == S
+    return c, tl.where(end, r + 1, r), tl.where(end, 0, s)
+
+
+@triton.jit
+def add_products(
+    acc,  # [columns, rows]
+    x_desc,
+    w_desc,
+    box,  # n, p, q of its first pixel
+    first,  # channel of x; channel of w along the depth; along the columns
+    C,
+    walk,  # see Walk
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """acc + the products of one parity's taps with a box of pixels."""
+    COLUMNS: tl.constexpr = acc.shape[0]
+    ROWS: tl.constexpr = acc.shape[1]
+    turns, S, origin_h, origin_w = plain(walk[0]), plain(walk[1]), plain(walk[2]), plain(walk[3])
+    step_h, step_w, tap_h, tap_w = plain(walk[4]), plain(walk[5]), plain(walk[6]), plain(walk[7])
+    tap_step_h, tap_step_w = plain(walk[8]), plain(walk[9])
+    n, p, q = box
+    c, r, s = 0, 0, 0
+    for _ in loop(turns):
+        h = origin_h + r * step_h
+        w = origin_w + s * step_w
+        if len(x_desc.block_shape) == 5:
+            # The pair of pixels, then which of the two: of rows by an axis, of columns by channels.
+            half = (w & 1) * (x_desc.shape[4] // 2)
+            x = x_desc.load([n, p + (h >> 1), h & 1, q + (w >> 1), half + first[0] + c])
+        else:
+            x = x_desc.load([n, p + h, q + w, first[0] + c])
+        x = x.reshape(ROWS, DEPTH).T
+        tap_r = tap_h + r * tap_step_h
+        tap_s = tap_w + s * tap_step_w
+        if TRANSPOSED:
+            filters = w_desc.load([tap_r, tap_s, first[1] + c, first[2]]).reshape(DEPTH, COLUMNS).T
+        else:
+            filters = w_desc.load([tap_r, tap_s, first[2], first[1] + c]).reshape(COLUMNS, DEPTH)
+        acc = dot(filters, x, acc, PRECISION)
+        c, r, s = next_tap(c, r, s, C, S, DEPTH)
+    return acc
+
+
+@triton.jit
+def store_half(half, box, k, residual_desc, y_desc, RELU: tl.constexpr):
+    """Finish half[columns, pixels] of an accumulator and store it as a box of y."""
+    COLUMNS: tl.constexpr = half.shape[0]
+    PIXELS: tl.constexpr = half.shape[1]
+    n, p, q = box
+    if residual_desc is not None:
+        residual = residual_desc.load([n, p, q, k]).reshape(PIXELS, COLUMNS).T
+        half += widen(residual, half.dtype)
+    if RELU:
+        half = relu(half)
+    y_desc.store([n, p, q, k], narrow(half, y_desc.dtype).T.reshape(y_desc.block_shape))
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def product_kernel(
+    x_desc,  # [N, H, W, C] of one parity, or [N, H/2, 2, W/2, 2C] of four
+    x1_desc,  # the other parities that have taps, or None
+    x2_desc,
+    x3_desc,
+    w_desc,  # [R, S, K, C]
+    bias_ptr,  # [channels of y] or None
+    scale_ptr,  # the same, float32, or None
+    residual_desc,  # like y, or None
+    y_desc,  # [N, P, Q, channels]
+    tiles,
+    sizes,  # boxes along p and q, column tiles of a group, groups, columns and depth of a group
+    walks,  # a Walk for each parity
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,  # box (n, p, q), columns, depth, whether w's channels are the columns
+):
+    """y = relu?(scale * products of x's boxes with w's taps + bias + residual).
+
+    One program writes every num_programs-th of the ``tiles``, each a box of pixels by COLUMNS
+    channels of one group, accumulated in float32 and stored in two halves. Neighbouring programs
+    have the same box and other columns: what they read of x is in L2 once, and all of w stays.
+    """
+    BOX_N: tl.constexpr = TILE[0]
+    BOX_P: tl.constexpr = TILE[1]
+    BOX_Q: tl.constexpr = TILE[2]
+    COLUMNS: tl.constexpr = TILE[3]
+    DEPTH: tl.constexpr = TILE[4]
+    TRANSPOSED: tl.constexpr = TILE[5]
+    ROWS: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
+    boxes_p, boxes_q, column_tiles = plain(sizes[0]), plain(sizes[1]), plain(sizes[2])
+    groups, K, C = plain(sizes[3]), plain(sizes[4]), plain(sizes[5])
+
+    for tile in loop(tl.program_id(0), tiles, tl.num_programs(0)):
+        group = tile // column_tiles % groups
+        column = tile % column_tiles * COLUMNS
+        k = group * K + column
+        at = tile // (column_tiles * groups)
+        n = at // (boxes_q * boxes_p) * BOX_N
+        p = at // boxes_q % boxes_p * BOX_P
+        q = at % boxes_q * BOX_Q
+
+        channels = k + tl.arange(0, COLUMNS)
+        mask = channels < groups * K
+        acc = tl.zeros((COLUMNS, ROWS), tl.float32)
+        bias = tl.zeros((COLUMNS, 1), tl.float32)
+        if bias_ptr is not None:
+            bias = widen(tl.load(bias_ptr + channels, mask=mask, other=0.0), tl.float32)[:, None]
+            if scale_ptr is None:
+                acc += bias
+        if TRANSPOSED:
+            first = (group * C, group * C, column)
+        else:
+            first = (group * C, 0, k)
+        for i in tl.static_range(len(walks)):
+            x = x_descs[i]
+            box = (n, p, q)
+            acc = add_products(
+                acc, x, w_desc, box, first, C, walks[i], TRANSPOSED, PRECISION, DEPTH
+            )
+        if scale_ptr is not None:
+            acc = acc * tl.load(scale_ptr + channels, mask=mask, other=0.0)[:, None] + bias
+        low, high = tl.split(acc.reshape(COLUMNS, 2, ROWS // 2).permute(0, 2, 1))
+        store_half(low, (n, p, q), k, residual_desc, y_desc, RELU)
+        # The second half of the box begins half way along its first axis of several pixels.
+        n += BOX_N // 2
+        if BOX_N == 1:
+            p += BOX_P // 2
+        if BOX_N * BOX_P == 1:
+            q += BOX_Q // 2
+        store_half(high, (n, p, q), k, residual_desc, y_desc, RELU)
+
+
+class Walk(NamedTuple):
+    """How one parity's taps meet the pixels: tap (r, s) of ``taps_h`` x S reads, for place (p, q),
+    the parity's pixel (p + origin + r * step) and the filter's tap (tap + r * tap_step); likewise s.
+    """
+
+    turns: int  # taps times blocks of channels
+    S: int
+    origin_h: int
+    origin_w: int
+    step_h: int
+    step_w: int
+    tap_h: int
+    tap_w: int
+    tap_step_h: int
+    tap_step_w: int
+
+
+def _walk(row: Taps, column: Taps, blocks: int, sign: int) -> Walk:
+    """dgrad reads dy at origin - step (sign -1) from a pixel, fprop a pixel at the negative."""
+    return Walk(
+        *(row.taps * column.taps * blocks, column.taps),
+        *(-sign * row.origin, -sign * column.origin, sign * row.step, sign * column.step),
+        *(row.tap, column.tap, row.tap_step, column.tap_step),
+    )
+
+
+def _descriptor(t: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]):
+    """A descriptor over memory that ``planner.layout_of`` found to be aligned.
+
+    Triton's constructor would check the same again, which costs as much as the rest of a launch.
+    The stride of an axis of one element, which is never taken, may be anything: it is made to fit.
+    """
+    aligned = 16 // t.element_size()
+    strides = [s if size > 1 else aligned for size, s in zip(shape, strides, strict=True)]
+    strides[-1] = 1
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(
+        base=t,
+        shape=list(shape),
+        strides=strides,
+        block_shape=list(block),
+        padding="zero",
+        round_f32_to_tf32=False,
+    )
+    return descriptor
+
+
+def _pixels(t: Tensor, block: Sequence[int]):
+    """t[N, C, H, W] as a descriptor [N, H, W, C]."""
+    (N, C, H, W), (n, c, h, w) = t.shape, t.stride()
+    return _descriptor(t, (N, H, W, C), (n, h, w, c), block)
+
+
+def _filters(w: Tensor, block: Sequence[int]):
+    """w[K, C, R, S] as a descriptor [R, S, K, C]."""
+    (K, C, R, S), (k, c, r, s) = w.shape, w.stride()
+    return _descriptor(w, (R, S, K, C), (r, s, k, c), block)
+
+
+def _pairs(x: Tensor, box: Box, depth: int):
+    """x[N, C, H, W] of even H and W as [N, H/2, 2, W/2, 2C]: both parities of both axes."""
+    (N, C, H, W), (n, c, h, w) = x.shape, x.stride()
+    shape, strides = (N, H // 2, 2, W // 2, 2 * C), (n, 2 * h, h, 2 * w, c)
+    return _descriptor(x, shape, strides, (box[0], box[1], 1, box[2], depth))
+
+
+def _flat(t: Tensor) -> Tensor:
+    """t[N, C, H, W] as [N * H * W, C, 1, 1]; its pixels follow one another in memory."""
+    N, C, H, W = t.shape
+    pitch = t.stride(3) if W > 1 else t.stride(2) if H > 1 else t.stride(0)
+    return t.as_strided((N * H * W, C, 1, 1), (pitch, 1, pitch, pitch))
+
+
+def flat_geometry(g: Conv2dGeometry) -> Conv2dGeometry:
+    """A pointwise convolution as one over N * H * W images of one pixel; others as they are."""
+    if not g.pointwise or g.H * g.W == 1:
+        return g
+    pixels = g.N * g.H * g.W
+    return Conv2dGeometry(pixels, g.C, 1, 1, g.K, 1, 1, groups=g.groups)
+
+
+def half_box(box: Box) -> Box:
+    """The first half of a box, cut along its first axis of several pixels."""
+    n, p, q = box
+    if n > 1:
+        return n // 2, p, q
+    return (1, p // 2, q) if p > 1 else (1, 1, q // 2)
+
+
+def takes_pairs(g: Conv2dGeometry, depth: int) -> bool:
+    """Whether one descriptor of five dimensions serves all parities of a convolution's stride.
+
+    A block of channels must not run into those of the pair's second pixel.
+    """
+    even = g.stride == (2, 2) and g.H % 2 == 0 and g.W % 2 == 0
+    return even and g.R * g.S > 1 and (g.C // g.groups) % depth == 0
+
+
+def keeps_places_apart(g: Conv2dGeometry, box: Box) -> bool:
+    """Whether no place of a box outside the result meets a pixel inside x, by any tap.
+
+    There dy counts as zero, but zero times an infinity or NaN of x would spread into dw.
+    """
+    if g.pointwise:
+        return True
+    rows, columns = zip(*g.dgrad(), strict=True)
+    return all(
+        places % length == 0 or all(places - taps.origin >= taps.count for taps in parities)
+        for places, length, parities in ((g.P, box[1], rows), (g.Q, box[2], columns))
+    )
+
+
+def read_parities(g: Conv2dGeometry) -> list[tuple[Taps, Taps]]:
+    """The parities of x that have taps."""
+    return [(row, column) for row, column in g.dgrad() if row.taps and column.taps]
+
+
+def supports(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str) -> bool:
+    """Whether this engine's launchers take the convolution, on aligned operands.
+
+    fprop and dgrad do not cut a group's channels short, and fprop reads at most four parities.
+    """
+    if min(g.x_shape) < 1 or min(g.y_shape) < 1 or g.C // g.groups < 1:
+        return False
+    if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
+        return False
+    if direction == "fprop" and len(read_parities(g)) > 4 and not takes_pairs(g, 1):
+        return False
+    return True
+
+
+def fprop(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    relu: bool,
+    precision: str,
+    scale: Tensor | None = None,
+) -> None:
+    """y[N,K,P,Q] = relu?(scale[K] * conv(x, w) + bias + residual)."""
+    flat = flat_geometry(g)
+    if flat is not g:
+        g, x, y = flat, _flat(x), _flat(y)
+        residual = None if residual is None else _flat(residual)
+    box, depth = _box(tile), tile.depth
+    C = g.C // g.groups
+    blocks = triton.cdiv(C, depth)
+    if takes_pairs(g, depth) and x.stride(3) == g.C:
+        (top, _), (left, _) = g.padding
+        x_descs = [_pairs(x, box, depth)]
+        turns = g.R * g.S * blocks
+        walks = [Walk(turns, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)]
+    else:
+        parities = read_parities(g)
+        views = [_parity(x, *parity) for parity in parities]
+        x_descs = [_pixels(view, (*box, depth)) for view in views]
+        walks = [_walk(*parity, blocks, 1) for parity in parities]
+    w_desc = _filters(w, (1, 1, tile.columns, depth))
+    _multiply(
+        x_descs, w_desc, bias, scale, residual, y, walks, g.groups, C, tile, relu, precision, False
+    )
+
+
+def dgrad(
+    dy: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    dx: Tensor,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+) -> None:
+    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride."""
+    flat = flat_geometry(g)
+    if flat is not g:
+        g, dy, dx = flat, _flat(dy), _flat(dx)
+    box, depth = _box(tile), tile.depth
+    K = g.K // g.groups
+    dy_descs = [_pixels(dy, (*box, depth))]
+    w_desc = _filters(w, (1, 1, depth, tile.columns))
+    for row, column in g.dgrad():
+        walks = [_walk(row, column, triton.cdiv(K, depth), -1)]
+        view = _parity(dx, row, column)
+        _multiply(
+            *(dy_descs, w_desc, bias, None, None, view, walks, g.groups, K, tile),
+            *(False, precision, True),
+        )
+
+
+def _box(tile: Tile) -> Box:
+    assert tile.box is not None
+    return tile.box
+
+
+def _parity(t: Tensor, row: Taps, column: Taps) -> Tensor:
+    """The pixels of one parity of the stride."""
+    if row.stride == column.stride == 1:
+        return t
+    return t[:, :, row.first :: row.stride, column.first :: column.stride]
+
+
+def _multiply(
+    x_descs: list,
+    w_desc: TensorDescriptor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    walks: list[Walk],
+    groups: int,
+    depth: int,
+    tile: Tile,
+    relu: bool,
+    precision: str,
+    transposed: bool,
+) -> None:
+    N, channels, P, Q = y.shape
+    box = _box(tile)
+    half = (*half_box(box), tile.columns)
+    columns = channels // groups
+    column_tiles = triton.cdiv(columns, tile.columns)
+    boxes = [triton.cdiv(size, length) for size, length in zip((N, P, Q), box, strict=True)]
+    tiles = boxes[0] * boxes[1] * boxes[2] * column_tiles * groups
+    here = device.describe(y.device)
+    programs = here.multiprocessors * blocks_per_multiprocessor(tile, y.element_size(), here)
+    device.launch(
+        product_kernel,
+        (min(tiles, programs),),
+        *(*x_descs, *[None] * (4 - len(x_descs)), w_desc, bias, scale),
+        *(None if residual is None else _pixels(residual, half), _pixels(y, half)),
+        tiles,
+        unspecialised((boxes[1], boxes[2], column_tiles, groups, columns, depth)),
+        tuple(unspecialised(walk) for walk in walks),
+        *(relu, precision, (*box, tile.columns, tile.depth, transposed)),
+        device=y.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+@triton.jit
+def wgrad_kernel(
+    x_desc,  # [H, W, N, C] of one parity
+    dy_desc,  # [P, Q, N, K]
+    dw_ptr,  # [splits, groups * K, C, R, S]
+    dw_strides,  # split, k, c, r, s
+    sizes,  # P, Q, boxes along p and q, turns, column and row tiles, taps, groups, K, C
+    walk,  # see Walk
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # box (n, p, q), rows, columns
+):
+    """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], over one part of the boxes.
+
+    One program writes rows k x columns c of one tap, summed in float32. Images come last in a
+    box's order: a box of one pixel of several images is then loaded as a matrix, which may stand
+    on the left from shared memory.
+    """
+    BOX_N: tl.constexpr = TILE[0]
+    BOX_P: tl.constexpr = TILE[1]
+    BOX_Q: tl.constexpr = TILE[2]
+    ROWS: tl.constexpr = TILE[3]
+    COLUMNS: tl.constexpr = TILE[4]
+    DEPTH: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    P, Q, boxes_p, boxes_q, turns = (
+        plain(sizes[0]),
+        plain(sizes[1]),
+        plain(sizes[2]),
+        plain(sizes[3]),
+        plain(sizes[4]),
+    )
+    column_tiles, row_tiles, taps = plain(sizes[5]), plain(sizes[6]), plain(sizes[7])
+    groups, K, C = plain(sizes[8]), plain(sizes[9]), plain(sizes[10])
+    S = plain(walk[1])
+
+    pid = program(WIDE)
+    c = (pid % column_tiles * COLUMNS).to(tl.int32)
+    k = (pid // column_tiles % row_tiles * ROWS).to(tl.int32)
+    tap = (pid // (column_tiles * row_tiles) % taps).to(tl.int32)
+    group = (pid // (column_tiles * row_tiles * taps) % groups).to(tl.int32)
+    split = pid // (column_tiles * row_tiles * taps * groups)
+    r = tap // S
+    s = tap % S
+    h = plain(walk[2]) + r * plain(walk[4])
+    w = plain(walk[3]) + s * plain(walk[5])
+
+    first = (split * turns).to(tl.int32)
+    q = first % boxes_q * BOX_Q
+    p = first // boxes_q % boxes_p * BOX_P
+    n = first // (boxes_q * boxes_p) * BOX_N
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in loop(turns):
+        dy = dy_desc.load([p, q, n, group * K + k]).reshape(DEPTH, ROWS)
+        x = x_desc.load([p + h, q + w, n, group * C + c]).reshape(DEPTH, COLUMNS)
+        acc = dot(dy.T, x, acc, PRECISION)
+        q += BOX_Q
+        end = q >= Q
+        q = tl.where(end, 0, q)
+        p = tl.where(end, p + BOX_P, p)
+        end = p >= P
+        p = tl.where(end, 0, p)
+        n = tl.where(end, n + BOX_N, n)
+
+    rows = k + tl.arange(0, ROWS)
+    columns = c + tl.arange(0, COLUMNS)
+    mask = (rows < K)[:, None] & (columns < C)[None, :]
+    tap_r = plain(walk[6]) + r * plain(walk[8])
+    tap_s = plain(walk[7]) + s * plain(walk[9])
+    if WIDE:
+        rows = rows.to(tl.int64)
+    dw_ptr += split * dw_strides[0] + tap_r * dw_strides[3] + tap_s * dw_strides[4]
+    offsets = ((group * K + rows) * dw_strides[1])[:, None] + (columns * dw_strides[2])[None, :]
+    tl.store(dw_ptr + offsets, narrow(acc, dw_ptr.dtype.element_ty), mask=mask)
+
+
+def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
+    """Engine 1's tile for db alone: enough parts of the pixels to fill the device twice."""
+    programs = triton.cdiv(g.K // g.groups, 64) * g.groups
+    turns = triton.cdiv(g.N * g.P * g.Q, 64)
+    splits = max(1, min(turns // 8, 2 * here.multiprocessors // programs))
+    return Tile(64, 64, 64, splits=splits)
+
+
+def wgrad(
+    x: Tensor,
+    dy: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+) -> None:
+    """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
+
+    One launch for each parity of the stride. The boxes are summed in ``tile.splits`` parts, which
+    a second pass adds in a fixed order.
+    """
+    if db is not None:
+        sums = _channel_sum_tile(g, device.describe(dy.device))
+        implicit_gemm.wgrad(x, dy, None, db, g, sums, precision=precision)
+    if dw is None:
+        return
+    parts = parts_like(dw, tile.splits)
+    flat = flat_geometry(g)
+    if flat is not g:
+        g, x, dy = flat, _flat(x), _flat(dy)
+    n, p, q = box = _box(tile)
+    K, C = g.K // g.groups, g.C // g.groups
+    boxes_n, boxes_p, boxes_q = triton.cdiv(g.N, n), triton.cdiv(g.P, p), triton.cdiv(g.Q, q)
+    turns = triton.cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
+    column_tiles, row_tiles = triton.cdiv(C, tile.columns), triton.cdiv(K, tile.rows)
+    dy_desc = _places(dy, (p, q, n, tile.rows))
+    for row, column in g.dgrad():
+        taps = row.taps * column.taps
+        sizes = (g.P, g.Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
+        device.launch(
+            wgrad_kernel,
+            (column_tiles * row_tiles * taps * g.groups * tile.splits,),
+            *(_places(_parity(x, row, column), (p, q, n, tile.columns)), dy_desc, parts),
+            (dw.numel(), *dw.stride()),
+            *(unspecialised(sizes), unspecialised(_walk(row, column, 1, 1))),
+            *(precision, device.wide(0, parts), (*box, tile.rows, tile.columns)),
+            device=x.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    split_sum(parts, dw)
+
+
+def _places(t: Tensor, block: Sequence[int]):
+    """t[N, C, H, W] as a descriptor [H, W, N, C]."""
+    (N, C, H, W), (n, c, h, w) = t.shape, t.stride()
+    return _descriptor(t, (H, W, N, C), (h, w, n, c), block)

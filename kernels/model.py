@@ -1,0 +1,157 @@
+"""A model of a convolution's time on a GPU: what the planner compares tiles by.
+
+``predict`` takes the longest of three: products, with what tiles waste at the edges and in the
+last wave; the least traffic of memory; what tiles read through L2. To it come the launches and, of
+a split reduction, the second pass. Nothing is measured here: ``device.Peaks`` holds the rates.
+Times are in ms, sizes in elements.
+"""
+
+from math import ceil, prod
+from typing import Literal, NamedTuple
+
+import torch
+
+from .device import Device
+from .geometry import Conv2dGeometry, Direction
+from .tile import Tile, blocks_per_multiprocessor
+
+Limit = Literal["tensor cores", "memory", "L2", "launch"]
+
+_LAUNCH = 0.003  # from one kernel's end to the next one's start
+_FILL = 1500  # cycles from a tile's first load to its first product
+_TURN = (
+    110  # instructions of a thread beside the products of one turn; SASS for sm_90 has 95 to 130
+)
+_POINTERS = 2.0  # engine 1 gathers its operands: turns take so much longer than their products
+_DIRECT = 0.25  # engine 3's share of the tensor cores' rate
+_MODES = {"tf32": 2, "tf32x3": 6, "bf16x3": 3, "bf16x6": 6}  # 16-bit products' time for one
+
+
+class Prediction(NamedTuple):
+    """Milliseconds, and what takes them."""
+
+    ms: float
+    limit: Limit
+
+
+class Work(NamedTuple):
+    """One launch: programs (or tiles of a persistent one), and the turns of each."""
+
+    programs: int
+    turns: int
+
+
+def rate(dtype: torch.dtype, precision: str, device: Device) -> float:
+    """Multiply-adds of one multiprocessor in a cycle."""
+    if dtype == torch.float64:
+        return 64
+    if dtype == torch.float32:
+        return device.peaks.macs / _MODES[precision] if precision in _MODES else 128
+    return device.peaks.macs * 2 / dtype.itemsize
+
+
+def macs(direction: Direction, g: Conv2dGeometry) -> int:
+    """Multiply-adds that a direction walks: dgrad leaves out what meets no pixel's parity."""
+    per_tap = g.K * (g.C // g.groups)
+    if direction != "dgrad":
+        return g.N * g.P * g.Q * per_tap * g.R * g.S
+    return g.N * per_tap * sum(h.count * w.count * h.taps * w.taps for h, w in g.dgrad())
+
+
+def roofline(
+    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
+) -> float:
+    """Milliseconds that no plan can go below: all products at full rate, or all bytes moved once."""
+    per_second = rate(dtype, precision, device) * device.multiprocessors * device.peaks.clock * 1e9
+    seconds = macs(direction, g) / per_second, g.bytes(dtype.itemsize) / (device.peaks.memory * 1e9)
+    return 1e3 * max(seconds)
+
+
+def predict(
+    direction: Direction,
+    g: Conv2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    tile: Tile,
+    *,
+    direct: bool = False,
+) -> Prediction:
+    """The time of one direction with one tile; ``direct``: it is engine 3's."""
+    peaks, itemsize = device.peaks, dtype.itemsize
+    cycles_per_ms = peaks.clock * 1e6
+    per_cycle = rate(dtype, precision, device)
+    if direct:
+        works: list[Work] = []
+        share = _DIRECT * per_cycle * device.multiprocessors
+        products, l2 = macs(direction, g) / share / cycles_per_ms, 0.0
+    else:
+        works = launches(direction, g, tile)
+        products = sum(_cycles(work, tile, itemsize, per_cycle, device) for work in works)
+        products /= cycles_per_ms
+        turns = sum(work.programs * work.turns for work in works)
+        l2 = turns * (tile.rows + tile.columns) * tile.depth * itemsize / (peaks.l2 * 1e6)
+    memory = g.bytes(itemsize) / (peaks.memory * 1e6)
+    times: dict[Limit, float] = {"tensor cores": products, "memory": memory, "L2": l2}
+    limit = max(times, key=lambda name: times[name])
+    launch = _LAUNCH * max(1, len(works))
+    if tile.splits > 1:
+        parts = 4 * (tile.splits * 2 + 1) * prod(g.w_shape)
+        launch += _LAUNCH + parts / (peaks.memory * 1e6)
+    return Prediction(times[limit] + launch, "launch" if launch > times[limit] else limit)
+
+
+def _cycles(work: Work, tile: Tile, itemsize: int, per_cycle: float, device: Device) -> float:
+    """Cycles of one launch: programs that share a multiprocessor hide each other's first loads and
+    stores, but not each other's products.
+    """
+    products = tile.rows * tile.columns * tile.depth / per_cycle
+    turn = max(products, _TURN * tile.warps / 4) if tile.box else products * _POINTERS
+    busy = work.turns * turn
+    alone = busy + _FILL + tile.rows * tile.columns / 32
+    together = blocks_per_multiprocessor(tile, itemsize, device)
+    waves = work.programs / (device.multiprocessors * together)
+    return ceil(waves) * max(together * busy, alone)
+
+
+def launches(direction: Direction, g: Conv2dGeometry, tile: Tile) -> list[Work]:
+    """What an engine launches for one direction, dgrad's parities apart."""
+    if direction == "wgrad":
+        programs, turns = wgrad_work(g, tile)
+        return [Work(programs * tile.splits, ceil(turns / tile.splits))]
+    columns, reduction = (g.K, g.C) if direction == "fprop" else (g.C, g.K)
+    if direction == "fprop":
+        walks = [(g.N, g.P, g.Q, g.R * g.S)]
+    else:
+        walks = [(g.N, h.count, w.count, h.taps * w.taps) for h, w in g.dgrad()]
+    if tile.box and g.pointwise:
+        walks = [(g.N * g.H * g.W, 1, 1, 1)]
+    column_tiles = g.groups * ceil(columns // g.groups / tile.columns)
+    works = []
+    for *pixels, taps in walks:
+        if tile.box:
+            rows = prod(ceil(size / length) for size, length in zip(pixels, tile.box, strict=True))
+        else:
+            rows = ceil(prod(pixels) / tile.rows)
+        works.append(Work(rows * column_tiles, _turns(reduction // g.groups, taps, tile)))
+    return works
+
+
+def _turns(channels: int, taps: int, tile: Tile) -> int:
+    if tile.packed:
+        return ceil(channels * taps / tile.depth)
+    return taps * ceil(channels / tile.depth)
+
+
+def wgrad_work(g: Conv2dGeometry, tile: Tile) -> Work:
+    """Programs and turns of wgrad in one part."""
+    K, C = g.K // g.groups, g.C // g.groups
+    columns = (
+        ceil(C * g.R * g.S / tile.columns) if tile.packed else (g.R * g.S * ceil(C / tile.columns))
+    )
+    pixels = (g.N * g.H * g.W, 1, 1) if g.pointwise else (g.N, g.P, g.Q)
+    if tile.box:
+        turns = prod(ceil(size / length) for size, length in zip(pixels, tile.box, strict=True))
+    else:
+        turns = ceil(prod(pixels) / tile.depth)
+    return Work(g.groups * ceil(K / tile.rows) * columns, turns)
