@@ -209,3 +209,21 @@ def check_dtypes(input: Tensor, **others: Tensor | None) -> None:
         raise NotImplementedError(f"input must be one of {DTYPES}, got input of {dtype}")
     if input.layout != torch.strided:
         raise NotImplementedError(f"input must be strided, got input of {input.layout}")
+
+
+def check_scale(scale: Tensor, filters: int, *operands: Tensor | None) -> None:
+    """That scale, input, weight, bias and residual suit a float8 convolution."""
+    for name, t, dtype in zip(
+        ("scale", "input", "weight", "bias", "residual"),
+        (scale, *operands),
+        (torch.float32, *[torch.float8_e4m3fn] * 2, *[torch.bfloat16] * 2),
+        strict=True,
+    ):
+        if t is not None and t.dtype != dtype:
+            raise RuntimeError(f"with scale, {name} must be {dtype}, got {name} of {t.dtype}")
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"a float8 convolution has no gradient, got {name} that requires one"
+            )
+    if scale.shape not in ((), (1,), (filters,)):
+        raise RuntimeError(f"scale must be a scalar or [{filters}], got scale of {shape(scale)}")

@@ -25,6 +25,7 @@ from .arguments import (
     check_dtypes,
     check_not_empty,
     check_pixels,
+    check_scale,
     check_tensor,
     conv_padding,
     one_number,
@@ -65,9 +66,10 @@ def conv2d(
     *,
     activation: Literal["relu"] | None = None,
     residual: Tensor | None = None,
-    precision: Literal["ieee", "tf32", "tf32x3"] | None = None,
+    precision: Literal["ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"] | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """activation(convolution + bias + residual), in one kernel.
+    """activation(scale * convolution + bias + residual), in one kernel.
 
     Args:
         input: [N, C, H, W] or [C, H, W].
@@ -77,8 +79,12 @@ def conv2d(
             or "full", which is dilation * (kernel - 1).
         activation: None or "relu".
         residual: of the result's shape, dtype and device.
-        precision: how a GPU multiplies float32: "ieee", "tf32", or "tf32x3", which reaches
-            float32's accuracy on tensor cores; None follows torch's setting for convolutions.
+        precision: how a GPU multiplies float32, by a product's relative error: "ieee" (2**-24),
+            "tf32" (2**-10), and on tensor cores by parts "bf16x3" (2**-16), "tf32x3" (2**-21) and
+            "bf16x6" (2**-22); None follows torch's setting for convolutions.
+        scale: a float32 scalar or [K], for input and weight in float8_e4m3fn, which need it: what
+            one of their products stands for. The result, bias and residual are then bfloat16; there
+            is no gradient. Hopper's tensor cores sum such products with about 14 bits.
 
     Returns [N, K, P, Q] or [K, P, Q], in channels_last if input or weight is. Where input has no
     channels the result has none either, as in torch.
@@ -88,7 +94,8 @@ def conv2d(
     check_tensor("bias", bias, optional=True)
     check_tensor("residual", residual, optional=True)
     check_choice("activation", activation, ("relu",))
-    check_choice("precision", precision, ("ieee", "tf32", "tf32x3"))
+    check_tensor("scale", scale, optional=True)
+    check_choice("precision", precision, ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"))
     steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
     groups = one_number("groups", groups, 1)
     unbatched = check_dimensions(input)
@@ -106,7 +113,7 @@ def conv2d(
             f"{shape(weight)}, padding={padding!r} and dilation={dilation!r}"
         )
     check_pixels(input)
-    check_devices(input, weight=weight, bias=bias, residual=residual)
+    check_devices(input, weight=weight, bias=bias, residual=residual, scale=scale)
     if residual is not None:
         expected = (*input.shape[:-3], K if C else 0, *size)
         if residual.shape != expected:
@@ -116,12 +123,18 @@ def conv2d(
             )
         residual = residual.unsqueeze(0) if unbatched else residual
     x = input.unsqueeze(0) if unbatched else input
+    relu = activation is not None
+    if scale is not None:
+        check_scale(scale, K, x, weight, bias, residual)
+        y = functions.conv2d_fp8(
+            x, weight, scale, bias, residual, steps, pads, spread, groups, relu
+        )
+        return y.squeeze(0) if unbatched else y
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     check_dtypes(x, weight=weight, bias=bias, residual=residual)
     if C == 0:
         y = _without_channels(x, weight, bias, size)
     else:
-        relu = activation is not None
         y = functions.conv2d(
             x, weight, bias, residual, steps, pads, spread, groups, relu, precision
         )

@@ -42,6 +42,17 @@ def conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, r
     return _stored(y, _channels_last(x, w))
 
 
+def conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
+    channels_last = _channels_last(x, w)
+    x, w, scale = x.float(), w.float(), scale.expand(w.shape[0])
+    y = torch.conv2d(F.pad(x, _widths(padding)), w, None, stride, 0, dilation, groups)
+    y = y * scale[:, None, None]
+    for term in (None if bias is None else bias[:, None, None], residual):
+        y = y if term is None else y + term
+    y = (torch.relu(y) if relu else y).to(torch.bfloat16)
+    return _stored(y, channels_last)
+
+
 def _backward(dy, x, w, stride, dilation, groups, mask):
     return torch.ops.aten.convolution_backward(
         dy, x, w, None, stride, [0, 0], dilation, False, [0, 0], groups, mask

@@ -188,8 +188,8 @@ def product_kernel(
 
 
 class Walk(NamedTuple):
-    """How one parity's taps meet the pixels: tap (r, s) of ``taps_h`` x S reads, for place (p, q),
-    the parity's pixel (p + origin + r * step) and the filter's tap (tap + r * tap_step); likewise s.
+    """How one parity's taps meet the pixels. For place p, its r-th row of taps reads the parity's
+    row p + origin + r * step and is the filter's row tap + r * tap_step; likewise q and s.
     """
 
     turns: int  # taps times blocks of channels
@@ -313,9 +313,7 @@ def supports(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precis
         return False
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return False
-    if direction == "fprop" and len(read_parities(g)) > 4 and not takes_pairs(g, 1):
-        return False
-    return True
+    return direction != "fprop" or len(read_parities(g)) <= 4 or takes_pairs(g, 1)
 
 
 def fprop(

@@ -318,6 +318,24 @@ def conv2d(
     )
 
 
+def conv2d_fp8(
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+) -> Tensor:
+    """y = relu?(scale * conv(x, w) + bias + residual) in bfloat16, of float8_e4m3fn x and w."""
+    return _ops.conv2d_fp8.default(
+        x, w, scale, bias, residual, stride, padding, dilation, groups, relu
+    )
+
+
 def conv_transpose2d(
     x: Tensor,
     w: Tensor,

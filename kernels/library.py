@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import aten, epilogue, max_pool, planner, vmap
+from . import aten, descriptor_gemm, epilogue, max_pool, planner, vmap
 from .device import INTERPRET, describe
 from .geometry import (
     Conv2dGeometry,
@@ -52,14 +52,19 @@ def _as_rows(w: Tensor, x: Tensor) -> Tensor:
 
 
 def resolve_precision(precision: str | None, x: Tensor) -> str:
-    """How float32 products are made: as asked, else as torch's own convolution is set to."""
+    """How float32 products are made: as asked, else as torch's own convolution is set to.
+
+    AMD's gfx942 has tf32 but no split of it: bf16x6, as accurate, stands for tf32x3 there.
+    """
     if x.dtype != torch.float32 or x.device.type == "cpu":
         return "ieee"
     if precision is None:
         setting = torch.backends.cudnn.conv.fp32_precision
         precision = "tf32" if setting == "tf32" else "ieee"
     if torch.version.hip:
-        return "tf32" if precision == "tf32" and describe(x.device).arch == "gfx942" else "ieee"
+        precision = "bf16x6" if precision == "tf32x3" else precision
+        known = precision != "tf32" or describe(x.device).arch == "gfx942"
+        return precision if known else "ieee"
     return precision
 
 
@@ -83,6 +88,31 @@ def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, 
     engine, tile, *_ = planner.plan("fprop", g, x.dtype, precision, here, layout)
     bias = None if bias is None else bias.contiguous()
     engine.fprop(x, w, bias, residual, y, g, tile, relu=relu, precision=precision)
+    return y
+
+
+def _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
+    y = _conv2d_empty(x, w, bias, residual, stride, padding, dilation, groups, None, relu)
+    return torch.empty_like(y, dtype=torch.bfloat16)
+
+
+def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
+    g = Conv2dGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
+    y = _new(x.new_empty(0, dtype=torch.bfloat16), g.y_shape, _channels_last(x, w))
+    if 0 in y.shape:
+        return y
+    layout = planner.layout_of((x, y, residual), (w,))
+    plans = planner.candidates("fprop", g, x.dtype, "ieee", describe(x.device), layout)
+    if not plans:
+        raise NotImplementedError(
+            "float8 needs a GPU with tensor descriptors, groups that fill blocks of channels, and "
+            f"channels_last operands whose rows are multiples of 16 bytes, got {g} on {x.device}"
+        )
+    scale = scale.expand(g.K).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    descriptor_gemm.fprop(
+        *(x, w, bias, residual, y, g, plans[0].tile), relu=relu, precision="ieee", scale=scale
+    )
     return y
 
 
@@ -164,6 +194,13 @@ _define(
     _wgrad,
     aten.conv2d_wgrad,
     _wgrad_empty,
+)
+_define(
+    "conv2d_fp8(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor? residual, SymInt[2] stride,"
+    " SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool relu) -> Tensor",
+    _conv2d_fp8,
+    aten.conv2d_fp8,
+    _conv2d_fp8_empty,
 )
 _define("channel_sum(Tensor dy) -> Tensor", _channel_sum, aten.channel_sum, _channel_sum_empty)
 _define(
@@ -294,6 +331,11 @@ def _flops(x, w, stride, padding, dilation, groups) -> int:
 
 @register_flop_formula(torch.ops.triton_cnn.conv2d)
 def _conv2d_flops(x, w, bias, residual, stride, padding, dilation, groups, *_, **__) -> int:
+    return _flops(x, w, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.triton_cnn.conv2d_fp8)
+def _conv2d_fp8_flops(x, w, scale, bias, residual, stride, padding, dilation, groups, *_, **__):
     return _flops(x, w, stride, padding, dilation, groups)
 
 

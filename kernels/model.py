@@ -61,7 +61,7 @@ def macs(direction: Direction, g: Conv2dGeometry) -> int:
 def roofline(
     direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
 ) -> float:
-    """Milliseconds that no plan can go below: all products at full rate, or all bytes moved once."""
+    """Milliseconds that no plan goes below: every product at full rate, every byte moved once."""
     per_second = rate(dtype, precision, device) * device.multiprocessors * device.peaks.clock * 1e9
     seconds = macs(direction, g) / per_second, g.bytes(dtype.itemsize) / (device.peaks.memory * 1e9)
     return 1e3 * max(seconds)

@@ -31,10 +31,17 @@ _SHAPES_SCATTERED = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_TF32 = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_EXACT = ((32, 32, 4), (32, 16, 4))
 
-# Engine 2, whose ring takes what shared memory is left. fprop, dgrad: pixels, channels, warps.
-_PRODUCTS = ((256, 128, 8), (256, 64, 4), (128, 128, 4), (128, 64, 4))
-# wgrad: filters, channels, warps.
-_WGRADS = ((128, 256, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4))
+# Engine 2, by the bytes of an element; its ring takes what shared memory is left. fprop and dgrad:
+# pixels, channels, warps; wgrad: filters, channels, warps.
+_PRODUCTS = {
+    1: ((256, 128, 8), (128, 64, 4)),
+    2: ((256, 128, 8), (256, 64, 4), (128, 128, 4), (128, 64, 4)),
+    4: ((128, 128, 8), (128, 64, 4)),
+}
+_WGRADS = {
+    2: ((128, 256, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4)),
+    4: ((128, 128, 8), (64, 128, 4), (64, 64, 4)),
+}
 # Boxes of pixels by their number, in an order that breaks ties: near pixels before far images.
 _BOXES = {
     256: ((1, 16, 16), (4, 8, 8), (16, 4, 4), (64, 2, 2), (256, 1, 1)),
@@ -42,7 +49,8 @@ _BOXES = {
     64: ((1, 8, 8), (4, 4, 4), (16, 2, 2), (64, 1, 1)),
     32: ((2, 4, 4), (8, 2, 2), (32, 1, 1)),
 }
-_LEAST_COLUMNS = 64  # what one instruction of a group of four warps writes, on Hopper
+_LEAST_COLUMNS = 64  # channels that one product instruction of four warps takes, on Hopper
+_ROW = 128  # bytes of a row of shared memory that a descriptor fills without bank conflicts
 
 
 class Plan(NamedTuple):
@@ -82,16 +90,19 @@ def candidates(
     if direct_conv.supports(g):
         tile = direct_conv.choose_tile(direction, g, dtype, device)
         return [Plan(direct_conv, tile, *model.predict(*arguments, tile, direct=True))]
-    tiles: list[tuple[ModuleType, Tile]] = []
+    plans: list[Plan] = []
+
+    def add(engine: ModuleType, tiles: Iterable[Tile]) -> None:
+        plans.extend(
+            Plan(engine, tile, *model.predict(*arguments, tile))
+            for tile in tiles
+            if is_valid(tile, dtype.itemsize, device)
+        )
+
     if layout == "aligned" and _takes_descriptors(*arguments):
-        tiles += [(descriptor_gemm, tile) for tile in _descriptor_tiles(*arguments)]
-    if direction == "wgrad" or not tiles:
-        tiles += [(implicit_gemm, tile) for tile in _pointer_tiles(*arguments, layout)]
-    plans = [
-        Plan(engine, tile, *model.predict(*arguments, tile))
-        for engine, tile in tiles
-        if is_valid(tile, dtype.itemsize, device)
-    ]
+        add(descriptor_gemm, _descriptor_tiles(*arguments))
+    if dtype.itemsize > 1 and (direction == "wgrad" or not plans):
+        add(implicit_gemm, _pointer_tiles(*arguments, layout))
     return sorted(plans, key=_preference)
 
 
@@ -129,8 +140,12 @@ def _is_aligned(t: Tensor, *, ordered: bool) -> bool:
 def _takes_descriptors(
     direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
 ) -> bool:
-    """Whether engine 2 is right for a layer and worth it: its groups fill blocks of channels."""
-    if not device.descriptors or not descriptor_gemm.supports(direction, g, dtype, precision):
+    """Whether engine 2 takes a layer and is worth it: channels, or a group's, fill its blocks.
+
+    In the interpreter it stands only for what no other engine takes.
+    """
+    wanted = device.descriptors or (device.backend == "interpreter" and dtype.itemsize == 1)
+    if not wanted or not descriptor_gemm.supports(direction, g, dtype, precision):
         return False
     columns, depth = (g.C, g.K) if direction == "dgrad" else (g.K, g.C)
     if g.groups == 1:
@@ -141,68 +156,56 @@ def _takes_descriptors(
 def _descriptor_tiles(
     direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
 ) -> Iterator[Tile]:
-    """Engine 2's family, all of it for sizes that fill a block, the smallest for those that do not."""
+    """Engine 2's family, less blocks that are twice as large as what they hold."""
     K, C = g.K // g.groups, g.C // g.groups
-    narrow = (
-        64 if dtype.itemsize == 2 else 128 // dtype.itemsize
-    )  # one row of a swizzle's 128 bytes
-    if direction == "wgrad":
-        for rows, columns, warps in _WGRADS:
-            if _too_large(rows, K, 64) or _too_large(columns, C, 64):
-                continue
-            depth = narrow if rows * columns > 2**13 else 2 * narrow
-            for box in _wgrad_boxes(g, depth):
-                tile = Tile(rows, columns, depth, warps=warps, box=box)
-                yield from _split(g, _deepest(tile, dtype, device), device)
+    if device.backend == "interpreter":
+        yield Tile(256, _power(K, 256), _power(C, 128), box=(1, 16, 16))
         return
-    columns_all, reduction = (K, C) if direction == "fprop" else (C, K)
-    depth = _depth(reduction, narrow)
-    for rows, columns, warps in _PRODUCTS:
-        if _too_large(columns, columns_all, _LEAST_COLUMNS) or (
-            g.groups > 1 and columns_all % columns
-        ):
-            continue
-        if dtype.itemsize > 2 and rows * columns > 2**14:
+    if direction == "wgrad":
+        for rows, columns, warps in _WGRADS[dtype.itemsize]:
+            if _is_too_large(rows, K) or _is_too_large(columns, C):
+                continue
+            # A small block makes up for its short turns by their depth.
+            depth = _ROW // dtype.itemsize * (2 if rows * columns <= 2**13 else 1)
+            for box in _BOXES[depth]:
+                if descriptor_gemm.keeps_places_apart(g, box):
+                    tile = Tile(rows, columns, depth, warps=warps, box=box)
+                    yield from _split(g, _deepest(tile, dtype, device), device)
+        return
+    channels, reduction = (K, C) if direction == "fprop" else (C, K)
+    depth = _depth(reduction, dtype.itemsize)
+    for rows, columns, warps in _PRODUCTS[dtype.itemsize]:
+        if _is_too_large(columns, channels) or (g.groups > 1 and channels % columns):
             continue
         for box in _BOXES[rows]:
             yield _deepest(Tile(rows, columns, depth, warps=warps, box=box), dtype, device)
 
 
-def _too_large(block: int, size: int, least: int) -> bool:
-    """Whether a block half as large would do."""
-    return block > least and size <= block // 2
+def _is_too_large(block: int, size: int) -> bool:
+    return block > _LEAST_COLUMNS and size <= block // 2
 
 
-def _depth(reduction: int, narrow: int) -> int:
-    """Channels of a turn: two swizzle rows where they come out even, else as few as hold them."""
-    if reduction % (2 * narrow) == 0:
-        return 2 * narrow
-    return next((d for d in (narrow, narrow // 2) if reduction % d == 0 or reduction > d // 2), 16)
+def _depth(reduction: int, itemsize: int) -> int:
+    """Channels of a turn: two of shared memory's rows where they come out even and elements are
+    small, else the fewest of one row and its parts that hold them, or divide them.
+    """
+    row = _ROW // itemsize
+    if itemsize <= 2 and reduction % (2 * row) == 0:
+        return 2 * row
+    return next((d for d in (row, row // 2) if reduction % d == 0 or reduction > d // 2), 16)
 
 
 def _deepest(tile: Tile, dtype: torch.dtype, device: Device) -> Tile:
-    """The tile with up to four stages: as many as let two programs share a multiprocessor, if that
-    is more than one stage and they are small; else as many as fit.
+    """The tile with the most of two to four stages that let two programs of four warps, or one of
+    eight, share a multiprocessor; the shallowest if none does.
     """
-    for share, least in ((2, 2), (1, 2)):
-        if share == 2 and tile.warps == 8:
-            continue
-        for stages in (4, 3, 2):
-            deep = replace(tile, stages=stages)
-            room = blocks_per_multiprocessor(deep, dtype.itemsize, device)
-            if stages >= least and room >= share and is_valid(deep, dtype.itemsize, device):
-                return deep
+    together = 8 // tile.warps
+    for stages in (4, 3, 2):
+        deep = replace(tile, stages=stages)
+        room = blocks_per_multiprocessor(deep, dtype.itemsize, device)
+        if room >= together and is_valid(deep, dtype.itemsize, device):
+            return deep
     return replace(tile, stages=2)
-
-
-def _wgrad_boxes(g: Conv2dGeometry, depth: int) -> Iterator[tuple[int, int, int]]:
-    """Boxes that no place outside the result shares with a pixel inside x.
-
-    There dy counts as zero, but zero times an infinity or NaN of x would spread.
-    """
-    for box in _BOXES[depth]:
-        if descriptor_gemm.keeps_places_apart(g, box):
-            yield box
 
 
 def _pointer_tiles(
@@ -259,11 +262,6 @@ def _split(g: Conv2dGeometry, tile: Tile, device: Device) -> Iterator[Tile]:
     of at least eight turns each.
     """
     programs, turns = model.wgrad_work(g, tile)
-    most = max(1, turns // 8)
     room = blocks_per_multiprocessor(tile, 2, device) * device.multiprocessors
-    yield from (
-        replace(tile, splits=splits)
-        for splits in sorted(
-            {max(1, min(most, fill * room // max(1, programs))) for fill in (0, 1, 2, 4)}
-        )
-    )
+    parts = {1} | {min(turns // 8, fill * room // max(1, programs)) for fill in (1, 2, 4)}
+    yield from (replace(tile, splits=splits) for splits in sorted(parts) if splits > 0)

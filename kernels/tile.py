@@ -35,12 +35,15 @@ class Tile:
 def shared_bytes(tile: Tile, itemsize: int) -> int:
     """Shared memory of one program: the ring of operands, and what a descriptor stores from."""
     ring = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize
-    stores = tile.box is not None and prod(tile.box) == tile.rows
-    return ring + (tile.rows // 2 * tile.columns * itemsize + _BARRIERS if stores else 0)
+    if tile.box is None or prod(tile.box) != tile.rows:
+        return ring
+    return ring + tile.rows // 2 * tile.columns * max(2, itemsize) + _BARRIERS
 
 
 _BARRIERS = 256  # bytes, at most, of a descriptor ring's barriers
 _RESERVED = 1024  # bytes that each program takes besides
+_REGISTERS = 2**16  # of a multiprocessor
+_ADDRESSES = 60  # registers of a thread beside its accumulator
 
 
 def is_valid(tile: Tile, itemsize: int, device: Device) -> bool:
@@ -68,11 +71,8 @@ def _is_valid_box(tile: Tile, itemsize: int, device: Device) -> bool:
 
 
 def blocks_per_multiprocessor(tile: Tile, itemsize: int, device: Device) -> int:
-    """How many programs of a tile a multiprocessor holds at once, by shared memory and threads."""
-    return max(
-        1,
-        min(
-            (device.shared_memory + _RESERVED) // (shared_bytes(tile, itemsize) + _RESERVED),
-            8 // tile.warps,
-        ),
-    )
+    """How many programs of a tile a multiprocessor holds, by shared memory and by registers."""
+    shared = shared_bytes(tile, itemsize) + _RESERVED
+    threads = 32 * tile.warps
+    registers = tile.rows * tile.columns + threads * _ADDRESSES
+    return max(1, min((device.shared_memory + _RESERVED) // shared, _REGISTERS // registers))

@@ -1,11 +1,13 @@
 """What the planner may choose, and that nothing it chooses for order depends on the batch."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
-from kernels import direct_conv, implicit_gemm, planner
+from bench import suites
+from kernels import descriptor_gemm, direct_conv, implicit_gemm, model, planner
 from kernels.device import Device
 from kernels.geometry import Conv2dGeometry
 from kernels.tile import Tile, is_valid
@@ -20,6 +22,7 @@ LAYERS = {
     "grouped": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 4),
     "depthwise": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 96),
 }
+DIRECTIONS = ("fprop", "dgrad", "wgrad")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -65,8 +68,9 @@ def test_engine(name, engine):
 def test_wgrad_splits_its_pixels_until_the_device_is_full():
     g = LAYERS["3x3"]
     tile = planner.plan("wgrad", g, torch.bfloat16, "ieee", H100, "channels_last").tile
-    programs = -(-g.K // tile.rows) * -(-g.C * 9 // tile.columns) * tile.splits
-    assert H100.multiprocessors <= programs <= 2 * H100.multiprocessors
+    programs, turns = model.wgrad_work(g, tile)
+    assert programs * tile.splits >= H100.multiprocessors
+    assert turns // tile.splits >= 8
     tiny = replace(g, N=1, H=4, W=4)
     assert (
         planner.plan("wgrad", tiny, torch.bfloat16, "ieee", H100, "channels_last").tile.splits == 1
@@ -92,3 +96,79 @@ def test_invalid_tiles(tile, reason):
 def test_the_interpreter_takes_blocks_up_to_its_limit():
     assert is_valid(Tile(1 << 14, 64, 16), 8, INTERPRETER)
     assert not is_valid(Tile(1 << 15, 64, 16), 8, INTERPRETER)
+
+
+# Every layer of every suite, as networks in channels_last launch it.
+
+CONVOLUTIONS = [layer for layer in suites.layers() if isinstance(layer.geometry, Conv2dGeometry)]
+SUITES = sorted({layer.suite for layer in CONVOLUTIONS})
+MODES = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"))
+GPUS = [
+    H100,
+    MI300,
+    Device("cuda", 80, multiprocessors=108, shared_memory=163 << 10),
+    Device("cuda", 100, multiprocessors=148, shared_memory=227 << 10),
+    Device("cuda", 120, multiprocessors=170, shared_memory=99 << 10),
+]
+
+
+@pytest.mark.parametrize("device", GPUS, ids=lambda d: str(d.arch))
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_plan_of_each_layer_of_each_suite(suite, device):
+    """It is valid, not quicker than the roofline, and no candidate is quicker under the model."""
+    for layer in CONVOLUTIONS:
+        if layer.suite != suite:
+            continue
+        for direction, (dtype, precision) in product(DIRECTIONS, MODES):
+            problem = (direction, layer.geometry, dtype, precision, device)
+            best = planner.plan(*problem, "aligned")
+            assert is_valid(best.tile, dtype.itemsize, device)
+            assert best.ms >= model.roofline(*problem)
+            others = planner.candidates(*problem, "aligned")
+            assert best in others
+            same_engine = [other.ms for other in others if other.engine is best.engine]
+            assert best.ms == min(same_engine)
+            assert best.ms <= 1.25 * min(other.ms for other in others)
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("suite", SUITES)
+def test_engine_and_order_do_not_depend_on_the_batch(suite, direction):
+    for layer in CONVOLUTIONS:
+        if layer.suite != suite:
+            continue
+        plans = [
+            planner.plan(
+                direction, replace(layer.geometry, N=N), torch.bfloat16, "ieee", H100, "aligned"
+            )
+            for N in (1, 2, 7, 64, 513)
+        ]
+        assert len({(plan.engine, plan.tile.depth, plan.tile.packed) for plan in plans}) == 1
+        assert {plan.tile.splits for plan in plans} == {1}
+
+
+def test_descriptors_serve_most_of_resnet50():
+    engines = [
+        planner.plan(direction, layer.geometry, torch.bfloat16, "ieee", H100, "aligned").engine
+        for layer in CONVOLUTIONS
+        if layer.suite == "resnet50_v1.5"
+        for direction in DIRECTIONS
+    ]
+    assert engines.count(descriptor_gemm) == len(engines) - 3  # all but the stem
+
+
+@pytest.mark.parametrize(
+    ("g", "layout", "why"),
+    [
+        (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3), "channels_last", "rows are not on 16 bytes"),
+        (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3), "scattered", "channels are apart"),
+        (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3, groups=4), "aligned", "16 filters fill no block"),
+        (Conv2dGeometry(8, 40, 9, 9, 128, 3, 3, groups=2), "aligned", "20 channels fill no block"),
+        (Conv2dGeometry(8, 8, 9, 9, 64, 3, 3), "aligned", "8 channels fill no block"),
+        (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3, (3, 3)), "aligned", "nine parities"),
+    ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+def test_what_descriptors_do_not_take(g, layout, why):
+    engine = planner.plan("fprop", g, torch.bfloat16, "ieee", H100, layout).engine
+    assert engine is implicit_gemm, why
