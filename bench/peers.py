@@ -1,0 +1,251 @@
+"""Each operator by ours and by its peers, on the same inputs.
+
+Inputs are channels_last; each contender first prepares them as it likes them best, untimed. The
+peers: ``cudnn`` is PyTorch's eager call in channels_last, which is cuDNN for convolutions and
+ATen's own kernels for pooling; ``cudnn_nchw`` the same in NCHW; ``inductor`` the same compiled with
+its widest search; ``flaggems`` FlagGems' Triton kernels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from math import prod, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import library, planner
+from kernels.device import describe
+from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.max_pool import offset_dtype
+
+from .measure import DTYPES
+from .suites import DEPTHWISE, Case
+
+PEERS = ("cudnn", "cudnn_nchw", "inductor", "flaggems")
+Inputs = tuple[Tensor, ...]
+Draw = Callable[[tuple[int, ...]], Tensor]
+
+
+def installed() -> list[str]:
+    """The peers that can be run here."""
+    return [peer for peer in PEERS if peer != "flaggems" or find_spec("flag_gems")]
+
+
+def _as_they_are(*inputs: Tensor) -> Inputs:
+    return inputs
+
+
+@dataclass(frozen=True)
+class Contender:
+    """``call(*prepare(*inputs))`` gives the result, alone or first of several.
+
+    Only the call is timed.
+    """
+
+    call: Callable[..., Any]
+    prepare: Callable[..., Inputs] = _as_they_are
+
+    def result(self, inputs: Inputs) -> Tensor:
+        """The tensor that is compared with the reference's."""
+        found = self.call(*self.prepare(*inputs))
+        return found if isinstance(found, Tensor) else found[0]
+
+    def nchw(self) -> "Contender":
+        """The same on inputs in NCHW."""
+        prepare = self.prepare
+        return replace(self, prepare=lambda *inputs: prepare(*(t.contiguous() for t in inputs)))
+
+    def compiled(self) -> "Contender":
+        """The same through Inductor's widest search.
+
+        "max-autotune" itself would put each call in a CUDA graph of its own; here, as for every
+        contender, one graph holds the calls on all sets.
+        """
+        torch._dynamo.reset()  # else the shapes of earlier cases count as recompilations
+        call = torch.compile(
+            self.call, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True
+        )
+        return replace(self, call=call)
+
+
+class Convolution:
+    """``x[N,C,H,W] * w[K,C/groups,R,S]``: fprop, dgrad, wgrad, or fprop with bias and ReLU."""
+
+    def __init__(self, op: str, g: Conv2dGeometry, precision: str):
+        self.op, self.g, self.precision = op, g, precision
+        (top, bottom), (left, right) = g.padding
+        self._ours = (g.stride, (top, bottom, left, right), g.dilation, g.groups, precision)
+        self._torch = (g.stride, (top, left), g.dilation, g.groups)
+
+    def work(self, itemsize: int) -> tuple[int, int]:
+        """Floating-point operations, and the least bytes moved."""
+        return self.g.flops, self.g.bytes(itemsize)
+
+    def inputs(self, draw: Draw) -> Inputs:
+        """x, w and the bias (conv_relu) or dy (dgrad, wgrad), of the size of unit normals."""
+        g = self.g
+        x, w = draw(g.x_shape), draw(g.w_shape)
+        w *= 1 / sqrt(prod(g.w_shape[1:]))
+        last = {"fprop": (), "conv_relu": (draw((g.K,)),)}
+        return (x, w, *(last[self.op] if self.op in last else (draw(g.y_shape),)))
+
+    def predicted(self, x: Tensor, w: Tensor, *_: Tensor) -> float | None:
+        """The planner's ms for such inputs; None on a CPU."""
+        if x.device.type == "cpu":
+            return None
+        y = torch.empty(self.g.y_shape, dtype=x.dtype, device="meta")
+        images = (x, y.to(memory_format=torch.channels_last))
+        layout = planner.layout_of(images, () if self.op == "wgrad" else (w,))
+        direction = "fprop" if self.op == "conv_relu" else self.op
+        precision = library.resolve_precision(self.precision, x)
+        plan = planner.plan(direction, self.g, x.dtype, precision, describe(x.device), layout)
+        return plan.ms
+
+    def ours(self) -> Contender:
+        """One kernel, or wgrad's two passes."""
+        ops, numbers, g = torch.ops.triton_cnn, self._ours, self.g
+        return Contender(
+            {
+                "fprop": lambda x, w: ops.conv2d(x, w, None, None, *numbers, False),
+                "conv_relu": lambda x, w, b: ops.conv2d(x, w, b, None, *numbers, True),
+                "dgrad": lambda x, w, dy: ops.conv2d_dgrad(dy, w, None, (g.H, g.W), *numbers, True),
+                "wgrad": lambda x, w, dy: ops.conv2d_wgrad(
+                    x, dy, w.shape, w.stride(), *numbers, False
+                ),
+            }[self.op]
+        )
+
+    def eager(self) -> Contender:
+        """cuDNN's; for conv_relu PyTorch's ReLU follows it, in place."""
+        numbers = self._torch
+
+        def backward(mask: list[bool]) -> Callable[..., Tensor]:
+            *geometry, groups = numbers
+            return lambda x, w, dy: torch.ops.aten.convolution_backward(
+                dy, x, w, None, *geometry, False, (0, 0), groups, mask
+            )[mask.index(True)]
+
+        return Contender(
+            {
+                "fprop": lambda x, w: torch.conv2d(x, w, None, *numbers),
+                "conv_relu": lambda x, w, b: torch.conv2d(x, w, b, *numbers).relu_(),
+                "dgrad": backward([True, False, False]),
+                "wgrad": backward([False, True, False]),
+            }[self.op]
+        )
+
+    def inductor(self) -> Contender:
+        """The eager call, compiled."""
+        return self.eager().compiled()
+
+    def flaggems(self) -> Contender:
+        """Its forward pass; its backward cannot be asked for one gradient, so is not comparable."""
+        import flag_gems
+
+        conv2d, numbers = flag_gems.ops.conv2d, self._torch
+        if self.op == "fprop":
+            return Contender(lambda x, w: conv2d(x, w, None, *numbers)).nchw()
+        if self.op == "conv_relu":
+            return Contender(lambda x, w, b: conv2d(x, w, b, *numbers).relu_()).nchw()
+        raise NotImplementedError("FlagGems computes both gradients of a convolution together")
+
+
+class MaxPool:
+    """Max-pooling as a training step needs it: forward keeps, backward reads which pixel won.
+
+    Ours and Inductor's keep one byte for each output, PyTorch's and FlagGems' an int64 index.
+    """
+
+    def __init__(self, op: str, g: Pool2dGeometry):
+        self.op, self.g = op, g
+        self._window = (g.kernel, g.stride, g.padding, g.dilation)
+
+    def work(self, itemsize: int) -> tuple[int, int]:
+        """No products, and the least bytes moved, with the offsets."""
+        return 0, self.g.bytes(itemsize, offset_dtype(self.g).itemsize)
+
+    def inputs(self, draw: Draw) -> Inputs:
+        """x, and dy for the backward pass."""
+        x = draw(self.g.x_shape)
+        return (x,) if self.op == "max_pool" else (x, draw(self.g.y_shape))
+
+    def predicted(self, *_: Tensor) -> None:
+        """Nothing: pooling is not planned."""
+
+    def ours(self) -> Contender:
+        """One kernel either way."""
+        ops, g = torch.ops.triton_cnn, self.g
+        window = (*self._window, g.ceil_mode)
+
+        def forward(x: Tensor) -> Inputs:
+            return ops.max_pool2d(x, *window, True, False)
+
+        if self.op == "max_pool":
+            return Contender(forward)
+        return Contender(
+            lambda dy, offsets: ops.max_pool2d_backward(dy, offsets, (g.H, g.W), *window, True),
+            lambda x, dy: (dy, forward(x)[1]),
+        )
+
+    def eager(self) -> Contender:
+        """ATen's, with int64 indices."""
+        aten, window = torch.ops.aten, (*self._window, self.g.ceil_mode)
+        if self.op == "max_pool":
+            return Contender(lambda x: aten.max_pool2d_with_indices(x, *window))
+        return Contender(
+            lambda dy, x, indices: aten.max_pool2d_with_indices_backward(dy, x, *window, indices),
+            lambda x, dy: (dy, x, aten.max_pool2d_with_indices(x, *window)[1]),
+        )
+
+    def inductor(self) -> Contender:
+        """What Inductor makes of a training step: offsets of one byte between the passes."""
+        from torch._inductor import inductor_prims  # noqa: F401 - registers torch.ops.prims
+
+        aten, prims, g = torch.ops.aten, torch.ops.prims, self.g
+        window = (*self._window, g.ceil_mode)
+
+        def forward(x: Tensor) -> Inputs:
+            return prims._low_memory_max_pool_with_offsets(x, *window)
+
+        def backward(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+            kernel, *others = self._window
+            indices = prims._low_memory_max_pool_offsets_to_indices(
+                offsets, kernel, (g.H, g.W), *others
+            )
+            return aten.max_pool2d_with_indices_backward(dy, x, *window, indices)
+
+        if self.op == "max_pool":
+            return Contender(forward).compiled()
+        return Contender(backward, lambda x, dy: (dy, x, forward(x)[1])).compiled()
+
+    def flaggems(self) -> Contender:
+        """Its kernels, which work in NCHW."""
+        import flag_gems
+
+        ops, window = flag_gems.ops, (*self._window, self.g.ceil_mode)
+        if self.op == "max_pool":
+            return Contender(lambda x: ops.max_pool2d_with_indices(x, *window)).nchw()
+        return Contender(
+            lambda dy, x, indices: ops.max_pool2d_backward(dy, x, indices, *window),
+            lambda x, dy: (dy, x, ops.max_pool2d_with_indices(x, *window)[1]),
+        ).nchw()
+
+
+Problem = Convolution | MaxPool
+
+
+def problem(case: Case) -> Problem:
+    """The operator of a case on its layer."""
+    g = case.layer.geometry
+    if isinstance(g, Pool2dGeometry):
+        return MaxPool(case.op, g)
+    return Convolution(DEPTHWISE.get(case.op, case.op), g, DTYPES[case.dtype].precision)
+
+
+def contender(name: str, of: Problem) -> Contender:
+    """ "ours" or a peer, by name. Raises where a peer cannot do it."""
+    if name == "cudnn_nchw":
+        return of.eager().nchw()
+    return of.eager() if name == "cudnn" else getattr(of, name)()
