@@ -15,32 +15,22 @@ Operands need channels side by side, pixels in memory order and rows that start 
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device, implicit_gemm
+from .descriptors import Sizes, View, filters, image_pairs, images
 from .device import Device, loop
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Direction, Taps
-from .indexing import dot, narrow, program, widen
+from .indexing import dot, narrow, plain, program, unspecialised, widen
 from .split_sum import parts_like, split_sum
 from .tile import Box, Tile, blocks_per_multiprocessor
-
-_ODD = 2**20 + 1
-
-
-def unspecialised(values):
-    return tuple(2 * v + _ODD for v in values)
-
-
-@triton.jit
-def plain(v):
-    return (v - 1048577) >> 1
 
 
 @triton.jit
@@ -72,9 +62,7 @@ def add_products(
     """acc + the products of one parity's taps with a box of pixels."""
     COLUMNS: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[1]
-    turns, S, origin_h, origin_w = plain(walk[0]), plain(walk[1]), plain(walk[2]), plain(walk[3])
-    step_h, step_w, tap_h, tap_w = plain(walk[4]), plain(walk[5]), plain(walk[6]), plain(walk[7])
-    tap_step_h, tap_step_w = plain(walk[8]), plain(walk[9])
+    turns, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
     n, p, q = box
     c, r, s = 0, 0, 0
     for _ in loop(turns):
@@ -144,8 +132,7 @@ def product_kernel(
     TRANSPOSED: tl.constexpr = TILE[5]
     ROWS: tl.constexpr = BOX_N * BOX_P * BOX_Q
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
-    boxes_p, boxes_q, column_tiles = plain(sizes[0]), plain(sizes[1]), plain(sizes[2])
-    groups, K, C = plain(sizes[3]), plain(sizes[4]), plain(sizes[5])
+    boxes_p, boxes_q, column_tiles, groups, K, C = plain(sizes)
 
     for tile in loop(tl.program_id(0), tiles, tl.num_programs(0)):
         group = tile // column_tiles % groups
@@ -213,61 +200,6 @@ def _walk(row: Taps, column: Taps, blocks: int, sign: int) -> Walk:
     )
 
 
-def _descriptor(t: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]):
-    """A descriptor over memory that ``planner.layout_of`` found to be aligned.
-
-    Triton's constructor would check the same again, which costs as much as the rest of a launch.
-    The stride of an axis of one element, which is never taken, may be anything: it is made to fit.
-    """
-    aligned = 16 // t.element_size()
-    strides = [s if size > 1 else aligned for size, s in zip(shape, strides, strict=True)]
-    strides[-1] = 1
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(
-        base=t,
-        shape=list(shape),
-        strides=strides,
-        block_shape=list(block),
-        padding="zero",
-        round_f32_to_tf32=False,
-    )
-    return descriptor
-
-
-def _pixels(t: Tensor, block: Sequence[int]):
-    """t[N, C, H, W] as a descriptor [N, H, W, C]."""
-    (N, C, H, W), (n, c, h, w) = t.shape, t.stride()
-    return _descriptor(t, (N, H, W, C), (n, h, w, c), block)
-
-
-def _filters(w: Tensor, block: Sequence[int]):
-    """w[K, C, R, S] as a descriptor [R, S, K, C]."""
-    (K, C, R, S), (k, c, r, s) = w.shape, w.stride()
-    return _descriptor(w, (R, S, K, C), (r, s, k, c), block)
-
-
-def _pairs(x: Tensor, box: Box, depth: int):
-    """x[N, C, H, W] of even H and W as [N, H/2, 2, W/2, 2C]: both parities of both axes."""
-    (N, C, H, W), (n, c, h, w) = x.shape, x.stride()
-    shape, strides = (N, H // 2, 2, W // 2, 2 * C), (n, 2 * h, h, 2 * w, c)
-    return _descriptor(x, shape, strides, (box[0], box[1], 1, box[2], depth))
-
-
-def _flat(t: Tensor) -> Tensor:
-    """t[N, C, H, W] as [N * H * W, C, 1, 1]; its pixels follow one another in memory."""
-    N, C, H, W = t.shape
-    pitch = t.stride(3) if W > 1 else t.stride(2) if H > 1 else t.stride(0)
-    return t.as_strided((N * H * W, C, 1, 1), (pitch, 1, pitch, pitch))
-
-
-def flat_geometry(g: Conv2dGeometry) -> Conv2dGeometry:
-    """A pointwise convolution as one over N * H * W images of one pixel; others as they are."""
-    if not g.pointwise or g.H * g.W == 1:
-        return g
-    pixels = g.N * g.H * g.W
-    return Conv2dGeometry(pixels, g.C, 1, 1, g.K, 1, 1, groups=g.groups)
-
-
 def half_box(box: Box) -> Box:
     """The first half of a box, cut along its first axis of several pixels."""
     n, p, q = box
@@ -313,7 +245,133 @@ def supports(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precis
         return False
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return False
-    return direction != "fprop" or len(read_parities(g)) <= 4 or takes_pairs(g, 1)
+    if direction == "wgrad":  # a tap whose parity has no pixel would not be written
+        return g.H >= g.stride[0] and g.W >= g.stride[1]
+    return direction == "dgrad" or len(read_parities(g)) <= 4
+
+
+class Product(NamedTuple):
+    """One launch of ``product_kernel`` without its tensors."""
+
+    xs: list[View]
+    w: View
+    residual: View | None
+    y: View
+    programs: int
+    scalars: tuple  # tiles, sizes, walks
+
+
+def _product(
+    xs: list[View],
+    w: View,
+    results: Sequence[View],  # y and, where there is one, residual
+    walks: list[Walk],
+    channels: int,
+    depth: int,
+    groups: int,
+    tile: Tile,
+    itemsize: int,
+    here: Device,
+) -> Product:
+    column_tiles = triton.cdiv(channels, tile.columns)
+    sizes, box = results[0].shape, _box(tile)
+    boxes = [triton.cdiv(size, length) for size, length in zip(sizes, box, strict=False)]
+    tiles = boxes[0] * boxes[1] * boxes[2] * column_tiles * groups
+    room = here.multiprocessors * blocks_per_multiprocessor(tile, itemsize, here)
+    scalars = (
+        tiles,
+        unspecialised((boxes[1], boxes[2], column_tiles, groups, channels, depth)),
+        tuple([unspecialised(walk) for walk in walks]),
+    )
+    residual = results[1] if len(results) > 1 else None
+    return Product(xs, w, residual, results[0], min(tiles, room), scalars)
+
+
+@lru_cache(maxsize=4096)
+def _fprop(
+    g: Conv2dGeometry,
+    tile: Tile,
+    itemsize: int,
+    here: Device,
+    x_strides: Sizes,
+    w_strides: Sizes,
+    *strides: Sizes,  # of y and, where there is one, residual
+) -> Product:
+    box, depth, flat = _box(tile), tile.depth, g.pointwise
+    C, K = g.C // g.groups, g.K // g.groups
+    blocks = triton.cdiv(C, depth)
+    if takes_pairs(g, depth) and x_strides[3] == g.C:
+        (top, _), (left, _) = g.padding
+        xs = [image_pairs(g.x_shape, x_strides, box, depth, itemsize)]
+        walks = [Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)]
+    else:
+        parities = read_parities(g)
+        xs = [
+            images(g.x_shape, x_strides, (*box, depth), itemsize, parity, flat=flat)
+            for parity in parities
+        ]
+        walks = [_walk(*parity, blocks, 1) for parity in parities]
+    half = (*half_box(box), tile.columns)
+    results = [images(g.y_shape, s, half, max(2, itemsize), flat=flat) for s in strides]
+    w = filters(g.w_shape, w_strides, (tile.columns, depth), itemsize)
+    return _product(xs, w, results, walks, K, C, g.groups, tile, itemsize, here)
+
+
+@lru_cache(maxsize=4096)
+def _dgrad(
+    g: Conv2dGeometry,
+    tile: Tile,
+    itemsize: int,
+    here: Device,
+    dy_strides: Sizes,
+    w_strides: Sizes,
+    dx_strides: Sizes,
+) -> list[Product]:
+    box, depth, flat = _box(tile), tile.depth, g.pointwise
+    C, K = g.C // g.groups, g.K // g.groups
+    dys = [images(g.y_shape, dy_strides, (*box, depth), itemsize, flat=flat)]
+    w = filters(g.w_shape, w_strides, (depth, tile.columns), itemsize)
+    half = (*half_box(box), tile.columns)
+    products = []
+    for parity in g.dgrad():
+        dx = images(g.x_shape, dx_strides, half, itemsize, parity, flat=flat)
+        walks = [_walk(*parity, triton.cdiv(K, depth), -1)]
+        products.append(_product(dys, w, [dx], walks, C, K, g.groups, tile, itemsize, here))
+    return products
+
+
+def _multiply(
+    product: Product,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    tile: Tile,
+    relu: bool,
+    precision: str,
+    transposed: bool,
+) -> None:
+    xs = [view.over(x) for view in product.xs]
+    device.launch(
+        product_kernel,
+        (product.programs,),
+        *xs,
+        *[None] * (4 - len(xs)),
+        product.w.over(w),
+        bias,
+        scale,
+        None if residual is None or product.residual is None else product.residual.over(residual),
+        product.y.over(y),
+        *product.scalars,
+        relu,
+        precision,
+        (*_box(tile), tile.columns, tile.depth, transposed),
+        device=y.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def fprop(
@@ -330,27 +388,10 @@ def fprop(
     scale: Tensor | None = None,
 ) -> None:
     """y[N,K,P,Q] = relu?(scale[K] * conv(x, w) + bias + residual)."""
-    flat = flat_geometry(g)
-    if flat is not g:
-        g, x, y = flat, _flat(x), _flat(y)
-        residual = None if residual is None else _flat(residual)
-    box, depth = _box(tile), tile.depth
-    C = g.C // g.groups
-    blocks = triton.cdiv(C, depth)
-    if takes_pairs(g, depth) and x.stride(3) == g.C:
-        (top, _), (left, _) = g.padding
-        x_descs = [_pairs(x, box, depth)]
-        turns = g.R * g.S * blocks
-        walks = [Walk(turns, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)]
-    else:
-        parities = read_parities(g)
-        views = [_parity(x, *parity) for parity in parities]
-        x_descs = [_pixels(view, (*box, depth)) for view in views]
-        walks = [_walk(*parity, blocks, 1) for parity in parities]
-    w_desc = _filters(w, (1, 1, tile.columns, depth))
-    _multiply(
-        x_descs, w_desc, bias, scale, residual, y, walks, g.groups, C, tile, relu, precision, False
-    )
+    results = (y.stride(),) if residual is None else (y.stride(), residual.stride())
+    here = device.describe(x.device)
+    product = _fprop(g, tile, x.element_size(), here, x.stride(), w.stride(), *results)
+    _multiply(product, x, w, bias, scale, residual, y, tile, relu, precision, False)
 
 
 def dgrad(
@@ -364,71 +405,15 @@ def dgrad(
     precision: str,
 ) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride."""
-    flat = flat_geometry(g)
-    if flat is not g:
-        g, dy, dx = flat, _flat(dy), _flat(dx)
-    box, depth = _box(tile), tile.depth
-    K = g.K // g.groups
-    dy_descs = [_pixels(dy, (*box, depth))]
-    w_desc = _filters(w, (1, 1, depth, tile.columns))
-    for row, column in g.dgrad():
-        walks = [_walk(row, column, triton.cdiv(K, depth), -1)]
-        view = _parity(dx, row, column)
-        _multiply(
-            *(dy_descs, w_desc, bias, None, None, view, walks, g.groups, K, tile),
-            *(False, precision, True),
-        )
+    here = device.describe(dy.device)
+    strides = dy.stride(), w.stride(), dx.stride()
+    for product in _dgrad(g, tile, dy.element_size(), here, *strides):
+        _multiply(product, dy, w, bias, None, None, dx, tile, False, precision, True)
 
 
 def _box(tile: Tile) -> Box:
     assert tile.box is not None
     return tile.box
-
-
-def _parity(t: Tensor, row: Taps, column: Taps) -> Tensor:
-    """The pixels of one parity of the stride."""
-    if row.stride == column.stride == 1:
-        return t
-    return t[:, :, row.first :: row.stride, column.first :: column.stride]
-
-
-def _multiply(
-    x_descs: list,
-    w_desc: TensorDescriptor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    walks: list[Walk],
-    groups: int,
-    depth: int,
-    tile: Tile,
-    relu: bool,
-    precision: str,
-    transposed: bool,
-) -> None:
-    N, channels, P, Q = y.shape
-    box = _box(tile)
-    half = (*half_box(box), tile.columns)
-    columns = channels // groups
-    column_tiles = triton.cdiv(columns, tile.columns)
-    boxes = [triton.cdiv(size, length) for size, length in zip((N, P, Q), box, strict=True)]
-    tiles = boxes[0] * boxes[1] * boxes[2] * column_tiles * groups
-    here = device.describe(y.device)
-    programs = here.multiprocessors * blocks_per_multiprocessor(tile, y.element_size(), here)
-    device.launch(
-        product_kernel,
-        (min(tiles, programs),),
-        *(*x_descs, *[None] * (4 - len(x_descs)), w_desc, bias, scale),
-        *(None if residual is None else _pixels(residual, half), _pixels(y, half)),
-        tiles,
-        unspecialised((boxes[1], boxes[2], column_tiles, groups, columns, depth)),
-        tuple(unspecialised(walk) for walk in walks),
-        *(relu, precision, (*box, tile.columns, tile.depth, transposed)),
-        device=y.device,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
 
 
 @triton.jit
@@ -455,16 +440,8 @@ def wgrad_kernel(
     ROWS: tl.constexpr = TILE[3]
     COLUMNS: tl.constexpr = TILE[4]
     DEPTH: tl.constexpr = BOX_N * BOX_P * BOX_Q
-    P, Q, boxes_p, boxes_q, turns = (
-        plain(sizes[0]),
-        plain(sizes[1]),
-        plain(sizes[2]),
-        plain(sizes[3]),
-        plain(sizes[4]),
-    )
-    column_tiles, row_tiles, taps = plain(sizes[5]), plain(sizes[6]), plain(sizes[7])
-    groups, K, C = plain(sizes[8]), plain(sizes[9]), plain(sizes[10])
-    S = plain(walk[1])
+    P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, groups, K, C = plain(sizes)
+    _, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
 
     pid = program(WIDE)
     c = (pid % column_tiles * COLUMNS).to(tl.int32)
@@ -474,8 +451,8 @@ def wgrad_kernel(
     split = pid // (column_tiles * row_tiles * taps * groups)
     r = tap // S
     s = tap % S
-    h = plain(walk[2]) + r * plain(walk[4])
-    w = plain(walk[3]) + s * plain(walk[5])
+    h = origin_h + r * step_h
+    w = origin_w + s * step_w
 
     first = (split * turns).to(tl.int32)
     q = first % boxes_q * BOX_Q
@@ -497,13 +474,45 @@ def wgrad_kernel(
     rows = k + tl.arange(0, ROWS)
     columns = c + tl.arange(0, COLUMNS)
     mask = (rows < K)[:, None] & (columns < C)[None, :]
-    tap_r = plain(walk[6]) + r * plain(walk[8])
-    tap_s = plain(walk[7]) + s * plain(walk[9])
+    tap_r = tap_h + r * tap_step_h
+    tap_s = tap_w + s * tap_step_w
     if WIDE:
         rows = rows.to(tl.int64)
     dw_ptr += split * dw_strides[0] + tap_r * dw_strides[3] + tap_s * dw_strides[4]
     offsets = ((group * K + rows) * dw_strides[1])[:, None] + (columns * dw_strides[2])[None, :]
     tl.store(dw_ptr + offsets, narrow(acc, dw_ptr.dtype.element_ty), mask=mask)
+
+
+class Wgrad(NamedTuple):
+    """One launch of ``wgrad_kernel`` without its tensors."""
+
+    x: View
+    dy: View
+    programs: int
+    scalars: tuple  # sizes, walk
+
+
+@lru_cache(maxsize=4096)
+def _wgrad(
+    g: Conv2dGeometry, tile: Tile, itemsize: int, x_strides: Sizes, dy_strides: Sizes
+) -> list[Wgrad]:
+    n, p, q = _box(tile)
+    K, C, flat = g.K // g.groups, g.C // g.groups, g.pointwise
+    N, P, Q = (g.N * g.P * g.Q, 1, 1) if flat else (g.N, g.P, g.Q)
+    boxes_n, boxes_p, boxes_q = triton.cdiv(N, n), triton.cdiv(P, p), triton.cdiv(Q, q)
+    turns = triton.cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
+    column_tiles, row_tiles = triton.cdiv(C, tile.columns), triton.cdiv(K, tile.rows)
+    dy_block, x_block = (p, q, n, tile.rows), (p, q, n, tile.columns)
+    dy = images(g.y_shape, dy_strides, dy_block, itemsize, flat=flat, images_last=True)
+    launches = []
+    for row, column in read_parities(g):
+        parity, taps = (row, column), row.taps * column.taps
+        x = images(g.x_shape, x_strides, x_block, itemsize, parity, flat=flat, images_last=True)
+        sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
+        scalars = unspecialised(sizes), unspecialised(_walk(row, column, 1, 1))
+        programs = column_tiles * row_tiles * taps * g.groups * tile.splits
+        launches.append(Wgrad(x, dy, programs, scalars))
+    return launches
 
 
 def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
@@ -535,33 +544,15 @@ def wgrad(
     if dw is None:
         return
     parts = parts_like(dw, tile.splits)
-    flat = flat_geometry(g)
-    if flat is not g:
-        g, x, dy = flat, _flat(x), _flat(dy)
-    n, p, q = box = _box(tile)
-    K, C = g.K // g.groups, g.C // g.groups
-    boxes_n, boxes_p, boxes_q = triton.cdiv(g.N, n), triton.cdiv(g.P, p), triton.cdiv(g.Q, q)
-    turns = triton.cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
-    column_tiles, row_tiles = triton.cdiv(C, tile.columns), triton.cdiv(K, tile.rows)
-    dy_desc = _places(dy, (p, q, n, tile.rows))
-    for row, column in g.dgrad():
-        taps = row.taps * column.taps
-        sizes = (g.P, g.Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
+    for launch in _wgrad(g, tile, x.element_size(), x.stride(), dy.stride()):
         device.launch(
             wgrad_kernel,
-            (column_tiles * row_tiles * taps * g.groups * tile.splits,),
-            *(_places(_parity(x, row, column), (p, q, n, tile.columns)), dy_desc, parts),
-            (dw.numel(), *dw.stride()),
-            *(unspecialised(sizes), unspecialised(_walk(row, column, 1, 1))),
-            *(precision, device.wide(0, parts), (*box, tile.rows, tile.columns)),
+            (launch.programs,),
+            *(launch.x.over(x), launch.dy.over(dy), parts, (dw.numel(), *dw.stride())),
+            *launch.scalars,
+            *(precision, device.wide(0, parts), (*_box(tile), tile.rows, tile.columns)),
             device=x.device,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
     split_sum(parts, dw)
-
-
-def _places(t: Tensor, block: Sequence[int]):
-    """t[N, C, H, W] as a descriptor [H, W, N, C]."""
-    (N, C, H, W), (n, c, h, w) = t.shape, t.stride()
-    return _descriptor(t, (H, W, N, C), (h, w, n, c), block)

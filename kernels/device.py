@@ -33,6 +33,7 @@ _lock = threading.RLock()
 _launches: Counter[str] = Counter()
 _target: GPUTarget | None = None  # set while launches only compile, into _compiled
 _compiled: list[Any] = []
+_pretended: "Device | None" = None  # set while launches do nothing
 
 
 class Peaks(NamedTuple):
@@ -104,6 +105,8 @@ def _of_gpu(index: int) -> Device:
 
 def describe(device: torch.device) -> Device:
     """The description of the device a tensor is on."""
+    if _pretended is not None:
+        return _pretended
     if _target is not None:
         return _of_target(_target)
     if device.type == "cuda":
@@ -116,7 +119,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
 
     The interpreter is not thread-safe (two threads give wrong numbers in silence), hence the lock.
     """
-    if 0 in grid:
+    if 0 in grid or _pretended is not None:
         return
     if _target is not None:
         _compiled.append(kernel.run(*args, grid=grid, warmup=True, **meta))
@@ -188,6 +191,20 @@ def compile_only(target: GPUTarget) -> Iterator[list[Any]]:
     finally:
         _target = None
         triton.runtime.driver._active = previous
+
+
+@contextmanager
+def launch_nothing(target: GPUTarget) -> Iterator[None]:
+    """Within this context operators do all but their launches, planned for a typical ``target``.
+
+    Results are not computed: it is for timing what a call costs the processor.
+    """
+    global _pretended
+    _pretended = _of_target(target)
+    try:
+        yield
+    finally:
+        _pretended = None
 
 
 def wide(pixels: int, *tensors: torch.Tensor | None) -> bool:

@@ -12,15 +12,38 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import library  # noqa: F401  defines the operators
+from . import library
 from .geometry import Pair, is_channels_last
 
 _ops = torch.ops.triton_cnn
+_channel_sum = library.operator("channel_sum")
+_conv2d = library.operator("conv2d")
+_conv2d_dgrad = library.operator("conv2d_dgrad")
+_conv2d_fp8 = library.operator("conv2d_fp8")
+_conv2d_wgrad = library.operator("conv2d_wgrad")
+_max_pool2d = library.operator("max_pool2d")
+_max_pool2d_backward = library.operator("max_pool2d_backward")
+_max_pool2d_gather = library.operator("max_pool2d_gather")
+_max_unpool2d = library.operator("max_unpool2d")
+_max_unpool2d_backward = library.operator("max_unpool2d_backward")
+_relu_backward = library.operator("relu_backward")
 Padding = tuple[int, int, int, int]
 
 
 def _channels_last(*tensors: Tensor) -> bool:
     return any(is_channels_last(t.shape, t.stride()) for t in tensors)
+
+
+def _apply(function: type[Function], *args: Any) -> Any:
+    """``function.apply``, which looks its defaults up by inspection and so takes longer than all
+    else in a call: where no transform is active, what it calls in the end; without gradients its
+    forward alone.
+    """
+    if library.is_watched():
+        return function.apply(*args)
+    if torch.is_grad_enabled():
+        return super(Function, function).apply(*args)
+    return function.forward(*args)
 
 
 class ReluBackward(Function):
@@ -30,7 +53,7 @@ class ReluBackward(Function):
 
     @staticmethod
     def forward(dy, y):
-        return _ops.relu_backward.default(dy, y)
+        return _relu_backward(dy, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -38,7 +61,7 @@ class ReluBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, ddz):
-        return ReluBackward.apply(ddz, *ctx.saved_tensors), None
+        return _apply(ReluBackward, ddz, *ctx.saved_tensors), None
 
 
 class ChannelSum(Function):
@@ -48,7 +71,7 @@ class ChannelSum(Function):
 
     @staticmethod
     def forward(dy):
-        return _ops.channel_sum.default(dy)
+        return _channel_sum(dy)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -66,9 +89,7 @@ class Conv2d(Function):
 
     @staticmethod
     def forward(x, w, bias, residual, stride, padding, dilation, groups, precision, relu):
-        return _ops.conv2d.default(
-            x, w, bias, residual, stride, padding, dilation, groups, precision, relu
-        )
+        return _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, relu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -86,14 +107,14 @@ class Conv2d(Function):
         x, w, y = ctx.saved_tensors
         need_dx, need_dw, need_db, need_residual = ctx.needs_input_grad[:4]
         if y is not None:
-            dy = ReluBackward.apply(dy, y)
+            dy = _apply(ReluBackward, dy, y)
         dx = dw = db = None
         if need_dx:
-            dx = Conv2dDgrad.apply(dy, w, None, ctx.size, *ctx.geometry, ctx.channels_last)
+            dx = _apply(Conv2dDgrad, dy, w, None, ctx.size, *ctx.geometry, ctx.channels_last)
         if need_dw:
-            dw, db = Conv2dWgrad.apply(x, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, need_db)
+            dw, db = _apply(Conv2dWgrad, x, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, need_db)
         elif need_db:
-            db = ChannelSum.apply(dy)
+            db = _apply(ChannelSum, dy)
         return dx, dw, db if need_db else None, dy if need_residual else None, *[None] * 6
 
 
@@ -104,7 +125,7 @@ class Conv2dDgrad(Function):
 
     @staticmethod
     def forward(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
-        return _ops.conv2d_dgrad.default(
+        return _conv2d_dgrad(
             dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last
         )
 
@@ -121,11 +142,11 @@ class Conv2dDgrad(Function):
         need_dy, need_dw, need_db = ctx.needs_input_grad[:3]
         ddy = dw = db = None
         if need_dy:
-            ddy = Conv2d.apply(ddx, w, None, None, *ctx.geometry, False)
+            ddy = _apply(Conv2d, ddx, w, None, None, *ctx.geometry, False)
         if need_dw:
-            dw, _ = Conv2dWgrad.apply(ddx, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, False)
+            dw, _ = _apply(Conv2dWgrad, ddx, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, False)
         if need_db:
-            db = ChannelSum.apply(ddx)
+            db = _apply(ChannelSum, ddx)
         return ddy, dw, db, *[None] * 7
 
 
@@ -136,7 +157,7 @@ class Conv2dWgrad(Function):
 
     @staticmethod
     def forward(x, dy, size, strides, stride, padding, dilation, groups, precision, bias):
-        return _ops.conv2d_wgrad.default(
+        return _conv2d_wgrad(
             x, dy, size, strides, stride, padding, dilation, groups, precision, bias
         )
 
@@ -155,9 +176,9 @@ class Conv2dWgrad(Function):
         dx = ddy = None
         if need_dx:
             channels_last = ctx.x_channels_last or _channels_last(ddw)
-            dx = Conv2dDgrad.apply(dy, ddw, None, ctx.size, *ctx.geometry, channels_last)
+            dx = _apply(Conv2dDgrad, dy, ddw, None, ctx.size, *ctx.geometry, channels_last)
         if need_ddy:
-            ddy = Conv2d.apply(x, ddw, ddb if ctx.bias else None, None, *ctx.geometry, False)
+            ddy = _apply(Conv2d, x, ddw, ddb if ctx.bias else None, None, *ctx.geometry, False)
         return dx, ddy, *[None] * 8
 
 
@@ -168,9 +189,7 @@ class MaxPool2d(Function):
 
     @staticmethod
     def forward(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices):
-        return _ops.max_pool2d.default(
-            x, kernel, stride, padding, dilation, ceil_mode, offsets, indices
-        )
+        return _max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -184,7 +203,7 @@ class MaxPool2d(Function):
     @staticmethod
     def backward(ctx: Any, dy, _offsets, _indices):
         (offsets,) = ctx.saved_tensors
-        dx = MaxPool2dBackward.apply(dy, offsets, ctx.size, *ctx.geometry, ctx.channels_last)
+        dx = _apply(MaxPool2dBackward, dy, offsets, ctx.size, *ctx.geometry, ctx.channels_last)
         return dx, *[None] * 7
 
 
@@ -195,7 +214,7 @@ class MaxPool2dBackward(Function):
 
     @staticmethod
     def forward(dy, offsets, size, kernel, stride, padding, dilation, ceil_mode, channels_last):
-        return _ops.max_pool2d_backward.default(
+        return _max_pool2d_backward(
             dy, offsets, size, kernel, stride, padding, dilation, ceil_mode, channels_last
         )
 
@@ -206,7 +225,7 @@ class MaxPool2dBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, ddx):
-        return MaxPool2dGather.apply(ddx, *ctx.saved_tensors, *ctx.geometry), *[None] * 8
+        return _apply(MaxPool2dGather, ddx, *ctx.saved_tensors, *ctx.geometry), *[None] * 8
 
 
 class MaxPool2dGather(Function):
@@ -216,9 +235,7 @@ class MaxPool2dGather(Function):
 
     @staticmethod
     def forward(ddx, offsets, kernel, stride, padding, dilation, ceil_mode):
-        return _ops.max_pool2d_gather.default(
-            ddx, offsets, kernel, stride, padding, dilation, ceil_mode
-        )
+        return _max_pool2d_gather(ddx, offsets, kernel, stride, padding, dilation, ceil_mode)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -230,7 +247,7 @@ class MaxPool2dGather(Function):
     @staticmethod
     def backward(ctx: Any, ddy):
         (offsets,) = ctx.saved_tensors
-        ddx = MaxPool2dBackward.apply(ddy, offsets, ctx.size, *ctx.geometry, ctx.channels_last)
+        ddx = _apply(MaxPool2dBackward, ddy, offsets, ctx.size, *ctx.geometry, ctx.channels_last)
         return ddx, *[None] * 6
 
 
@@ -241,7 +258,7 @@ class MaxUnpool2d(Function):
 
     @staticmethod
     def forward(x, indices, size):
-        return _ops.max_unpool2d.default(x, indices, size)
+        return _max_unpool2d(x, indices, size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -250,7 +267,7 @@ class MaxUnpool2d(Function):
 
     @staticmethod
     def backward(ctx: Any, dy):
-        return MaxUnpool2dBackward.apply(dy, *ctx.saved_tensors), None, None
+        return _apply(MaxUnpool2dBackward, dy, *ctx.saved_tensors), None, None
 
 
 class MaxUnpool2dBackward(Function):
@@ -260,7 +277,7 @@ class MaxUnpool2dBackward(Function):
 
     @staticmethod
     def forward(dy, indices):
-        return _ops.max_unpool2d_backward.default(dy, indices)
+        return _max_unpool2d_backward(dy, indices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
@@ -270,7 +287,7 @@ class MaxUnpool2dBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, ddx):
-        return MaxUnpool2d.apply(ddx, *ctx.saved_tensors, ctx.size), None
+        return _apply(MaxUnpool2d, ddx, *ctx.saved_tensors, ctx.size), None
 
 
 for _name, _function in {
@@ -295,7 +312,7 @@ def _call(function: type[Function], operator: Any, *args: Any) -> Any:
     """The Function eagerly; its operator when compiled, as Dynamo takes no Function that is given
     one tensor twice (an input that is its own residual, say).
     """
-    return operator(*args) if torch.compiler.is_compiling() else function.apply(*args)
+    return operator(*args) if torch.compiler.is_compiling() else _apply(function, *args)
 
 
 def conv2d(
@@ -331,9 +348,7 @@ def conv2d_fp8(
     relu: bool,
 ) -> Tensor:
     """y = relu?(scale * conv(x, w) + bias + residual) in bfloat16, of float8_e4m3fn x and w."""
-    return _ops.conv2d_fp8.default(
-        x, w, scale, bias, residual, stride, padding, dilation, groups, relu
-    )
+    return _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, relu)
 
 
 def conv_transpose2d(

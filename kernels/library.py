@@ -6,15 +6,18 @@ Triton's interpreter (TRITON_INTERPRET=1 at import) and otherwise ATen, through 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from . import aten, descriptor_gemm, epilogue, max_pool, planner, vmap
-from .device import INTERPRET, describe
+from . import aten, autotune, descriptor_gemm, epilogue, max_pool, planner, vmap
+from .device import INTERPRET, Device, describe
 from .geometry import (
     Conv2dGeometry,
+    Direction,
     Pool2dGeometry,
     conv_output_size,
     dense_strides,
@@ -28,12 +31,48 @@ _CONV = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups,
 _POOL = "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, bool ceil_mode"
 
 
+_implementations: dict[str, tuple[Callable, Callable]] = {}  # on a GPU, on the CPU
+
+
 def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable) -> None:
     name = schema.split("(")[0]
     _library.define(schema)
-    _library.impl(name, kernels, "CUDA")
-    _library.impl(name, kernels if INTERPRET else reference, "CPU")
+    _implementations[name] = kernels, kernels if INTERPRET else reference
+    _library.impl(name, _implementations[name][0], "CUDA")
+    _library.impl(name, _implementations[name][1], "CPU")
     torch.library.register_fake(f"triton_cnn::{name}", fake, lib=_library)
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """``torch.ops.triton_cnn.NAME`` for a Function's forward, where nothing is left to record.
+
+    On plain tensors that no mode, transform or trace watches it calls the implementation, which
+    saves the two thirds of a call that the dispatcher takes.
+    """
+    dispatched = getattr(torch.ops.triton_cnn, name).default
+    on_gpu, on_cpu = _implementations[name]
+
+    def call(*args: Any) -> Any:
+        if is_watched():
+            return dispatched(*args)
+        for t in args[:4]:
+            kind = type(t)
+            if kind is not Tensor and kind is not Parameter and isinstance(t, Tensor):
+                return dispatched(*args)
+        if args[0].is_cuda:
+            return on_gpu(*args)
+        return on_cpu(*args) if args[0].is_cpu else dispatched(*args)
+
+    return call
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode, a functorch transform or a trace is active."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _new(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
@@ -44,10 +83,48 @@ def _channels_last(*tensors: Tensor) -> bool:
     return any(is_channels_last(t.shape, t.stride()) for t in tensors)
 
 
-def _as_rows(w: Tensor, x: Tensor) -> Tensor:
-    """w with channels side by side where x has them so: a small copy that saves gathering it."""
-    if x.stride(1) != 1 or w.stride(1) == 1 or not describe(x.device).descriptors:
-        return w
+class _Call(NamedTuple):
+    """What an operator on operands of certain shapes, strides and dtypes comes down to."""
+
+    g: Conv2dGeometry
+    layout: planner.Layout
+    plan: planner.Plan
+    shape: torch.Size  # of the result, unless it is wgrad's
+    strides: tuple[int, ...]
+    packs: bool  # whether w is laid in rows first
+
+
+_calls: dict[tuple, _Call] = {}
+
+
+def _call(
+    key: tuple,  # all that the rest follows from
+    direction: Direction,
+    g: Conv2dGeometry,
+    precision: str,
+    images: tuple[Tensor | None, ...],  # the result first
+    w: Tensor | None = None,
+) -> _Call:
+    """Plan a call, and keep it: one that comes again costs microseconds.
+
+    Where channels lie side by side in the images but not in w, w is copied so: it is small, and
+    gathering it is not.
+    """
+    if len(_calls) >= 4096:
+        _calls.clear()
+    first = images[0]
+    assert first is not None
+    here = describe(first.device)
+    rows = all(t is None or t.stride(1) == 1 for t in images)
+    packs = w is not None and w.stride(1) != 1 and rows and here.descriptors
+    filters = () if w is None else (_in_rows(w) if packs else w,)
+    layout = planner.layout_of(images, filters)
+    plan = planner.plan(direction, g, first.dtype, precision, here, layout)
+    _calls[key] = call = _Call(g, layout, plan, first.shape, first.stride(), packs)
+    return call
+
+
+def _in_rows(w: Tensor) -> Tensor:
     return w.contiguous(memory_format=torch.channels_last)
 
 
@@ -68,6 +145,30 @@ def resolve_precision(precision: str | None, x: Tensor) -> str:
     return precision
 
 
+def _tuned(
+    direction: Direction,
+    call: _Call,
+    here: Device,
+    precision: str,
+    operands: tuple[Tensor | None, ...],
+    launch: Callable[..., tuple[Tensor, ...]],
+    results: tuple[Tensor, ...],
+    reference: Callable[..., tuple[Tensor, ...]],
+    fused: bool = False,
+) -> planner.Plan:
+    """The plan that measuring chooses; ``launch`` takes a plan, operands and results."""
+
+    def run(plan: planner.Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        fresh = (t.new_empty_strided(t.shape, t.stride()) for t in results)
+        return launch(plan, *operands, *fresh)
+
+    present = "".join("01"[t is not None] for t in operands)
+    return autotune.choose(
+        *(direction, call.g, results[0].dtype, precision, here, call.layout),
+        *(operands, run, reference, f"{present}{'-fused' if fused else ''}"),
+    )
+
+
 # Convolution: three walks over one geometry.
 
 
@@ -80,15 +181,34 @@ def _conv2d_empty(x, w, bias, residual, stride, padding, dilation, groups, preci
 
 
 def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, relu):
-    g = Conv2dGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
-    y = _new(x, g.y_shape, _channels_last(x, w))
-    precision = resolve_precision(precision, x)
-    here, w = describe(x.device), _as_rows(w, x)
-    layout = planner.layout_of((x, y, residual), (w,))
-    engine, tile, *_ = planner.plan("fprop", g, x.dtype, precision, here, layout)
-    bias = None if bias is None else bias.contiguous()
-    engine.fprop(x, w, bias, residual, y, g, tile, relu=relu, precision=precision)
-    return y
+    arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    precision, here = resolve_precision(precision, x), describe(x.device)
+    key = ("fprop", here, precision, *arguments, x.dtype, x.shape, x.stride(), w.shape, w.stride())
+    key += (x.data_ptr() % 16, w.data_ptr() % 16)
+    if residual is not None:
+        key += (residual.stride(), residual.data_ptr() % 16)
+    call = _calls.get(key)
+    if call is None:
+        g = Conv2dGeometry.of(x.shape, w.shape, *arguments)
+        y = _conv2d_empty(x, w, bias, residual, *arguments, precision, relu)
+        call = _call(key, "fprop", g, precision, (y, x, residual), w)
+    y = x.new_empty_strided(call.shape, call.strides)
+    w, bias = _in_rows(w) if call.packs else w, None if bias is None else bias.contiguous()
+
+    def launch(plan: planner.Plan, x, w, bias, residual, y) -> tuple[Tensor]:
+        engine, tile, *_ = plan
+        engine.fprop(x, w, bias, residual, y, call.g, tile, relu=relu, precision=precision)
+        return (y,)
+
+    plan = call.plan
+    if autotune.is_enabled():
+
+        def reference(x, w, bias, residual) -> tuple[Tensor]:
+            return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
+
+        operands = (x, w, bias, residual)
+        plan = _tuned("fprop", call, here, precision, operands, launch, (y,), reference, relu)
+    return launch(plan, x, w, bias, residual, y)[0]
 
 
 def _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
@@ -121,17 +241,31 @@ def _dgrad_empty(dy, w, bias, size, stride, padding, dilation, groups, precision
 
 
 def _dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
-    dx = _dgrad_empty(
-        dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last
-    )
-    g = Conv2dGeometry.of(dx.shape, w.shape, stride, padding, dilation, groups)
-    precision = resolve_precision(precision, dy)
-    here, w = describe(dy.device), _as_rows(w, dy)
-    layout = planner.layout_of((dy, dx), (w,))
-    engine, tile, *_ = planner.plan("dgrad", g, dy.dtype, precision, here, layout)
-    bias = None if bias is None else bias.contiguous()
-    engine.dgrad(dy, w, bias, dx, g, tile, precision=precision)
-    return dx
+    arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    precision, here = resolve_precision(precision, dy), describe(dy.device)
+    key = ("dgrad", here, precision, *arguments, dy.dtype, tuple(size), channels_last)
+    key += (dy.shape, dy.stride(), w.shape, w.stride(), dy.data_ptr() % 16, w.data_ptr() % 16)
+    call = _calls.get(key)
+    if call is None:
+        dx = _dgrad_empty(dy, w, bias, size, *arguments, precision, channels_last)
+        g = Conv2dGeometry.of(dx.shape, w.shape, *arguments)
+        call = _call(key, "dgrad", g, precision, (dx, dy), w)
+    dx = dy.new_empty_strided(call.shape, call.strides)
+    w, bias = _in_rows(w) if call.packs else w, None if bias is None else bias.contiguous()
+
+    def launch(plan: planner.Plan, dy, w, bias, dx) -> tuple[Tensor]:
+        engine, tile, *_ = plan
+        engine.dgrad(dy, w, bias, dx, call.g, tile, precision=precision)
+        return (dx,)
+
+    plan = call.plan
+    if autotune.is_enabled():
+
+        def reference(dy, w, bias) -> tuple[Tensor]:
+            return (aten.conv2d_dgrad(dy, w, bias, size, *arguments, None, channels_last),)
+
+        plan = _tuned("dgrad", call, here, precision, (dy, w, bias), launch, (dx,), reference)
+    return launch(plan, dy, w, bias, dx)[0]
 
 
 def _wgrad_empty(
@@ -143,11 +277,29 @@ def _wgrad_empty(
 
 def _wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, bias):
     dw, db = _wgrad_empty(x, dy, size, strides, stride, padding, dilation, groups, precision, bias)
-    g = Conv2dGeometry.of(x.shape, size, stride, padding, dilation, groups)
-    precision = resolve_precision(precision, x)
-    layout = planner.layout_of((x, dy), ())
-    engine, tile, *_ = planner.plan("wgrad", g, x.dtype, precision, describe(x.device), layout)
-    engine.wgrad(x, dy, dw, db if bias else None, g, tile, precision=precision)
+    arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    precision, here = resolve_precision(precision, x), describe(x.device)
+    key = ("wgrad", here, precision, *arguments, x.dtype, x.shape, x.stride(), dy.stride())
+    key += (tuple(size), x.data_ptr() % 16, dy.data_ptr() % 16)
+    call = _calls.get(key)
+    if call is None:
+        g = Conv2dGeometry.of(x.shape, size, *arguments)
+        call = _call(key, "wgrad", g, precision, (x, dy))
+
+    def launch(plan: planner.Plan, x, dy, dw, db) -> tuple[Tensor, ...]:
+        engine, tile, *_ = plan
+        engine.wgrad(x, dy, dw, db if bias else None, call.g, tile, precision=precision)
+        return (dw, db) if bias else (dw,)
+
+    plan = call.plan
+    if autotune.is_enabled():
+
+        def reference(x, dy) -> tuple[Tensor, ...]:
+            results = aten.conv2d_wgrad(x, dy, size, strides, *arguments, None, bias)
+            return results if bias else results[:1]
+
+        plan = _tuned("wgrad", call, here, precision, (x, dy), launch, (dw, db), reference, bias)
+    launch(plan, x, dy, dw, db)
     return dw, db
 
 
@@ -157,10 +309,10 @@ def _channel_sum_empty(dy: Tensor) -> Tensor:
 
 def _channel_sum(dy: Tensor) -> Tensor:
     db = _channel_sum_empty(dy)
-    N, K, P, Q = dy.shape
-    g = Conv2dGeometry(N, K, P, Q, K, 1, 1)
-    here, layout = describe(dy.device), planner.layout_of((dy,), ())
-    engine, tile, *_ = planner.plan("wgrad", g, dy.dtype, "ieee", here, layout)
+    K = dy.shape[1]
+    g = Conv2dGeometry(*dy.shape, K, 1, 1)
+    layout = planner.layout_of((dy,), ())
+    engine, tile, *_ = planner.plan("wgrad", g, dy.dtype, "ieee", describe(dy.device), layout)
     engine.wgrad(dy, dy, None, db, g, tile, precision="ieee")
     return db
 

@@ -263,12 +263,23 @@ def operator_samples(device, dtype):
     (unpooled,) = leaves(device, (1, 2, 5, 7), dtype=dtype)
     (values,) = leaves(device, (1, 2, 3, 4), dtype=dtype)
     indices = places(device, (3, 4), (5, 7))
+    eight = [
+        random(shape, torch.float32, device, seed=1)
+        .to(torch.float8_e4m3fn)
+        .contiguous(memory_format=torch.channels_last)
+        for shape in ((2, 32, 5, 6), (16, 32, 3, 3))
+    ]
+    scale = torch.rand(16, device=device)
     return {
         "channel_sum": [(y,)],
         "conv2d": [
             (x, w, bias, None, *conv, False),
             (wide_x, w, bias, y, *conv, True),
             (x, w, None, None, *conv, True),
+        ],
+        "conv2d_fp8": [
+            (*eight, scale, None, None, *conv[:3], 1, False),
+            (*eight, scale[0], scale.bfloat16(), None, *conv[:3], 1, True),
         ],
         "conv2d_dgrad": [
             (y, w, None, [5, 7], *conv, False),
@@ -301,8 +312,10 @@ def test_all_operators_are_checked():
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name, device):
+    # The other checks multiply inputs, which torch does not do in float8.
+    checks = {"test_utils": "test_faketensor"} if name == "conv2d_fp8" else {}
     for arguments in operator_samples(device, torch.float32)[name]:
-        opcheck(getattr(torch.ops.triton_cnn, name).default, arguments)
+        opcheck(getattr(torch.ops.triton_cnn, name).default, arguments, **checks)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

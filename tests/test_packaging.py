@@ -18,10 +18,10 @@ kernels
 kernels.geometry
 kernels.device
 kernels.tile kernels.indexing
-kernels.epilogue kernels.split_sum kernels.model
+kernels.epilogue kernels.split_sum kernels.model kernels.descriptors
 kernels.implicit_gemm kernels.direct_conv kernels.max_pool
 kernels.descriptor_gemm
-kernels.planner kernels.aten kernels.vmap
+kernels.planner kernels.aten kernels.vmap kernels.winners
 kernels.autotune
 kernels.library
 kernels.functions
