@@ -285,6 +285,7 @@ def _keep(results: dict[str, Any], path: Path | None) -> None:
 # A row.
 
 
+@torch.no_grad()
 def measure_case(
     case: suites.Case, names: Sequence[str], ceilings: dict[str, float], device: torch.device
 ) -> Row:
@@ -336,7 +337,8 @@ def _race(
     times = {}
     device = sets[0][0].device
     for name in names:
-        with _noted(errors, name), measure.torch_set_for(dtype, device):
+        with _noted(errors, name):
+            measure.set_torch(dtype, device)
             contender = peers.contender(name, problem)
             prepared = [contender.prepare(*each) for each in sets]
             times[name] = measure.milliseconds(contender.call, prepared, device)
@@ -360,13 +362,13 @@ def _normal(dtype: torch.dtype, device: torch.device) -> peers.Draw:
 def _error(problem: peers.Problem, inputs: peers.Inputs, device: torch.device) -> tuple[float, str]:
     """Relative RMS error against PyTorch's float64, or float32 where memory forbids, and which."""
     found = problem.ours().result(inputs)
-    with measure.torch_set_for(DTYPES["fp32"], device, search=False):
-        try:
-            reference = problem.eager().result(tuple(t.double() for t in inputs))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            reference = problem.eager().result(tuple(t.float() for t in inputs))
-        return measure.relative_rms(found, reference), str(reference.dtype).removeprefix("torch.")
+    measure.set_torch(DTYPES["fp32"], device, search=False)
+    try:
+        reference = problem.eager().result(tuple(t.double() for t in inputs))
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        reference = problem.eager().result(tuple(t.float() for t in inputs))
+    return measure.relative_rms(found, reference), str(reference.dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -6,8 +6,7 @@ Times are in milliseconds, rates in TFLOP/s and GB/s, errors relative to the ref
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,27 +83,17 @@ def _output(*command: str) -> str:
     return done.stdout.partition("\n")[0].strip()
 
 
-@contextmanager
-def torch_set_for(dtype: Dtype, device: torch.device, search: bool = True) -> Iterator[None]:
-    """PyTorch set for products like these, TF32 only where asked for; cuDNN may search."""
+def set_torch(dtype: Dtype, device: torch.device, search: bool = True) -> None:
+    """Set this process's PyTorch for such products: TF32 only where asked for; cuDNN may search."""
     if device.type == "cpu":
-        with torch.no_grad():
-            yield
         return
-    cudnn = torch.backends.cudnn
-    scopes = (cudnn, cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
-    before = [scope.fp32_precision for scope in scopes]
-    searching = cudnn.benchmark
-    try:
-        cudnn.benchmark = search
-        for scope in scopes:
-            scope.fp32_precision = "tf32" if dtype.precision == "tf32" else "ieee"
-        with torch.no_grad():
-            yield
-    finally:
-        cudnn.benchmark = searching
-        for scope, precision in zip(scopes, before, strict=True):
-            scope.fp32_precision = precision
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn.benchmark = search
+    tf32 = dtype.precision == "tf32"
+    # Inductor reads the older settings and the newer ones, and either raises where the two differ.
+    cudnn.allow_tf32 = matmul.allow_tf32 = tf32
+    for scope in (cudnn, cudnn.conv, cudnn.rnn, matmul):
+        scope.fp32_precision = "tf32" if tf32 else "ieee"
 
 
 def sets_needed(bytes_moved: int, device: torch.device) -> int:
@@ -169,11 +158,9 @@ def ceilings(names: Sequence[str], device: torch.device) -> dict[str, float]:
     del source, target
     for name in dict.fromkeys(["bf16", *names]):
         dtype = DTYPES[name]
-        with torch_set_for(dtype, device):
-            pairs = [
-                tuple(torch.randn(2, size, size, device=device).to(dtype.torch)) for _ in range(2)
-            ]
-            found[f"{name}_tflops"] = 2 * size**3 / milliseconds(torch.mm, pairs, device) / 1e9
+        set_torch(dtype, device)
+        pairs = [tuple(torch.randn(2, size, size, device=device).to(dtype.torch)) for _ in range(2)]
+        found[f"{name}_tflops"] = 2 * size**3 / milliseconds(torch.mm, pairs, device) / 1e9
     return found
 
 

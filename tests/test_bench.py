@@ -302,6 +302,41 @@ def test_a_wrong_result_is_an_error_of_ours(run, monkeypatch):
     assert row["errors"] == {"ours": "the error is nan"}
 
 
+def test_where_memory_forbids_float64_the_reference_is_float32(run, monkeypatch):
+    real = peers.Convolution.eager
+
+    def narrow(self):
+        contender = real(self)
+
+        def call(*inputs):
+            if inputs[0].dtype == torch.float64:
+                raise torch.OutOfMemoryError
+            return contender.call(*inputs)
+
+        return peers.Contender(call)
+
+    monkeypatch.setattr(peers.Convolution, "eager", narrow)
+    code, (row,), _ = run("--suite", "a", "--op", "fprop", "--dtype", "fp32")
+    assert (code, row["reference"]) == (0, "float32")
+    assert row["error"] < 1e-6
+
+
+def test_torch_is_set_by_its_older_and_its_newer_names():
+    """In a process of its own, as the settings are global; reading them raises if they differ."""
+    script = """
+import torch
+from bench.measure import DTYPES, set_torch
+cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+for name, precision in (("bf16", "ieee"), ("tf32", "tf32"), ("tf32x3", "ieee"), ("tf32", "tf32")):
+    set_torch(DTYPES[name], torch.device("cuda"), search=name == "tf32")
+    newer = (cudnn.fp32_precision, cudnn.conv.fp32_precision, matmul.fp32_precision)
+    assert newer == (precision,) * 3, (name, newer)
+    older = (cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark)
+    assert older == (name == "tf32",) * 3, (name, older)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_the_planner_predicts_what_ours_will_launch(monkeypatch):
     monkeypatch.setattr(peers, "describe", lambda device: H100)
     g = Conv2dGeometry(32, 64, 56, 56, 64, 3, 3, padding=((1, 1), (1, 1)))
