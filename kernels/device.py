@@ -34,6 +34,7 @@ _launches: Counter[str] = Counter()
 _target: GPUTarget | None = None  # set while launches only compile, into _compiled
 _compiled: list[Any] = []
 _pretended: "Device | None" = None  # set while launches do nothing
+_warming_up = False  # set while launches only compile, for the GPU there is
 
 
 class Peaks(NamedTuple):
@@ -121,7 +122,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     """
     if 0 in grid or _pretended is not None:
         return
-    if _target is not None:
+    if _target is not None or _warming_up:
         _compiled.append(kernel.run(*args, grid=grid, warmup=True, **meta))
         return
     _launches[kernel.fn.__name__] += 1
@@ -191,6 +192,29 @@ def compile_only(target: GPUTarget) -> Iterator[list[Any]]:
     finally:
         _target = None
         triton.runtime.driver._active = previous
+
+
+@contextmanager
+def warm_up() -> Iterator[None]:
+    """Within this context convolutions compute nothing, but compile all binaries that any batch
+    and image size of the same layers may need, for the GPU their tensors are on.
+
+    After ``with warm_up(): model(x).sum().backward()`` a size that is new compiles nothing, as long
+    as offsets fit into 32 bits, tensors start on 16 bytes and even sizes of layers with stride 2
+    stay even. Do not step an optimizer within: results are whatever was in memory.
+    """
+    global _warming_up
+    previous, _warming_up = _warming_up, not INTERPRET
+    try:
+        yield
+    finally:
+        _warming_up = previous
+        if _target is None:
+            _compiled.clear()
+
+
+def is_warming_up() -> bool:
+    return _warming_up
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from . import aten, autotune, descriptor_gemm, epilogue, max_pool, planner, vmap
-from .device import INTERPRET, Device, describe
+from . import aten, autotune, descriptor_gemm, device, epilogue, max_pool, planner, vmap
+from .device import INTERPRET, describe
 from .geometry import (
     Conv2dGeometry,
     Direction,
@@ -145,28 +145,33 @@ def resolve_precision(precision: str | None, x: Tensor) -> str:
     return precision
 
 
-def _tuned(
+def _run(
     direction: Direction,
     call: _Call,
-    here: Device,
     precision: str,
     operands: tuple[Tensor | None, ...],
-    launch: Callable[..., tuple[Tensor, ...]],
     results: tuple[Tensor, ...],
-    reference: Callable[..., tuple[Tensor, ...]],
+    launch: Callable[..., tuple[Tensor, ...]],  # takes a plan, operands and results
+    reference: Callable[..., tuple[Tensor, ...]],  # takes operands
     fused: bool = False,
-) -> planner.Plan:
-    """The plan that measuring chooses; ``launch`` takes a plan, operands and results."""
+) -> None:
+    """Launch the planned plan, the one that measuring chooses, or to warm up the whole family."""
+    plans = [call.plan]
+    if device.is_warming_up() or autotune.is_enabled():
+        here = device.describe(results[0].device)
+        problem = (direction, call.g, results[0].dtype, precision, here, call.layout)
+        if device.is_warming_up():
+            plans = planner.family(*problem)
+        else:
 
-    def run(plan: planner.Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
-        fresh = (t.new_empty_strided(t.shape, t.stride()) for t in results)
-        return launch(plan, *operands, *fresh)
+            def run(plan: planner.Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
+                fresh = (t.new_empty_strided(t.shape, t.stride()) for t in results)
+                return launch(plan, *operands, *fresh)
 
-    present = "".join("01"[t is not None] for t in operands)
-    return autotune.choose(
-        *(direction, call.g, results[0].dtype, precision, here, call.layout),
-        *(operands, run, reference, f"{present}{'-fused' if fused else ''}"),
-    )
+            variant = "".join("01"[t is not None] for t in operands) + "-fused" * fused
+            plans = [autotune.choose(*problem, operands, run, reference, variant)]
+    for plan in plans:
+        launch(plan, *operands, *results)
 
 
 # Convolution: three walks over one geometry.
@@ -200,15 +205,11 @@ def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, 
         engine.fprop(x, w, bias, residual, y, call.g, tile, relu=relu, precision=precision)
         return (y,)
 
-    plan = call.plan
-    if autotune.is_enabled():
+    def reference(x, w, bias, residual) -> tuple[Tensor]:
+        return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
 
-        def reference(x, w, bias, residual) -> tuple[Tensor]:
-            return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
-
-        operands = (x, w, bias, residual)
-        plan = _tuned("fprop", call, here, precision, operands, launch, (y,), reference, relu)
-    return launch(plan, x, w, bias, residual, y)[0]
+    _run("fprop", call, precision, (x, w, bias, residual), (y,), launch, reference, relu)
+    return y
 
 
 def _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
@@ -258,14 +259,11 @@ def _dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision, chan
         engine.dgrad(dy, w, bias, dx, call.g, tile, precision=precision)
         return (dx,)
 
-    plan = call.plan
-    if autotune.is_enabled():
+    def reference(dy, w, bias) -> tuple[Tensor]:
+        return (aten.conv2d_dgrad(dy, w, bias, size, *arguments, None, channels_last),)
 
-        def reference(dy, w, bias) -> tuple[Tensor]:
-            return (aten.conv2d_dgrad(dy, w, bias, size, *arguments, None, channels_last),)
-
-        plan = _tuned("dgrad", call, here, precision, (dy, w, bias), launch, (dx,), reference)
-    return launch(plan, dy, w, bias, dx)[0]
+    _run("dgrad", call, precision, (dy, w, bias), (dx,), launch, reference)
+    return dx
 
 
 def _wgrad_empty(
@@ -291,15 +289,11 @@ def _wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, b
         engine.wgrad(x, dy, dw, db if bias else None, call.g, tile, precision=precision)
         return (dw, db) if bias else (dw,)
 
-    plan = call.plan
-    if autotune.is_enabled():
+    def reference(x, dy) -> tuple[Tensor, ...]:
+        results = aten.conv2d_wgrad(x, dy, size, strides, *arguments, None, bias)
+        return results if bias else results[:1]
 
-        def reference(x, dy) -> tuple[Tensor, ...]:
-            results = aten.conv2d_wgrad(x, dy, size, strides, *arguments, None, bias)
-            return results if bias else results[:1]
-
-        plan = _tuned("wgrad", call, here, precision, (x, dy), launch, (dw, db), reference, bias)
-    launch(plan, x, dy, dw, db)
+    _run("wgrad", call, precision, (x, dy), (dw, db), launch, reference, bias)
     return dw, db
 
 

@@ -84,8 +84,12 @@ def candidates(
     precision: str,
     device: Device,
     layout: Layout,
+    *,
+    every_box: bool = False,
 ) -> list[Plan]:
-    """All plans that can run this problem, best first."""
+    """All plans that can run this problem, best first; ``every_box``: also with wgrad's boxes that
+    are not right for its size.
+    """
     arguments = (direction, g, dtype, precision, device)
     if direct_conv.supports(g):
         tile = direct_conv.choose_tile(direction, g, dtype, device)
@@ -100,10 +104,26 @@ def candidates(
         )
 
     if layout == "aligned" and _takes_descriptors(*arguments):
-        add(descriptor_gemm, _descriptor_tiles(*arguments))
+        add(descriptor_gemm, _descriptor_tiles(*arguments, every_box))
     if dtype.itemsize > 1 and (direction == "wgrad" or not plans):
         add(implicit_gemm, _pointer_tiles(*arguments, layout))
     return sorted(plans, key=_preference)
+
+
+def family(
+    direction: Direction,
+    g: Conv2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    layout: Layout,
+) -> list[Plan]:
+    """Every plan that some batch and image size of a layer may get, but for splits, which need no
+    binary of their own: what to compile so that a new size compiles nothing.
+    """
+    plans = candidates(direction, g, dtype, precision, device, layout, every_box=True)
+    tiles = {(plan.engine, replace(plan.tile, splits=1)): plan for plan in plans}
+    return [plan._replace(tile=tile) for (_, tile), plan in tiles.items()]
 
 
 def _preference(plan: Plan) -> float:
@@ -154,7 +174,12 @@ def _takes_descriptors(
 
 
 def _descriptor_tiles(
-    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
+    direction: Direction,
+    g: Conv2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    every_box: bool,
 ) -> Iterator[Tile]:
     """Engine 2's family, less blocks that are twice as large as what they hold."""
     K, C = g.K // g.groups, g.C // g.groups
@@ -168,7 +193,7 @@ def _descriptor_tiles(
             # A small block makes up for its short turns by their depth.
             depth = _ROW // dtype.itemsize * (2 if rows * columns <= 2**13 else 1)
             for box in _BOXES[depth]:
-                if descriptor_gemm.keeps_places_apart(g, box):
+                if every_box or descriptor_gemm.keeps_places_apart(g, box):
                     tile = Tile(rows, columns, depth, warps=warps, box=box)
                     yield from _split(g, _deepest(tile, dtype, device), device)
         return
