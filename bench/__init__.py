@@ -1,1 +1,1 @@
-"""What the kernels cost: for now the code that they compile to, which needs no GPU."""
+"""Benchmarks of the kernels and of what they compile to: ``python -m bench --help``."""

@@ -3,6 +3,9 @@
 Importing this touches no GPU and compiles nothing.
 """
 
+from kernels.autotune import enabled as autotune
+from kernels.device import warm_up
+
 from . import functional, models
 from .layers import Conv2d, ConvReLU2d, ConvTranspose2d, MaxPool2d, MaxUnpool2d
 
@@ -12,6 +15,8 @@ __all__ = [
     "ConvTranspose2d",
     "MaxPool2d",
     "MaxUnpool2d",
+    "autotune",
     "functional",
     "models",
+    "warm_up",
 ]

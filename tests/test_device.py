@@ -113,3 +113,46 @@ assert device.launches() == {}, device.launches()
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+# What a call costs, and CUDA graphs.
+
+
+def test_the_cost_of_a_call_is_measured_without_a_gpu():
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", "launch", "--rounds", "2", "--calls", "5"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    lines = [line.rsplit(maxsplit=2) for line in run.stdout.splitlines()]
+    assert {"cnn.functional.conv2d", "backward, dgrad and wgrad"} <= {line[0] for line in lines}
+    assert all(float(microseconds) > 0 and unit == "us" for _, microseconds, unit in lines)
+
+
+@pytest.mark.skipif(devices.INTERPRET, reason="no GPU, whose graphs these are")
+@pytest.mark.parametrize("channels", [3, 32, 64])
+def test_a_cuda_graph_captures_every_operator(channels, device):
+    """A step of training, replayed on other numbers."""
+    x = torch.randn(4, channels, 16, 16, device=device, dtype=torch.bfloat16)
+    w = torch.randn(64, channels, 3, 3, device=device, dtype=torch.bfloat16)
+    x, w = (t.contiguous(memory_format=torch.channels_last).requires_grad_() for t in (x, w))
+
+    def step() -> list[torch.Tensor]:
+        y = F.conv2d(x, w, padding=1, activation="relu")
+        z, indices = F.max_pool2d(y, 2, return_indices=True)
+        up = F.conv_transpose2d(F.max_unpool2d(z, indices, 2), w, padding=1)
+        return [up, *torch.autograd.grad(up.square().mean(), (x, w))]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert all(map(torch.equal, captured, step()))

@@ -419,3 +419,85 @@ def test_compiles_once_for_all_sizes(device):
         x = torch.randn(shape, device=device)
         assert_close(compiled(x, w, step), everything(x, w, step))
     assert counter.frame_count == 1
+
+
+# Calls that come again, whose checks were made before.
+
+
+def test_a_kept_call_admits_nothing_that_is_only_equal(device):
+    """1.0 and True equal 1, and hash alike; torch takes neither for a stride."""
+    call = arguments("conv2d", {"stride": 1, "padding": (1, 0), "dilation": 1}, device)
+    for _ in range(2):
+        assert F.conv2d(**call).shape == TF.conv2d(**call).shape
+    for name, values in {
+        "stride": (1.0, True, (True, 1), (1.0, 1)),
+        "padding": ((True, 0), (1.0, 0)),
+        "groups": (1.0, True),
+    }.items():
+        for value in values:
+            with pytest.raises(TypeError, match=name):
+                F.conv2d(**{**call, name: value})
+
+
+def test_a_kept_call_notices_what_else_changes(device):
+    call = arguments("conv2d", {}, device)
+    for _ in range(2):
+        F.conv2d(**call)
+    with pytest.raises(RuntimeError, match="weight"):
+        F.conv2d(**{**call, "weight": call["weight"].double()})
+    with pytest.raises(RuntimeError, match="bias"):
+        F.conv2d(**call, bias=torch.zeros(5, device=device))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert F.conv2d(**call).dtype == torch.bfloat16
+    assert F.conv2d(**call, activation="relu").min() == 0
+
+
+# float8, which has a scale and no gradient.
+
+
+def float8(*shape: int, device, seed: int) -> torch.Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    values = values.contiguous(memory_format=torch.channels_last)
+    return values.to(device=device, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("scale", [(), (1,), (24,)], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_float8(stride, scale, device):
+    """Against float64: the result is rounded once, to bfloat16."""
+    x, w = float8(2, 32, 9, 8, device=device, seed=0), float8(24, 32, 3, 3, device=device, seed=1)
+    scale = torch.rand(scale, generator=torch.Generator().manual_seed(2)).to(device)
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(3)).to(device, torch.bfloat16)
+    y = F.conv2d(x, w, bias, stride, 1, scale=scale, activation="relu")
+    products = TF.conv2d(x.double(), w.double(), None, stride, 1)
+    right = products * scale.double().expand(24)[:, None, None] + bias.double()[:, None, None]
+    assert y.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    # Hopper's tensor cores keep about 14 bits of a sum of float8 products.
+    magnitude = TF.conv2d(x.double().abs(), w.double().abs(), None, stride, 1) * scale.max()
+    error = (y.double() - right.relu()).abs()
+    assert (error <= 2**-8 * right.abs() + 2**-13 * magnitude).all()
+    assert (y == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"scale": None}, NotImplementedError, "float8"),
+        ({"scale": torch.ones(5)}, RuntimeError, "scale"),
+        ({"scale": torch.ones(24, dtype=torch.float64)}, RuntimeError, "scale"),
+        ({"weight": torch.ones(24, 32, 3, 3)}, RuntimeError, "weight"),
+        ({"bias": torch.ones(24)}, RuntimeError, "bias"),
+        ({"bias": torch.ones(24, dtype=torch.bfloat16, requires_grad=True)}, RuntimeError, "bias"),
+    ],
+    ids=["no-scale", "5-scales", "float64-scale", "float32-weight", "float32-bias", "gradient"],
+)
+def test_what_float8_refuses(changes, error, named, device):
+    call = {
+        "input": float8(2, 32, 5, 5, device=device, seed=0),
+        "weight": float8(24, 32, 3, 3, device=device, seed=1),
+        "scale": torch.ones(24),
+    } | changes
+    call = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    with pytest.raises(error, match=named):
+        F.conv2d(**call)
