@@ -118,11 +118,14 @@ def family(
     device: Device,
     layout: Layout,
 ) -> list[Plan]:
-    """Every plan that some batch and image size of a layer may get, but for splits, which need no
-    binary of their own: what to compile so that a new size compiles nothing.
+    """Every plan that some batch and image size of a layer may get, with splits of one and of two,
+    which stand for any number: what to compile so that a new size compiles nothing.
     """
     plans = candidates(direction, g, dtype, precision, device, layout, every_box=True)
-    tiles = {(plan.engine, replace(plan.tile, splits=1)): plan for plan in plans}
+    parts = (1, 2) if direction == "wgrad" else (1,)
+    tiles = {
+        (plan.engine, replace(plan.tile, splits=splits)): plan for plan in plans for splits in parts
+    }
     return [plan._replace(tile=tile) for (_, tile), plan in tiles.items()]
 
 
