@@ -1,228 +1,338 @@
-"""The machine code of the planner's choices, read without a GPU.
+"""Read the machine code of the planner's choices, without a GPU: a row a layer and direction.
 
-``compile_layers(target)`` launches each named layer in every direction on meta tensors, within
-``device.compile_only``, and reads registers, spills, shared memory and tensor-core instructions
-from what was compiled. ``python -m bench.compiled cuda:90`` prints it as JSON, one row a kernel.
+Each row compiles what the operator would launch for channels_last, aligned operands. Counts are a
+thread's: of one turn of the steady loop, and after that loop for one tile. ``issue_share`` is the
+part of the tensor cores' time in which the schedulers are busy with something else.
 """
 
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
+from tqdm import tqdm
 
-from kernels import device, epilogue, max_pool, planner
-from kernels.geometry import (
-    Conv2dGeometry,
-    Direction,
-    Pool2dGeometry,
-    output_strides,
-)
+from kernels import planner
+from kernels.device import Device
+from kernels.geometry import Conv2dGeometry, Direction
 
-LAYERS = {
-    "resnet50 stem": Conv2dGeometry(32, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3))),
-    "resnet50 3x3": Conv2dGeometry(32, 64, 56, 56, 64, 3, 3, padding=((1, 1), (1, 1))),
-    "resnet50 3x3/2": Conv2dGeometry(32, 128, 56, 56, 128, 3, 3, (2, 2), ((1, 1), (1, 1))),
-    "resnet50 1x1": Conv2dGeometry(32, 256, 56, 56, 64, 1, 1),
-    "vgg16 conv5": Conv2dGeometry(8, 512, 14, 14, 512, 3, 3, padding=((1, 1), (1, 1))),
-    "resnext50 grouped": Conv2dGeometry(
-        8, 128, 56, 56, 128, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 32
-    ),
-    "regnet grouped": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 4),
-    "lenet5 conv1": Conv2dGeometry(64, 1, 32, 32, 6, 5, 5),
-    "lenet5 conv2": Conv2dGeometry(64, 6, 14, 14, 16, 5, 5),
-    "mobilenetv2 depthwise": Conv2dGeometry(
-        32, 96, 112, 112, 96, 3, 3, (2, 2), ((1, 1), (1, 1)), (1, 1), 96
-    ),
-}
-POOLS = {
-    "resnet50 pool": Pool2dGeometry(32, 64, 112, 112, (3, 3), (2, 2), (1, 1)),
-    "vgg16 pool": Pool2dGeometry(8, 512, 28, 28, (2, 2), (2, 2)),
-}
-DIRECTIONS: tuple[Direction, ...] = ("fprop", "dgrad", "wgrad")
+from . import assembly, measure, selection, suites
+from .measure import DTYPES
 
-_TENSOR_CORE = re.compile(r"\b(?:HGMMA|HMMA|QGMMA|UTC\w*MMA|DMMA|v_mfma_\w+)")
-_LABEL = re.compile(r"^\s*(\.L\w+):")
-_BRANCH = re.compile(r"\b(?:BRA|s_c?branch\w*)\b.*?(\.L\w+)")
+Row = dict[str, Any]
+
+_SCHEDULERS = 4  # of a multiprocessor; each starts one instruction of a warp in a cycle
+_RATES = {"bf16": 1.0, "fp16": 1.0, "tf32": 0.5}  # tensor cores' multiply-adds, 16 bits being 1
 
 
-@dataclass(frozen=True)
-class Code:
-    """One compiled kernel: ``spills`` in bytes of local memory (AMD: scratch) a thread.
+class Usage(NamedTuple):
+    """What a thread takes of a multiprocessor; ``spill_bytes`` are local memory (AMD: scratch)."""
 
-    ``tensor_core_instructions`` are those of the loop that has most of them.
+    registers: int
+    spill_bytes: int
+
+
+class Code(NamedTuple):
+    """One compiled kernel.
+
+    ``binary`` names the machine code: equal for equal code. None stands for what the code does not
+    tell, and for the loop of a kernel without one.
     """
 
-    layer: str
-    direction: str
     kernel: str
-    dtype: str
-    layout: str
-    tile: str
+    binary: str
+    warps: int
+    stages: int
     registers: int
-    spills: int
+    spill_bytes: int
     shared_bytes: int
     tensor_core_instructions: int
+    loop_instructions: int | None
+    loop_macs: int | None
+    epilogue_instructions: int | None
 
 
-def _meta(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    strides = output_strides(shape, channels_last)
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+def read(kernel: Any) -> Code:
+    """What the machine code of one of Triton's compiled kernels says."""
+    meta = kernel.metadata
+    steady = assembly.Program(_instructions(kernel), meta.name).steady(meta.num_warps)
+    binary = kernel.asm["hsaco" if "hsaco" in kernel.asm else "cubin"]
+    return Code(
+        kernel=meta.name,
+        binary=sha256(binary).hexdigest()[:16],
+        warps=meta.num_warps,
+        stages=meta.num_stages,
+        **usage(kernel)._asdict(),
+        shared_bytes=meta.shared,
+        tensor_core_instructions=steady.tensor_core_instructions if steady else 0,
+        loop_instructions=steady and steady.loop_instructions,
+        loop_macs=steady and steady.macs,
+        epilogue_instructions=steady and steady.epilogue_instructions,
+    )
+
+
+def usage(kernel: Any) -> Usage:
+    """Registers and spills, which cost less to read than the rest."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        names = r"\.vgpr_count: *", r"\.private_segment_fixed_size: *"
+        return Usage(*(int(re.findall(rf"{name}(\d+)", text)[0]) for name in names))
+    text = _ask("cuobjdump", "-res-usage", kernel)
+    registers, stack, local = (
+        int(re.findall(rf"{name}:(\d+)", text)[-1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    return Usage(registers, stack + local)
+
+
+def _instructions(kernel: Any) -> list[assembly.Instruction]:
+    if "amdgcn" in kernel.asm:
+        return assembly.amd(kernel.asm["amdgcn"])
+    return assembly.nvidia(_ask("nvdisasm", "-c", kernel))
+
+
+def _ask(tool: str, option: str, kernel: Any) -> str:
+    """What one of the tools in Triton's wheel prints of a kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [path, option, cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def launch(
-    g: Conv2dGeometry, direction: Direction, dtype: torch.dtype, channels_last: bool, precision: str
-) -> planner.Plan:
-    """Launch one direction of a layer as the operators do, on meta tensors. Returns its plan."""
-    x, w, y = (_meta(s, dtype, channels_last) for s in (g.x_shape, g.w_shape, g.y_shape))
-    bias = torch.empty(g.K, dtype=dtype, device="meta")
-    if dtype != torch.float32:
-        precision = "ieee"
-    gpu = device.describe(x.device)
-    plan = planner.plan(direction, g, dtype, precision, gpu, not channels_last)
-    engine, tile = plan
+    direction: Direction,
+    g: Conv2dGeometry,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    plan: planner.Plan,
+    precision: str,
+    *,
+    bias: bool = False,
+    relu: bool = False,
+    residual: bool = False,
+) -> None:
+    """Launch one direction as its operator does, on x, w and y (or their gradients).
+
+    fprop takes every part of the epilogue, wgrad the bias, as its gradient.
+    """
+    x, w, y = tensors
+    vector = x.new_empty(g.K) if bias else None
+    engine, tile = plan.engine, plan.tile
     if direction == "fprop":
-        engine.fprop(x, w, bias, y, y, g, tile, relu=True, precision=precision)
+        added = y if residual else None
+        engine.fprop(x, w, vector, added, y, g, tile, relu=relu, precision=precision)
     elif direction == "dgrad":
         engine.dgrad(y, w, None, x, g, tile, precision=precision)
     else:
-        engine.wgrad(x, y, w, bias, g, tile, precision=precision)
-    return plan
+        engine.wgrad(x, y, w, vector, g, tile, precision=precision)
 
 
-def launch_pool(g: Pool2dGeometry, dtype: torch.dtype, channels_last: bool) -> None:
-    """Launch all pooling kernels, and a ReLU's backward, on meta tensors of one layer."""
-    x, y = (_meta(s, dtype, channels_last) for s in (g.x_shape, g.y_shape))
-    offsets, indices = (
-        _meta(g.y_shape, d, channels_last) for d in (max_pool.offset_dtype(g), torch.int64)
-    )
-    gpu = device.describe(x.device)
-    forward, backward = (
-        max_pool.choose_tile(direction, g, channels_last, gpu)
-        for direction in ("forward", "backward")
-    )
-    max_pool.max_pool2d(x, g, y, offsets, indices, forward)
-    max_pool.max_pool2d_backward(y, offsets, x, g, backward)
-    max_pool.max_pool2d_gather(x, offsets, y, g, forward)
-    max_pool.max_unpool2d(y, indices, x)
-    max_pool.max_unpool2d_backward(x, indices, y)
-    epilogue.relu_backward(y, y, y)
+@contextmanager
+def timing() -> Iterator[dict[str, float]]:
+    """Within this context everything is compiled anew; yields each kernel's seconds by its hash.
+
+    Line numbers are left out, so that binaries differ only where code does.
+    """
+    seconds: dict[str, float] = {}
+
+    def note(*, metadata: dict[str, Any], times: Any, **_: Any) -> None:
+        seconds[metadata["hash"]] = times.total / 1e6
+
+    knobs = triton.knobs
+    with tempfile.TemporaryDirectory() as folder, knobs.compilation.scope(), knobs.cache.scope():
+        knobs.cache.dir = folder
+        knobs.compilation.disable_line_info = True
+        knobs.compilation.listener = note
+        yield seconds
 
 
-def read(compiled, **labels: str) -> Code:
-    """Registers, spills and instructions of one compiled kernel."""
-    registers, spills, assembly = (_amd if "amdgcn" in compiled.asm else _nvidia)(compiled)
-    return Code(
-        kernel=compiled.metadata.name,
-        registers=registers,
-        spills=spills,
-        shared_bytes=compiled.metadata.shared,
-        tensor_core_instructions=max(map(_tensor_core, _loops(assembly)), default=0),
-        **labels,
-    )
+class Reader:
+    """Makes rows, each kernel read once; ``launched`` is where launches add what they compiled."""
+
+    def __init__(self, gpu: Device, launched: list[Any], seconds: dict[str, float]):
+        self._gpu, self._launched, self._seconds = gpu, launched, seconds
+        self._codes: dict[str, Code] = {}
+
+    def row(self, case: suites.Case, **epilogue: bool) -> Row:
+        """Compile and read what the operator launches for one case."""
+        g, dtype = case.layer.geometry, DTYPES[case.dtype]
+        tensors = selection.operands(g, dtype.torch)
+        plan = selection.plan(case.op, g, dtype.precision, *tensors)
+        self._launched.clear()
+        launch(case.op, g, tensors, plan, dtype.precision, **epilogue)
+        kernels = {kernel.hash: kernel for kernel in self._launched}
+        for key in kernels.keys() - self._codes.keys():
+            self._codes[key] = read(kernels[key])
+        code = self._codes[principal(self._launched, g, plan).hash]
+        # How many of the tile's turns one of the loop makes.
+        turns = (code.loop_macs or 0) / (plan.tile.rows * plan.tile.columns * plan.tile.depth)
+        return {
+            "op": case.op,
+            "suite": case.layer.suite,
+            "layer": case.layer.name,
+            "dtype": case.dtype,
+            "engine": selection.engine_name(plan),
+            "tile": selection.tile_text(plan.tile),
+            "box": plan.tile.box,
+            "splits": plan.tile.splits,
+            **code._asdict(),
+            "loop_turns": turns or None,
+            "issue_share": issue_share(code, case.dtype, self._gpu),
+            "compile_s": round(sum(self._seconds.get(key, 0.0) for key in kernels), 3),
+            "binaries": sorted({self._codes[key].binary for key in kernels}),
+        }
 
 
-def _tensor_core(lines: list[str]) -> int:
-    return sum(bool(_TENSOR_CORE.search(line)) for line in lines)
+def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: planner.Plan) -> Any:
+    """The engine's kernel, of several for the parities of a stride the one with most taps."""
+    kernels = [k for k in launched if k.src.fn.fn.__module__ == plan.engine.__name__]
+    if len(kernels) == 1:
+        return kernels[0]
+    work = [row.count * row.taps * column.count * column.taps for row, column in g.dgrad()]
+    if len(kernels) < len(work):  # parities without taps may have nothing to launch
+        work = [products for products in work if products]
+    return max(zip(work, kernels, strict=True), key=lambda pair: pair[0])[1]
 
 
-def _loops(assembly: str) -> Iterator[list[str]]:
-    """The lines from each label to each branch back to it."""
-    lines = assembly.splitlines()
-    labels: dict[str, int] = {}
-    for number, line in enumerate(lines):
-        if label := _LABEL.match(line):
-            labels[label[1]] = number
-        elif (branch := _BRANCH.search(line)) and branch[1] in labels:
-            yield lines[labels[branch[1]] : number]
+def issue_share(code: Code, dtype: str, gpu: Device) -> float | None:
+    """The schedulers' time for a loop's other instructions, over the tensor cores' for its own.
+
+    None without tensor cores, and on AMD, where each kind of instruction has a scheduler.
+    """
+    if gpu.backend != "cuda" or not code.loop_macs or code.loop_instructions is None:
+        return None
+    others = code.loop_instructions - code.tensor_core_instructions
+    products = code.loop_macs / (gpu.peaks.macs * _RATES[DTYPES[dtype].ceiling])
+    return round(others * code.warps / _SCHEDULERS / products, 4)
 
 
-def _amd(compiled) -> tuple[int, int, str]:
-    text = compiled.asm["amdgcn"]
-    registers, scratch = (
-        int(re.findall(rf"\.{name}:\s*(\d+)", text)[0])
-        for name in ("vgpr_count", "private_segment_fixed_size")
-    )
-    return registers, scratch, text
+# The command.
 
 
-def _nvidia(compiled) -> tuple[int, int, str]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-
-        def ask(tool: str, option: str) -> str:
-            command = [tools / tool, option, cubin.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        usage = ask("cuobjdump", "-res-usage")
-        # Reading all instructions takes as long as compiling them.
-        assembly = ask("nvdisasm", "-c") if "mma" in compiled.asm["ptx"] else ""
-    registers, stack, local = (
-        int(re.findall(rf"{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK", "LOCAL")
-    )
-    return registers, stack + local, assembly
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench compiled``."""
+    selection.add_arguments(parser)
+    for part, text in (
+        ("bias", "fprop adds a bias, wgrad computes its gradient"),
+        ("relu", "fprop ends with a ReLU"),
+        ("residual", "fprop adds a residual"),
+    ):
+        parser.add_argument(f"--{part}", action="store_true", help=text)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the report is kept")
 
 
-def compile_layers(target: GPUTarget) -> Iterator[Code]:
-    """Each kernel that the planner's choices launch: all layers in 16 bits, some wider."""
-    runs = [
-        *((layer, torch.bfloat16, True, "ieee") for layer in LAYERS),
-        ("resnet50 3x3", torch.float16, True, "ieee"),
-        ("lenet5 conv1", torch.float16, False, "ieee"),
-        ("resnet50 3x3", torch.bfloat16, False, "ieee"),
-        ("mobilenetv2 depthwise", torch.bfloat16, False, "ieee"),
-        ("resnet50 3x3", torch.float32, True, "tf32"),
-        ("lenet5 conv2", torch.float32, False, "ieee"),
-        ("lenet5 conv2", torch.float64, False, "ieee"),
-        ("lenet5 conv1", torch.float64, False, "ieee"),
-    ]
-    for layer, dtype, channels_last, precision in runs:
-        for direction in DIRECTIONS:
-            with device.compile_only(target) as compiled:
-                tile = launch(LAYERS[layer], direction, dtype, channels_last, precision).tile
-            labels = _labels(layer, direction, dtype, channels_last)
-            yield from (read(kernel, tile=str(tile), **labels) for kernel in _distinct(compiled))
-    pools = [
-        ("resnet50 pool", torch.bfloat16, True),
-        ("resnet50 pool", torch.bfloat16, False),
-        ("vgg16 pool", torch.float16, True),
-        ("vgg16 pool", torch.float32, False),
-        ("vgg16 pool", torch.float64, False),
-    ]
-    for layer, dtype, channels_last in pools:
-        with device.compile_only(target) as compiled:
-            launch_pool(POOLS[layer], dtype, channels_last)
-        labels = _labels(layer, "pool", dtype, channels_last)
-        yield from (read(kernel, tile="", **labels) for kernel in _distinct(compiled))
+def run(args: argparse.Namespace) -> int:
+    """Compile what was asked for, print and keep the report. Returns the exit code."""
+    try:
+        cases = selection.cases(args)
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise selection.Refusal(f"no folder for {args.json}")
+        with selection.compiling(args.arch) as (gpu, launched), timing() as seconds:
+            rows, failures = _compile(cases, Reader(gpu, launched, seconds), args)
+    except selection.Refusal as error:
+        _say(str(error))
+        return 2
+    report = {
+        "arch": args.arch,
+        "triton": triton.__version__,
+        "commit": measure.commit(),
+        "command": args.command,
+        "rows": rows,
+    }
+    if args.json:
+        args.json.write_text(_as_json(report))
+    print("\n".join((*table(rows), "", *summary(rows))))
+    for failure in failures:
+        _say(failure)
+    return 1 if failures else 0
 
 
-def _labels(layer: str, direction: str, dtype: torch.dtype, channels_last: bool) -> dict[str, str]:
-    layout = "channels_last" if channels_last else "contiguous"
-    return {"layer": layer, "direction": direction, "dtype": str(dtype)[6:], "layout": layout}
+def _compile(
+    cases: Sequence[suites.Case], reader: Reader, args: argparse.Namespace
+) -> tuple[list[Row], list[str]]:
+    rows, failures = [], []
+    for case in tqdm(cases, unit="row", file=sys.stderr, disable=None):
+        try:
+            rows.append(reader.row(case, bias=args.bias, relu=args.relu, residual=args.residual))
+        except Exception as error:  # the compiler's own are of many classes
+            failures.append(f"{' '.join(case.key)} does not compile: {error!r}")
+    return rows, failures
 
 
-def _distinct(compiled: list) -> list:
-    return list({kernel.hash: kernel for kernel in compiled}.values())
+def _say(text: str) -> None:
+    print(f"python -m bench compiled: {text}", file=sys.stderr)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.compiled", description=__doc__)
-    parser.add_argument("target", help="cuda:80, cuda:90, cuda:100, hip:gfx942, ...")
-    backend, arch = parser.parse_args().target.split(":")
-    target = GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
-    json.dump([asdict(code) for code in compile_layers(target)], sys.stdout, indent=1)
+def _as_json(report: dict[str, Any]) -> str:
+    """JSON with a line for each row, which a diff can show."""
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
+    head = json.dumps(report | {"rows": []}, indent=1)
+    return head.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n"
 
 
-if __name__ == "__main__":
-    main()
+_COLUMNS = {
+    "layer": 20,
+    "op": 6,
+    "engine": 16,
+    "tile": 12,
+    "box": 9,
+    "splits": 6,
+    "warps": 5,
+    "stages": 6,
+    "registers": 9,
+    "spill_bytes": 6,
+    "shared_bytes": 7,
+    "tensor_core_instructions": 4,
+    "loop_instructions": 5,
+    "issue_share": 6,
+    "epilogue_instructions": 8,
+    "compile_s": 7,
+    "binary": 8,
+}
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each row; of long names the head has what fits."""
+    yield " ".join(f"{name[:width]:{width}}" for name, width in _COLUMNS.items()).rstrip()
+    for row in rows:
+        cells = row | {"box": "x".join(map(str, row["box"] or "-")), "binary": row["binary"][:8]}
+        texts = {name: "-" if cells[name] is None else str(cells[name]) for name in _COLUMNS}
+        yield " ".join(f"{texts[name]:{width}}" for name, width in _COLUMNS.items()).rstrip()
+
+
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """The numbers a reader wants first."""
+    binaries = {binary for row in rows for binary in row["binaries"]}
+    yield f"{len(rows)} rows, {len(binaries)} distinct binaries"
+    if not rows:
+        return
+    described = [row for row in rows if row["engine"] == "descriptor_gemm"]
+    yield f"on descriptors: {len(described)} rows, {len(described) / len(rows):.0%}"
+    for text, chosen in (
+        ("with spills", [row for row in rows if row["spill_bytes"]]),
+        ("without tensor cores", [row for row in rows if not row["tensor_core_instructions"]]),
+    ):
+        yield f"{text}: {len(chosen)} rows{_names(chosen)}"
+    for text, chosen in (("all rows", rows), ("descriptors", described)):
+        shared = [row for row in chosen if row["issue_share"] is not None]
+        if shared:
+            worst = max(shared, key=lambda row: row["issue_share"])
+            median = statistics.median(row["issue_share"] for row in shared)
+            yield (
+                f"issue_share, {text}: median {median:.2f}, "
+                f"worst {worst['issue_share']:.2f} ({worst['op']} {worst['layer']})"
+            )
+
+
+def _names(rows: Sequence[Row]) -> str:
+    return "".join(f", {row['op']} {row['layer']}" for row in rows)

@@ -1,0 +1,306 @@
+"""Reads machine code: which loop of a kernel is the steady one, and what a thread does in it.
+
+``nvidia`` and ``amd`` read a disassembly into instructions, ``Program`` joins them into blocks and
+finds the loops, ``Program.steady`` counts what one turn executes. All counts are of one thread. A
+predicated instruction counts, as it takes its turn at the scheduler; a called subroutine (a 64-bit
+division, a trap) counts as its call.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from typing import NamedTuple
+
+import networkx as nx
+
+_LABEL = re.compile(r"^\s*([\w.$]+):")
+_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)([^;]*);")
+_SASS_TARGET = re.compile(r"`\((\.L\w+)\)")
+_SASS_CONDITION = re.compile(r"\bU?P\d|\bU?R\d|~U?RZ")
+_GCN = re.compile(r"^\s+([a-z]+_\w+)(.*)$")
+_GCN_TARGET = re.compile(r"\.L\w+")
+
+_TENSOR_CORE = re.compile(r"(?:[HQI]G|[HQIDO]|UTC\w*)MMA\b|v_s?mfmac?_|v_wmma_")
+_GROUP_SIZES = re.compile(r"[HQI]GMMA\.(\d+)x(\d+)x(\d+)")  # of a group of four warps
+_WARP_SIZES = re.compile(r"[HQIDO]MMA\.(?:(8)x?(8)x?(4)|(16)x?(8)x?(\d+))\b")
+_WAVE_SIZES = re.compile(r"v_\w*?(\d+)x(\d+)x(\d+)(?:_(\d+)b)?_")
+_MULTIPLY_ADD = re.compile(r"[FD]FMA|FFMA2|HFMA2(?!\.MMA)|v_(?:pk_)?(?:fma|fmac|mac|dot)")
+_STORE = re.compile(r"STG\b|UTMASTG|ST\b|(?:global|buffer|flat)_store")
+_COPY = re.compile(r"UTMALDG|LDGSTS|(?:global|buffer|flat)_load")
+
+
+class Instruction(NamedTuple):
+    """One instruction; its opcode has the modifiers with it: "HGMMA.64x128x16.F32.BF16"."""
+
+    opcode: str
+    labels: tuple[str, ...] = ()  # that stand before it
+    target: str | None = None  # the label it may jump to
+    leaves: bool = False  # it may end the thread
+    falls: bool = True  # the next instruction may follow
+
+    @property
+    def tensor_core(self) -> bool:
+        return _TENSOR_CORE.match(self.opcode) is not None
+
+    def macs(self, warps: int) -> int | None:
+        """Multiply-adds when each of a block's warps executes it, as its name gives the shape.
+
+        None where the name does not: Blackwell's UTC*MMA, which one thread issues for the block.
+        """
+        if found := _GROUP_SIZES.match(self.opcode):
+            return prod(map(int, found.groups())) * warps // 4
+        if found := _WARP_SIZES.match(self.opcode) or _WAVE_SIZES.match(self.opcode):
+            return prod(int(size) for size in found.groups() if size) * warps
+        return None
+
+
+class Steady(NamedTuple):
+    """A thread's instructions in one turn of the steady loop, and after it for one tile.
+
+    ``macs`` are the multiply-adds of a turn that a block of ``warps`` makes on tensor cores, None
+    where the code does not tell.
+    """
+
+    tensor_core_instructions: int
+    loop_instructions: int
+    macs: int | None
+    epilogue_instructions: int
+
+
+def nvidia(text: str) -> list[Instruction]:
+    """The instructions of ``nvdisasm -c``."""
+    return list(_labelled(text, _sass))
+
+
+def amd(text: str) -> list[Instruction]:
+    """The instructions of LLVM's assembly for an AMD GPU."""
+    return list(_labelled(text, _gcn))
+
+
+def _labelled(text: str, read: Callable[[str], Instruction | None]) -> Iterator[Instruction]:
+    labels: tuple[str, ...] = ()
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            labels += (label[1],)
+        elif instruction := read(line):
+            yield instruction._replace(labels=labels)
+            labels = ()
+
+
+def _sass(line: str) -> Instruction | None:
+    if not (found := _SASS.search(line)):
+        return None
+    guard, opcode, operands = found.groups()
+    name = opcode.split(".")[0]
+    if name in ("BRX", "BRXU", "JMX", "JMXU"):
+        raise ValueError(f"a computed jump cannot be followed: {line.strip()}")
+    if name in ("BRA", "JMP"):
+        target = _SASS_TARGET.search(operands)
+        if target is None:
+            raise ValueError(f"a jump to no label: {line.strip()}")
+        condition = guard or _SASS_CONDITION.search(operands[: target.start()])
+        return Instruction(opcode, target=target[1], falls=condition is not None)
+    if name == "CALL" and (target := _SASS_TARGET.search(operands)):
+        # The compiler writes a jump out of a loop so, too.
+        return Instruction(opcode, target=target[1])
+    if name in ("EXIT", "RET"):
+        return Instruction(opcode, leaves=True, falls=guard is not None)
+    return Instruction(opcode)
+
+
+def _gcn(line: str) -> Instruction | None:
+    if not (found := _GCN.match(line.split(";")[0])):
+        return None
+    opcode, operands = found.groups()
+    if opcode.startswith(("s_branch", "s_cbranch")):
+        target = _GCN_TARGET.search(operands)
+        if target is None:
+            raise ValueError(f"a jump to no label: {line.strip()}")
+        return Instruction(opcode, target=target[0], falls=opcode != "s_branch")
+    if opcode in ("s_endpgm", "s_setpc_b64"):
+        return Instruction(opcode, leaves=True, falls=False)
+    return Instruction(opcode)
+
+
+class Loop(NamedTuple):
+    """Blocks, named by their first instruction, of which ``header`` is entered from outside."""
+
+    header: int
+    blocks: frozenset[int]
+    parent: "Loop | None"
+
+
+Kind = Callable[[Instruction], bool]
+
+# Blocks of no instructions: all ways out of a kernel lead to one, the others close a search.
+_EXIT, _START, _END = -1, -2, -3
+
+
+class Program:
+    """A kernel's blocks of instructions, the ways between them, and its loops.
+
+    ``entry`` is the label where it begins: a disassembly may hold subroutines before it.
+    """
+
+    def __init__(self, instructions: list[Instruction], entry: str | None = None):
+        at = {label: i for i, ins in enumerate(instructions) for label in ins.labels}
+        self._code, graph = _blocks(instructions, at)
+        first = 0 if entry is None else at[entry]
+        # Padding and subroutines are not reached.
+        self._graph = graph.subgraph(nx.descendants(graph, first) | {first})
+        self.loops = tuple(_loops(self._graph, None))
+        self._forward = nx.DiGraph(self._graph)
+        for loop in self.loops:
+            self._forward.remove_edges_from([(block, loop.header) for block in loop.blocks])
+
+    def steady(self, warps: int) -> Steady | None:
+        """What a thread of a block of ``warps`` executes in the steady loop and after it.
+
+        That loop is, of the innermost ones with tensor-core instructions, the one with most of
+        them; without any, the one with most multiply-adds or, failing these, instructions. Where a
+        turn has several ways, the one counted makes all its products, then stores nothing (in a
+        flattened loop the epilogue of a tile is one of the ways), then starts its copies, and then
+        has the fewest instructions (a barrier is passed at the first try). None without a loop.
+        """
+        for work in (_is_product, _is_multiply_add, _is_any):
+            working = [loop for loop in self.loops if self._count(loop.blocks, work)]
+            outer = [loop.parent for loop in working]
+            turns = [
+                (loop, self._turn(loop, work, stores=False))
+                for loop in working
+                if loop not in outer
+            ]
+            if turns:
+                loop, turn = max(turns, key=lambda found: self._count(found[1], work))
+                return self._steady(loop, turn, work, warps)
+        return None
+
+    def _steady(self, loop: Loop, turn: list[int], work: Kind, warps: int) -> Steady:
+        length = self._count(turn, _is_any)
+        if self._count(loop.blocks - set(turn), _is_store):
+            epilogue = self._count(self._turn(loop, work, stores=True), _is_any) - length
+        else:
+            epilogue = self._count(self._after(loop), _is_any)
+        products = [ins for block in turn for ins in self._code[block] if ins.tensor_core]
+        macs = [ins.macs(warps) for ins in products]
+        known = [mac for mac in macs if mac is not None]
+        total = sum(known) if len(known) == len(macs) else None
+        return Steady(len(products), length, total, epilogue)
+
+    def _count(self, blocks: Iterable[int], kind: Kind) -> int:
+        return sum(kind(ins) for block in blocks for ins in self._code[block])
+
+    def _turn(self, loop: Loop, work: Kind, stores: bool) -> list[int]:
+        """The blocks of one turn, on a way with the fewest stores or the most."""
+        ways = nx.DiGraph(self._forward.subgraph(loop.blocks))
+        last = self._graph.subgraph(loop.blocks).pred[loop.header]
+        ways.add_edges_from((block, _END) for block in last)
+
+        def cost(block: int) -> tuple[int, ...]:
+            stored = self._count([block], _is_store)
+            return (
+                -self._count([block], work),
+                -stored if stores else stored,
+                -self._count([block], _is_copy),
+                len(self._code[block]),
+            )
+
+        return _cheapest(ways, loop.header, _END, cost)
+
+    def _after(self, loop: Loop) -> list[int]:
+        """The blocks from a loop's end to the next tile or the kernel's end.
+
+        On the shortest of the ways with most stores. A loop around this one that stores nothing
+        is no loop over tiles.
+        """
+        outer = loop.parent
+        while outer and not self._count(outer.blocks - loop.blocks, _is_store):
+            outer = outer.parent
+        outside = (outer.blocks if outer else set(self._graph)) - loop.blocks
+        ways = nx.DiGraph(self._forward.subgraph(outside))
+        ends = self._graph.pred[outer.header] if outer else [_EXIT]
+        ways.add_edges_from((block, _END) for block in ends if block in outside)
+        for block in loop.blocks:
+            for after in self._graph.succ[block]:
+                if outer and after == outer.header:
+                    ways.add_edge(_START, _END)
+                elif after in outside:
+                    ways.add_edge(_START, after)
+
+        def cost(block: int) -> tuple[int, ...]:
+            return -self._count([block], _is_store), len(self._code[block])
+
+        return _cheapest(ways, _START, _END, cost)
+
+
+def _is_product(instruction: Instruction) -> bool:
+    return instruction.tensor_core
+
+
+def _is_multiply_add(instruction: Instruction) -> bool:
+    return _MULTIPLY_ADD.match(instruction.opcode) is not None
+
+
+def _is_store(instruction: Instruction) -> bool:
+    return _STORE.match(instruction.opcode) is not None
+
+
+def _is_copy(instruction: Instruction) -> bool:
+    return _COPY.match(instruction.opcode) is not None
+
+
+def _is_any(instruction: Instruction) -> bool:
+    return True
+
+
+def _blocks(
+    instructions: list[Instruction], at: dict[str, int]
+) -> tuple[dict[int, list[Instruction]], nx.DiGraph]:
+    """Runs of instructions entered only at their first, and which may follow which."""
+    code: dict[int, list[Instruction]] = {_EXIT: [], _START: [], _END: []}
+    graph = nx.DiGraph()
+    graph.add_node(_EXIT)
+    block: int | None = None
+    for i, ins in enumerate(instructions):
+        if block is None or ins.labels:
+            if block is not None:
+                graph.add_edge(block, i)
+            graph.add_node(block := i)
+            code[block] = []
+        code[block].append(ins)
+        if ins.target is None and not ins.leaves:
+            continue
+        graph.add_edge(block, _EXIT if ins.target is None else at[ins.target])
+        if ins.falls:
+            graph.add_edge(block, i + 1)
+        block = None
+    return code, graph
+
+
+def _loops(graph: nx.DiGraph, parent: Loop | None) -> Iterator[Loop]:
+    """The loops of a graph, each before those within it."""
+    for blocks in nx.strongly_connected_components(graph):
+        if len(blocks) == 1 and not graph.has_edge(*blocks, *blocks):
+            continue
+        entered = [block for block in blocks if not blocks.issuperset(graph.pred[block])]
+        loop = Loop(min(entered or blocks), frozenset(blocks), parent)
+        yield loop
+        within = nx.DiGraph(graph.subgraph(blocks))
+        within.remove_edges_from([(block, loop.header) for block in blocks])
+        yield from _loops(within, loop)
+
+
+def _cheapest(
+    ways: nx.DiGraph, start: int, end: int, cost: Callable[[int], tuple[int, ...]]
+) -> list[int]:
+    """The blocks of the way from start to end, in a graph without loops, of the least total."""
+    best: dict[int, tuple[tuple[int, ...], list[int]]] = {}
+    for block in nx.topological_sort(ways):
+        before = [best[previous] for previous in ways.pred[block] if previous in best]
+        if block == start:
+            best[block] = (cost(block), [block])
+        elif before:
+            total, path = min(before)
+            total = tuple(map(sum, zip(total, cost(block), strict=True)))
+            best[block] = (total, [*path, block])
+    return best[end][1]

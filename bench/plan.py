@@ -1,0 +1,61 @@
+"""Show what the planner chooses for each layer, and the time it predicts, without a GPU.
+
+Operands are channels_last and aligned, as in training. A tile is rows x columns x depth; its box is
+pixels along n x p x q. The sum counts a layer as often as its network has it.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+
+from kernels import device
+
+from . import selection, suites
+from .measure import DTYPES
+
+_HEAD = ("layer", "op", "dtype", "engine", "tile", "box", "splits", "ms", "limit")
+_WIDTHS = (22, 6, 7, 16, 12, 9, 7, 9, 0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench plan``."""
+    selection.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each layer and direction. Returns the exit code."""
+    try:
+        cases = selection.cases(args)
+        with device.launch_nothing(selection.target(args.arch)):
+            for text in lines(cases):
+                print(text)
+    except selection.Refusal as error:
+        print(f"python -m bench plan: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def lines(cases: Iterable[suites.Case]) -> Iterator[str]:
+    """The table, with the sum for each suite and direction."""
+    sums: dict[tuple[str, str, str], float] = {}
+    yield _line(_HEAD)
+    for layer, op, dtype in cases:
+        tensors = selection.operands(layer.geometry, DTYPES[dtype].torch)
+        plan = selection.plan(op, layer.geometry, DTYPES[dtype].precision, *tensors)
+        key = layer.suite, op, dtype
+        sums[key] = sums.get(key, 0.0) + plan.ms * layer.count
+        box = "x".join(map(str, plan.tile.box or "-"))
+        tile = selection.tile_text(plan.tile)
+        engine = selection.engine_name(plan)
+        name = layer.name
+        yield _line(
+            (name, op, dtype, engine, tile, box, plan.tile.splits, f"{plan.ms:.4f}", plan.limit)
+        )
+    yield ""
+    for (suite, op, dtype), total in sums.items():
+        yield f"{suite} {op} {dtype}: {total:.3f} ms"
+
+
+def _line(cells: Iterable[object]) -> str:
+    padded = (f"{cell!s:{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
+    return " ".join(padded).rstrip()

@@ -1,0 +1,143 @@
+"""What the commands that need no GPU look at: layers and directions, on an architecture.
+
+``add_arguments`` adds the options they share, ``cases`` and ``compiling`` turn them into problems
+and into a stand-in for the GPU, ``plan`` asks the planner. What cannot be used is a Refusal of one
+line.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from kernels import device, library, planner
+from kernels.geometry import Conv2dGeometry, Direction, output_strides
+from kernels.tile import Tile
+
+from . import suites
+from .measure import DTYPES
+
+DIRECTIONS: tuple[Direction, ...] = ("fprop", "dgrad", "wgrad")
+
+
+class Refusal(Exception):
+    """Why a command cannot start, in one line."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--arch``, and which layers in which directions and dtypes."""
+    parser.add_argument(
+        "--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90, sm_100, gfx942, ... (sm_90)"
+    )
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        default=["resnet50_v1.5"],
+        metavar="NAME",
+        help="suites of bench/cases or of --shapes (resnet50_v1.5)",
+    )
+    parser.add_argument("--shapes", type=Path, metavar="FILE", help="more suites, as bench/cases")
+    parser.add_argument("--layer", nargs="+", metavar="NAME", help="of these suites (all)")
+    parser.add_argument(
+        "--op", nargs="+", default=DIRECTIONS, choices=DIRECTIONS, help="directions (all)"
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["bf16"],
+        choices=DTYPES,
+        metavar="NAME",
+        help=f"of {', '.join(DTYPES)} (bf16)",
+    )
+    parser.add_argument(
+        "--batch", type=_positive, metavar="N", help="images, in place of what the suite says"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def cases(args: argparse.Namespace) -> list[suites.Case]:
+    """The problems that were asked for: convolutions, suite by suite."""
+    try:
+        known = suites.layers(args.shapes)
+    except OSError as error:
+        raise Refusal(f"cannot read {args.shapes}: {error.strerror}") from None
+    except ValueError as error:
+        raise Refusal(str(error)) from None
+    _all_known("suite", args.suite, [layer.suite for layer in known])
+    layers = [layer for suite in args.suite for layer in known if layer.suite == suite]
+    if args.layer:
+        _all_known("layer", args.layer, [layer.name for layer in layers])
+        layers = [layer for layer in layers if layer.name in args.layer]
+    if args.batch:
+        layers = [
+            layer._replace(geometry=replace(layer.geometry, N=args.batch)) for layer in layers
+        ]
+    convolutions = [layer for layer in layers if isinstance(layer.geometry, Conv2dGeometry)]
+    return suites.cases(convolutions, args.op, args.dtype)
+
+
+def _all_known(what: str, names: list[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise Refusal(f"no {what} {name!r}; there are {', '.join(dict.fromkeys(known))}")
+
+
+def target(arch: str) -> GPUTarget:
+    """Triton's name for an architecture: sm_90 or gfx942."""
+    if found := re.fullmatch(r"sm_(\d+)a?", arch):
+        return GPUTarget("cuda", int(found[1]), 32)
+    if re.fullmatch(r"gfx[0-9a-f]+", arch):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    raise Refusal(f"no architecture {arch!r}; there are sm_80, sm_90, sm_100, gfx942 and others")
+
+
+@contextmanager
+def compiling(arch: str) -> Iterator[tuple[device.Device, list[Any]]]:
+    """A typical device of the architecture, and the list of what launches on it compile to."""
+    if device.INTERPRET:
+        raise Refusal("TRITON_INTERPRET is set: kernels would run in the interpreter")
+    with device.compile_only(target(arch)) as compiled:
+        yield device.describe(torch.device("meta")), compiled
+
+
+def operands(
+    g: Conv2dGeometry, dtype: torch.dtype, channels_last: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, w and y (or their gradients) of the meta device, which holds no numbers."""
+    shapes = g.x_shape, g.w_shape, g.y_shape
+    x, w, y = (
+        torch.empty_strided(shape, output_strides(shape, channels_last), dtype=dtype, device="meta")
+        for shape in shapes
+    )
+    return x, w, y
+
+
+def plan(
+    direction: Direction, g: Conv2dGeometry, precision: str, x: Tensor, w: Tensor, y: Tensor
+) -> planner.Plan:
+    """What the operators choose for these operands, on the device that stands in."""
+    precision = library.resolve_precision(precision, x)
+    layout = planner.layout_of((x, y), () if direction == "wgrad" else (w,))
+    return planner.plan(direction, g, x.dtype, precision, device.describe(x.device), layout)
+
+
+def engine_name(plan: planner.Plan) -> str:
+    """descriptor_gemm, implicit_gemm or direct_conv."""
+    return plan.engine.__name__.rpartition(".")[2]
+
+
+def tile_text(tile: Tile) -> str:
+    """Rows, columns and depth: 128x128x64."""
+    return f"{tile.rows}x{tile.columns}x{tile.depth}"

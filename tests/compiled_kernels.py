@@ -1,0 +1,132 @@
+"""Compile every kernel for an architecture, without a GPU: python -m tests.compiled_kernels sm_90.
+
+Prints JSON, an entry for each binary: where it was launched first, kernel, engine (the module it is
+in), dtype, spill_bytes, and of products the tensor_core_instructions of their steady loop, else
+None. A program of its own, as the tests' process has the interpreter.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from bench import compiled, selection
+from kernels import device, epilogue, max_pool, planner
+from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
+
+ONE = ((1, 1), (1, 1))
+LAYERS = {
+    "stem": Conv2dGeometry(32, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3))),
+    "3x3": Conv2dGeometry(32, 64, 56, 56, 64, 3, 3, padding=ONE),
+    "3x3/2": Conv2dGeometry(32, 128, 56, 56, 128, 3, 3, (2, 2), ONE),
+    "1x1": Conv2dGeometry(32, 256, 56, 56, 64, 1, 1),
+    "vgg16 conv5": Conv2dGeometry(8, 512, 14, 14, 512, 3, 3, padding=ONE),
+    "resnext50 grouped": Conv2dGeometry(8, 128, 56, 56, 128, 3, 3, (1, 1), ONE, (1, 1), 32),
+    "regnet grouped": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ONE, (1, 1), 4),
+    "lenet5 conv1": Conv2dGeometry(64, 1, 32, 32, 6, 5, 5),
+    "lenet5 conv2": Conv2dGeometry(64, 6, 14, 14, 16, 5, 5),
+    "depthwise": Conv2dGeometry(32, 96, 112, 112, 96, 3, 3, (2, 2), ONE, (1, 1), 96),
+}
+# Beside all layers in bfloat16. A layout is the planner's: "channels_last" has engine 1 take what
+# engine 2 takes of "aligned" operands.
+OTHERS = (
+    ("3x3", torch.bfloat16, "ieee", "aligned"),
+    ("3x3/2", torch.bfloat16, "ieee", "aligned"),
+    ("1x1", torch.bfloat16, "ieee", "aligned"),
+    ("vgg16 conv5", torch.bfloat16, "ieee", "aligned"),
+    ("3x3", torch.float16, "ieee", "channels_last"),
+    ("lenet5 conv1", torch.float16, "ieee", "scattered"),
+    ("3x3", torch.bfloat16, "ieee", "scattered"),
+    ("depthwise", torch.bfloat16, "ieee", "scattered"),
+    ("3x3", torch.float32, "tf32", "channels_last"),
+    ("3x3", torch.float32, "tf32", "aligned"),
+    ("lenet5 conv2", torch.float32, "ieee", "scattered"),
+    ("lenet5 conv2", torch.float64, "ieee", "scattered"),
+    ("lenet5 conv1", torch.float64, "ieee", "scattered"),
+)
+POOLS = (
+    (Pool2dGeometry(32, 64, 112, 112, (3, 3), (2, 2), (1, 1)), torch.bfloat16, True),
+    (Pool2dGeometry(32, 64, 112, 112, (3, 3), (2, 2), (1, 1)), torch.bfloat16, False),
+    (Pool2dGeometry(8, 512, 28, 28, (2, 2), (2, 2)), torch.float16, True),
+    (Pool2dGeometry(8, 512, 28, 28, (2, 2), (2, 2)), torch.float32, False),
+    (Pool2dGeometry(8, 512, 28, 28, (2, 2), (2, 2)), torch.float64, False),
+)
+
+Kernels = dict[str, tuple[str, str, Any]]  # where from, dtype, compiled kernel; by Triton's hash
+
+
+def _found(where: str, dtype: torch.dtype, launched: list[Any]) -> Kernels:
+    return {kernel.hash: (where, str(dtype)[6:], kernel) for kernel in launched}
+
+
+def convolutions(gpu: device.Device, launched: list[Any]) -> Kernels:
+    """Every direction of the layers, with what it has of an epilogue."""
+    runs = [(layer, torch.bfloat16, "ieee", "channels_last") for layer in LAYERS]
+    found: Kernels = {}
+    for layer, dtype, precision, layout in (*runs, *OTHERS):
+        g = LAYERS[layer]
+        tensors = selection.operands(g, dtype, layout != "scattered")
+        for direction in selection.DIRECTIONS:
+            plan = planner.plan(direction, g, dtype, precision, gpu, layout)
+            launched.clear()
+            parts = {"bias": True, "relu": True, "residual": True}
+            compiled.launch(direction, g, tensors, plan, precision, **parts)
+            found = _found(f"{layer} {direction} {layout}", dtype, launched) | found
+    return found
+
+
+def poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
+    """All pooling kernels, and a ReLU's backward."""
+    found: Kernels = {}
+    for g, dtype, channels_last in POOLS:
+        launched.clear()
+        launch_pool(g, dtype, channels_last, gpu)
+        found = _found(f"{g.kernel} channels_last={channels_last}", dtype, launched) | found
+    return found
+
+
+def launch_pool(
+    g: Pool2dGeometry, dtype: torch.dtype, channels_last: bool, gpu: device.Device
+) -> None:
+    def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        strides = output_strides(shape, channels_last)
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+    x, y = meta(g.x_shape, dtype), meta(g.y_shape, dtype)
+    offsets, indices = meta(g.y_shape, max_pool.offset_dtype(g)), meta(g.y_shape, torch.int64)
+    forward, backward = (
+        max_pool.choose_tile(direction, g, channels_last, gpu)
+        for direction in ("forward", "backward")
+    )
+    max_pool.max_pool2d(x, g, y, offsets, indices, forward)
+    max_pool.max_pool2d_backward(y, offsets, x, g, backward)
+    max_pool.max_pool2d_gather(x, offsets, y, g, forward)
+    max_pool.max_unpool2d(y, indices, x)
+    max_pool.max_unpool2d_backward(x, indices, y)
+    epilogue.relu_backward(y, y, y)
+
+
+def entry(where: str, dtype: str, kernel: Any) -> dict[str, Any]:
+    """What was read of one kernel; only products are disassembled, which takes its time."""
+    is_product = "tt.dot" in kernel.asm["ttir"]
+    return {
+        "where": where,
+        "kernel": kernel.metadata.name,
+        "engine": kernel.src.fn.fn.__module__.rpartition(".")[2],
+        "dtype": dtype,
+        "spill_bytes": compiled.usage(kernel).spill_bytes,
+        "tensor_core_instructions": (
+            compiled.read(kernel).tensor_core_instructions if is_product else None
+        ),
+    }
+
+
+def main(arch: str) -> None:
+    with selection.compiling(arch) as (gpu, launched), compiled.timing():
+        found = convolutions(gpu, launched) | poolings(gpu, launched)
+        json.dump([entry(*kernel) for kernel in found.values()], sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
