@@ -1,11 +1,13 @@
 """A model of a convolution's time on a GPU: what the planner compares tiles by.
 
-``predict`` takes the longest of three: products, with what tiles waste at the edges and in the
-last wave; the least traffic of memory; what tiles read through L2. To it come the launches and, of
-a split reduction, the second pass. Nothing is measured here: ``device.Peaks`` holds the rates.
-Times are in ms, sizes in elements.
+A program is busy for the longest of three: its products, with what its tile wastes at the edges;
+what it reads through L2; its share of the least traffic of memory. Programs come in waves, the last
+one often half empty. What no neighbour hides of first loads and stores is added, and the launches,
+and the second pass of a split reduction. Nothing is measured here: ``device.Peaks`` holds the
+rates. Times are in ms, sizes in elements.
 """
 
+from collections import Counter
 from math import ceil, prod
 from typing import Literal, NamedTuple
 
@@ -16,6 +18,7 @@ from .geometry import Conv2dGeometry, Direction
 from .tile import Tile, blocks_per_multiprocessor
 
 Limit = Literal["tensor cores", "memory", "L2", "launch"]
+Times = dict[Limit, float]
 
 _LAUNCH = 0.003  # from one kernel's end to the next one's start
 _FILL = 1500  # cycles from a tile's first load to its first product
@@ -78,40 +81,61 @@ def predict(
     direct: bool = False,
 ) -> Prediction:
     """The time of one direction with one tile; ``direct``: it is engine 3's."""
-    peaks, itemsize = device.peaks, dtype.itemsize
-    cycles_per_ms = peaks.clock * 1e6
-    per_cycle = rate(dtype, precision, device)
+    itemsize, per_cycle = dtype.itemsize, rate(dtype, precision, device)
+    everywhere = device.multiprocessors * device.peaks.clock * 1e6  # cycles of all in one ms
+    memory = g.bytes(itemsize) / (device.peaks.memory * 1e6)
     if direct:
-        works: list[Work] = []
-        share = _DIRECT * per_cycle * device.multiprocessors
-        products, l2 = macs(direction, g) / share / cycles_per_ms, 0.0
-    else:
-        works = launches(direction, g, tile)
-        products = sum(_cycles(work, tile, itemsize, per_cycle, device) for work in works)
-        products /= cycles_per_ms
-        turns = sum(work.programs * work.turns for work in works)
-        l2 = turns * (tile.rows + tile.columns) * tile.depth * itemsize / (peaks.l2 * 1e6)
-    memory = g.bytes(itemsize) / (peaks.memory * 1e6)
-    times: dict[Limit, float] = {"tensor cores": products, "memory": memory, "L2": l2}
-    limit = max(times, key=lambda name: times[name])
-    launch = _LAUNCH * max(1, len(works))
+        times: Times = {
+            "tensor cores": macs(direction, g) / (_DIRECT * per_cycle) / everywhere,
+            "memory": memory,
+        }
+        limit = max(times, key=lambda name: times[name])
+        return Prediction(times[limit] + _LAUNCH, limit)
+    works = launches(direction, g, tile)
+    programs = sum(work.programs for work in works)
+    turn = _turn_cycles(tile, itemsize, per_cycle, device)
+    ms, waits = 0.0, Counter[Limit]()
+    for work in works:
+        busy: Times = {name: work.turns * cycles for name, cycles in turn.items()}
+        busy["memory"] = memory * everywhere / programs
+        limit, cycles = _cycles(work.programs, busy, tile, itemsize, device)
+        waits[limit] += cycles
+        ms += cycles * device.multiprocessors / everywhere
+    launch = _LAUNCH * len(works)
     if tile.splits > 1:
         parts = 4 * (tile.splits * 2 + 1) * prod(g.w_shape)
-        launch += _LAUNCH + parts / (peaks.memory * 1e6)
-    return Prediction(times[limit] + launch, "launch" if launch > times[limit] else limit)
+        launch += _LAUNCH + parts / (device.peaks.memory * 1e6)
+    return Prediction(ms + launch, "launch" if launch > ms else waits.most_common(1)[0][0])
 
 
-def _cycles(work: Work, tile: Tile, itemsize: int, per_cycle: float, device: Device) -> float:
-    """Cycles of one launch: programs that share a multiprocessor hide each other's first loads and
-    stores, but not each other's products.
-    """
+def _turn_cycles(tile: Tile, itemsize: int, per_cycle: float, device: Device) -> Times:
+    """What one turn of a program takes of its multiprocessor's share of each."""
     products = tile.rows * tile.columns * tile.depth / per_cycle
-    turn = max(products, _TURN * tile.warps / 4) if tile.box else products * _POINTERS
-    busy = work.turns * turn
-    alone = busy + _FILL + tile.rows * tile.columns / 32
+    products = max(products, _TURN * tile.warps / 4) if tile.box else products * _POINTERS
+    l2 = device.peaks.l2 / device.peaks.clock / device.multiprocessors  # bytes a cycle
+    return {
+        "tensor cores": products,
+        "L2": (tile.rows + tile.columns) * tile.depth * itemsize / l2,
+    }
+
+
+def _cycles(
+    programs: int, busy: Times, tile: Tile, itemsize: int, device: Device
+) -> tuple[Limit, float]:
+    """What limits one launch of programs that are ``busy`` so many cycles each, and its cycles.
+
+    Products wait for the last wave; L2 and memory serve whoever asks. Programs that share a
+    multiprocessor hide each other's first loads and stores, as long as they are busy.
+    """
     together = blocks_per_multiprocessor(tile, itemsize, device)
-    waves = work.programs / (device.multiprocessors * together)
-    return ceil(waves) * max(together * busy, alone)
+    waves = ceil(programs / (device.multiprocessors * together))
+    all_busy: Times = {
+        name: programs / device.multiprocessors * cycles for name, cycles in busy.items()
+    }
+    all_busy["tensor cores"] = waves * together * busy["tensor cores"]
+    limit = max(all_busy, key=lambda name: all_busy[name])
+    exposed = _FILL + tile.rows * tile.columns / 32 - (together - 1) * max(busy.values())
+    return limit, all_busy[limit] + waves * max(0.0, exposed)
 
 
 def launches(direction: Direction, g: Conv2dGeometry, tile: Tile) -> list[Work]:

@@ -201,7 +201,7 @@ def _descriptor_tiles(
                     yield from _split(g, _deepest(tile, dtype, device), device)
         return
     channels, reduction = (K, C) if direction == "fprop" else (C, K)
-    depth = _depth(reduction, dtype.itemsize)
+    depth = _depth(reduction, g.R * g.S, dtype.itemsize)
     for rows, columns, warps in _PRODUCTS[dtype.itemsize]:
         if _is_too_large(columns, channels) or (g.groups > 1 and channels % columns):
             continue
@@ -213,12 +213,15 @@ def _is_too_large(block: int, size: int) -> bool:
     return block > _LEAST_COLUMNS and size <= block // 2
 
 
-def _depth(reduction: int, itemsize: int) -> int:
-    """Channels of a turn: two of shared memory's rows where they come out even and elements are
-    small, else the fewest of one row and its parts that hold them, or divide them.
+def _depth(reduction: int, taps: int, itemsize: int) -> int:
+    """Channels of a turn: two of shared memory's rows in a long reduction of small elements, where
+    they come out even; else the fewest of one row and its parts that hold them, or divide them.
+
+    A pointwise layer is short, and mostly waits for memory: two shallow programs that share a
+    multiprocessor and hide each other's stores serve it better than one deep one.
     """
     row = _ROW // itemsize
-    if itemsize <= 2 and reduction % (2 * row) == 0:
+    if itemsize <= 2 and taps > 1 and reduction % (2 * row) == 0:
         return 2 * row
     return next((d for d in (row, row // 2) if reduction % d == 0 or reduction > d // 2), 16)
 
