@@ -278,8 +278,8 @@ def _blocks(
 
 
 def _loops(graph: nx.DiGraph, parent: Loop | None) -> Iterator[Loop]:
-    """The loops of a graph, each before those within it."""
-    for blocks in nx.strongly_connected_components(graph):
+    """The loops of a graph in the code's order, each before those within it."""
+    for blocks in sorted(nx.strongly_connected_components(graph), key=min):
         if len(blocks) == 1 and not graph.has_edge(*blocks, *blocks):
             continue
         entered = [block for block in blocks if not blocks.issuperset(graph.pred[block])]

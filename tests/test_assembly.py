@@ -119,8 +119,11 @@ def test_a_loop_around_the_steady_one_that_stores_nothing_is_no_end_of_a_tile():
     assert program.steady(4) == Steady(1, 3, 16 * 8 * 16 * 4, 6)
 
 
-def test_of_an_unrolled_loop_and_its_remainder_the_first_is_steady():
+def test_of_an_unrolled_loop_and_its_remainders_the_longest_is_steady():
     program = sass("""
+        .L_x_9:
+        HMMA.1688.F32.TF32 R24, R4, R6, R24
+        @P1 BRA `(.L_x_9)
         @P0 BRA `(.L_x_1)
         .L_x_0:
         HMMA.1688.F32.TF32 R24, R4, R6, R24
@@ -160,6 +163,7 @@ def test_without_tensor_cores_the_loop_with_most_multiply_adds_is_steady():
     program = sass("""
         .L_x_0:
         HFMA2.MMA R6, -RZ, RZ, 0, 0
+        HFMA2.MMA R7, -RZ, RZ, 0, 0
         IADD3 R5, R5, 0x1, RZ
         IADD3 R5, R5, 0x1, RZ
         @P0 BRA `(.L_x_0)

@@ -60,90 +60,75 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=ARCHS)
-def every_kernel(request) -> tuple[str, list[dict[str, Any]]]:
-    """An architecture, and what was read of each kernel compiled for it."""
-    return request.param, json.loads(run("-m", "tests.compiled_kernels", request.param))
+# One test for each compilation: the workers of pytest-xdist would each make a fixture's anew.
 
 
-def test_every_kernel_compiles_without_spills_in_16_bits(every_kernel):
-    arch, kernels = every_kernel
-    found = {(kernel["engine"], kernel["kernel"]) for kernel in kernels}
-    assert found == _products(arch) | OTHERS
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_kernel_spills_in_16_bits_and_products_use_tensor_cores(arch):
+    kernels = json.loads(run("-m", "tests.compiled_kernels", arch))
+    products = PRODUCTS | (DESCRIPTOR_PRODUCTS if arch in ("sm_90", "sm_100") else set())
+    assert _names(kernels) == products | OTHERS
     assert {kernel["dtype"] for kernel in kernels} == {"float16", "bfloat16", "float32", "float64"}
-    assert [kernel for kernel in kernels if _is_narrow(kernel) and kernel["spill_bytes"]] == []
+    narrow = [kernel for kernel in kernels if kernel["dtype"] in ("float16", "bfloat16")]
+    assert [kernel for kernel in narrow if kernel["spill_bytes"]] == []
+    multiplying = [k for k in narrow if k["tensor_core_instructions"] is not None]
+    assert _names(multiplying) == products
+    assert [kernel for kernel in multiplying if not kernel["tensor_core_instructions"]] == []
 
 
-def test_products_in_16_bits_use_tensor_cores_in_their_loop(every_kernel):
-    arch, kernels = every_kernel
-    products = [
-        kernel
-        for kernel in kernels
-        if _is_narrow(kernel) and kernel["tensor_core_instructions"] is not None
-    ]
-    assert {(kernel["engine"], kernel["kernel"]) for kernel in products} == _products(arch)
-    assert [kernel for kernel in products if kernel["tensor_core_instructions"] == 0] == []
-
-
-def _products(arch: str) -> set[tuple[str, str]]:
-    return PRODUCTS | (DESCRIPTOR_PRODUCTS if arch in ("sm_90", "sm_100") else set())
-
-
-def _is_narrow(kernel: dict[str, Any]) -> bool:
-    return kernel["dtype"] in ("float16", "bfloat16")
+def _names(kernels: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    return {(kernel["engine"], kernel["kernel"]) for kernel in kernels}
 
 
 # A few layers of ResNet-50: 3x3 with 64 channels, 3x3 of stride 2, 1x1 of stride 2, two 1x1.
 LAYERS = ("l1.0.conv2", "l2.0.conv2", "l3.0.down", "l3.0.conv3", "l3.1.conv1")
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("compiled") / "report.json"
+def test_layers_of_resnet50_reach_the_targets_on_hopper(tmp_path):
+    path = tmp_path / "report.json"
     options = ("--arch", "sm_90", "--suite", "resnet50_v1.5", "--dtype", "bf16")
     text = run("-m", "bench", "compiled", *options, "--layer", *LAYERS, "--json", str(path))
     assert "\n15 rows, " in text
-    return json.loads(path.read_text())
-
-
-def test_the_report_names_its_rows_and_what_made_them(report):
+    report = json.loads(path.read_text())
+    assert set(report) == {"arch", "triton", "commit", "command", "rows"}
     assert report["arch"] == "sm_90"
     assert report["command"].startswith("python -m bench compiled --arch sm_90 --suite resnet50")
-    assert set(report) == {"arch", "triton", "commit", "command", "rows"}
-    rows = {(row["op"], row["layer"]) for row in report["rows"]}
-    assert rows == {(op, layer) for op in ("fprop", "dgrad", "wgrad") for layer in LAYERS}
-    for row in report["rows"]:
-        assert row["compile_s"] > 0
-        assert row["epilogue_instructions"] > 0
-        assert row["binary"] in row["binaries"]
-        assert 0 < row["tensor_core_instructions"] < row["loop_instructions"]
+    rows = {(row["op"], row["layer"]): row for row in report["rows"]}
+    assert rows.keys() == {(op, layer) for op in ("fprop", "dgrad", "wgrad") for layer in LAYERS}
+
+    assert {row["engine"] for row in rows.values()} == {"descriptor_gemm"}
+    assert [name for name, row in rows.items() if row["spill_bytes"]] == []
+    shares = {name: row["issue_share"] for name, row in rows.items()}
+    assert [name for name, share in shares.items() if share > 0.6] == []
+    assert statistics.median(shares.values()) <= 0.30
+
+    for row in rows.values():
+        _check_counts(row)
+    _check_identities({name: row["binary"] for name, row in rows.items()}, path)
 
 
-def test_layers_of_resnet50_reach_the_targets_on_hopper(report):
-    rows = report["rows"]
-    assert {row["engine"] for row in rows} == {"descriptor_gemm"}
-    assert [row for row in rows if row["spill_bytes"]] == []
-    assert [row for row in rows if row["issue_share"] > 0.6] == []
-    assert statistics.median(row["issue_share"] for row in rows) <= 0.30
+def _check_counts(row: dict[str, Any]) -> None:
+    """A turn of the loop multiplies whole turns of the tile; shares follow their definition."""
+    assert 0 < row["tensor_core_instructions"] < row["loop_instructions"]
+    assert row["epilogue_instructions"] > 0
+    assert row["compile_s"] > 0
+    assert row["binary"] in row["binaries"]
+    rows, columns, depth = map(int, row["tile"].split("x"))
+    turns, rest = divmod(row["loop_macs"], rows * columns * depth)
+    assert (rest, row["loop_turns"]) == (0, turns)
+    others = row["loop_instructions"] - row["tensor_core_instructions"]
+    share = others * row["warps"] / 4 / (row["loop_macs"] / 2048)
+    assert row["issue_share"] == pytest.approx(share, abs=1e-4)
 
 
-def test_the_loop_multiplies_whole_turns_of_the_tile(report):
-    for row in report["rows"]:
-        rows, columns, depth = map(int, row["tile"].split("x"))
-        turns, rest = divmod(row["loop_macs"], rows * columns * depth)
-        assert turns >= 1
-        assert rest == 0
-        assert row["loop_turns"] == turns
-        others = row["loop_instructions"] - row["tensor_core_instructions"]
-        share = others * row["warps"] / 4 / (row["loop_macs"] / 2048)
-        assert row["issue_share"] == pytest.approx(share, abs=1e-4)
-
-
-def test_equal_code_has_one_name_and_other_code_another(report):
-    binaries = {(row["op"], row["layer"]): row["binary"] for row in report["rows"]}
-    assert binaries["fprop", "l3.0.conv3"] == binaries["fprop", "l3.1.conv1"]
-    assert binaries["fprop", "l3.0.conv3"] != binaries["dgrad", "l3.0.conv3"]
-    assert binaries["fprop", "l1.0.conv2"] != binaries["fprop", "l2.0.conv2"]
+def _check_identities(binaries: dict[tuple[str, str], str], path: Path) -> None:
+    """Equal code has one name, in another process and folder too; other code has another."""
+    layer = ("--layer", "l1.0.conv2", "--op", "fprop")
+    run("-m", "bench", "compiled", *layer, "--json", str(path))
+    (again,) = json.loads(path.read_text())["rows"]
+    assert again["binary"] == binaries["fprop", "l1.0.conv2"]
+    assert again["binary"] != binaries["dgrad", "l1.0.conv2"]
+    assert again["binary"] != binaries["fprop", "l2.0.conv2"]
 
 
 # Without compiling.
