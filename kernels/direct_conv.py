@@ -3,11 +3,13 @@
 With few channels, a row of the filter is one run of S x C elements that lie together in x as well,
 c fastest in channels_last and s fastest in NCHW: it becomes one segment of the product's depth,
 cut into (c, s) once, outside the loop over the rows. Depthwise there is nothing to multiply
-matrices with: each output walks its own taps. dgrad runs on views of dx and w, one for each parity
+matrices with: each output walks its own taps. dgrad runs on parts of dx and w, one for each parity
 of the stride, as in engine 1. Sizes and strides are in elements.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,16 +18,27 @@ from torch import Tensor
 
 from . import device
 from .device import Device, loop
-from .epilogue import finish
-from .geometry import Conv2dGeometry, Direction, Taps
-from .indexing import dot, narrow, pixel, program, reduction_block, reduction_turns, widen
+from .epilogue import result_strides, store_result
+from .geometry import Conv2dGeometry, Direction
+from .indexing import (
+    dgrad_walk,
+    dot,
+    fprop_walk,
+    narrow,
+    pixel,
+    plain,
+    plain_strides,
+    program,
+    reduction_block,
+    reduction_turns,
+    unspecialised,
+    unspecialised_strides,
+    widen,
+)
 from .split_sum import parts_like, split_sum
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 _FEW = 4
-_NO_STRIDES = (0, 0, 0, 0)
-
-Walk = tuple[int, int, int, int, int, int]  # stride, origin, step of the height, then of the width
 
 
 def is_depthwise(g: Conv2dGeometry) -> bool:
@@ -63,62 +76,45 @@ def lines(BLOCK: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr):
 def row_element(i, C, S, CHANNELS_FASTEST: tl.constexpr):
     """(c, s, inside) of the i-th of the S x C elements of one row of a filter."""
     if CHANNELS_FASTEST:
-        c = i % C
         s = i // C
+        c = i - s * C
     else:
         c = i // S
-        s = i % S
+        s = i - c * S
     return c, s, i < C * S
 
 
 @triton.jit
-def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU: tl.constexpr):
-    """Finish the accumulators of pixels at = (n, p, q) and channels k, and store them to y.
-
-    ``masks`` are those of the pixels and of the channels, ``strides`` those of residual and y.
-    """
-    residual_strides, y_strides = strides
-    n, p, q = at
-    mask = masks[0][:, None] & masks[1][None, :]
-    residual_offsets = 0
-    if residual_ptr is not None:
-        offsets = n * residual_strides[0] + p * residual_strides[2] + q * residual_strides[3]
-        residual_offsets = offsets[:, None] + (k * residual_strides[1])[None, :]
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    y = finish(acc, bias_ptr, k, masks[1], residual_ptr, residual_offsets, mask, RELU, DTYPE)
-    offsets = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-    tl.store(y_ptr + offsets[:, None] + (k * y_strides[1])[None, :], y, mask=mask)
-
-
-@triton.jit
 def sum_pixels(
-    dy_ptr, dy_strides, sizes, k, k_mask, first, turns, DEPTH: tl.constexpr, ACC: tl.constexpr
+    dy_ptr, dy_strides, places, k, k_mask, first, turns, DEPTH: tl.constexpr, ACC: tl.constexpr
 ):
-    """db[k], the sum of dy over ``turns`` blocks of DEPTH pixels from the ``first`` block on."""
-    N, _, _, P, Q = sizes
+    """db[k], the sum of dy over ``turns`` blocks of DEPTH pixels from the ``first`` block on.
+
+    ``places`` are how many pixels there are, P and Q.
+    """
+    pixels, P, Q = places
     acc = tl.zeros((k.shape[0], DEPTH), ACC)
     for i in loop(turns):
         at = (first + i) * DEPTH + tl.arange(0, DEPTH)
         n, p, q = pixel(at, P, Q)
         offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
         offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
-        mask = k_mask[:, None] & (at < N * P * Q)[None, :]
+        mask = k_mask[:, None] & (at < pixels)[None, :]
         acc += widen(tl.load(dy_ptr + offsets, mask=mask, other=0.0), ACC)
     return tl.sum(acc, axis=1)
 
 
-@triton.jit(do_not_specialize=["sizes", "walk"])
+@triton.jit
 def few_channel_fprop_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups * K, C, R, S]
     bias_ptr,  # [groups * K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, groups * K, P, Q]
-    x_strides,  # n, c, h, w
+    x_strides,  # n, c, h, w, unspecialised
     w_strides,  # k, c, r, s
-    residual_strides,
-    y_strides,  # n, k, p, q
-    sizes,  # N, H, W, P, Q
+    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
+    sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
     RELU: tl.constexpr,
@@ -137,15 +133,16 @@ def few_channel_fprop_kernel(
     DEPTH: tl.constexpr = TILE[2]
     SEGMENT: tl.constexpr = TILE[3]
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = sizes
+    N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
+    x_strides = plain_strides(x_strides)
 
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
     group = pid // column_tiles % groups
     row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
     n, p, q = pixel(row, P, Q)
-    row_mask = row < N * P * Q
+    row_mask = n < N
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     k_mask = k < K
     k += group * K
@@ -178,51 +175,52 @@ def few_channel_fprop_kernel(
             acc = dot(x_tile, w_tile, acc, PRECISION)
 
     masks = (row_mask, k_mask)
-    strides = (residual_strides, y_strides)
-    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU)
+    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
 
 
-@triton.jit(do_not_specialize=["sizes", "walk"])
+@triton.jit
 def few_channel_dgrad_kernel(
     dy_ptr,  # [N, groups * K, P, Q]
     w_ptr,  # [groups * K, C, R, S]
     bias_ptr,  # [groups * C] or None
     dx_ptr,  # [N, groups * C, H, W]
-    dy_strides,  # n, k, p, q
-    w_strides,  # k, c, r, s
-    dx_strides,  # n, c, h, w
-    sizes,  # N, P, Q, H, W
+    dy_strides,  # n, k, p, q, unspecialised
+    w_strides,  # k, c, r, s; then where the first tap is
+    dx_strides,  # n, c, h, w, unspecialised
+    sizes,  # N, P, Q, H, W, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # 1, origin, step of the height, then of the width
+    walk,  # of h, then w: 1, origin, step; then step and first of dx
     WIDE: tl.constexpr,
     TILE: tl.constexpr,  # rows, columns, depth, packed
 ):
     """dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * w[k,c,r,s] + bias[c].
 
-    p = h + origin + r * step, likewise q; dy is zero outside. One program writes the C channels of
-    one group for a block of pixels. C is too narrow for a matrix product: each lane adds up its
-    own products over the turns, in float32 (float64 for float64), and the lanes are summed once.
+    p = h + origin + r * step, likewise q; dy is zero outside. The h-th row is row h * step + first
+    of dx, likewise w. One program writes the C channels of one group for a block of pixels. C is
+    too narrow for a matrix product: each lane adds up its own products over the turns, in float32
+    (float64 for float64), and the lanes are summed once.
     """
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
     DEPTH: tl.constexpr = TILE[2]
     PACKED: tl.constexpr = TILE[3]
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, P, Q, H, W = sizes
+    N, P, Q, H, W = plain(sizes)
     groups, K, C, R, S = reduction
+    dy_strides = plain_strides(dy_strides)
 
     pid = program(WIDE)
     group = pid % groups
     row = pid // groups * ROWS + tl.arange(0, ROWS)
     n, h, w = pixel(row, H, W)
-    row_mask = row < N * H * W
+    row_mask = n < N
     c = indices(COLUMNS, WIDE)
     c_mask = c < C
 
     p0 = h * walk[0] + walk[1]
     q0 = w * walk[3] + walk[4]
     dy_rows = dy_ptr + group * K * dy_strides[1] + n * dy_strides[0]
-    w_columns = w_ptr + group * K * w_strides[0] + c * w_strides[1]
+    w_columns = w_ptr + w_strides[4] + group * K * w_strides[0] + c * w_strides[1]
     acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
     for i in loop(reduction_turns(K, R, S, DEPTH, PACKED)):
         k, r, s, inside = reduction_block(i + pid * 0, K, R, S, DEPTH, PACKED)
@@ -238,22 +236,23 @@ def few_channel_dgrad_kernel(
         w_tile = tl.load(w_columns[:, None] + w_offsets[None, :], mask=w_mask, other=0.0)
         acc += widen(dy, ACC)[:, None, :] * widen(w_tile, ACC)[None, :, :]
 
+    acc = tl.sum(acc, axis=2)
+    at = (n, h * walk[6] + walk[7], w * walk[8] + walk[9])
     masks = (row_mask, c_mask)
-    strides = (dx_strides, dx_strides)
     c += group * C
-    store_result(tl.sum(acc, axis=2), (n, h, w), c, masks, bias_ptr, None, dx_ptr, strides, False)
+    store_result(acc, at, c, masks, bias_ptr, None, dx_ptr, (dx_strides, dx_strides), False)
 
 
-@triton.jit(do_not_specialize=["sizes", "walk", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def few_channel_wgrad_kernel(
     x_ptr,  # [N, groups * C, H, W]
     dy_ptr,  # [N, groups * K, P, Q]
     dw_ptr,  # [splits, groups * K, C, R, S] or None
     db_ptr,  # [splits, groups * K] or None
-    x_strides,  # n, c, h, w
-    dy_strides,  # n, k, p, q
+    x_strides,  # n, c, h, w, unspecialised
+    dy_strides,  # n, k, p, q, unspecialised
     dw_strides,  # split, k, c, r, s
-    sizes,  # N, H, W, P, Q
+    sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
     splits,
@@ -272,8 +271,10 @@ def few_channel_wgrad_kernel(
     DEPTH: tl.constexpr = TILE[2]
     SEGMENT: tl.constexpr = TILE[3]
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = sizes
+    N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
+    x_strides = plain_strides(x_strides)
+    dy_strides = plain_strides(dy_strides)
 
     pid = program(WIDE)
     parts = tl.cdiv(S * C, SEGMENT)
@@ -290,11 +291,13 @@ def few_channel_wgrad_kernel(
     k = pid // tiles % row_tiles * ROWS + tl.arange(0, ROWS)
     k_mask = k < K
     k += group * K
-    turns = tl.cdiv(tl.cdiv(N * P * Q, DEPTH), splits)
+    pixels = (pid * 0 + N) * P * Q  # as wide as the offsets
+    turns = tl.cdiv(tl.cdiv(pixels, DEPTH), splits)
 
     if tile == column_tiles:
         if db_ptr is not None:
-            db = sum_pixels(dy_ptr, dy_strides, sizes, k, k_mask, split * turns, turns, DEPTH, ACC)
+            places = (pixels, P, Q)
+            db = sum_pixels(dy_ptr, dy_strides, places, k, k_mask, split * turns, turns, DEPTH, ACC)
             db = narrow(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
@@ -307,8 +310,8 @@ def few_channel_wgrad_kernel(
         acc = tl.zeros((ROWS, COLUMNS), ACC)
         for i in loop(turns):
             at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
-            at_mask = at < N * P * Q
             n, p, q = pixel(at, P, Q)
+            at_mask = at < pixels
             # [DEPTH, ROWS]
             offsets = (n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3])[:, None]
             mask = at_mask[:, None] & k_mask[None, :]
@@ -326,20 +329,19 @@ def few_channel_wgrad_kernel(
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["sizes", "walk"])
+@triton.jit
 def depthwise_kernel(
     x_ptr,  # [N, channels, H, W]
     w_ptr,  # [filters, 1, R, S]
     bias_ptr,  # [K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, K, P, Q]
-    x_strides,  # n, c, h, w
-    w_strides,  # filter, 1, r, s
-    residual_strides,
-    y_strides,  # n, k, p, q
-    sizes,  # N, H, W, P, Q
+    x_strides,  # n, c, h, w, unspecialised
+    w_strides,  # filter, 1, r, s; then where the first tap is
+    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
+    sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # K, REPEAT, FOLD, R, S
-    walk,  # stride, origin, step of the height, then of the width
+    walk,  # of h, then w: stride, origin, step; then step and first of y
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,  # rows, columns, taps unrolled (a divisor of S)
@@ -348,21 +350,23 @@ def depthwise_kernel(
 
     m runs to FOLD, c = k // REPEAT * FOLD + m and f = k * FOLD + m: fprop repeats each channel of
     x for several filters, dgrad folds the filters of a channel together. h = p * stride + origin +
-    r * step, likewise w; x is zero outside. One program writes one pixels x channels tile,
-    accumulated in float32 (float64 for float64).
+    r * step, likewise w; x is zero outside. The p-th row is row p * step + first of y and of the
+    residual, likewise q. One program writes one pixels x channels tile, accumulated in float32
+    (float64 for float64).
     """
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
     UNROLL: tl.constexpr = TILE[2]
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = sizes
+    N, H, W, P, Q = plain(sizes)
     K, REPEAT, FOLD, R, S = reduction
+    x_strides = plain_strides(x_strides)
 
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
     row = pid // column_tiles * ROWS + tl.arange(0, ROWS)
     n, p, q = pixel(row, P, Q)
-    row_mask = row < N * P * Q
+    row_mask = n < N
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     k_mask = k < K
 
@@ -372,7 +376,7 @@ def depthwise_kernel(
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for m in loop(FOLD):
         x_columns = x_ptr + (k // REPEAT * FOLD + m) * x_strides[1]
-        w_columns = w_ptr + (k * FOLD + m) * w_strides[0]
+        w_columns = w_ptr + w_strides[4] + (k * FOLD + m) * w_strides[0]
         for i in loop(R * parts):
             r = pid * 0 + i // parts
             h = h0 + r * walk[2]
@@ -388,21 +392,21 @@ def depthwise_kernel(
                 tap = tl.load(w_columns + w_offset, mask=k_mask, other=0.0)
                 acc += widen(x, ACC) * widen(tap, ACC)[None, :]
 
+    at = (n, p * walk[6] + walk[7], q * walk[8] + walk[9])
     masks = (row_mask, k_mask)
-    strides = (residual_strides, y_strides)
-    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU)
+    store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
 
 
-@triton.jit(do_not_specialize=["sizes", "walk", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def depthwise_wgrad_kernel(
     x_ptr,  # [N, channels, H, W]
     dy_ptr,  # [N, K, P, Q]
     dw_ptr,  # [splits, K, 1, R, S] or None
     db_ptr,  # [splits, K] or None
-    x_strides,  # n, c, h, w
-    dy_strides,  # n, k, p, q
+    x_strides,  # n, c, h, w, unspecialised
+    dy_strides,  # n, k, p, q, unspecialised
     dw_strides,  # split, k, 1, r, s
-    sizes,  # N, H, W, P, Q
+    sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # K, REPEAT, R, S
     walk,  # stride, origin, step of the height, then of the width
     splits,
@@ -419,8 +423,10 @@ def depthwise_wgrad_kernel(
     COLUMNS: tl.constexpr = TILE[1]
     DEPTH: tl.constexpr = TILE[2]
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = sizes
+    N, H, W, P, Q = plain(sizes)
     K, REPEAT, R, S = reduction
+    x_strides = plain_strides(x_strides)
+    dy_strides = plain_strides(dy_strides)
 
     pid = program(WIDE)
     column_tiles = 0
@@ -434,11 +440,13 @@ def depthwise_wgrad_kernel(
     split = pid // (tiles * row_tiles)
     k = pid // tiles % row_tiles * ROWS + tl.arange(0, ROWS)
     k_mask = k < K
-    turns = tl.cdiv(tl.cdiv(N * P * Q, DEPTH), splits)
+    pixels = (pid * 0 + N) * P * Q  # as wide as the offsets
+    turns = tl.cdiv(tl.cdiv(pixels, DEPTH), splits)
 
     if tile == column_tiles:
         if db_ptr is not None:
-            db = sum_pixels(dy_ptr, dy_strides, sizes, k, k_mask, split * turns, turns, DEPTH, ACC)
+            places = (pixels, P, Q)
+            db = sum_pixels(dy_ptr, dy_strides, places, k, k_mask, split * turns, turns, DEPTH, ACC)
             db = narrow(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
@@ -449,8 +457,8 @@ def depthwise_wgrad_kernel(
         acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
         for i in loop(turns):
             at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
-            at_mask = at < N * P * Q
             n, p, q = pixel(at, P, Q)
+            at_mask = at < pixels
             # [ROWS, DEPTH]
             offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
             offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
@@ -494,8 +502,13 @@ def fprop(
 ) -> None:
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
     if is_depthwise(g):
-        reduction = (g.K, g.K // g.groups, 1, g.R, g.S)
-        _depthwise(x, w, bias, residual, y, reduction, g.walk, tile, relu)
+        part = _Part(
+            (g.N, g.H, g.W, g.P, g.Q),
+            (*w.stride(), 0),
+            (g.K, g.K // g.groups, 1, g.R, g.S),
+            fprop_walk(g),
+        )
+        _depthwise(x, w, bias, residual, y, [part], tile, relu)
         return
     rows = g.N * g.P * g.Q
     K = g.K // g.groups
@@ -503,9 +516,9 @@ def fprop(
         few_channel_fprop_kernel,
         (triton.cdiv(rows, tile.rows) * triton.cdiv(K, tile.columns) * g.groups,),
         *(x, w, bias, residual, y),
-        *(x.stride(), w.stride()),
-        *(_NO_STRIDES if residual is None else residual.stride(), y.stride()),
-        *((g.N, g.H, g.W, g.P, g.Q), (g.groups, K, g.C // g.groups, g.R, g.S), g.walk),
+        *(unspecialised_strides(x), w.stride(), result_strides(residual, y)),
+        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), (g.groups, K, g.C // g.groups, g.R, g.S)),
+        g.walk,
         *(relu, precision, device.wide(rows, x, w, residual, y)),
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.depth), _channels_fastest(x)),
         device=x.device,
@@ -514,33 +527,41 @@ def fprop(
     )
 
 
+class _Part(NamedTuple):
+    """What distinguishes one launch over a part of a result from another, besides its tensors."""
+
+    sizes: tuple[int, int, int, int, int]  # N; height and width of what is read; of the part
+    w_strides: tuple[int, int, int, int, int]  # k, c, r, s; where the first tap is
+    reduction: tuple[int, int, int, int, int]  # as the kernel takes it; last, the taps
+    walk: tuple[int, ...]  # as the kernel takes it
+
+
 def _depthwise(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    reduction: tuple[int, int, int, int, int],  # K, REPEAT, FOLD, R, S
-    walk: Walk,
+    parts: Iterable[_Part],
     tile: Tile,
     relu: bool,
 ) -> None:
     N, K, P, Q = y.shape
-    S = reduction[-1]
-    rows = N * P * Q
-    device.launch(
-        depthwise_kernel,
-        (triton.cdiv(rows, tile.rows) * triton.cdiv(K, tile.columns),),
-        *(x, w, bias, residual, y),
-        *(x.stride(), w.stride()),
-        *(_NO_STRIDES if residual is None else residual.stride(), y.stride()),
-        *((N, *x.shape[2:], P, Q), reduction, walk),
-        *(relu, device.wide(rows, x, w, residual, y)),
-        (tile.rows, tile.columns, S if 0 < S <= tile.depth else 1),
-        device=x.device,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    wide = device.wide(N * P * Q, x, w, residual, y)
+    strides = unspecialised_strides(x), result_strides(residual, y)
+    for sizes, w_strides, reduction, walk in parts:
+        N, _, _, P, Q = sizes
+        S = reduction[-1]
+        device.launch(
+            depthwise_kernel,
+            (triton.cdiv(N * P * Q, tile.rows) * triton.cdiv(K, tile.columns),),
+            *(x, w, bias, residual, y, strides[0], w_strides, strides[1]),
+            *(unspecialised(sizes), reduction, walk, relu, wide),
+            (tile.rows, tile.columns, S if 0 < S <= tile.depth else 1),
+            device=x.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
 
 def dgrad(
@@ -557,40 +578,40 @@ def dgrad(
 
     ``precision`` takes no part: the products are formed outside the tensor cores, in float32.
     """
-    for row, column in g.dgrad():
-        _dgrad_parity(dy, w, bias, dx, g, row, column, tile)
-
-
-def _dgrad_parity(
-    dy: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    dx: Tensor,
-    g: Conv2dGeometry,
-    row: Taps,
-    column: Taps,
-    tile: Tile,
-) -> None:
-    dx = dx[:, :, row.first :: row.stride, column.first :: column.stride]
-    w = w[:, :, row.tap :: row.tap_step, column.tap :: column.tap_step]
-    walk = (1, row.origin, -row.step, 1, column.origin, -column.step)
-    K, C = g.K // g.groups, g.C // g.groups
+    parts = _parities(w, g)
     if is_depthwise(g):
-        _depthwise(dy, w, bias, None, dx, (g.C, 1, K, row.taps, column.taps), walk, tile, False)
+        _depthwise(dy, w, bias, None, dx, parts, tile, False)
         return
-    rows = g.N * row.count * column.count
-    device.launch(
-        few_channel_dgrad_kernel,
-        (triton.cdiv(rows, tile.rows) * g.groups,),
-        *(dy, w, bias, dx, dy.stride(), w.stride(), dx.stride()),
-        (g.N, g.P, g.Q, row.count, column.count),
-        *((g.groups, K, C, row.taps, column.taps), walk),
-        device.wide(rows, dy, w, dx),
-        (tile.rows, tile.columns, tile.depth, tile.packed),
-        device=dy.device,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    wide = device.wide(g.N * g.H * g.W, dy, w, dx)
+    strides = unspecialised_strides(dy), unspecialised_strides(dx)
+    for sizes, w_strides, reduction, walk in parts:
+        N, _, _, H, W = sizes
+        device.launch(
+            few_channel_dgrad_kernel,
+            (triton.cdiv(N * H * W, tile.rows) * g.groups,),
+            *(dy, w, bias, dx, strides[0], w_strides, strides[1]),
+            *(unspecialised(sizes), reduction, walk, wide),
+            (tile.rows, tile.columns, tile.depth, tile.packed),
+            device=dy.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def _parities(w: Tensor, g: Conv2dGeometry) -> list[_Part]:
+    """The parts of dgrad."""
+    K, C = g.K // g.groups, g.C // g.groups
+    k, c, r, s = w.stride()
+    channels = (g.C, 1, K) if is_depthwise(g) else (g.groups, K, C)
+    return [
+        _Part(
+            (g.N, g.P, g.Q, row.count, column.count),
+            (k, c, r * row.tap_step, s * column.tap_step, r * row.tap + s * column.tap),
+            (*channels, row.taps, column.taps),
+            dgrad_walk(row, column),
+        )
+        for row, column in g.dgrad()
+    ]
 
 
 def wgrad(
@@ -622,9 +643,10 @@ def wgrad(
     device.launch(
         kernel,
         (column_tiles * _filter_tiles(g, tile) * tile.splits,),
-        *(x, dy, dw_parts, db_parts, x.stride(), dy.stride()),
-        (0, *_NO_STRIDES) if dw is None else (dw.numel(), *dw.stride()),
-        *((g.N, g.H, g.W, g.P, g.Q), reduction, g.walk, tile.splits, *options),
+        *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
+        (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
+        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), reduction, g.walk),
+        *(tile.splits, *options),
         device=x.device,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -9,7 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .indexing import narrow, pixel, program, widen
+from .indexing import (
+    narrow,
+    pixel,
+    plain,
+    plain_strides,
+    program,
+    unspecialised,
+    unspecialised_strides,
+    widen,
+)
 
 
 @triton.jit
@@ -46,15 +55,43 @@ def finish(
     return narrow(tile, DTYPE)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
+def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU: tl.constexpr):
+    """Finish the accumulators of pixels at = (n, p, q) and channels k, and store them to y.
+
+    ``masks`` are those of the pixels and of the channels; ``strides``, those of the residual and
+    of y, are unspecialised.
+    """
+    n, p, q = at
+    mask = masks[0][:, None] & masks[1][None, :]
+    residual_offsets = 0
+    if residual_ptr is not None:
+        residual_strides = plain_strides(strides[0])
+        offsets = n * residual_strides[0] + p * residual_strides[2] + q * residual_strides[3]
+        residual_offsets = offsets[:, None] + (k * residual_strides[1])[None, :]
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    y = finish(acc, bias_ptr, k, masks[1], residual_ptr, residual_offsets, mask, RELU, DTYPE)
+    y_strides = plain_strides(strides[1])
+    offsets = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
+    tl.store(y_ptr + offsets[:, None] + (k * y_strides[1])[None, :], y, mask=mask)
+
+
+def result_strides(residual: Tensor | None, y: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Strides of the residual, if there is one, and of y, as ``store_result`` takes them."""
+    y_strides = unspecialised_strides(y)
+    return y_strides if residual is None else unspecialised_strides(residual), y_strides
+
+
+@triton.jit
 def relu_backward_kernel(
     dy_ptr,
     y_ptr,
     dz_ptr,
-    dy_strides,  # n, k, p, q; so are the others
+    dy_strides,  # n, k, p, q, unspecialised; so are the others
     y_strides,
     dz_strides,
-    sizes,  # N, K, P, Q
+    sizes,  # N, P, Q, unspecialised
+    K,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -63,13 +100,16 @@ def relu_backward_kernel(
 
     One program writes a tile of ROWS pixels by COLUMNS channels.
     """
-    N, K, P, Q = sizes
+    N, P, Q = plain(sizes)
+    dy_strides = plain_strides(dy_strides)
+    y_strides = plain_strides(y_strides)
+    dz_strides = plain_strides(dz_strides)
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
     row = pid // column_tiles * ROWS + tl.arange(0, ROWS)
     n, p, q = pixel(row, P, Q)
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (row < N * P * Q)[:, None] & (k < K)[None, :]
+    mask = (n < N)[:, None] & (k < K)[None, :]
     dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
     dy = tl.load(dy_ptr + dy_at[:, None] + (k * dy_strides[1])[None, :], mask=mask, other=0.0)
     y_at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
@@ -86,12 +126,13 @@ def relu_backward(dy: Tensor, y: Tensor, dz: Tensor) -> None:
     if device.INTERPRET:
         rows, columns = 4096, min(64, triton.next_power_of_2(max(K, 1)))
     else:
-        # The longer side of a tile lies along the axis that is contiguous.
-        rows, columns = (32, 64) if y.stride(1) == 1 else (512, 4)
+        # A tile lies along the axis that is contiguous.
+        rows, columns = (32, 64) if y.stride(1) == 1 else (1024, 1)
     device.launch(
         relu_backward_kernel,
         (triton.cdiv(N * P * Q, rows) * triton.cdiv(K, columns),),
-        *(dy, y, dz, dy.stride(), y.stride(), dz.stride(), (N, K, P, Q)),
+        *(dy, y, dz, *map(unspecialised_strides, (dy, y, dz))),
+        *(unspecialised((N, P, Q)), K),
         *(device.wide(N * P * Q, dy, y, dz), rows, columns),
         device=y.device,
     )

@@ -2,10 +2,11 @@
 
 Rows are pixels, columns are channels of the result, the depth runs over channels and taps. The
 operands are gathered by pointers, so any strides do: NCHW, channels_last, views, expanded
-tensors. dgrad is the same product on views of dx and w, one for each parity of the stride. Sizes
+tensors. dgrad is the same product on parts of dx and w, one for each parity of the stride. Sizes
 and strides are in elements.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import triton
@@ -14,27 +15,40 @@ from torch import Tensor
 
 from . import device
 from .device import loop
-from .epilogue import finish
+from .epilogue import result_strides, store_result
 from .geometry import Conv2dGeometry
-from .indexing import dot, narrow, pixel, program, reduction_block, reduction_turns, widen
+from .indexing import (
+    dgrad_walk,
+    dot,
+    fprop_walk,
+    narrow,
+    pixel,
+    plain,
+    plain_strides,
+    program,
+    reduction_block,
+    reduction_turns,
+    unspecialised,
+    unspecialised_strides,
+    widen,
+)
 from .split_sum import parts_like, split_sum
 from .tile import Tile
 
 
-@triton.jit(do_not_specialize=["sizes", "walk"])
+@triton.jit
 def fprop_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups, K, C, R, S]
     bias_ptr,  # [groups * K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, groups * K, P, Q]
-    x_strides,  # n, c, h, w
-    w_strides,  # group, k, c, r, s
-    residual_strides,
-    y_strides,  # n, k, p, q
-    sizes,  # N, H, W, P, Q
+    x_strides,  # n, c, h, w, unspecialised
+    w_strides,  # group, k, c, r, s; then where the first tap is
+    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
+    sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # stride, origin, step of the height, then of the width
+    walk,  # of h, then w: stride, origin, step; then step and first of y
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -42,30 +56,32 @@ def fprop_kernel(
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
-    h = p * stride + origin + r * step, likewise w; x is zero outside. One program writes one
-    rows x columns tile of one group, accumulated in float32 (float64 for float64).
+    h = p * stride + origin + r * step, likewise w; x is zero outside. The p-th row is row
+    p * step + first of y and of the residual, likewise q. One program writes one rows x columns
+    tile of one group, accumulated in float32 (float64 for float64).
     """
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
     DEPTH: tl.constexpr = TILE[2]
     PACKED: tl.constexpr = TILE[3]
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = sizes
+    N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
+    x_strides = plain_strides(x_strides)
 
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
     group = pid // column_tiles % groups
     row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
     n, p, q = pixel(row, P, Q)
-    row_mask = row < N * P * Q
+    row_mask = n < N
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     k_mask = k < K
 
     h0 = p * walk[0] + walk[1]
     w0 = q * walk[3] + walk[4]
     x_rows = x_ptr + group * C * x_strides[1] + n * x_strides[0]
-    w_columns = w_ptr + group * w_strides[0] + k * w_strides[1]
+    w_columns = w_ptr + w_strides[5] + group * w_strides[0] + k * w_strides[1]
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for i in loop(reduction_turns(C, R, S, DEPTH, PACKED)):
         c, r, s, inside = reduction_block(i + (pid - pid), C, R, S, DEPTH, PACKED)
@@ -81,24 +97,19 @@ def fprop_kernel(
         w_tile = tl.load(w_columns[None, :] + w_offsets[:, None], mask=w_mask, other=0.0)
         acc = dot(x_tile, w_tile, acc, PRECISION)
 
+    at = (n, p * walk[6] + walk[7], q * walk[8] + walk[9])
+    masks = (row_mask, k_mask)
     k += group * K
-    mask = row_mask[:, None] & k_mask[None, :]
-    residual_offsets = 0
-    if residual_ptr is not None:
-        at = n * residual_strides[0] + p * residual_strides[2] + q * residual_strides[3]
-        residual_offsets = at[:, None] + (k * residual_strides[1])[None, :]
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    y = finish(acc, bias_ptr, k, k_mask, residual_ptr, residual_offsets, mask, RELU, DTYPE)
-    at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-    tl.store(y_ptr + at[:, None] + (k * y_strides[1])[None, :], y, mask=mask)
+    store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
 
 
 class _Product(NamedTuple):
     """What distinguishes one launch of fprop_kernel from another, besides its tensors."""
 
-    w_strides: tuple[int, int, int, int, int]  # group, k, c, r, s
+    sizes: tuple[int, int, int, int, int]  # N, H, W, P, Q
+    w_strides: tuple[int, int, int, int, int, int]  # group, k, c, r, s; where the first tap is
     reduction: tuple[int, int, int, int, int]  # groups, K, C, R, S
-    walk: tuple[int, int, int, int, int, int]  # stride, origin, step; height, width
+    walk: tuple[int, ...]  # as the kernel takes it
 
 
 def _multiply(
@@ -107,27 +118,27 @@ def _multiply(
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    product: _Product,
+    products: Iterable[_Product],
     tile: Tile,
     relu: bool,
     precision: str,
 ) -> None:
     N, _, P, Q = y.shape
-    groups, K = product.reduction[:2]
-    rows = N * P * Q
-    device.launch(
-        fprop_kernel,
-        (triton.cdiv(rows, tile.rows) * triton.cdiv(K, tile.columns) * groups,),
-        *(x, w, bias, residual, y),
-        *(x.stride(), product.w_strides),
-        *((0, 0, 0, 0) if residual is None else residual.stride(), y.stride()),
-        *((N, *x.shape[2:], P, Q), product.reduction, product.walk),
-        *(relu, precision, device.wide(rows, x, w, residual, y)),
-        (tile.rows, tile.columns, tile.depth, tile.packed),
-        device=x.device,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    wide = device.wide(N * P * Q, x, w, residual, y)
+    strides = unspecialised_strides(x), result_strides(residual, y)
+    for sizes, w_strides, reduction, walk in products:
+        N, _, _, P, Q = sizes
+        groups, K = reduction[:2]
+        device.launch(
+            fprop_kernel,
+            (triton.cdiv(N * P * Q, tile.rows) * triton.cdiv(K, tile.columns) * groups,),
+            *(x, w, bias, residual, y, strides[0], w_strides, strides[1]),
+            *(unspecialised(sizes), reduction, walk),
+            *(relu, precision, wide, (tile.rows, tile.columns, tile.depth, tile.packed)),
+            device=x.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
 
 def fprop(
@@ -144,13 +155,14 @@ def fprop(
 ) -> None:
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
     K, C, R, S = g.K // g.groups, g.C // g.groups, g.R, g.S
-    k_stride = w.stride(0)
+    k, c, r, s = w.stride()
     product = _Product(
-        (K * k_stride, *w.stride()),
+        (g.N, g.H, g.W, g.P, g.Q),
+        (K * k, k, c, r, s, 0),
         (g.groups, K, C, R, S),
-        g.walk,
+        fprop_walk(g),
     )
-    _multiply(x, w, bias, residual, y, product, tile, relu, precision)
+    _multiply(x, w, bias, residual, y, [product], tile, relu, precision)
 
 
 def dgrad(
@@ -169,36 +181,30 @@ def dgrad(
     K and C, that writes its own pixels of dx.
     """
     K, C = g.K // g.groups, g.C // g.groups
-    for row, column in g.dgrad():
-        k, c, r, s = w.stride()
-        product = _Product(
-            (K * k, c, k, r * row.tap_step, s * column.tap_step),
+    P, Q = g.P, g.Q
+    k, c, r, s = w.stride()
+    products = [
+        _Product(
+            (g.N, P, Q, row.count, column.count),
+            (K * k, c, k, r * row.tap_step, s * column.tap_step, r * row.tap + s * column.tap),
             (g.groups, C, K, row.taps, column.taps),
-            (1, row.origin, -row.step, 1, column.origin, -column.step),
+            dgrad_walk(row, column),
         )
-        _multiply(
-            dy,
-            w[:, :, row.tap :, column.tap :],
-            bias,
-            None,
-            dx[:, :, row.first :: row.stride, column.first :: column.stride],
-            product,
-            tile,
-            False,
-            precision,
-        )
+        for row, column in g.dgrad()
+    ]
+    _multiply(dy, w, bias, None, dx, products, tile, False, precision)
 
 
-@triton.jit(do_not_specialize=["sizes", "walk", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def wgrad_kernel(
     x_ptr,  # [N, groups * C, H, W]
     dy_ptr,  # [N, groups * K, P, Q]
     dw_ptr,  # [splits, groups * K, C, R, S] or None
     db_ptr,  # [splits, groups * K] or None
-    x_strides,  # n, c, h, w
-    dy_strides,  # n, k, p, q
+    x_strides,  # n, c, h, w, unspecialised
+    dy_strides,  # n, k, p, q, unspecialised
     dw_strides,  # split, k, c, r, s
-    sizes,  # N, H, W, P, Q
+    sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
     splits,
@@ -216,8 +222,10 @@ def wgrad_kernel(
     DEPTH: tl.constexpr = TILE[2]
     PACKED: tl.constexpr = TILE[3]
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = sizes
+    N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
+    x_strides = plain_strides(x_strides)
+    dy_strides = plain_strides(dy_strides)
 
     pid = program(WIDE)
     column_tiles = 0
@@ -233,7 +241,7 @@ def wgrad_kernel(
     k = pid // tiles % row_tiles * ROWS + tl.arange(0, ROWS)
     k_mask = k < K
     k += group * K
-    pixels = N * P * Q
+    pixels = (pid * 0 + N) * P * Q  # as wide as the offsets
     turns = tl.cdiv(tl.cdiv(pixels, DEPTH), splits)
 
     if tile == column_tiles:
@@ -244,7 +252,7 @@ def wgrad_kernel(
                 n, p, q = pixel(at, P, Q)
                 # [ROWS, DEPTH]
                 offsets = (n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3])[None, :]
-                mask = k_mask[:, None] & (at < pixels)[None, :]
+                mask = k_mask[:, None] & (n < N)[None, :]
                 dy = tl.load(dy_ptr + (k * dy_strides[1])[:, None] + offsets, mask=mask, other=0.0)
                 db += tl.sum(widen(dy, ACC), axis=1)
             db = narrow(db, db_ptr.dtype.element_ty)
@@ -258,7 +266,7 @@ def wgrad_kernel(
             n, p, q = pixel(at, P, Q)
             h = (p * walk[0] + walk[1])[:, None] + r * walk[2]
             w = (q * walk[3] + walk[4])[:, None] + s * walk[5]
-            at_mask = at < pixels
+            at_mask = n < N
             # [DEPTH, ROWS]
             offsets = (n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3])[:, None]
             mask = at_mask[:, None] & k_mask[None, :]
@@ -304,10 +312,9 @@ def wgrad(
         wgrad_kernel,
         (tiles * triton.cdiv(K, tile.rows) * g.groups * tile.splits,),
         *(x, dy, dw_parts, db_parts),
-        *(x.stride(), dy.stride()),
+        *(unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
-        *((g.N, g.H, g.W, P, Q), (g.groups, K, C, R, S)),
-        g.walk,
+        *(unspecialised((g.N, g.H, g.W, P, Q)), (g.groups, K, C, R, S), g.walk),
         *(tile.splits, precision, device.wide(g.N * P * Q, x, dy, dw_parts)),
         (tile.rows, tile.columns, tile.depth, tile.packed),
         device=x.device,

@@ -1,16 +1,100 @@
 """What all kernels share: index arithmetic, the product, and conversions between dtypes.
 
+Sizes and strides that follow the batch and the image go to a kernel *unspecialised*. Triton makes
+one binary for an integer that is 1, one for multiples of 16, one for the rest, and inside a tuple
+``do_not_specialize`` does not keep it from doing so: each new size might compile a kernel again.
+So a launcher sends such integers as odd ones that are never 1, and the kernel takes them back.
+
 Triton's interpreter is wrong on bfloat16 in three places, each mended here for it alone: dot
 multiplies raw bits, a conversion to bfloat16 truncates instead of rounding to nearest even, and
 subnormal numbers come out wrong in both directions.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .device import INTERPRET
+from .geometry import Conv2dGeometry, Taps
 
 _INTERPRET = tl.constexpr(INTERPRET)
+_ODD = tl.constexpr(2**20 + 1)
+_ALIGNED = 16  # what Triton tells apart; in elements, so that a row of them takes whole vectors
+
+
+def unspecialised(values: Iterable[int]) -> tuple[int, ...]:
+    """Integers above -2**19 for a kernel's tuple, which reads them by ``plain``."""
+    return tuple([2 * value + _ODD.value for value in values])
+
+
+def unspecialised_strides(t: Tensor) -> tuple[int, int, int, int, int]:
+    """Strides of t[N, C, H, W] for a kernel, which reads them by ``plain_strides``.
+
+    What a binary may know of them follows from the layout alone: strides of 1, and whether the
+    channels lie side by side in aligned rows, which makes loads of 16 bytes. The last integer is
+    the unit of the strides of n, h and w.
+    """
+    N, _, H, _ = t.shape
+    n, c, h, w = t.stride()
+    # The stride of an axis of one element may be anything.
+    if N == 1:
+        n = 0
+    if H == 1:
+        h = 0
+    rows = n | h | w
+    unit = _ALIGNED if c == 1 and rows % _ALIGNED == 0 and rows < 2**31 else 1
+    return 2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, unit
+
+
+@triton.jit
+def _compiled_plain(values):
+    return tl.tuple([(value - _ODD) >> 1 for value in values])
+
+
+@triton.jit
+def _compiled_plain_strides(strides):
+    n, c, h, w, unit = strides
+    # Halved before anything is added: these may be the largest integers of 32 bits.
+    return ((n >> 1) + 1) * unit, (c >> 1) + 1, ((h >> 1) + 1) * unit, ((w >> 1) + 1) * unit
+
+
+def _interpreted_plain(values: Any) -> list[int]:
+    return [(_integer(value) - _ODD.value) >> 1 for value in values]
+
+
+def _interpreted_plain_strides(strides: Any) -> tuple[int, int, int, int]:
+    n, c, h, w, unit = map(_integer, strides)
+    return (n + 1) // 2 * unit, (c + 1) // 2, (h + 1) // 2 * unit, (w + 1) // 2 * unit
+
+
+def _integer(scalar: Any) -> int:
+    return scalar.handle.data.item()
+
+
+# The interpreter spends a millisecond on a jitted function, nothing on Python's integers.
+plain = _interpreted_plain if INTERPRET else _compiled_plain
+"""The integers of a tuple that ``unspecialised`` made."""
+plain_strides = _interpreted_plain_strides if INTERPRET else _compiled_plain_strides
+"""(n, c, h, w) of strides that ``unspecialised_strides`` made; a unit of 16 shows in them."""
+
+
+def fprop_walk(g: Conv2dGeometry) -> tuple[int, ...]:
+    """Of the height and of the width: stride, origin, step; then of each: step and first of y.
+
+    Place p of y and tap r meet at row ``p * stride + origin + r * step`` of x.
+    """
+    return *g.walk, 1, 0, 1, 0
+
+
+def dgrad_walk(row: Taps, column: Taps) -> tuple[int, ...]:
+    """The same for one parity: x is dy, and place p is row ``p * step + first`` of dx."""
+    return (
+        *(1, row.origin, -row.step, 1, column.origin, -column.step),
+        *(row.stride, row.first, column.stride, column.first),
+    )
 
 
 @triton.jit
@@ -24,8 +108,10 @@ def program(WIDE: tl.constexpr):
 
 @triton.jit
 def pixel(i, P, Q):
-    """(n, p, q) of the i-th of N x P x Q pixels."""
-    return i // (P * Q), i // Q % P, i % Q
+    """(n, p, q) of the i-th of N x P x Q pixels; a remainder would cost one more division."""
+    row = i // Q
+    n = row // P
+    return n, row - n * P, i - row * Q
 
 
 @triton.jit
@@ -47,17 +133,17 @@ def reduction_block(i, C, R, S, BLOCK: tl.constexpr, PACKED: tl.constexpr):
     """
     if PACKED:
         crs = i * BLOCK + tl.arange(0, BLOCK)
-        c = crs % C
-        r = crs // C // S
-        s = crs // C % S
+        tap = crs // C
+        c = crs - tap * C
+        r = tap // S
         inside = r < R
     else:
         blocks = tl.cdiv(C, BLOCK)
-        c = i % blocks * BLOCK + tl.arange(0, BLOCK)
-        r = i // blocks // S
-        s = i // blocks % S
+        tap = i // blocks
+        c = (i - tap * blocks) * BLOCK + tl.arange(0, BLOCK)
+        r = tap // S
         inside = c < C
-    return c, r, s, inside
+    return c, r, tap - r * S, inside
 
 
 @triton.jit

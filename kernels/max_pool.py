@@ -5,8 +5,7 @@ The forward pass keeps one small number for each window, its *offset*: the tap t
 without atomics and without a pass of zeros. Sizes and strides are in elements.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -15,8 +14,17 @@ from torch import Tensor
 
 from . import device
 from .device import Device, loop
-from .geometry import Pair, Pool2dGeometry, is_channels_last
-from .indexing import narrow, pixel, program, widen
+from .geometry import Pair, Pool2dGeometry
+from .indexing import (
+    narrow,
+    pixel,
+    plain,
+    plain_strides,
+    program,
+    unspecialised,
+    unspecialised_strides,
+    widen,
+)
 from .tile import Tile
 
 
@@ -57,8 +65,7 @@ def _tile(pixels: int, channels: int, channels_last: bool, device: Device) -> Ti
     return Tile(1024 // columns, columns)
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
+class _Window(NamedTuple):
     """What of a pooling its kernels are compiled for; pairs are height and width."""
 
     kernel: Pair
@@ -71,8 +78,7 @@ class _Window:
         return cls(g.kernel, g.stride, g.padding, g.dilation)
 
 
-@dataclass(frozen=True, slots=True)
-class _Turns:
+class _Turns(NamedTuple):
     """A loop over the height and, within it, one over the width."""
 
     first: Pair
@@ -87,7 +93,13 @@ class _Turns:
 
 
 def _taps(g: Pool2dGeometry) -> _Turns:
-    """The taps that lie inside x for any window at all: few where windows outgrow the image."""
+    """The taps to walk: on a GPU all of them, as binaries must not depend on the image.
+
+    In the interpreter only those that lie inside x for any window at all, which are few where
+    windows outgrow the image.
+    """
+    if not device.INTERPRET:
+        return _Turns.between((0, 0), g.kernel)
     rows = _reach(g.H, g.P, g.kernel[0], g.stride[0], g.padding[0], g.dilation[0])
     columns = _reach(g.W, g.Q, g.kernel[1], g.stride[1], g.padding[1], g.dilation[1])
     return _Turns.between((rows[0], columns[0]), (rows[1], columns[1]))
@@ -115,21 +127,22 @@ def _pixels_and_channels(N, H, W, C, WIDE: tl.constexpr, ROWS: tl.constexpr, COL
 
 @triton.jit
 def _at(n, c, h, w, strides):
-    """Where a tensor's elements [n, c, h, w] are."""
+    """Where a tensor's elements [n, c, h, w] are, from its unspecialised strides."""
+    strides = plain_strides(strides)
     return n * strides[0] + h * strides[2] + w * strides[3] + c * strides[1]
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def max_pool2d_kernel(
     x_ptr,
     y_ptr,
     offsets_ptr,  # or None
     indices_ptr,  # or None
-    x_strides,  # n, c, h, w
-    y_strides,  # n, c, p, q; so are the next two
+    x_strides,  # n, c, h, w, unspecialised
+    y_strides,  # n, c, p, q, unspecialised; so are the next two
     offsets_strides,
     indices_strides,
-    sizes,  # N, H, W, P, Q
+    sizes,  # N, H, W, P, Q, unspecialised
     C,
     WINDOW: tl.constexpr,  # a _Window
     TAPS: tl.constexpr,  # the _Turns to take
@@ -143,7 +156,8 @@ def max_pool2d_kernel(
     tap wins if it is greater or NaN: of equal values the first does, of several NaNs the last.
     One program writes ROWS pixels by COLUMNS channels; values are compared in float32 (float64).
     """
-    N, H, W, P, Q = sizes
+    N, H, W, P, Q = plain(sizes)
+    x_strides = plain_strides(x_strides)
     n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
     R: tl.constexpr = WINDOW.kernel[0]
     S: tl.constexpr = WINDOW.kernel[1]
@@ -198,29 +212,29 @@ def max_pool2d(
     offsets[N,C,P,Q], of ``offset_dtype(g)``, and int64 indices[N,C,P,Q] tell the pixel that it
     came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
     """
-    none = (0, 0, 0, 0)
+    y_strides = unspecialised_strides(y)
     device.launch(
         max_pool2d_kernel,
         (triton.cdiv(g.N * g.P * g.Q, tile.rows) * triton.cdiv(g.C, tile.columns),),
-        *(x, y, offsets, indices, x.stride(), y.stride()),
-        none if offsets is None else offsets.stride(),
-        none if indices is None else indices.stride(),
-        *((g.N, g.H, g.W, g.P, g.Q), g.C, _Window.of(g), _taps(g)),
+        *(x, y, offsets, indices, unspecialised_strides(x), y_strides),
+        y_strides if offsets is None else unspecialised_strides(offsets),
+        y_strides if indices is None else unspecialised_strides(indices),
+        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), g.C, _Window.of(g), _taps(g)),
         *(device.wide(g.N * g.P * g.Q, x, y, offsets, indices), tile.rows, tile.columns),
         device=x.device,
         num_warps=tile.warps,
     )
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def max_pool2d_backward_kernel(
     dy_ptr,
     offsets_ptr,
     dx_ptr,
-    dy_strides,  # n, c, p, q; so are those of offsets
+    dy_strides,  # n, c, p, q, unspecialised; so are those of offsets
     offsets_strides,
-    dx_strides,  # n, c, h, w
-    sizes,  # N, H, W, P, Q
+    dx_strides,  # n, c, h, w, unspecialised
+    sizes,  # N, H, W, P, Q, unspecialised
     C,
     WINDOW: tl.constexpr,  # a _Window
     WINDOWS: tl.constexpr,  # the _Turns to take
@@ -233,7 +247,9 @@ def max_pool2d_backward_kernel(
     Each pixel asks the windows that cover it, in the order of p and q. One program writes ROWS
     pixels by COLUMNS channels, summed in float32 (float64 for float64).
     """
-    N, H, W, P, Q = sizes
+    N, H, W, P, Q = plain(sizes)
+    dy_strides = plain_strides(dy_strides)
+    offsets_strides = plain_strides(offsets_strides)
     R: tl.constexpr = WINDOW.kernel[0]
     S: tl.constexpr = WINDOW.kernel[1]
     n, h, w, c, mask = _pixels_and_channels(N, H, W, C, WIDE, ROWS, COLUMNS)
@@ -273,23 +289,28 @@ def max_pool2d_backward(
     device.launch(
         max_pool2d_backward_kernel,
         (triton.cdiv(g.N * g.H * g.W, tile.rows) * triton.cdiv(g.C, tile.columns),),
-        *(dy, offsets, dx, dy.stride(), offsets.stride(), dx.stride()),
-        *((g.N, g.H, g.W, g.P, g.Q), g.C, _Window.of(g), _Turns.between((0, 0), g.covering)),
+        *(dy, offsets, dx, *map(unspecialised_strides, (dy, offsets, dx))),
+        *(
+            unspecialised((g.N, g.H, g.W, g.P, g.Q)),
+            g.C,
+            _Window.of(g),
+            _Turns.between((0, 0), g.covering),
+        ),
         *(device.wide(g.N * g.H * g.W, dy, offsets, dx), tile.rows, tile.columns),
         device=dy.device,
         num_warps=tile.warps,
     )
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def max_pool2d_gather_kernel(
     ddx_ptr,
     offsets_ptr,
     ddy_ptr,
-    ddx_strides,  # n, c, h, w
-    offsets_strides,  # n, c, p, q; so are those of ddy
+    ddx_strides,  # n, c, h, w, unspecialised
+    offsets_strides,  # n, c, p, q, unspecialised; so are those of ddy
     ddy_strides,
-    sizes,  # N, P, Q
+    sizes,  # N, P, Q, unspecialised
     C,
     WINDOW: tl.constexpr,  # a _Window
     WIDE: tl.constexpr,
@@ -300,7 +321,7 @@ def max_pool2d_gather_kernel(
 
     One program writes ROWS pixels by COLUMNS channels.
     """
-    N, P, Q = sizes
+    N, P, Q = plain(sizes)
     n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
     offset = tl.load(offsets_ptr + _at(n, c, p, q, offsets_strides), mask=mask, other=0)
     offset = offset.to(tl.int32)
@@ -320,23 +341,23 @@ def max_pool2d_gather(
     device.launch(
         max_pool2d_gather_kernel,
         (triton.cdiv(g.N * g.P * g.Q, tile.rows) * triton.cdiv(g.C, tile.columns),),
-        *(ddx, offsets, ddy, ddx.stride(), offsets.stride(), ddy.stride()),
-        *((g.N, g.P, g.Q), g.C, _Window.of(g)),
+        *(ddx, offsets, ddy, *map(unspecialised_strides, (ddx, offsets, ddy))),
+        *(unspecialised((g.N, g.P, g.Q)), g.C, _Window.of(g)),
         *(device.wide(g.N * g.P * g.Q, ddx, offsets, ddy), tile.rows, tile.columns),
         device=ddx.device,
         num_warps=tile.warps,
     )
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def max_unpool2d_kernel(
     x_ptr,
     indices_ptr,
     y_ptr,
-    x_strides,  # n, c, p, q; so are those of indices
+    x_strides,  # n, c, p, q, unspecialised; so are those of indices
     indices_strides,
-    y_strides,  # n, c, h, w
-    sizes,  # N, H * W, W, P * Q, Q
+    y_strides,  # n, c, h, w, unspecialised
+    sizes,  # N, H * W, W, P * Q, Q, unspecialised
     C,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -347,7 +368,7 @@ def max_unpool2d_kernel(
     One program writes PLANES planes (n, c): zeros first, then x in blocks of BLOCK elements.
     Barriers order the blocks; within one, an element yields to a later one of the same index.
     """
-    N, HW, W, PQ, Q = sizes
+    N, HW, W, PQ, Q = plain(sizes)
     plane = (program(WIDE) * PLANES + tl.arange(0, PLANES))[:, None]
     n = plane // C
     c = plane % C
@@ -391,8 +412,8 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
     device.launch(
         max_unpool2d_kernel,
         (triton.cdiv(N * C, tile.columns),),
-        *(x, indices, y, x.stride(), indices.stride(), y.stride()),
-        *((N, H * W, W, P * Q, Q), C),
+        *(x, indices, y, *map(unspecialised_strides, (x, indices, y))),
+        *(unspecialised((N, H * W, W, P * Q, Q)), C),
         *(device.wide(max(N * C, H * W, P * Q), x, indices, y), tile.rows, tile.columns),
         device=x.device,
         num_warps=tile.warps,
@@ -417,18 +438,18 @@ def _unpool_tile(y: Tensor) -> Tile:
     N, C = y.shape[:2]
     if device.INTERPRET:
         return Tile(32, min(triton.next_power_of_2(max(N * C, 1)), 1024))
-    return Tile(16, 16) if is_channels_last(y.shape, y.stride()) else Tile(32, 4)
+    return Tile(16, 16) if y.stride(1) == 1 else Tile(32, 4)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def max_unpool2d_backward_kernel(
     dy_ptr,
     indices_ptr,
     dx_ptr,
-    dy_strides,  # n, c, h, w
-    indices_strides,  # n, c, p, q; so are those of dx
+    dy_strides,  # n, c, h, w, unspecialised
+    indices_strides,  # n, c, p, q, unspecialised; so are those of dx
     dx_strides,
-    sizes,  # N, H * W, W, P, Q
+    sizes,  # N, H * W, W, P, Q, unspecialised
     C,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -438,7 +459,7 @@ def max_unpool2d_backward_kernel(
 
     One program writes ROWS pixels by COLUMNS channels.
     """
-    N, HW, W, P, Q = sizes
+    N, HW, W, P, Q = plain(sizes)
     n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
     index = tl.load(indices_ptr + _at(n, c, p, q, indices_strides), mask=mask, other=0)
     inside = mask & (index >= 0) & (index < HW)
@@ -451,13 +472,12 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     """dx[N,C,P,Q] from dy[N,C,H,W] and the forward pass's indices; equal ones all get dy."""
     N, C, H, W = dy.shape
     P, Q = dx.shape[2:]
-    channels_last = is_channels_last(dx.shape, dx.stride())
-    tile = _tile(N * P * Q, C, channels_last, device.describe(dy.device))
+    tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
     device.launch(
         max_unpool2d_backward_kernel,
         (triton.cdiv(N * P * Q, tile.rows) * triton.cdiv(C, tile.columns),),
-        *(dy, indices, dx, dy.stride(), indices.stride(), dx.stride()),
-        *((N, H * W, W, P, Q), C),
+        *(dy, indices, dx, *map(unspecialised_strides, (dy, indices, dx))),
+        *(unspecialised((N, H * W, W, P, Q)), C),
         *(device.wide(max(N * P * Q, H * W), dy, indices, dx), tile.rows, tile.columns),
         device=dy.device,
         num_warps=tile.warps,

@@ -10,7 +10,8 @@ from .device import loop
 from .indexing import narrow, program
 
 
-@triton.jit(do_not_specialize=["numel", "splits"])
+# The elements are a layer's weights: their number, unlike that of the parts, knows no batch.
+@triton.jit(do_not_specialize=["splits"])
 def split_sum_kernel(parts_ptr, out_ptr, numel, splits, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """out[i] = parts[0, i] + parts[1, i] + ..., first to last; one program sums BLOCK elements."""
     i = program(WIDE) * BLOCK + tl.arange(0, BLOCK)

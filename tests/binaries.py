@@ -1,0 +1,173 @@
+"""The binaries that sizes of a layer need, without compiling them: python -m tests.binaries.
+
+Prints JSON: ``rows``, for each layer, layout and direction the binaries that its first size needs
+and those that other sizes need besides; ``accesses``, how many bytes each access to global memory
+has in a few kernels that are compiled. A program of its own, as the tests' process has the
+interpreter.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from math import prod
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from kernels import device, direct_conv, epilogue, implicit_gemm, max_pool
+from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
+from kernels.tile import Tile
+
+Binary = tuple[str, str, str]  # a kernel's module and name, and what Triton compiles it for
+
+ONE = ((1, 1), (1, 1))
+LAYERS = {
+    "3x3": Conv2dGeometry(2, 64, 32, 32, 64, 3, 3, padding=ONE),
+    "3x3/2": Conv2dGeometry(2, 64, 32, 32, 128, 3, 3, (2, 2), ONE),
+    "1x1/2": Conv2dGeometry(2, 64, 32, 32, 128, 1, 1, (2, 2)),
+    "12 channels": Conv2dGeometry(2, 12, 32, 32, 20, 3, 3, padding=ONE, dilation=(2, 1)),
+    "4 groups of 24": Conv2dGeometry(2, 96, 32, 32, 96, 3, 3, padding=ONE, groups=4),
+    "32 groups of 4": Conv2dGeometry(2, 128, 32, 32, 128, 3, 3, padding=ONE, groups=32),
+    "stem": Conv2dGeometry(2, 3, 32, 32, 64, 7, 7, (2, 2), ((3, 3), (3, 3))),
+    "lenet5": Conv2dGeometry(2, 1, 32, 32, 6, 5, 5),
+    "depthwise": Conv2dGeometry(2, 96, 32, 32, 96, 3, 3, (2, 2), ONE, groups=96),
+}
+POOLS = {
+    "pool 3x3/2": Pool2dGeometry(2, 64, 32, 32, (3, 3), (2, 2), (1, 1)),
+    "pool 2x2/2": Pool2dGeometry(2, 6, 32, 32, (2, 2), (2, 2)),
+}
+BATCHES = (1, 2, 3, 16, 31, 64, 512)
+IMAGES = (
+    *((32, 32), (33, 32), (34, 47), (48, 64), (57, 57), (112, 112)),
+    *((224, 224), (225, 321), (512, 512), (511, 512)),
+)
+
+
+@contextmanager
+def counting(target: GPUTarget) -> Iterator[set[Binary]]:
+    """Within this context launches run and compile nothing; yields the binaries they need."""
+    needed: set[Binary] = set()
+
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        needed.add((fn.module, fn.name, key))
+        return True
+
+    runtime = triton.knobs.runtime
+    previous, runtime.jit_cache_hook = runtime.jit_cache_hook, note
+    try:
+        with device.compile_only(target):
+            yield needed
+    finally:
+        runtime.jit_cache_hook = previous
+
+
+def empty(shape: tuple[int, ...], channels_last: bool, dtype=torch.bfloat16) -> Tensor:
+    """A tensor without memory. The batch of one has an odd stride, as it is never taken."""
+    n, *strides = output_strides(shape, channels_last)
+    if shape[0] == 1:
+        n = 12345
+    return torch.empty_strided(shape, (n, *strides), dtype=dtype, device="meta")
+
+
+def launch_convolution(direction: str, g: Conv2dGeometry, channels_last: bool) -> None:
+    """As the operators do, with the tile of engine 3, or one of engine 1 that all layers take."""
+    x, y = empty(g.x_shape, channels_last), empty(g.y_shape, channels_last)
+    w = torch.empty_strided(
+        g.w_shape, output_strides(g.w_shape, channels_last), dtype=x.dtype, device="meta"
+    )
+    bias = torch.empty(g.K, dtype=x.dtype, device="meta")
+    engine, tile = implicit_gemm, Tile(64, 64, 32, packed=g.C // g.groups % 32 != 0)
+    if direct_conv.supports(g):
+        engine = direct_conv
+        tile = direct_conv.choose_tile(direction, g, x.dtype, device.describe(x.device))
+    if direction == "fprop":
+        engine.fprop(x, w, bias, y, y, g, tile, relu=True, precision="ieee")
+    elif direction == "dgrad":
+        engine.dgrad(y, w, None, x, g, tile, precision="ieee")
+    else:
+        # One part needs no second pass, and so another binary.
+        tile = replace(tile, splits=2 + g.N % 15)
+        engine.wgrad(x, y, w, bias, g, tile, precision="ieee")
+
+
+def launch_pool(direction: str, g: Pool2dGeometry, channels_last: bool) -> None:
+    """All kernels of a direction, and with the gradients a ReLU's."""
+    x, y = empty(g.x_shape, channels_last), empty(g.y_shape, channels_last)
+    offsets = empty(g.y_shape, channels_last, max_pool.offset_dtype(g))
+    indices = empty(g.y_shape, channels_last, torch.int64)
+    gpu = device.describe(x.device)
+    forward = max_pool.choose_tile("forward", g, channels_last, gpu)
+    if direction == "forward":
+        max_pool.max_pool2d(x, g, y, offsets, indices, forward)
+        max_pool.max_unpool2d(y, indices, x)
+    else:
+        backward = max_pool.choose_tile("backward", g, channels_last, gpu)
+        max_pool.max_pool2d_backward(y, offsets, x, g, backward)
+        max_pool.max_pool2d_gather(x, offsets, y, g, forward)
+        max_pool.max_unpool2d_backward(x, indices, y)
+        epilogue.relu_backward(y, y, y)
+
+
+def sizes() -> Iterator[tuple[int, int, int]]:
+    """N, H, W, of which the first one is to be enough."""
+    yield 2, 64, 64
+    for batch, image in product(BATCHES, IMAGES):
+        yield batch, *image
+
+
+def rows(needed: set[Binary]) -> Iterator[dict[str, Any]]:
+    """A row for each layer, layout and direction."""
+    convolutions = product(LAYERS.items(), ("fprop", "dgrad", "wgrad"), [launch_convolution])
+    pools = product(POOLS.items(), ("forward", "backward"), [launch_pool])
+    for ((name, layer), direction, launch), channels_last in product(
+        [*convolutions, *pools], (False, True)
+    ):
+        needed.clear()
+        first: set[Binary] = set()
+        for N, H, W in sizes():
+            g = replace(layer, N=N, H=H, W=W)
+            if max(prod(g.x_shape), prod(g.y_shape)) >= 2**31 - 2**20:
+                continue  # offsets of 64 bits are other binaries
+            launch(direction, g, channels_last)
+            first = first or set(needed)
+        label = {"layer": name, "direction": direction, "channels_last": channels_last}
+        yield {**label, "first": sorted(first), "more": sorted(needed - first)}
+
+
+def accesses(ptx: str) -> list[int]:
+    """Bytes of each load, store and asynchronous copy from or to global memory."""
+    found = re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global.*?, 0x(\w+)", ptx)
+    return [int(count or 1) * int(bits) // 8 for count, bits in found] + [
+        int(size, 16) for size in copied
+    ]
+
+
+def compiled() -> Iterator[tuple[str, list[int]]]:
+    """Kernels of channels_last layers in odd sizes."""
+    with device.compile_only(GPUTarget("cuda", 90, 32)) as kernels:
+        g = replace(LAYERS["3x3"], N=3, H=57, W=45)
+        x, w, y = (empty(shape, True) for shape in (g.x_shape, g.w_shape, g.y_shape))
+        tile = Tile(64, 64, 32)
+        implicit_gemm.fprop(x, w, None, y, y, g, tile, relu=True, precision="ieee")
+        g = replace(POOLS["pool 3x3/2"], N=3, H=57, W=45)
+        x, y = empty(g.x_shape, True), empty(g.y_shape, True)
+        tile = max_pool.choose_tile("forward", g, True, device.describe(x.device))
+        max_pool.max_pool2d(x, g, y, None, None, tile)
+        epilogue.relu_backward(y, y, y)
+    for kernel in kernels:
+        yield kernel.metadata.name, accesses(kernel.asm["ptx"])
+
+
+if __name__ == "__main__":
+    target = GPUTarget("cuda", 90, 32)
+    with counting(target) as needed:
+        found = list(rows(needed))
+    json.dump({"rows": found, "accesses": list(compiled())}, sys.stdout)

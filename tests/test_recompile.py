@@ -1,0 +1,53 @@
+"""Once a layer has run, another batch or image size compiles nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.binaries"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_a_new_size_needs_no_new_binary(found):
+    assert len(found["rows"]) == 2 * (9 * 3 + 2 * 2)
+    assert [row for row in found["rows"] if row["more"]] == []
+
+
+def test_a_direction_of_a_layer_needs_few_binaries(found):
+    for row in found["rows"]:
+        parities = 4 if row["direction"] == "dgrad" else 1
+        second_passes = 2 if row["direction"] == "wgrad" else 0
+        most = 4 if "pool" in row["layer"] else parities + second_passes
+        assert 1 <= len(row["first"]) <= most, row
+
+
+def test_what_makes_another_binary_is_seen(found):
+    """The layout does: aligned rows of channels are loaded 16 bytes at a time."""
+    rows = [row for row in found["rows"] if row["layer"] == "3x3"]
+    for direction in ("fprop", "dgrad", "wgrad"):
+        contiguous, channels_last = (
+            {tuple(binary) for binary in row["first"] if "split_sum" not in binary[0]}
+            for row in rows
+            if row["direction"] == direction
+        )
+        assert contiguous.isdisjoint(channels_last)
+
+
+def test_rows_of_channels_are_accessed_16_bytes_at_a_time(found):
+    names = ["fprop_kernel", "max_pool2d_kernel", "relu_backward_kernel"]
+    assert [name for name, _ in found["accesses"]] == names
+    for name, sizes in found["accesses"]:
+        assert set(sizes) == {16}, name
