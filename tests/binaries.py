@@ -1,9 +1,10 @@
 """The binaries that sizes of a layer need, without compiling them: python -m tests.binaries.
 
-Prints JSON: ``rows``, for each layer, layout and direction the binaries that its first size needs
-and those that other sizes need besides; ``accesses``, how many bytes each access to global memory
-has in a few kernels that are compiled. A program of its own, as the tests' process has the
-interpreter.
+Prints JSON: ``rows``, for each layer, layout and direction of the pointer kernels the binaries that
+its first size needs and those that other sizes need besides; ``accesses``, how many bytes each
+access to global memory has in a few kernels that are compiled; ``resnet50``, how many binaries a
+training step needs, and those that steps of other sizes need after warming up. A program of its
+own, as the tests' process has the interpreter.
 """
 
 import json
@@ -21,7 +22,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from kernels import device, direct_conv, epilogue, implicit_gemm, max_pool
+from bench import suites
+from kernels import device, direct_conv, epilogue, implicit_gemm, library, max_pool
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
 from kernels.tile import Tile
 
@@ -166,8 +168,45 @@ def compiled() -> Iterator[tuple[str, list[int]]]:
         yield kernel.metadata.name, accesses(kernel.asm["ptx"])
 
 
+def step(N: int, image: int) -> None:
+    """The convolutions of ResNet-50 in training, on N images of image x image, by the operators.
+
+    The first layer's input, the images, needs no gradient.
+    """
+    for layer in suites.layers():
+        if layer.suite != "resnet50_v1.5" or not isinstance(layer.geometry, Conv2dGeometry):
+            continue
+        g = layer.geometry
+        size = g.H * image // 224
+        x, w = empty((N, g.C, size, size), True), empty(g.w_shape, True)
+        (top, bottom), (left, right) = g.padding
+        arguments = (g.stride, (top, bottom, left, right), g.dilation, g.groups, None)
+        y = library._conv2d(x, w, None, None, *arguments, False)
+        if g.C > 3:
+            library._dgrad(y, w, None, x.shape[2:], *arguments, True)
+        library._wgrad(x, y, w.shape, w.stride(), *arguments, False)
+
+
+def resnet50(needed: set[Binary]) -> dict[str, Any]:
+    """Batches of 1 to 512 images of 64 to 512 pixels, in multiples of 32."""
+    needed.clear()
+    step(256, 224)
+    one_step = len(needed)
+    needed.clear()
+    with device.warm_up():
+        step(256, 224)
+    warm = set(needed)
+    needed.clear()
+    images = (64, 96, 160, 224, 288, 352, 448, 512)
+    for N, image in product((1, 3, 16, 31, 64, 100, 512), images):
+        if N * 64 * (image // 2) ** 2 < 2**30:  # offsets of 64 bits are other binaries
+            step(N, image)
+    new = sorted(needed - warm)
+    return {"one_step": one_step, "warm": len(warm), "other_sizes": len(needed), "new": new}
+
+
 if __name__ == "__main__":
     target = GPUTarget("cuda", 90, 32)
     with counting(target) as needed:
-        found = list(rows(needed))
-    json.dump({"rows": found, "accesses": list(compiled())}, sys.stdout)
+        found = {"rows": list(rows(needed)), "resnet50": resnet50(needed)}
+    json.dump({**found, "accesses": list(compiled())}, sys.stdout)

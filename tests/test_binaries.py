@@ -1,93 +1,63 @@
-"""How many binaries a network needs, and that a new batch or image size needs none.
-
-Compilations are counted, not made: Triton asks a hook before each.
-"""
+"""How many binaries layers and networks need, and that another batch or image size needs none."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-PROGRAM = """
-import json
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from bench import suites
-from kernels import device, library
-from kernels.geometry import Conv2dGeometry, output_strides
-
-found = set()
-
-def hook(key, fn, **_):
-    found.add((fn.name, key))
-    return True  # do not compile
-
-triton.knobs.runtime.jit_cache_hook = hook
-
-def tensor(shape):
-    return torch.empty_strided(
-        shape, output_strides(shape, True), dtype=torch.bfloat16, device="meta"
-    )
-
-def step(N, image):
-    '''All convolutions of ResNet-50, forward and both gradients, of N images of image x image.'''
-    for layer in suites.layers():
-        if layer.suite != "resnet50_v1.5" or not isinstance(layer.geometry, Conv2dGeometry):
-            continue
-        g = layer.geometry
-        size = max(1, g.H * image // 224)
-        x, w = tensor((N, g.C, size, size)), tensor(g.w_shape)
-        (top, bottom), (left, right) = g.padding
-        rest = (g.stride, (top, bottom, left, right), g.dilation, g.groups, None)
-        y = library._conv2d(x, w, None, None, *rest, False)
-        if g.C > 3:
-            library._dgrad(y, w, None, x.shape[2:], *rest, True)
-        library._wgrad(x, y, w.shape, w.stride(), *rest, False)
-
-with device.compile_only(GPUTarget("cuda", 90, 32)):
-    step(256, 224)
-    one_step = len(found)
-    found.clear()
-    with device.warm_up():
-        step(256, 224)
-    warm = set(found)
-    sizes = [
-        (N, image)
-        for N in (1, 3, 16, 31, 64, 100, 512)
-        for image in (64, 96, 160, 224, 288, 352, 448, 512)
-        if N * 64 * (image // 2) ** 2 < 2**30  # offsets of 32 bits
-    ]
-    found.clear()
-    for N, image in sizes:
-        step(N, image)
-    new = sorted({name for name, key in found - warm})
-print(json.dumps({
-    "one_step": one_step, "warm": len(warm), "sizes": len(sizes), "seen": len(found), "new": new
-}))
-"""
-
 
 @pytest.fixture(scope="module")
-def counts() -> dict:
+def found() -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "tests.binaries"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 
 
-def test_a_training_step_of_resnet50_needs_few_binaries(counts):
-    assert 10 < counts["one_step"] <= 48
+def test_a_new_size_needs_no_new_binary(found):
+    assert len(found["rows"]) == 2 * (9 * 3 + 2 * 2)
+    assert [row for row in found["rows"] if row["more"]] == []
 
 
-def test_a_new_size_needs_no_binary_after_warming_up(counts):
-    """Batches of 1 to 512 images of 64 to 512 pixels, in multiples of 32."""
-    assert counts["sizes"] > 40
-    assert counts["seen"] > counts["one_step"]  # other sizes do take other binaries
+def test_a_direction_of_a_layer_needs_few_binaries(found):
+    for row in found["rows"]:
+        parities = 4 if row["direction"] == "dgrad" else 1
+        second_passes = 2 if row["direction"] == "wgrad" else 0
+        most = 4 if "pool" in row["layer"] else parities + second_passes
+        assert 1 <= len(row["first"]) <= most, row
+
+
+def test_what_makes_another_binary_is_seen(found):
+    """The layout does: aligned rows of channels are loaded 16 bytes at a time."""
+    rows = [row for row in found["rows"] if row["layer"] == "3x3"]
+    for direction in ("fprop", "dgrad", "wgrad"):
+        contiguous, channels_last = (
+            {tuple(binary) for binary in row["first"] if "split_sum" not in binary[0]}
+            for row in rows
+            if row["direction"] == direction
+        )
+        assert contiguous.isdisjoint(channels_last)
+
+
+def test_rows_of_channels_are_accessed_16_bytes_at_a_time(found):
+    names = ["fprop_kernel", "max_pool2d_kernel", "relu_backward_kernel"]
+    assert [name for name, _ in found["accesses"]] == names
+    for name, sizes in found["accesses"]:
+        assert set(sizes) == {16}, name
+
+
+def test_a_training_step_of_resnet50_needs_few_binaries(found):
+    assert 10 < found["resnet50"]["one_step"] <= 48
+
+
+def test_a_network_needs_no_new_binary_after_warming_up(found):
+    counts = found["resnet50"]
+    assert counts["other_sizes"] > counts["one_step"]  # other sizes do take other binaries
     assert counts["new"] == []
