@@ -84,9 +84,9 @@ def conv2d(
             or "full", which is dilation * (kernel - 1).
         activation: None or "relu".
         residual: of the result's shape, dtype and device.
-        precision: how a GPU multiplies float32, by a product's relative error: "ieee" (2**-24),
-            "tf32" (2**-10), and on tensor cores by parts "bf16x3" (2**-16), "tf32x3" (2**-21) and
-            "bf16x6" (2**-22); None follows torch's setting for convolutions.
+        precision: how a GPU multiplies float32, by a product's largest relative error: "ieee"
+            (2**-24), "tf32" (2**-9), and on tensor cores by parts "bf16x3" (2**-15), "tf32x3"
+            (2**-21) and "bf16x6" (2**-24); None follows torch's setting for convolutions.
         scale: a float32 scalar or [K], for input and weight in float8_e4m3fn, which need it: what
             one of their products stands for. The result, bias and residual are then bfloat16; there
             is no gradient. Hopper's tensor cores sum such products with about 14 bits.

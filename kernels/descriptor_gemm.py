@@ -273,6 +273,8 @@ def _product(
     itemsize: int,
     here: Device,
 ) -> Product:
+    # Groups share descriptors: blocks must not run from one into the next.
+    assert groups == 1 or channels % tile.columns == depth % tile.depth == 0, (groups, tile)
     column_tiles = triton.cdiv(channels, tile.columns)
     sizes, box = results[0].shape, _box(tile)
     boxes = [triton.cdiv(size, length) for size, length in zip(sizes, box, strict=False)]

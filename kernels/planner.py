@@ -187,7 +187,8 @@ def _descriptor_tiles(
     """Engine 2's family, less blocks that are twice as large as what they hold."""
     K, C = g.K // g.groups, g.C // g.groups
     if device.backend == "interpreter":
-        yield Tile(256, _power(K, 256), _power(C, 128), box=(1, 16, 16))
+        columns, depth = (_power(K, 256), _power(C, 128)) if g.groups == 1 else (16, 16)
+        yield Tile(256, columns, depth, box=(1, 16, 16))
         return
     if direction == "wgrad":
         for rows, columns, warps in _WGRADS[dtype.itemsize]:
@@ -201,7 +202,7 @@ def _descriptor_tiles(
                     yield from _split(g, _deepest(tile, dtype, device), device)
         return
     channels, reduction = (K, C) if direction == "fprop" else (C, K)
-    depth = _depth(reduction, g.R * g.S, dtype.itemsize)
+    depth = _depth(reduction, g.groups, g.R * g.S, dtype.itemsize)
     for rows, columns, warps in _PRODUCTS[dtype.itemsize]:
         if _is_too_large(columns, channels) or (g.groups > 1 and channels % columns):
             continue
@@ -213,9 +214,10 @@ def _is_too_large(block: int, size: int) -> bool:
     return block > _LEAST_COLUMNS and size <= block // 2
 
 
-def _depth(reduction: int, taps: int, itemsize: int) -> int:
+def _depth(reduction: int, groups: int, taps: int, itemsize: int) -> int:
     """Channels of a turn: two of shared memory's rows in a long reduction of small elements, where
     they come out even; else the fewest of one row and its parts that hold them, or divide them.
+    A block that a group does not fill would read the next one's channels.
 
     A pointwise layer is short, and mostly waits for memory: two shallow programs that share a
     multiprocessor and hide each other's stores serve it better than one deep one.
@@ -223,7 +225,8 @@ def _depth(reduction: int, taps: int, itemsize: int) -> int:
     row = _ROW // itemsize
     if itemsize <= 2 and taps > 1 and reduction % (2 * row) == 0:
         return 2 * row
-    return next((d for d in (row, row // 2) if reduction % d == 0 or reduction > d // 2), 16)
+    part = next((d for d in (row, row // 2) if reduction % d == 0), 16)
+    return part if groups > 1 else next((d for d in (row, row // 2) if reduction > d // 2), part)
 
 
 def _deepest(tile: Tile, dtype: torch.dtype, device: Device) -> Tile:

@@ -758,6 +758,9 @@ PLANNED = (
     conv_case(3, 48, (3, 2), 80, (2, 2), (2, 2), (1, 0, 0, 1)),
     conv_case(1, 128, (2, 3), 128, (2, 1), padding=(1, 0, 0, 0), groups=2),
 )
+# Groups of 48 channels, which a block along the depth must divide.
+GROUPS_OF_48 = conv_case(1, 96, (2, 3), 128, (1, 2), groups=2)
+GROUPS_TO_48 = conv_case(1, 128, (2, 3), 96, (1, 2), groups=2)
 WIDE = conv_case(1, 256, (2, 3), 128, (1, 1), (1, 2))
 
 
@@ -766,6 +769,8 @@ WIDE = conv_case(1, 256, (2, 3), 128, (1, 1), (1, 2))
     [
         *params(PLANNED, (torch.bfloat16,), DIRECTIONS),
         *params(PLANNED[:1], (torch.float32,), DIRECTIONS),
+        *params((GROUPS_OF_48,), (torch.bfloat16, torch.float32), ("fprop",)),
+        *params((GROUPS_TO_48,), (torch.bfloat16, torch.float32), ("dgrad",)),
         *params((WIDE,), (torch.bfloat16,), ("wgrad",)),
     ],
 )
