@@ -92,7 +92,7 @@ def predict(
         limit = max(times, key=lambda name: times[name])
         return Prediction(times[limit] + _LAUNCH, limit)
     works = launches(direction, g, tile)
-    programs = sum(work.programs for work in works)
+    programs = max(1, sum(work.programs for work in works))  # none of an empty batch
     turn = _turn_cycles(tile, itemsize, per_cycle, device)
     ms, waits = 0.0, Counter[Limit]()
     for work in works:
