@@ -700,7 +700,7 @@ def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
         if direction == "wgrad":
             return Tile(32, _power(g.R * g.S, 1, 16), 8 if half else 4)
         columns = _power(g.K if direction == "fprop" else g.C, 1, 64)
-        return Tile(_power((2048 if half else 1024) // columns, 1, 256), columns, 8)
+        return Tile(_power(1024 // columns, 1, 256), columns, 8)
     if direction == "dgrad":
         columns, depth = _power(C, 1, _FEW), _power(K, 1, 16)
         return Tile(_power((4096 if half else 2048) // (columns * depth), 1, 256), columns, depth)

@@ -26,7 +26,7 @@ descriptors need; channels side by side; or otherwise, where each element has an
 
 # Engine 1. rows, columns, warps: in 16 bits; there, with an address for each element, which fills
 # the registers sooner; in float32 through tensor cores; and without them.
-_SHAPES_16 = ((128, 128, 8), (128, 64, 8), (64, 64, 4), (128, 32, 8), (64, 32, 4), (64, 16, 4))
+_SHAPES_16 = ((128, 128, 8), (64, 64, 4), (128, 32, 8), (64, 32, 4), (64, 16, 4))
 _SHAPES_SCATTERED = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_TF32 = ((128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4))
 _SHAPES_EXACT = ((32, 32, 4), (32, 16, 4))
@@ -269,7 +269,13 @@ def _pointer_tiles(
     whole = next((d for d in (depth, depth // 2, depth // 4) if d >= 16 and per_group % d == 0), 0)
     for rows, columns, warps in shapes:
         if direction == "wgrad":
-            tile = Tile(rows, columns, depth, per_group % columns != 0, 1, warps, stages)
+            packed = per_group % columns != 0
+            if packed and rows * columns > 2**13:
+                continue
+            # Taps that change within a block take registers for each pixel of its depth.
+            tile = Tile(
+                rows, columns, min(depth, 32) if packed else depth, packed, 1, warps, stages
+            )
             yield from _split(g, tile, device)
         else:
             yield Tile(rows, columns, whole or min(depth, 32), not whole, 1, warps, stages)
