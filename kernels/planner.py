@@ -270,7 +270,7 @@ def _pointer_tiles(
     for rows, columns, warps in shapes:
         if direction == "wgrad":
             packed = per_group % columns != 0
-            if packed and rows * columns > 2**13:
+            if packed and rows * columns > 2**11:
                 continue
             # Taps that change within a block take registers for each pixel of its depth.
             tile = Tile(
