@@ -518,10 +518,13 @@ def _wgrad(
 
 
 def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
-    """Engine 1's tile for db alone: enough parts of the pixels to fill the device twice."""
+    """Engine 1's tile for db alone: enough parts of the pixels to fill the device twice.
+
+    Never a single part, which would write db itself, by another binary.
+    """
     programs = triton.cdiv(g.K // g.groups, 64) * g.groups
     turns = triton.cdiv(g.N * g.P * g.Q, 64)
-    splits = max(1, min(turns // 8, 2 * here.multiprocessors // programs))
+    splits = max(2, min(turns // 8, 2 * here.multiprocessors // programs))
     return Tile(64, 64, 64, splits=splits)
 
 

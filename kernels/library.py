@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
@@ -67,9 +68,10 @@ def operator(name: str) -> Callable[..., Any]:
 
 
 def is_watched() -> bool:
-    """Whether a dispatch mode, a functorch transform or a trace is active."""
+    """Whether a dispatch mode, a functorch transform, forward-mode AD or a trace is active."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )

@@ -22,9 +22,8 @@ Times = dict[Limit, float]
 
 _LAUNCH = 0.003  # from one kernel's end to the next one's start
 _FILL = 1500  # cycles from a tile's first load to its first product
-_TURN = (
-    110  # instructions of a thread beside the products of one turn; SASS for sm_90 has 95 to 130
-)
+# Instructions of a thread beside the products of one turn: SASS for sm_90 has 95 to 130.
+_TURN = 110
 _POINTERS = 2.0  # engine 1 gathers its operands: turns take so much longer than their products
 _DIRECT = 0.25  # engine 3's share of the tensor cores' rate
 _MODES = {"tf32": 2, "tf32x3": 6, "bf16x3": 3, "bf16x6": 6}  # 16-bit products' time for one

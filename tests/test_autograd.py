@@ -549,3 +549,13 @@ def test_meta_tensors_give_shapes():
     y = F.max_pool2d(F.conv2d(x, w, padding="same", activation="relu"), 3, 2)
     assert y.device.type == "meta"
     assert y.shape == (2, 4, 3, 3)
+
+
+def test_forward_mode_is_refused_without_gradients_too(device):
+    """Rather than dropping the tangent."""
+    x = torch.randn(1, 4, 5, 5, device=device)
+    w = torch.randn(4, 4, 3, 3, device=device)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            F.conv2d(dual, w)
