@@ -7,8 +7,8 @@ matrices with: each output walks its own taps. dgrad runs on parts of dx and w, 
 of the stride, as in engine 1. Sizes and strides are in elements.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from .device import Device, loop
 from .epilogue import result_strides, store_result
 from .geometry import Conv2dGeometry, Direction
 from .indexing import (
+    cdiv,
     dgrad_walk,
     dot,
     fprop_walk,
@@ -28,12 +29,14 @@ from .indexing import (
     pixel,
     plain,
     plain_strides,
+    power_of_2,
     program,
     reduction_block,
     reduction_turns,
     unspecialised,
     unspecialised_strides,
     widen,
+    within,
 )
 from .split_sum import parts_like, split_sum
 from .tile import INTERPRETER_ELEMENTS, Tile
@@ -157,12 +160,12 @@ def few_channel_fprop_kernel(
         w = w0[:, None] + s * walk[5]
         # [ROWS, DEPTH]
         along = (n * x_strides[0])[:, None] + (c * x_strides[1])[None, :] + w * x_strides[3]
-        along_mask = (row_mask[:, None] & inside[None, :]) & ((w >= 0) & (w < W))
+        along_mask = (row_mask[:, None] & inside[None, :]) & within(w, W)
         w_along = c * w_strides[1] + s * w_strides[3]
         for i in loop(tl.cdiv(R, DEPTH // SEGMENT)):
             r = i * (DEPTH // SEGMENT) + line
             h = h0[:, None] + r * walk[2]
-            x_mask = along_mask & ((h >= 0) & (h < H))
+            x_mask = along_mask & within(h, H)
             w_mask = inside
             if DEPTH > SEGMENT:
                 x_mask &= (r < R)[None, :]
@@ -219,21 +222,25 @@ def few_channel_dgrad_kernel(
 
     p0 = h * walk[0] + walk[1]
     q0 = w * walk[3] + walk[4]
-    dy_rows = dy_ptr + group * K * dy_strides[1] + n * dy_strides[0]
-    w_columns = w_ptr + w_strides[4] + group * K * w_strides[0] + c * w_strides[1]
+    dy_rows = (
+        group * K * dy_strides[1] + n * dy_strides[0] + p0 * dy_strides[2] + q0 * dy_strides[3]
+    )
+    w_columns = w_strides[4] + group * K * w_strides[0] + c * w_strides[1]
     acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
     for i in loop(reduction_turns(K, R, S, DEPTH, PACKED)):
         k, r, s, inside = reduction_block(i + pid * 0, K, R, S, DEPTH, PACKED)
         p = p0[:, None] + r * walk[2]
         q = q0[:, None] + s * walk[5]
         # [ROWS, DEPTH]
-        dy_mask = (row_mask[:, None] & inside[None, :]) & ((p >= 0) & (p < P) & (q >= 0) & (q < Q))
-        dy_offsets = (k * dy_strides[1])[None, :] + p * dy_strides[2] + q * dy_strides[3]
-        dy = tl.load(dy_rows[:, None] + dy_offsets, mask=dy_mask, other=0.0)
+        dy_mask = (row_mask[:, None] & inside[None, :]) & within(p, P) & within(q, Q)
+        dy_offsets = k * dy_strides[1] + r * walk[2] * dy_strides[2] + s * walk[5] * dy_strides[3]
+        dy_offsets = dy_rows[:, None] + dy_offsets[None, :]
+        dy = tl.load(dy_ptr + dy_offsets, mask=dy_mask, other=0.0)
         # [COLUMNS, DEPTH]
         w_mask = c_mask[:, None] & inside[None, :]
         w_offsets = k * w_strides[0] + (r * w_strides[2] + s * w_strides[3])
-        w_tile = tl.load(w_columns[:, None] + w_offsets[None, :], mask=w_mask, other=0.0)
+        w_offsets = w_columns[:, None] + w_offsets[None, :]
+        w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
         acc += widen(dy, ACC)[:, None, :] * widen(w_tile, ACC)[None, :, :]
 
     acc = tl.sum(acc, axis=2)
@@ -306,22 +313,27 @@ def few_channel_wgrad_kernel(
         r = tile // parts * (COLUMNS // SEGMENT) + line
         if COLUMNS > SEGMENT:
             inside &= r < R
-        x_columns = x_ptr + (group * C + c) * x_strides[1]
+        x_columns = (group * C + c) * x_strides[1]
+        x_columns += r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
         acc = tl.zeros((ROWS, COLUMNS), ACC)
         for i in loop(turns):
             at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
             n, p, q = pixel(at, P, Q)
             at_mask = at < pixels
             # [DEPTH, ROWS]
-            offsets = (n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3])[:, None]
+            offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+            offsets = offsets[:, None] + (k * dy_strides[1])[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
-            dy = tl.load(dy_ptr + offsets + (k * dy_strides[1])[None, :], mask=mask, other=0.0)
+            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
             # [DEPTH, COLUMNS]
-            h = (p * walk[0] + walk[1])[:, None] + r * walk[2]
-            w = (q * walk[3] + walk[4])[:, None] + s * walk[5]
-            offsets = (n * x_strides[0])[:, None] + h * x_strides[2] + w * x_strides[3]
-            mask = at_mask[:, None] & inside[None, :] & ((h >= 0) & (h < H) & (w >= 0) & (w < W))
-            x = tl.load(x_columns[None, :] + offsets, mask=mask, other=0.0)
+            h0 = p * walk[0] + walk[1]
+            w0 = q * walk[3] + walk[4]
+            h = h0[:, None] + r * walk[2]
+            w = w0[:, None] + s * walk[5]
+            mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
+            offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
+            offsets = offsets[:, None] + x_columns[None, :]
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
         offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]
@@ -375,21 +387,21 @@ def depthwise_kernel(
     parts = S // UNROLL
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for m in loop(FOLD):
-        x_columns = x_ptr + (k // REPEAT * FOLD + m) * x_strides[1]
-        w_columns = w_ptr + w_strides[4] + (k * FOLD + m) * w_strides[0]
+        x_columns = (k // REPEAT * FOLD + m) * x_strides[1]
+        w_columns = w_strides[4] + (k * FOLD + m) * w_strides[0]
         for i in loop(R * parts):
             r = pid * 0 + i // parts
             h = h0 + r * walk[2]
-            h_mask = row_mask & (h >= 0) & (h < H)
+            h_mask = row_mask & within(h, H)
             x_rows = n * x_strides[0] + h * x_strides[2]
             for j in tl.static_range(UNROLL):
                 s = pid * 0 + i % parts * UNROLL + j
                 w = w0 + s * walk[5]
-                x_mask = (h_mask & (w >= 0) & (w < W))[:, None] & k_mask[None, :]
-                x_offsets = (x_rows + w * x_strides[3])[:, None]
-                x = tl.load(x_columns[None, :] + x_offsets, mask=x_mask, other=0.0)
-                w_offset = r * w_strides[2] + s * w_strides[3]
-                tap = tl.load(w_columns + w_offset, mask=k_mask, other=0.0)
+                x_mask = (h_mask & within(w, W))[:, None] & k_mask[None, :]
+                x_offsets = (x_rows + w * x_strides[3])[:, None] + x_columns[None, :]
+                x = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
+                w_offsets = w_columns + (r * w_strides[2] + s * w_strides[3])
+                tap = tl.load(w_ptr + w_offsets, mask=k_mask, other=0.0)
                 acc += widen(x, ACC) * widen(tap, ACC)[None, :]
 
     at = (n, p * walk[6] + walk[7], q * walk[8] + walk[9])
@@ -453,7 +465,8 @@ def depthwise_wgrad_kernel(
         tap = tile * COLUMNS + tl.arange(0, COLUMNS)
         r = tap // S
         s = tap % S
-        x_rows = x_ptr + k // REPEAT * x_strides[1]
+        x_rows = k // REPEAT * x_strides[1]
+        x_taps = r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
         acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
         for i in loop(turns):
             at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
@@ -465,13 +478,17 @@ def depthwise_wgrad_kernel(
             mask = k_mask[:, None] & at_mask[None, :]
             dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
             # [COLUMNS, DEPTH], then [ROWS, COLUMNS, DEPTH]
-            h = (p * walk[0] + walk[1])[None, :] + (r * walk[2])[:, None]
-            w = (q * walk[3] + walk[4])[None, :] + (s * walk[5])[:, None]
-            offsets = (n * x_strides[0])[None, :] + h * x_strides[2] + w * x_strides[3]
+            h0 = p * walk[0] + walk[1]
+            w0 = q * walk[3] + walk[4]
+            h = h0[None, :] + (r * walk[2])[:, None]
+            w = w0[None, :] + (s * walk[5])[:, None]
             mask = (r < R)[:, None] & at_mask[None, :]
-            mask &= (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            mask &= within(h, H) & within(w, W)
             mask = k_mask[:, None, None] & mask[None, :, :]
-            x = tl.load(x_rows[:, None, None] + offsets[None, :, :], mask=mask, other=0.0)
+            offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
+            offsets = x_taps[:, None] + offsets[None, :]
+            offsets = x_rows[:, None, None] + offsets[None, :, :]
+            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
             acc += widen(dy, ACC)[:, None, :] * widen(x, ACC)
         offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None]
         offsets += (r * dw_strides[3] + s * dw_strides[4])[None, :]
@@ -481,7 +498,7 @@ def depthwise_wgrad_kernel(
 
 def _segment(g: Conv2dGeometry, block: int) -> int:
     """What a row of the filter is padded to, in blocks that hold several rows or part of one."""
-    return min(block, triton.next_power_of_2(max(1, g.S * g.C // g.groups)))
+    return min(block, power_of_2(g.S * g.C // g.groups))
 
 
 def _channels_fastest(x: Tensor) -> bool:
@@ -501,25 +518,17 @@ def fprop(
     precision: str,
 ) -> None:
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
+    part = _fprop_part(g, w.stride())
     if is_depthwise(g):
-        part = _Part(
-            (g.N, g.H, g.W, g.P, g.Q),
-            (*w.stride(), 0),
-            (g.K, g.K // g.groups, 1, g.R, g.S),
-            fprop_walk(g),
-        )
-        _depthwise(x, w, bias, residual, y, [part], tile, relu)
+        _depthwise(x, w, bias, residual, y, (part,), tile, relu)
         return
-    rows = g.N * g.P * g.Q
-    K = g.K // g.groups
+    groups, K = part.reduction[:2]
     device.launch(
         few_channel_fprop_kernel,
-        (triton.cdiv(rows, tile.rows) * triton.cdiv(K, tile.columns) * g.groups,),
-        *(x, w, bias, residual, y),
-        *(unspecialised_strides(x), w.stride(), result_strides(residual, y)),
-        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), (g.groups, K, g.C // g.groups, g.R, g.S)),
-        g.walk,
-        *(relu, precision, device.wide(rows, x, w, residual, y)),
+        (cdiv(part.pixels, tile.rows) * cdiv(K, tile.columns) * groups,),
+        *(x, w, bias, residual, y, unspecialised_strides(x), w.stride()),
+        *(result_strides(residual, y), part.sizes, part.reduction, g.walk),
+        *(relu, precision, device.wide(part.pixels, x, w, residual, y)),
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.depth), _channels_fastest(x)),
         device=x.device,
         num_warps=tile.warps,
@@ -530,10 +539,43 @@ def fprop(
 class _Part(NamedTuple):
     """What distinguishes one launch over a part of a result from another, besides its tensors."""
 
-    sizes: tuple[int, int, int, int, int]  # N; height and width of what is read; of the part
+    pixels: int
     w_strides: tuple[int, int, int, int, int]  # k, c, r, s; where the first tap is
+    sizes: tuple[int, ...]  # N, of what is read H, W, of the part P, Q; unspecialised
     reduction: tuple[int, int, int, int, int]  # as the kernel takes it; last, the taps
     walk: tuple[int, ...]  # as the kernel takes it
+
+
+@lru_cache(maxsize=4096)
+def _fprop_part(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> _Part:
+    K, C = g.K // g.groups, g.C // g.groups
+    P, Q = g.P, g.Q
+    channels = (g.K, K, 1) if is_depthwise(g) else (g.groups, K, C)
+    return _Part(
+        g.N * P * Q,
+        (*w_strides, 0),
+        unspecialised((g.N, g.H, g.W, P, Q)),
+        (*channels, g.R, g.S),
+        fprop_walk(g),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _dgrad_parts(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> tuple[_Part, ...]:
+    K, C = g.K // g.groups, g.C // g.groups
+    P, Q = g.P, g.Q
+    k, c, r, s = w_strides
+    channels = (g.C, 1, K) if is_depthwise(g) else (g.groups, K, C)
+    return tuple(
+        _Part(
+            g.N * row.count * column.count,
+            (k, c, r * row.tap_step, s * column.tap_step, r * row.tap + s * column.tap),
+            unspecialised((g.N, P, Q, row.count, column.count)),
+            (*channels, row.taps, column.taps),
+            dgrad_walk(row, column),
+        )
+        for row, column in g.dgrad()
+    )
 
 
 def _depthwise(
@@ -542,22 +584,20 @@ def _depthwise(
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    parts: Iterable[_Part],
+    parts: tuple[_Part, ...],
     tile: Tile,
     relu: bool,
 ) -> None:
     N, K, P, Q = y.shape
     wide = device.wide(N * P * Q, x, w, residual, y)
-    strides = unspecialised_strides(x), result_strides(residual, y)
-    for sizes, w_strides, reduction, walk in parts:
-        N, _, _, P, Q = sizes
+    x_strides, y_strides = unspecialised_strides(x), result_strides(residual, y)
+    for pixels, w_strides, sizes, reduction, walk in parts:
         S = reduction[-1]
         device.launch(
             depthwise_kernel,
-            (triton.cdiv(N * P * Q, tile.rows) * triton.cdiv(K, tile.columns),),
-            *(x, w, bias, residual, y, strides[0], w_strides, strides[1]),
-            *(unspecialised(sizes), reduction, walk, relu, wide),
-            (tile.rows, tile.columns, S if 0 < S <= tile.depth else 1),
+            (cdiv(pixels, tile.rows) * cdiv(K, tile.columns),),
+            *(x, w, bias, residual, y, x_strides, w_strides, y_strides, sizes, reduction, walk),
+            *(relu, wide, (tile.rows, tile.columns, S if 0 < S <= tile.depth else 1)),
             device=x.device,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -578,40 +618,22 @@ def dgrad(
 
     ``precision`` takes no part: the products are formed outside the tensor cores, in float32.
     """
-    parts = _parities(w, g)
+    parts = _dgrad_parts(g, w.stride())
     if is_depthwise(g):
         _depthwise(dy, w, bias, None, dx, parts, tile, False)
         return
     wide = device.wide(g.N * g.H * g.W, dy, w, dx)
-    strides = unspecialised_strides(dy), unspecialised_strides(dx)
-    for sizes, w_strides, reduction, walk in parts:
-        N, _, _, H, W = sizes
+    dy_strides, dx_strides = unspecialised_strides(dy), unspecialised_strides(dx)
+    for pixels, w_strides, sizes, reduction, walk in parts:
         device.launch(
             few_channel_dgrad_kernel,
-            (triton.cdiv(N * H * W, tile.rows) * g.groups,),
-            *(dy, w, bias, dx, strides[0], w_strides, strides[1]),
-            *(unspecialised(sizes), reduction, walk, wide),
+            (cdiv(pixels, tile.rows) * g.groups,),
+            *(dy, w, bias, dx, dy_strides, w_strides, dx_strides, sizes, reduction, walk, wide),
             (tile.rows, tile.columns, tile.depth, tile.packed),
             device=dy.device,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-
-
-def _parities(w: Tensor, g: Conv2dGeometry) -> list[_Part]:
-    """The parts of dgrad."""
-    K, C = g.K // g.groups, g.C // g.groups
-    k, c, r, s = w.stride()
-    channels = (g.C, 1, K) if is_depthwise(g) else (g.groups, K, C)
-    return [
-        _Part(
-            (g.N, g.P, g.Q, row.count, column.count),
-            (k, c, r * row.tap_step, s * column.tap_step, r * row.tap + s * column.tap),
-            (*channels, row.taps, column.taps),
-            dgrad_walk(row, column),
-        )
-        for row, column in g.dgrad()
-    ]
 
 
 def wgrad(
@@ -631,7 +653,8 @@ def wgrad(
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
     K, C = g.K // g.groups, g.C // g.groups
-    wide = device.wide(g.N * g.P * g.Q, x, dy, dw_parts)
+    _, _, P, Q = dy.shape
+    wide = device.wide(g.N * P * Q, x, dy, dw_parts)
     block = (tile.rows, tile.columns, tile.depth)
     if is_depthwise(g):
         kernel, reduction = depthwise_wgrad_kernel, (g.K, K, g.R, g.S)
@@ -645,7 +668,7 @@ def wgrad(
         (column_tiles * _filter_tiles(g, tile) * tile.splits,),
         *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
-        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), reduction, g.walk),
+        *(unspecialised((g.N, g.H, g.W, P, Q)), reduction, g.walk),
         *(tile.splits, *options),
         device=x.device,
         num_warps=tile.warps,
@@ -660,21 +683,21 @@ def wgrad(
 def _filter_tiles(g: Conv2dGeometry, tile: Tile) -> int:
     """How many tiles of rows wgrad cuts the filters into."""
     groups = 1 if is_depthwise(g) else g.groups
-    return groups * triton.cdiv(g.K // groups, tile.rows)
+    return groups * cdiv(g.K // groups, tile.rows)
 
 
 def _tap_tiles(g: Conv2dGeometry, tile: Tile) -> int:
     """How many tiles of columns wgrad cuts the taps into."""
     if is_depthwise(g):
-        return triton.cdiv(g.R * g.S, tile.columns)
+        return cdiv(g.R * g.S, tile.columns)
     segment = _segment(g, tile.columns)
-    parts = triton.cdiv(g.S * g.C // g.groups, segment)
-    return parts * triton.cdiv(g.R, tile.columns // segment)
+    parts = cdiv(g.S * g.C // g.groups, segment)
+    return parts * cdiv(g.R, tile.columns // segment)
 
 
 def _power(size: int, least: int, most: int) -> int:
     """The power of two that holds ``size``, between two others."""
-    return max(least, min(most, triton.next_power_of_2(max(1, size))))
+    return max(least, min(most, power_of_2(size)))
 
 
 def choose_tile(
@@ -688,7 +711,7 @@ def choose_tile(
         return tile
     programs = max(1, (_tap_tiles(g, tile) + 1) * _filter_tiles(g, tile))
     # Two programs for each multiprocessor, but at least eight turns for each program.
-    most = triton.cdiv(g.N * g.P * g.Q, 8 * tile.depth)
+    most = cdiv(g.N * g.P * g.Q, 8 * tile.depth)
     return replace(tile, splits=max(1, min(most, 2 * device.multiprocessors // programs)))
 
 
@@ -711,7 +734,7 @@ def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
             return Tile(rows, columns, 64, warps=8)
         return Tile(rows, columns, 32 if half else 16)
     # The depth that pads a row of the filter least.
-    depth = min((32, 16), key=lambda depth: triton.cdiv(g.S * C, depth) * depth) if half else 16
+    depth = min((32, 16), key=lambda depth: cdiv(g.S * C, depth) * depth) if half else 16
     columns = _power(K, 16, 64 if half else 32)
     return Tile(64, columns, depth, warps=8 if columns == 64 else 4)
 
@@ -721,10 +744,10 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
     limit = INTERPRETER_ELEMENTS
     K, C = g.K // g.groups, g.C // g.groups
     row = _segment(g, limit)
-    taps = triton.next_power_of_2(max(1, g.R)) * row
+    taps = power_of_2(g.R) * row
     pixels = g.N * g.P * g.Q
     if direction == "dgrad":
-        pixels = g.N * triton.cdiv(g.H, g.stride[0]) * triton.cdiv(g.W, g.stride[1])
+        pixels = g.N * cdiv(g.H, g.stride[0]) * cdiv(g.W, g.stride[1])
     if is_depthwise(g):
         if direction == "wgrad":
             rows, columns = _power(g.K, 1, 256), _power(g.R * g.S, 1, 16)
@@ -733,7 +756,7 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
         return Tile(_power(pixels, 1, limit // columns), columns)
     if direction == "dgrad":
         columns = _power(C, 1, _FEW)
-        reduction = K * triton.cdiv(g.R, g.stride[0]) * triton.cdiv(g.S, g.stride[1])
+        reduction = K * cdiv(g.R, g.stride[0]) * cdiv(g.S, g.stride[1])
         packed = reduction <= 256
         depth = _power(reduction if packed else K, 1, 256)
         return Tile(_power(pixels, 1, limit // (columns * depth)), columns, depth, packed)

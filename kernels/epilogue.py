@@ -10,10 +10,12 @@ from torch import Tensor
 
 from . import device
 from .indexing import (
+    cdiv,
     narrow,
     pixel,
     plain,
     plain_strides,
+    power_of_2,
     program,
     unspecialised,
     unspecialised_strides,
@@ -73,7 +75,7 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
     y = finish(acc, bias_ptr, k, masks[1], residual_ptr, residual_offsets, mask, RELU, DTYPE)
     y_strides = plain_strides(strides[1])
     offsets = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-    tl.store(y_ptr + offsets[:, None] + (k * y_strides[1])[None, :], y, mask=mask)
+    tl.store(y_ptr + (offsets[:, None] + (k * y_strides[1])[None, :]), y, mask=mask)
 
 
 def result_strides(residual: Tensor | None, y: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -111,26 +113,26 @@ def relu_backward_kernel(
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     mask = (n < N)[:, None] & (k < K)[None, :]
     dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
-    dy = tl.load(dy_ptr + dy_at[:, None] + (k * dy_strides[1])[None, :], mask=mask, other=0.0)
+    dy = tl.load(dy_ptr + (dy_at[:, None] + (k * dy_strides[1])[None, :]), mask=mask, other=0.0)
     y_at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-    y = tl.load(y_ptr + y_at[:, None] + (k * y_strides[1])[None, :], mask=mask, other=0.0)
+    y = tl.load(y_ptr + (y_at[:, None] + (k * y_strides[1])[None, :]), mask=mask, other=0.0)
     ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     dz = tl.where(widen(y, ACC) <= 0, 0.0, dy)
     dz_at = n * dz_strides[0] + p * dz_strides[2] + q * dz_strides[3]
-    tl.store(dz_ptr + dz_at[:, None] + (k * dz_strides[1])[None, :], dz, mask=mask)
+    tl.store(dz_ptr + (dz_at[:, None] + (k * dz_strides[1])[None, :]), dz, mask=mask)
 
 
 def relu_backward(dy: Tensor, y: Tensor, dz: Tensor) -> None:
     """dz[N,K,P,Q] = the gradient before a ReLU with output y, from the gradient dy after it."""
     N, K, P, Q = y.shape
     if device.INTERPRET:
-        rows, columns = 4096, min(64, triton.next_power_of_2(max(K, 1)))
+        rows, columns = 4096, min(64, power_of_2(K))
     else:
         # A tile lies along the axis that is contiguous.
         rows, columns = (32, 64) if y.stride(1) == 1 else (1024, 1)
     device.launch(
         relu_backward_kernel,
-        (triton.cdiv(N * P * Q, rows) * triton.cdiv(K, columns),),
+        (cdiv(N * P * Q, rows) * cdiv(K, columns),),
         *(dy, y, dz, *map(unspecialised_strides, (dy, y, dz))),
         *(unspecialised((N, P, Q)), K),
         *(device.wide(N * P * Q, dy, y, dz), rows, columns),

@@ -6,7 +6,7 @@ tensors. dgrad is the same product on parts of dx and w, one for each parity of 
 and strides are in elements.
 """
 
-from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -18,6 +18,7 @@ from .device import loop
 from .epilogue import result_strides, store_result
 from .geometry import Conv2dGeometry
 from .indexing import (
+    cdiv,
     dgrad_walk,
     dot,
     fprop_walk,
@@ -31,6 +32,7 @@ from .indexing import (
     unspecialised,
     unspecialised_strides,
     widen,
+    within,
 )
 from .split_sum import parts_like, split_sum
 from .tile import Tile
@@ -80,21 +82,23 @@ def fprop_kernel(
 
     h0 = p * walk[0] + walk[1]
     w0 = q * walk[3] + walk[4]
-    x_rows = x_ptr + group * C * x_strides[1] + n * x_strides[0]
-    w_columns = w_ptr + w_strides[5] + group * w_strides[0] + k * w_strides[1]
+    x_rows = group * C * x_strides[1] + n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
+    w_columns = w_strides[5] + group * w_strides[0] + k * w_strides[1]
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for i in loop(reduction_turns(C, R, S, DEPTH, PACKED)):
         c, r, s, inside = reduction_block(i + (pid - pid), C, R, S, DEPTH, PACKED)
         h = h0[:, None] + r * walk[2]
         w = w0[:, None] + s * walk[5]
         # [ROWS, DEPTH]
-        x_mask = (row_mask[:, None] & inside[None, :]) & ((h >= 0) & (h < H) & (w >= 0) & (w < W))
-        x_offsets = (c * x_strides[1])[None, :] + h * x_strides[2] + w * x_strides[3]
-        x_tile = tl.load(x_rows[:, None] + x_offsets, mask=x_mask, other=0.0)
+        x_mask = (row_mask[:, None] & inside[None, :]) & within(h, H) & within(w, W)
+        x_offsets = c * x_strides[1] + r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
+        x_offsets = x_rows[:, None] + x_offsets[None, :]
+        x_tile = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
         # [DEPTH, COLUMNS]
         w_mask = inside[:, None] & k_mask[None, :]
         w_offsets = c * w_strides[2] + (r * w_strides[3] + s * w_strides[4])
-        w_tile = tl.load(w_columns[None, :] + w_offsets[:, None], mask=w_mask, other=0.0)
+        w_offsets = w_columns[None, :] + w_offsets[:, None]
+        w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
         acc = dot(x_tile, w_tile, acc, PRECISION)
 
     at = (n, p * walk[6] + walk[7], q * walk[8] + walk[9])
@@ -106,8 +110,9 @@ def fprop_kernel(
 class _Product(NamedTuple):
     """What distinguishes one launch of fprop_kernel from another, besides its tensors."""
 
-    sizes: tuple[int, int, int, int, int]  # N, H, W, P, Q
+    pixels: int
     w_strides: tuple[int, int, int, int, int, int]  # group, k, c, r, s; where the first tap is
+    sizes: tuple[int, ...]  # N, H, W, P, Q, unspecialised
     reduction: tuple[int, int, int, int, int]  # groups, K, C, R, S
     walk: tuple[int, ...]  # as the kernel takes it
 
@@ -118,22 +123,20 @@ def _multiply(
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    products: Iterable[_Product],
+    products: tuple[_Product, ...],
     tile: Tile,
     relu: bool,
     precision: str,
 ) -> None:
     N, _, P, Q = y.shape
     wide = device.wide(N * P * Q, x, w, residual, y)
-    strides = unspecialised_strides(x), result_strides(residual, y)
-    for sizes, w_strides, reduction, walk in products:
-        N, _, _, P, Q = sizes
+    x_strides, y_strides = unspecialised_strides(x), result_strides(residual, y)
+    for pixels, w_strides, sizes, reduction, walk in products:
         groups, K = reduction[:2]
         device.launch(
             fprop_kernel,
-            (triton.cdiv(N * P * Q, tile.rows) * triton.cdiv(K, tile.columns) * groups,),
-            *(x, w, bias, residual, y, strides[0], w_strides, strides[1]),
-            *(unspecialised(sizes), reduction, walk),
+            (cdiv(pixels, tile.rows) * cdiv(K, tile.columns) * groups,),
+            *(x, w, bias, residual, y, x_strides, w_strides, y_strides, sizes, reduction, walk),
             *(relu, precision, wide, (tile.rows, tile.columns, tile.depth, tile.packed)),
             device=x.device,
             num_warps=tile.warps,
@@ -154,15 +157,21 @@ def fprop(
     precision: str,
 ) -> None:
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
-    K, C, R, S = g.K // g.groups, g.C // g.groups, g.R, g.S
-    k, c, r, s = w.stride()
-    product = _Product(
-        (g.N, g.H, g.W, g.P, g.Q),
-        (K * k, k, c, r, s, 0),
-        (g.groups, K, C, R, S),
+    product = _fprop_product(g, w.stride())
+    _multiply(x, w, bias, residual, y, (product,), tile, relu, precision)
+
+
+@lru_cache(maxsize=4096)
+def _fprop_product(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> _Product:
+    K, C = g.K // g.groups, g.C // g.groups
+    P, Q = g.P, g.Q
+    return _Product(
+        g.N * P * Q,
+        (K * w_strides[0], *w_strides, 0),
+        unspecialised((g.N, g.H, g.W, P, Q)),
+        (g.groups, K, C, g.R, g.S),
         fprop_walk(g),
     )
-    _multiply(x, w, bias, residual, y, [product], tile, relu, precision)
 
 
 def dgrad(
@@ -180,19 +189,25 @@ def dgrad(
     Each parity of the stride is a stride-1 convolution of dy with its own taps of w, exchanged
     K and C, that writes its own pixels of dx.
     """
+    products = _dgrad_products(g, w.stride())
+    _multiply(dy, w, bias, None, dx, products, tile, False, precision)
+
+
+@lru_cache(maxsize=4096)
+def _dgrad_products(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> tuple[_Product, ...]:
     K, C = g.K // g.groups, g.C // g.groups
     P, Q = g.P, g.Q
-    k, c, r, s = w.stride()
-    products = [
+    k, c, r, s = w_strides
+    return tuple(
         _Product(
-            (g.N, P, Q, row.count, column.count),
+            g.N * row.count * column.count,
             (K * k, c, k, r * row.tap_step, s * column.tap_step, r * row.tap + s * column.tap),
+            unspecialised((g.N, P, Q, row.count, column.count)),
             (g.groups, C, K, row.taps, column.taps),
             dgrad_walk(row, column),
         )
         for row, column in g.dgrad()
-    ]
-    _multiply(dy, w, bias, None, dx, products, tile, False, precision)
+    )
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -251,30 +266,35 @@ def wgrad_kernel(
                 at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
                 n, p, q = pixel(at, P, Q)
                 # [ROWS, DEPTH]
-                offsets = (n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3])[None, :]
+                offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+                offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
                 mask = k_mask[:, None] & (n < N)[None, :]
-                dy = tl.load(dy_ptr + (k * dy_strides[1])[:, None] + offsets, mask=mask, other=0.0)
+                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
                 db += tl.sum(widen(dy, ACC), axis=1)
             db = narrow(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
         c, r, s, inside = reduction_block(tile, C, R, S, COLUMNS, PACKED)
-        x_columns = x_ptr + (group * C + c) * x_strides[1]
+        x_columns = (group * C + c) * x_strides[1]
+        x_columns += r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
         acc = tl.zeros((ROWS, COLUMNS), ACC)
         for i in loop(turns):
             at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
             n, p, q = pixel(at, P, Q)
-            h = (p * walk[0] + walk[1])[:, None] + r * walk[2]
-            w = (q * walk[3] + walk[4])[:, None] + s * walk[5]
+            h0 = p * walk[0] + walk[1]
+            w0 = q * walk[3] + walk[4]
+            h = h0[:, None] + r * walk[2]
+            w = w0[:, None] + s * walk[5]
             at_mask = n < N
             # [DEPTH, ROWS]
-            offsets = (n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3])[:, None]
+            offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+            offsets = offsets[:, None] + (k * dy_strides[1])[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
-            dy = tl.load(dy_ptr + offsets + (k * dy_strides[1])[None, :], mask=mask, other=0.0)
+            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
             # [DEPTH, COLUMNS]
-            offsets = (n * x_strides[0])[:, None] + h * x_strides[2] + w * x_strides[3]
-            mask = at_mask[:, None] & inside[None, :] & ((h >= 0) & (h < H) & (w >= 0) & (w < W))
-            x = tl.load(x_columns[None, :] + offsets, mask=mask, other=0.0)
+            offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
+            mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
+            x = tl.load(x_ptr + (offsets[:, None] + x_columns[None, :]), mask=mask, other=0.0)
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
         offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]
@@ -297,20 +317,16 @@ def wgrad(
     The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
     """
     K, C, R, S = g.K // g.groups, g.C // g.groups, g.R, g.S
-    P, Q = g.P, g.Q
+    _, _, P, Q = dy.shape
     tiles = 0 if db is None else 1
     if dw is not None:
         depth = C * R * S
-        tiles += (
-            triton.cdiv(depth, tile.columns)
-            if tile.packed
-            else R * S * triton.cdiv(C, tile.columns)
-        )
+        tiles += cdiv(depth, tile.columns) if tile.packed else R * S * cdiv(C, tile.columns)
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
     device.launch(
         wgrad_kernel,
-        (tiles * triton.cdiv(K, tile.rows) * g.groups * tile.splits,),
+        (tiles * cdiv(K, tile.rows) * g.groups * tile.splits,),
         *(x, dy, dw_parts, db_parts),
         *(unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),

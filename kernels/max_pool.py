@@ -5,6 +5,7 @@ The forward pass keeps one small number for each window, its *offset*: the tap t
 without atomics and without a pass of zeros. Sizes and strides are in elements.
 """
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,14 +17,17 @@ from . import device
 from .device import Device, loop
 from .geometry import Pair, Pool2dGeometry
 from .indexing import (
+    cdiv,
     narrow,
     pixel,
     plain,
     plain_strides,
+    power_of_2,
     program,
     unspecialised,
     unspecialised_strides,
     widen,
+    within,
 )
 from .tile import Tile
 
@@ -55,10 +59,10 @@ def _tile(pixels: int, channels: int, channels_last: bool, device: Device) -> Ti
     Eight channels for each thread are one load of 16 bytes in 16 bits; pixels are loaded one by
     one. The interpreter takes its time by the program, not by the element.
     """
-    columns = triton.next_power_of_2(max(channels, 1))
+    columns = power_of_2(channels)
     if device.backend == "interpreter":
         columns = min(columns, 1024)
-        return Tile(min(triton.next_power_of_2(max(pixels, 1)), 2**18 // columns), columns)
+        return Tile(min(power_of_2(pixels), 2**18 // columns), columns)
     if not channels_last:
         return Tile(512, 1)
     columns = min(columns, 64)
@@ -92,6 +96,7 @@ class _Turns(NamedTuple):
         return cls(first, end, (rows if rows * columns <= 16 else 1, min(columns, 8)))
 
 
+@lru_cache(maxsize=4096)
 def _taps(g: Pool2dGeometry) -> _Turns:
     """The taps to walk: on a GPU all of them, as binaries must not depend on the image.
 
@@ -103,6 +108,12 @@ def _taps(g: Pool2dGeometry) -> _Turns:
     rows = _reach(g.H, g.P, g.kernel[0], g.stride[0], g.padding[0], g.dilation[0])
     columns = _reach(g.W, g.Q, g.kernel[1], g.stride[1], g.padding[1], g.dilation[1])
     return _Turns.between((rows[0], columns[0]), (rows[1], columns[1]))
+
+
+@lru_cache(maxsize=4096)
+def _windows(g: Pool2dGeometry) -> _Turns:
+    """The windows that may cover a pixel."""
+    return _Turns.between((0, 0), g.covering)
 
 
 def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
@@ -176,11 +187,11 @@ def max_pool2d_kernel(
     x_planes = x_ptr + n * x_strides[0] + c * x_strides[1]
     for r in tl.range(TAPS.first[0], TAPS.end[0], loop_unroll_factor=TAPS.unroll[0]):
         h = h0 + r * WINDOW.dilation[0]
-        row_mask = mask & (h >= 0) & (h < H)
+        row_mask = mask & within(h, H)
         x_rows = x_planes + h * x_strides[2]
         for s in tl.range(TAPS.first[1], TAPS.end[1], loop_unroll_factor=TAPS.unroll[1]):
             w = w0 + s * WINDOW.dilation[1]
-            inside = row_mask & (w >= 0) & (w < W)
+            inside = row_mask & within(w, W)
             x = tl.load(x_rows + w * x_strides[3], mask=inside, other=float("-inf"))
             x = widen(x, ACC)
             wins = (x > best) | (x != x)
@@ -212,15 +223,16 @@ def max_pool2d(
     offsets[N,C,P,Q], of ``offset_dtype(g)``, and int64 indices[N,C,P,Q] tell the pixel that it
     came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
     """
+    N, C, P, Q = y.shape
     y_strides = unspecialised_strides(y)
     device.launch(
         max_pool2d_kernel,
-        (triton.cdiv(g.N * g.P * g.Q, tile.rows) * triton.cdiv(g.C, tile.columns),),
+        (cdiv(N * P * Q, tile.rows) * cdiv(C, tile.columns),),
         *(x, y, offsets, indices, unspecialised_strides(x), y_strides),
         y_strides if offsets is None else unspecialised_strides(offsets),
         y_strides if indices is None else unspecialised_strides(indices),
-        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), g.C, _Window.of(g), _taps(g)),
-        *(device.wide(g.N * g.P * g.Q, x, y, offsets, indices), tile.rows, tile.columns),
+        *(unspecialised((N, g.H, g.W, P, Q)), C, _Window.of(g), _taps(g)),
+        *(device.wide(N * P * Q, x, y, offsets, indices), tile.rows, tile.columns),
         device=x.device,
         num_warps=tile.warps,
     )
@@ -265,14 +277,14 @@ def max_pool2d_backward_kernel(
     for i in tl.range(0, WINDOWS.end[0], loop_unroll_factor=WINDOWS.unroll[0]):
         p = p0 + i
         r = h0 - p * WINDOW.stride[0]
-        row_mask = mask & (p >= 0) & (p < P)
+        row_mask = mask & within(p, P)
         row_mask = row_mask & (r % WINDOW.dilation[0] == 0) & (r // WINDOW.dilation[0] < R)
         dy_rows = dy_planes + p * dy_strides[2]
         offsets_rows = offsets_planes + p * offsets_strides[2]
         for j in tl.range(0, WINDOWS.end[1], loop_unroll_factor=WINDOWS.unroll[1]):
             q = q0 + j
             s = w0 - q * WINDOW.stride[1]
-            covers = row_mask & (q >= 0) & (q < Q)
+            covers = row_mask & within(q, Q)
             covers = covers & (s % WINDOW.dilation[1] == 0) & (s // WINDOW.dilation[1] < S)
             offset = tl.load(offsets_rows + q * offsets_strides[3], mask=covers, other=0)
             dy = tl.load(dy_rows + q * dy_strides[3], mask=covers, other=0.0)
@@ -288,14 +300,9 @@ def max_pool2d_backward(
     """dx[N,C,H,W] from dy[N,C,P,Q] and the offsets[N,C,P,Q] of the forward pass."""
     device.launch(
         max_pool2d_backward_kernel,
-        (triton.cdiv(g.N * g.H * g.W, tile.rows) * triton.cdiv(g.C, tile.columns),),
+        (cdiv(g.N * g.H * g.W, tile.rows) * cdiv(g.C, tile.columns),),
         *(dy, offsets, dx, *map(unspecialised_strides, (dy, offsets, dx))),
-        *(
-            unspecialised((g.N, g.H, g.W, g.P, g.Q)),
-            g.C,
-            _Window.of(g),
-            _Turns.between((0, 0), g.covering),
-        ),
+        *(unspecialised((g.N, g.H, g.W, *dy.shape[2:])), g.C, _Window.of(g), _windows(g)),
         *(device.wide(g.N * g.H * g.W, dy, offsets, dx), tile.rows, tile.columns),
         device=dy.device,
         num_warps=tile.warps,
@@ -338,12 +345,13 @@ def max_pool2d_gather(
     ddx: Tensor, offsets: Tensor, ddy: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
     """ddy[N,C,P,Q] from ddx[N,C,H,W] and offsets[N,C,P,Q]: the gradient of the gradient."""
+    N, C, P, Q = ddy.shape
     device.launch(
         max_pool2d_gather_kernel,
-        (triton.cdiv(g.N * g.P * g.Q, tile.rows) * triton.cdiv(g.C, tile.columns),),
+        (cdiv(N * P * Q, tile.rows) * cdiv(C, tile.columns),),
         *(ddx, offsets, ddy, *map(unspecialised_strides, (ddx, offsets, ddy))),
-        *(unspecialised((g.N, g.P, g.Q)), g.C, _Window.of(g)),
-        *(device.wide(g.N * g.P * g.Q, ddx, offsets, ddy), tile.rows, tile.columns),
+        *(unspecialised((N, P, Q)), C, _Window.of(g)),
+        *(device.wide(N * P * Q, ddx, offsets, ddy), tile.rows, tile.columns),
         device=ddx.device,
         num_warps=tile.warps,
     )
@@ -411,7 +419,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
     tile = _unpool_tile(y)
     device.launch(
         max_unpool2d_kernel,
-        (triton.cdiv(N * C, tile.columns),),
+        (cdiv(N * C, tile.columns),),
         *(x, indices, y, *map(unspecialised_strides, (x, indices, y))),
         *(unspecialised((N, H * W, W, P * Q, Q)), C),
         *(device.wide(max(N * C, H * W, P * Q), x, indices, y), tile.rows, tile.columns),
@@ -437,7 +445,7 @@ def _unpool_tile(y: Tensor) -> Tile:
     """A block of pixels, short as it is compared with itself, by some planes (n, c)."""
     N, C = y.shape[:2]
     if device.INTERPRET:
-        return Tile(32, min(triton.next_power_of_2(max(N * C, 1)), 1024))
+        return Tile(32, min(power_of_2(N * C), 1024))
     return Tile(16, 16) if y.stride(1) == 1 else Tile(32, 4)
 
 
@@ -475,7 +483,7 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
     device.launch(
         max_unpool2d_backward_kernel,
-        (triton.cdiv(N * P * Q, tile.rows) * triton.cdiv(C, tile.columns),),
+        (cdiv(N * P * Q, tile.rows) * cdiv(C, tile.columns),),
         *(dy, indices, dx, *map(unspecialised_strides, (dy, indices, dx))),
         *(unspecialised((N, H * W, W, P, Q)), C),
         *(device.wide(max(N * P * Q, H * W), dy, indices, dx), tile.rows, tile.columns),

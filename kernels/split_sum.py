@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import device
 from .device import loop
-from .indexing import narrow, program
+from .indexing import cdiv, narrow, power_of_2, program
 
 
 # The elements are a layer's weights: their number, unlike that of the parts, knows no batch.
@@ -36,10 +36,10 @@ def split_sum(parts: Tensor, out: Tensor) -> None:
     if parts is out:
         return
     splits, numel = parts.shape
-    block = min(1 << 16, triton.next_power_of_2(max(1, numel))) if device.INTERPRET else 1024
+    block = min(1 << 16, power_of_2(numel)) if device.INTERPRET else 1024
     device.launch(
         split_sum_kernel,
-        (triton.cdiv(numel, block),),
+        (cdiv(numel, block),),
         *(parts, out, numel, splits, device.wide(0, parts), block),
         device=out.device,
     )
