@@ -551,6 +551,7 @@ def test_meta_tensors_give_shapes():
     assert y.shape == (2, 4, 3, 3)
 
 
+@old_torch
 def test_forward_mode_is_refused_without_gradients_too(device):
     """Rather than dropping the tangent."""
     x = torch.randn(1, 4, 5, 5, device=device)
