@@ -5,13 +5,14 @@ TypeErrors, values RuntimeErrors. Sizes may be symbolic.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from kernels import library
 from kernels.geometry import Pair, full_padding, same_padding
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
@@ -20,41 +21,47 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Calls that come again.
 
+_PLAIN = {int, str, type(None)}
+_TENSORS = {Tensor, Parameter}
+
 
 def call_key(tensors: tuple, arguments: tuple) -> tuple | None:
-    """All that a call's checks look at, so that they are made once; None where it may not be kept.
+    """All that a call's checks and plan look at, so that they are made once; None where it may not
+    be kept.
 
     Numbers that are equal need not be alike: True and 1.0 are refused where 1 is not. So only
     calls with plain numbers are kept, and none that is traced or cast on the way.
     """
-    if tensors[0] is None or torch.compiler.is_compiling():
-        return None
     for value in arguments:
-        kind = type(value)
-        if kind is tuple:
+        if type(value) not in _PLAIN:
+            if type(value) is not tuple:
+                return None
             for item in value:
                 if type(item) is not int:
                     return None
-        elif kind is not int and kind is not str and value is not None:
-            return None
-    key: list[Any] = [arguments]
-    for t in tensors:
-        kind = type(t)
-        if kind is Tensor or kind is Parameter:
-            key += (t.shape, t.dtype, t.device, t.layout)
-        elif t is None:
-            key.append(None)
-        else:
-            return None
-    kind = tensors[0].device.type
-    return None if kind == "meta" or torch.is_autocast_enabled(kind) else tuple(key)
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return None
+    if type(tensors[0]) not in _TENSORS or (setting := library.setting(tensors[0])) is None:
+        return None
+    key: list[Any] = [setting, arguments]
+    try:
+        for t in tensors:
+            if t is None:
+                key.append(None)
+            elif type(t) in _TENSORS:
+                key += (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+            else:
+                return None
+    except RuntimeError:  # t is not strided
+        return None
+    return tuple(key)
 
 
-def remember(calls: dict[tuple, tuple], key: tuple, value: tuple) -> None:
+def remember(calls: dict[tuple, Callable], key: tuple, call: Callable) -> None:
     """Keep a call that has passed its checks."""
     if len(calls) >= 4096:
         calls.clear()
-    calls[key] = value
+    calls[key] = call
 
 
 # Numbers.

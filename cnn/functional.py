@@ -56,10 +56,9 @@ def _overridable(function: Callable[Arguments, Result]) -> Callable[Arguments, R
     return call
 
 
-_conv2d_calls: dict[tuple, tuple] = {}  # the arguments that a checked call goes on with
+_conv2d_calls: dict[tuple, Callable[..., Tensor]] = {}  # those that have passed the checks
 
 
-@_overridable
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -98,7 +97,17 @@ def conv2d(
     arguments = (stride, padding, dilation, groups, activation, precision)
     key = None if scale is not None else call_key(tensors, arguments)
     if key is not None and (known := _conv2d_calls.get(key)) is not None:
-        return functions.conv2d(input, weight, bias, residual, *known)
+        return known(input, weight, bias, residual)
+    if has_torch_function((*tensors, scale, *arguments)):
+        return handle_torch_function(
+            conv2d,
+            (*tensors, scale, *arguments),
+            *(input, weight, bias, stride, padding, dilation, groups),
+            activation=activation,
+            residual=residual,
+            precision=precision,
+            scale=scale,
+        )
     check_tensor("input", input)
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
@@ -146,7 +155,10 @@ def conv2d(
         y = _without_channels(x, weight, bias, size)
     else:
         if key is not None and not unbatched:
-            remember(_conv2d_calls, key, (steps, pads, spread, groups, relu, precision))
+            call = functions.bind_conv2d(
+                x, weight, residual, steps, pads, spread, groups, relu, precision
+            )
+            remember(_conv2d_calls, key, call)
         y = functions.conv2d(
             x, weight, bias, residual, steps, pads, spread, groups, relu, precision
         )

@@ -14,7 +14,7 @@ Operands need channels side by side, pixels in memory order and rows that start 
 (``planner.layout_of`` says "aligned"). Sizes and strides are in elements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from .descriptors import Sizes, View, filters, image_pairs, images
 from .device import Device, loop
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Direction, Taps
-from .indexing import dot, narrow, plain, program, unspecialised, widen
+from .indexing import cdiv, dot, narrow, plain, program, unspecialised, widen
 from .split_sum import parts_like, split_sum
 from .tile import Box, Tile, blocks_per_multiprocessor
 
@@ -253,12 +253,37 @@ def supports(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precis
 class Product(NamedTuple):
     """One launch of ``product_kernel`` without its tensors."""
 
-    xs: list[View]
+    xs: tuple[View | None, ...]  # parities of x, at most four
     w: View
     residual: View | None
     y: View
-    programs: int
-    scalars: tuple  # tiles, sizes, walks
+    grid: tuple[int]
+    rest: tuple  # the kernel's arguments that are not tensors
+    meta: dict[str, int]
+
+    def launch(
+        self,
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        y: Tensor,
+        scale: Tensor | None = None,
+    ) -> None:
+        x_views, w_view, residual_view, y_view, grid, rest, meta = self
+        device.launch(
+            product_kernel,
+            grid,
+            *[None if view is None else view.over(x) for view in x_views],
+            w_view.over(w),
+            bias,
+            scale,
+            None if residual_view is None or residual is None else residual_view.over(residual),
+            y_view.over(y),
+            *rest,
+            device=y.device,
+            **meta,
+        )
 
 
 def _product(
@@ -268,40 +293,49 @@ def _product(
     walks: list[Walk],
     channels: int,
     depth: int,
-    groups: int,
-    tile: Tile,
-    itemsize: int,
-    here: Device,
-) -> Product:
-    # Groups share descriptors: blocks must not run from one into the next.
-    assert groups == 1 or channels % tile.columns == depth % tile.depth == 0, (groups, tile)
-    column_tiles = triton.cdiv(channels, tile.columns)
-    sizes, box = results[0].shape, _box(tile)
-    boxes = [triton.cdiv(size, length) for size, length in zip(sizes, box, strict=False)]
-    tiles = boxes[0] * boxes[1] * boxes[2] * column_tiles * groups
-    room = here.multiprocessors * blocks_per_multiprocessor(tile, itemsize, here)
-    scalars = (
-        tiles,
-        unspecialised((boxes[1], boxes[2], column_tiles, groups, channels, depth)),
-        tuple([unspecialised(walk) for walk in walks]),
-    )
-    residual = results[1] if len(results) > 1 else None
-    return Product(xs, w, residual, results[0], min(tiles, room), scalars)
-
-
-@lru_cache(maxsize=4096)
-def _fprop(
     g: Conv2dGeometry,
     tile: Tile,
     itemsize: int,
     here: Device,
+    relu: bool,
+    precision: str,
+    transposed: bool,
+) -> Product:
+    groups, box = g.groups, _box(tile)
+    # Groups share descriptors: blocks must not run from one into the next.
+    assert groups == 1 or channels % tile.columns == depth % tile.depth == 0, (groups, tile)
+    column_tiles = cdiv(channels, tile.columns)
+    boxes = [cdiv(size, length) for size, length in zip(results[0].shape, box, strict=False)]
+    tiles = boxes[0] * boxes[1] * boxes[2] * column_tiles * groups
+    room = here.multiprocessors * blocks_per_multiprocessor(tile, itemsize, here)
+    rest = (
+        tiles,
+        unspecialised((boxes[1], boxes[2], column_tiles, groups, channels, depth)),
+        tuple([unspecialised(walk) for walk in walks]),
+        *(relu, precision, (*box, tile.columns, tile.depth, transposed)),
+    )
+    residual = results[1] if len(results) > 1 else None
+    meta = {"num_warps": tile.warps, "num_stages": tile.stages}
+    views = (*xs, *[None] * (4 - len(xs)))
+    return Product(views, w, residual, results[0], (min(tiles, room),), rest, meta)
+
+
+@lru_cache(maxsize=4096)
+def bind_fprop(
+    g: Conv2dGeometry,
+    tile: Tile,
+    itemsize: int,
+    here: Device,
+    relu: bool,
+    precision: str,
     x_strides: Sizes,
     w_strides: Sizes,
     *strides: Sizes,  # of y and, where there is one, residual
-) -> Product:
+) -> Callable[..., None]:
+    """``fprop`` of (x, w, bias, residual, y) and scale, on operands that lie so."""
     box, depth, flat = _box(tile), tile.depth, g.pointwise
     C, K = g.C // g.groups, g.K // g.groups
-    blocks = triton.cdiv(C, depth)
+    blocks = cdiv(C, depth)
     if takes_pairs(g, depth) and x_strides[3] == g.C:
         (top, _), (left, _) = g.padding
         xs = [image_pairs(g.x_shape, x_strides, box, depth, itemsize)]
@@ -316,64 +350,38 @@ def _fprop(
     half = (*half_box(box), tile.columns)
     results = [images(g.y_shape, s, half, max(2, itemsize), flat=flat) for s in strides]
     w = filters(g.w_shape, w_strides, (tile.columns, depth), itemsize)
-    return _product(xs, w, results, walks, K, C, g.groups, tile, itemsize, here)
+    kind = itemsize, here, relu, precision, False
+    return _product(xs, w, results, walks, K, C, g, tile, *kind).launch
 
 
 @lru_cache(maxsize=4096)
-def _dgrad(
+def bind_dgrad(
     g: Conv2dGeometry,
     tile: Tile,
     itemsize: int,
     here: Device,
+    precision: str,
     dy_strides: Sizes,
     w_strides: Sizes,
     dx_strides: Sizes,
-) -> list[Product]:
+) -> Callable[..., None]:
+    """``dgrad`` of (dy, w, bias, dx), on operands that lie so."""
     box, depth, flat = _box(tile), tile.depth, g.pointwise
     C, K = g.C // g.groups, g.K // g.groups
     dys = [images(g.y_shape, dy_strides, (*box, depth), itemsize, flat=flat)]
     w = filters(g.w_shape, w_strides, (depth, tile.columns), itemsize)
-    half = (*half_box(box), tile.columns)
+    half, kind = (*half_box(box), tile.columns), (itemsize, here, False, precision, True)
     products = []
     for parity in g.dgrad():
         dx = images(g.x_shape, dx_strides, half, itemsize, parity, flat=flat)
-        walks = [_walk(*parity, triton.cdiv(K, depth), -1)]
-        products.append(_product(dys, w, [dx], walks, C, K, g.groups, tile, itemsize, here))
-    return products
+        walks = [_walk(*parity, cdiv(K, depth), -1)]
+        products.append(_product(dys, w, [dx], walks, C, K, g, tile, *kind))
 
+    def launch(dy: Tensor, w: Tensor, bias: Tensor | None, dx: Tensor) -> None:
+        for product in products:
+            product.launch(dy, w, bias, None, dx)
 
-def _multiply(
-    product: Product,
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    tile: Tile,
-    relu: bool,
-    precision: str,
-    transposed: bool,
-) -> None:
-    xs = [view.over(x) for view in product.xs]
-    device.launch(
-        product_kernel,
-        (product.programs,),
-        *xs,
-        *[None] * (4 - len(xs)),
-        product.w.over(w),
-        bias,
-        scale,
-        None if residual is None or product.residual is None else product.residual.over(residual),
-        product.y.over(y),
-        *product.scalars,
-        relu,
-        precision,
-        (*_box(tile), tile.columns, tile.depth, transposed),
-        device=y.device,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    return launch
 
 
 def fprop(
@@ -390,10 +398,10 @@ def fprop(
     scale: Tensor | None = None,
 ) -> None:
     """y[N,K,P,Q] = relu?(scale[K] * conv(x, w) + bias + residual)."""
-    results = (y.stride(),) if residual is None else (y.stride(), residual.stride())
-    here = device.describe(x.device)
-    product = _fprop(g, tile, x.element_size(), here, x.stride(), w.stride(), *results)
-    _multiply(product, x, w, bias, scale, residual, y, tile, relu, precision, False)
+    kind = x.element_size(), device.describe(x.device), relu, precision
+    results = (y,) if residual is None else (y, residual)
+    strides = [t.stride() for t in (x, w, *results)]
+    bind_fprop(g, tile, *kind, *strides)(x, w, bias, residual, y, scale)
 
 
 def dgrad(
@@ -407,10 +415,8 @@ def dgrad(
     precision: str,
 ) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride."""
-    here = device.describe(dy.device)
-    strides = dy.stride(), w.stride(), dx.stride()
-    for product in _dgrad(g, tile, dy.element_size(), here, *strides):
-        _multiply(product, dy, w, bias, None, None, dx, tile, False, precision, True)
+    kind = dy.element_size(), device.describe(dy.device), precision
+    bind_dgrad(g, tile, *kind, dy.stride(), w.stride(), dx.stride())(dy, w, bias, dx)
 
 
 def _box(tile: Tile) -> Box:
@@ -501,9 +507,9 @@ def _wgrad(
     n, p, q = _box(tile)
     K, C, flat = g.K // g.groups, g.C // g.groups, g.pointwise
     N, P, Q = (g.N * g.P * g.Q, 1, 1) if flat else (g.N, g.P, g.Q)
-    boxes_n, boxes_p, boxes_q = triton.cdiv(N, n), triton.cdiv(P, p), triton.cdiv(Q, q)
-    turns = triton.cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
-    column_tiles, row_tiles = triton.cdiv(C, tile.columns), triton.cdiv(K, tile.rows)
+    boxes_n, boxes_p, boxes_q = cdiv(N, n), cdiv(P, p), cdiv(Q, q)
+    turns = cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
+    column_tiles, row_tiles = cdiv(C, tile.columns), cdiv(K, tile.rows)
     dy_block, x_block = (p, q, n, tile.rows), (p, q, n, tile.columns)
     dy = images(g.y_shape, dy_strides, dy_block, itemsize, flat=flat, images_last=True)
     launches = []
@@ -522,8 +528,8 @@ def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
 
     Never a single part, which would write db itself, by another binary.
     """
-    programs = triton.cdiv(g.K // g.groups, 64) * g.groups
-    turns = triton.cdiv(g.N * g.P * g.Q, 64)
+    programs = cdiv(g.K // g.groups, 64) * g.groups
+    turns = cdiv(g.N * g.P * g.Q, 64)
     splits = max(2, min(turns // 8, 2 * here.multiprocessors // programs))
     return Tile(64, 64, 64, splits=splits)
 

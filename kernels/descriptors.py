@@ -5,7 +5,6 @@ only puts the tensors in. Sizes, strides and offsets are in elements.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -16,13 +15,21 @@ from .tile import Box
 Sizes = tuple[int, ...]  # N, C, H, W, or their strides
 
 
-class View(NamedTuple):
+class View:
     """A descriptor without its memory; ``offset`` is its first element's, from the tensor's."""
 
-    shape: list[int]
-    strides: list[int]
-    block: list[int]
-    offset: int = 0
+    __slots__ = ("_fields", "block", "offset", "shape", "strides")
+
+    def __init__(self, shape: list[int], strides: list[int], block: list[int], offset: int):
+        self.shape, self.strides, self.block, self.offset = shape, strides, block, offset
+        self._fields = {
+            "base": None,
+            "shape": shape,
+            "strides": strides,
+            "block_shape": block,
+            "padding": "zero",
+            "round_f32_to_tf32": False,
+        }
 
     def over(self, t: Tensor) -> TensorDescriptor:
         """The descriptor. ``planner.layout_of`` has found t aligned: Triton's constructor, which
@@ -31,14 +38,8 @@ class View(NamedTuple):
         if self.offset:
             t = t.as_strided((1,), (1,), t.storage_offset() + self.offset)
         descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__ = {
-            "base": t,
-            "shape": self.shape,
-            "strides": self.strides,
-            "block_shape": self.block,
-            "padding": "zero",
-            "round_f32_to_tf32": False,
-        }
+        descriptor.__dict__.update(self._fields)
+        descriptor.base = t
         return descriptor
 
 

@@ -6,7 +6,7 @@ Everything is asked lazily: importing this module touches no GPU.
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -130,9 +130,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         with _lock, np.errstate(all="ignore"), _unchecked_overflow():
             kernel[grid](*args, **meta)
         return
-    elsewhere = device.index not in (None, torch.cuda.current_device())
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    if device.index is None or device.index == torch.cuda.current_device():
         kernel[grid](*args, **meta)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ in each argument), and so are pooling's backward and gather; so every derivative
 again a kernel. All arguments are batched and normalised: see ``library``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,40 +82,65 @@ class ChannelSum(Function):
         return ddb[:, None, None].expand(ctx.shape)
 
 
+class _Conv2dCall:
+    """What a convolution is given besides tensors, and what of their shapes backward needs."""
+
+    __slots__ = ("bound", "channels_last", "geometry", "relu", "w_size", "w_strides", "x_size")
+
+    def __init__(self, x: Tensor, w: Tensor, geometry: Sequence[Any], relu: bool, bound: Any):
+        self.geometry = geometry  # stride, padding, dilation, groups, precision
+        self.relu = relu
+        self.bound = bound  # what the operator comes down to, or None
+        self.x_size, self.w_size, self.w_strides = x.shape[2:], w.shape, w.stride()
+        self.channels_last = _channels_last(x, w)
+
+
 class Conv2d(Function):
     """y = relu?(conv(x, w) + bias + residual). Under ReLU y is its own mask: no other is kept."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, w, bias, residual, stride, padding, dilation, groups, precision, relu):
-        return _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, relu)
+    def forward(x, w, bias, residual, call):
+        if call.bound is not None:
+            return call.bound(x, w, bias, residual)
+        return _conv2d(x, w, bias, residual, *call.geometry, call.relu)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        x, w, _, _, *ctx.geometry, relu = inputs
-        need_dx, need_dw = ctx.needs_input_grad[:2]
+        x, w, _, _, ctx.call = inputs
+        needed = ctx.needs_input_grad
         ctx.save_for_backward(
-            x if need_dw else None, w if need_dx else None, output if relu else None
+            x if needed[1] else None, w if needed[0] else None, output if ctx.call.relu else None
         )
-        ctx.size = x.shape[2:]
-        ctx.w_size, ctx.w_strides = w.shape, w.stride()
-        ctx.channels_last = _channels_last(x, w)
+
+    @staticmethod
+    def setup_operator(ctx: Any, inputs, output):
+        """The same for the operator, whose arguments are plain."""
+        x, w, bias, residual, *geometry, relu = inputs
+        call = _Conv2dCall(x, w, geometry, relu, None)
+        Conv2d.setup_context(ctx, (x, w, bias, residual, call), output)
 
     @staticmethod
     def backward(ctx: Any, dy):
-        x, w, y = ctx.saved_tensors
-        need_dx, need_dw, need_db, need_residual = ctx.needs_input_grad[:4]
+        (x, w, y), call = ctx.saved_tensors, ctx.call
+        need_dx, need_dw, need_db, need_residual, *others = ctx.needs_input_grad
         if y is not None:
             dy = _apply(ReluBackward, dy, y)
         dx = dw = db = None
         if need_dx:
-            dx = _apply(Conv2dDgrad, dy, w, None, ctx.size, *ctx.geometry, ctx.channels_last)
+            dx = _apply(Conv2dDgrad, dy, w, None, call.x_size, *call.geometry, call.channels_last)
         if need_dw:
-            dw, db = _apply(Conv2dWgrad, x, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, need_db)
+            sizes = call.w_size, call.w_strides
+            dw, db = _apply(Conv2dWgrad, x, dy, *sizes, *call.geometry, need_db)
         elif need_db:
             db = _apply(ChannelSum, dy)
-        return dx, dw, db if need_db else None, dy if need_residual else None, *[None] * 6
+        dy = dy if need_residual else None
+        return dx, dw, db if need_db else None, dy, *[None] * len(others)
+
+
+def _plain_conv2d(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Sequence[Any]) -> Tensor:
+    return _apply(Conv2d, x, w, bias, None, _Conv2dCall(x, w, geometry, False, None))
 
 
 class Conv2dDgrad(Function):
@@ -142,7 +167,7 @@ class Conv2dDgrad(Function):
         need_dy, need_dw, need_db = ctx.needs_input_grad[:3]
         ddy = dw = db = None
         if need_dy:
-            ddy = _apply(Conv2d, ddx, w, None, None, *ctx.geometry, False)
+            ddy = _plain_conv2d(ddx, w, None, ctx.geometry)
         if need_dw:
             dw, _ = _apply(Conv2dWgrad, ddx, dy, ctx.w_size, ctx.w_strides, *ctx.geometry, False)
         if need_db:
@@ -178,7 +203,7 @@ class Conv2dWgrad(Function):
             channels_last = ctx.x_channels_last or _channels_last(ddw)
             dx = _apply(Conv2dDgrad, dy, ddw, None, ctx.size, *ctx.geometry, channels_last)
         if need_ddy:
-            ddy = _apply(Conv2d, x, ddw, ddb if ctx.bias else None, None, *ctx.geometry, False)
+            ddy = _plain_conv2d(x, ddw, ddb if ctx.bias else None, ctx.geometry)
         return dx, ddy, *[None] * 8
 
 
@@ -303,8 +328,9 @@ for _name, _function in {
     "max_unpool2d_backward": MaxUnpool2dBackward,
 }.items():
     # The operators are differentiable by themselves too; the Functions cost less to call.
+    _setup = getattr(_function, "setup_operator", _function.setup_context)
     torch.library.register_autograd(
-        f"triton_cnn::{_name}", _function.backward, setup_context=_function.setup_context
+        f"triton_cnn::{_name}", _function.backward, setup_context=_setup
     )
 
 
@@ -328,11 +354,37 @@ def conv2d(
     precision: str | None,
 ) -> Tensor:
     """y[N,K,P,Q] = relu?(conv(x[N,C,H,W], w[K,C/groups,R,S]) + bias[K] + residual[N,K,P,Q])."""
-    return _call(
-        Conv2d,
-        _ops.conv2d,
-        *(x, w, bias, residual, stride, padding, dilation, groups, precision, relu),
-    )
+    geometry = stride, padding, dilation, groups, precision
+    if torch.compiler.is_compiling():
+        return _ops.conv2d(x, w, bias, residual, *geometry, relu)
+    return _apply(Conv2d, x, w, bias, residual, _Conv2dCall(x, w, geometry, relu, None))
+
+
+def bind_conv2d(
+    x: Tensor,
+    w: Tensor,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+    precision: str | None,
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
+    """``conv2d`` of (x, w, bias, residual) on kernels, for operands that differ from these in their
+    elements alone, where nothing watches: it does what depends on the others once.
+    """
+    geometry = stride, padding, dilation, groups, precision
+    bound = library.bind_conv2d(x, w, residual, *geometry, relu)
+    known = _Conv2dCall(x, w, geometry, relu, bound)
+    record = super(Function, Conv2d).apply
+
+    def call(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled():
+            return record(x, w, bias, residual, known)
+        return bound(x, w, bias, residual)
+
+    return call
 
 
 def conv2d_fp8(

@@ -6,6 +6,7 @@ Triton's interpreter (TRITON_INTERPRET=1 at import) and otherwise ATen, through 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,15 @@ def is_watched() -> bool:
     )
 
 
+def setting(x: Tensor) -> tuple | None:
+    """What a call on x depends on besides its arguments; None where it may not be kept."""
+    if is_watched() or torch._C._is_torch_function_mode_enabled():
+        return None
+    if not (x.is_cuda or (INTERPRET and x.is_cpu)):
+        return None
+    return describe(x.device), x.dtype == torch.float32 and resolve_precision(None, x)
+
+
 def _new(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
     return like.new_empty_strided(tuple(shape), output_strides(shape, channels_last))
 
@@ -86,44 +96,61 @@ def _channels_last(*tensors: Tensor) -> bool:
 
 
 class _Call(NamedTuple):
-    """What an operator on operands of certain shapes, strides and dtypes comes down to."""
+    """What a convolution on operands of certain shapes, strides and dtypes comes down to."""
 
+    direction: Direction
     g: Conv2dGeometry
     layout: planner.Layout
     plan: planner.Plan
-    shape: torch.Size  # of the result, unless it is wgrad's
+    launch: Callable[..., None]  # that plan, on operands and results
+    options: dict[str, Any]  # what a launch takes besides operands, results, geometry and tile
+    reference: Callable[..., tuple[Tensor, ...]]  # ATen's results from the operands
+    shape: torch.Size  # of the first result
     strides: tuple[int, ...]
     packs: bool  # whether w is laid in rows first
 
 
-_calls: dict[tuple, _Call] = {}
+_bound: dict[tuple, partial] = {}  # an operator and its _Call, by all that the call follows from
+
+
+def _bind(key: tuple, operator: Callable, *arguments: Any) -> partial:
+    """Keep a planned call: one that comes again costs microseconds."""
+    if len(_bound) >= 4096:
+        _bound.clear()
+    _bound[key] = bound = partial(operator, *arguments)
+    return bound
 
 
 def _call(
-    key: tuple,  # all that the rest follows from
     direction: Direction,
     g: Conv2dGeometry,
-    precision: str,
-    images: tuple[Tensor | None, ...],  # the result first
+    options: dict[str, Any],
+    reference: Callable[..., Any],
+    result: Tensor,
+    images: tuple[Tensor | None, ...],  # of fprop and dgrad the result first
     w: Tensor | None = None,
 ) -> _Call:
-    """Plan a call, and keep it: one that comes again costs microseconds.
+    """Plan for these images and filters.
 
     Where channels lie side by side in the images but not in w, w is copied so: it is small, and
     gathering it is not.
     """
-    if len(_calls) >= 4096:
-        _calls.clear()
-    first = images[0]
-    assert first is not None
-    here = describe(first.device)
+    here = describe(result.device)
     rows = all(t is None or t.stride(1) == 1 for t in images)
     packs = w is not None and w.stride(1) != 1 and rows and here.descriptors
     filters = () if w is None else (_in_rows(w) if packs else w,)
     layout = planner.layout_of(images, filters)
-    plan = planner.plan(direction, g, first.dtype, precision, here, layout)
-    _calls[key] = call = _Call(g, layout, plan, first.shape, first.stride(), packs)
-    return call
+    plan = planner.plan(direction, g, result.dtype, options["precision"], here, layout)
+    engine, tile, *_ = plan
+    if engine is descriptor_gemm and direction != "wgrad":
+        bind, kind = getattr(engine, f"bind_{direction}"), (result.element_size(), here)
+        _, image, *added = images
+        strides = [t.stride() for t in (image, *filters, result, *added) if t is not None]
+        launch = bind(g, tile, *kind, *options.values(), *strides)
+    else:
+        launch = partial(getattr(engine, direction), g=g, tile=tile, **options)
+    about = g, layout, plan, launch, options, reference
+    return _Call(direction, *about, result.shape, result.stride(), packs)
 
 
 def _in_rows(w: Tensor) -> Tensor:
@@ -147,33 +174,36 @@ def resolve_precision(precision: str | None, x: Tensor) -> str:
     return precision
 
 
-def _run(
-    direction: Direction,
-    call: _Call,
-    precision: str,
-    operands: tuple[Tensor | None, ...],
-    results: tuple[Tensor, ...],
-    launch: Callable[..., tuple[Tensor, ...]],  # takes a plan, operands and results
-    reference: Callable[..., tuple[Tensor, ...]],  # takes operands
-    fused: bool = False,
-) -> None:
-    """Launch the planned plan, the one that measuring chooses, or to warm up the whole family."""
-    plans = [call.plan]
-    if device.is_warming_up() or autotune.is_enabled():
-        here = device.describe(results[0].device)
-        problem = (direction, call.g, results[0].dtype, precision, here, call.layout)
-        if device.is_warming_up():
-            plans = planner.family(*problem)
-        else:
+def _run(call: _Call, *tensors: Tensor | None) -> None:
+    """Launch on operands and results: the planned plan, the one that measuring chooses, or to warm
+    up the whole family.
+    """
+    if not (device.is_warming_up() or autotune.is_enabled()):
+        call.launch(*tensors)
+        return
+    for engine, tile, *_ in _other_plans(call, tensors):
+        getattr(engine, call.direction)(*tensors, call.g, tile, **call.options)
 
-            def run(plan: planner.Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
-                fresh = (t.new_empty_strided(t.shape, t.stride()) for t in results)
-                return launch(plan, *operands, *fresh)
 
-            variant = "".join("01"[t is not None] for t in operands) + "-fused" * fused
-            plans = [autotune.choose(*problem, operands, run, reference, variant)]
-    for plan in plans:
-        launch(plan, *operands, *results)
+_OPERANDS = {"fprop": 4, "dgrad": 3, "wgrad": 2}  # the rest are results
+
+
+def _other_plans(call: _Call, tensors: tuple) -> Sequence[planner.Plan]:
+    count, options = _OPERANDS[call.direction], call.options
+    operands, results = tensors[:count], tensors[count:]
+    like = results[0]
+    problem = (call.direction, call.g, like.dtype, options["precision"], describe(like.device))
+    if device.is_warming_up():
+        return planner.family(*problem, call.layout)
+
+    def run(plan: planner.Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        fresh = [None if t is None else t.new_empty_strided(t.shape, t.stride()) for t in results]
+        getattr(plan.engine, call.direction)(*operands, *fresh, call.g, plan.tile, **options)
+        return tuple(t for t in fresh if t is not None)
+
+    fused = options.get("relu", len(results) > 1 and results[1] is not None)
+    variant = "".join("01"[t is not None] for t in operands) + "-fused" * fused
+    return [autotune.choose(*problem, call.layout, operands, run, call.reference, variant)]
 
 
 # Convolution: three walks over one geometry.
@@ -187,31 +217,42 @@ def _conv2d_empty(x, w, bias, residual, stride, padding, dilation, groups, preci
     return _new(x, (x.shape[0], w.shape[0], *sizes), _channels_last(x, w))
 
 
-def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, relu):
+def bind_conv2d(x, w, residual, stride, padding, dilation, groups, precision, relu) -> partial:
+    """conv2d of (x, w, bias, residual) on kernels, for operands that differ from these in their
+    elements alone.
+    """
     arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
     precision, here = resolve_precision(precision, x), describe(x.device)
-    key = ("fprop", here, precision, *arguments, x.dtype, x.shape, x.stride(), w.shape, w.stride())
-    key += (x.data_ptr() % 16, w.data_ptr() % 16)
+    key = ("fprop", here, precision, relu, *arguments)
+    key += (x.dtype, x.shape, x.stride(), w.shape, w.stride(), x.data_ptr() % 16)
+    key += (w.data_ptr() % 16,)
     if residual is not None:
         key += (residual.stride(), residual.data_ptr() % 16)
-    call = _calls.get(key)
-    if call is None:
+    if (bound := _bound.get(key)) is None:
         g = Conv2dGeometry.of(x.shape, w.shape, *arguments)
-        y = _conv2d_empty(x, w, bias, residual, *arguments, precision, relu)
-        call = _call(key, "fprop", g, precision, (y, x, residual), w)
+        y = _conv2d_empty(x, w, None, residual, *arguments, precision, relu)
+
+        def reference(x, w, bias, residual):
+            return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
+
+        options = {"relu": relu, "precision": precision}
+        call = _call("fprop", g, options, reference, y, (y, x, residual), w)
+        bound = _bind(key, _fprop, call)
+    return bound
+
+
+def _fprop(call: _Call, x, w, bias, residual) -> Tensor:
     y = x.new_empty_strided(call.shape, call.strides)
-    w, bias = _in_rows(w) if call.packs else w, None if bias is None else bias.contiguous()
-
-    def launch(plan: planner.Plan, x, w, bias, residual, y) -> tuple[Tensor]:
-        engine, tile, *_ = plan
-        engine.fprop(x, w, bias, residual, y, call.g, tile, relu=relu, precision=precision)
-        return (y,)
-
-    def reference(x, w, bias, residual) -> tuple[Tensor]:
-        return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
-
-    _run("fprop", call, precision, (x, w, bias, residual), (y,), launch, reference, relu)
+    if call.packs:
+        w = _in_rows(w)
+    if bias is not None:
+        bias = bias.contiguous()
+    _run(call, x, w, bias, residual, y)
     return y
+
+
+def _conv2d(x, w, bias, residual, *arguments):
+    return bind_conv2d(x, w, residual, *arguments)(x, w, bias, residual)
 
 
 def _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
@@ -243,29 +284,36 @@ def _dgrad_empty(dy, w, bias, size, stride, padding, dilation, groups, precision
     return _new(dy, (dy.shape[0], w.shape[1] * groups, *size), channels_last)
 
 
-def _dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
+def bind_dgrad(dy, w, size, stride, padding, dilation, groups, precision, channels_last) -> partial:
+    """conv2d_dgrad of (dy, w, bias) on kernels, as ``bind_conv2d``."""
     arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    precision, here = resolve_precision(precision, dy), describe(dy.device)
-    key = ("dgrad", here, precision, *arguments, dy.dtype, tuple(size), channels_last)
+    size, precision, here = tuple(size), resolve_precision(precision, dy), describe(dy.device)
+    key = ("dgrad", here, precision, *arguments, dy.dtype, size, channels_last)
     key += (dy.shape, dy.stride(), w.shape, w.stride(), dy.data_ptr() % 16, w.data_ptr() % 16)
-    call = _calls.get(key)
-    if call is None:
-        dx = _dgrad_empty(dy, w, bias, size, *arguments, precision, channels_last)
+    if (bound := _bound.get(key)) is None:
+        dx = _dgrad_empty(dy, w, None, size, *arguments, precision, channels_last)
         g = Conv2dGeometry.of(dx.shape, w.shape, *arguments)
-        call = _call(key, "dgrad", g, precision, (dx, dy), w)
+
+        def reference(dy, w, bias):
+            return (aten.conv2d_dgrad(dy, w, bias, size, *arguments, None, channels_last),)
+
+        call = _call("dgrad", g, {"precision": precision}, reference, dx, (dx, dy), w)
+        bound = _bind(key, _dgrad, call)
+    return bound
+
+
+def _dgrad(call: _Call, dy, w, bias) -> Tensor:
     dx = dy.new_empty_strided(call.shape, call.strides)
-    w, bias = _in_rows(w) if call.packs else w, None if bias is None else bias.contiguous()
-
-    def launch(plan: planner.Plan, dy, w, bias, dx) -> tuple[Tensor]:
-        engine, tile, *_ = plan
-        engine.dgrad(dy, w, bias, dx, call.g, tile, precision=precision)
-        return (dx,)
-
-    def reference(dy, w, bias) -> tuple[Tensor]:
-        return (aten.conv2d_dgrad(dy, w, bias, size, *arguments, None, channels_last),)
-
-    _run("dgrad", call, precision, (dy, w, bias), (dx,), launch, reference)
+    if call.packs:
+        w = _in_rows(w)
+    if bias is not None:
+        bias = bias.contiguous()
+    _run(call, dy, w, bias, dx)
     return dx
+
+
+def _conv2d_dgrad(dy, w, bias, *arguments):
+    return bind_dgrad(dy, w, *arguments)(dy, w, bias)
 
 
 def _wgrad_empty(
@@ -275,28 +323,35 @@ def _wgrad_empty(
     return dw, x.new_empty(size[0] if bias else 0)
 
 
-def _wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, bias):
-    dw, db = _wgrad_empty(x, dy, size, strides, stride, padding, dilation, groups, precision, bias)
+def bind_wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, bias) -> partial:
+    """conv2d_wgrad of (x, dy) on kernels, as ``bind_conv2d``."""
     arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    size, strides = tuple(size), tuple(strides)
     precision, here = resolve_precision(precision, x), describe(x.device)
     key = ("wgrad", here, precision, *arguments, x.dtype, x.shape, x.stride(), dy.stride())
-    key += (tuple(size), x.data_ptr() % 16, dy.data_ptr() % 16)
-    call = _calls.get(key)
-    if call is None:
+    key += (size, strides, bias, x.data_ptr() % 16, dy.data_ptr() % 16)
+    if (bound := _bound.get(key)) is None:
         g = Conv2dGeometry.of(x.shape, size, *arguments)
-        call = _call(key, "wgrad", g, precision, (x, dy))
+        dw = x.new_empty_strided(size, dense_strides(size, strides))
 
-    def launch(plan: planner.Plan, x, dy, dw, db) -> tuple[Tensor, ...]:
-        engine, tile, *_ = plan
-        engine.wgrad(x, dy, dw, db if bias else None, call.g, tile, precision=precision)
-        return (dw, db) if bias else (dw,)
+        def reference(x, dy):
+            results = aten.conv2d_wgrad(x, dy, size, strides, *arguments, None, bias)
+            return results if bias else results[:1]
 
-    def reference(x, dy) -> tuple[Tensor, ...]:
-        results = aten.conv2d_wgrad(x, dy, size, strides, *arguments, None, bias)
-        return results if bias else results[:1]
+        call = _call("wgrad", g, {"precision": precision}, reference, dw, (x, dy))
+        bound = _bind(key, _wgrad, call, bias)
+    return bound
 
-    _run("wgrad", call, precision, (x, dy), (dw, db), launch, reference, bias)
+
+def _wgrad(call: _Call, bias: bool, x, dy) -> tuple[Tensor, Tensor]:
+    dw = x.new_empty_strided(call.shape, call.strides)
+    db = x.new_empty(call.g.K if bias else 0)
+    _run(call, x, dy, dw, db if bias else None)
     return dw, db
+
+
+def _conv2d_wgrad(x, dy, *arguments):
+    return bind_wgrad(x, dy, *arguments)(x, dy)
 
 
 def _channel_sum_empty(dy: Tensor) -> Tensor:
@@ -332,14 +387,14 @@ _define(
 _define(
     f"conv2d_dgrad(Tensor dy, Tensor w, Tensor? bias, SymInt[2] size, {_CONV}, bool channels_last)"
     " -> Tensor",
-    _dgrad,
+    _conv2d_dgrad,
     aten.conv2d_dgrad,
     _dgrad_empty,
 )
 _define(
     f"conv2d_wgrad(Tensor x, Tensor dy, SymInt[4] size, SymInt[4] strides, {_CONV}, bool bias)"
     " -> (Tensor, Tensor)",
-    _wgrad,
+    _conv2d_wgrad,
     aten.conv2d_wgrad,
     _wgrad_empty,
 )

@@ -183,8 +183,8 @@ def step(N: int, image: int) -> None:
         arguments = (g.stride, (top, bottom, left, right), g.dilation, g.groups, None)
         y = library._conv2d(x, w, None, None, *arguments, False)
         if g.C > 3:
-            library._dgrad(y, w, None, x.shape[2:], *arguments, True)
-        library._wgrad(x, y, w.shape, w.stride(), *arguments, False)
+            library._conv2d_dgrad(y, w, None, x.shape[2:], *arguments, True)
+        library._conv2d_wgrad(x, y, w.shape, w.stride(), *arguments, False)
 
 
 def resnet50(needed: set[Binary]) -> dict[str, Any]:
