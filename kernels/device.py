@@ -127,7 +127,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         return
     _launches[kernel.fn.__name__] += 1
     if INTERPRET:
-        with _lock, np.errstate(all="ignore"), _unchecked_overflow():
+        with _lock, np.errstate(all="ignore"), _quickly_interpreted():
             kernel[grid](*args, **meta)
         return
     if device.index is None or device.index == torch.cuda.current_device():
@@ -138,19 +138,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
 
 
 @contextmanager
-def _unchecked_overflow() -> Iterator[None]:
-    """The interpreter without its checks of integer overflow, two thirds of its time.
-
-    Compiled kernels run without them too.
+def _quickly_interpreted() -> Iterator[None]:
+    """The interpreter without the two things that take most of its time: its checks of integer
+    overflow, which compiled kernels run without too, and patching Triton's language anew at each
+    call of a jitted function; once for each module is enough.
     """
-    from triton.runtime.interpreter import interpreter_builder
+    from triton.runtime import interpreter
 
-    previous = interpreter_builder.options
-    interpreter_builder.options = replace(previous, sanitize_overflow=False)
+    builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
+    options, patched = builder.options, set()
+
+    def patch_once(fn: Any) -> Any:
+        if id(fn.__globals__) in patched:
+            return None
+        patched.add(id(fn.__globals__))
+        return patch(fn)
+
+    builder.options = replace(options, sanitize_overflow=False)
+    interpreter._patch_lang = patch_once
     try:
         yield
     finally:
-        interpreter_builder.options = previous
+        builder.options, interpreter._patch_lang = options, patch
 
 
 def launches() -> dict[str, int]:
