@@ -2,9 +2,9 @@
 
 ``offsets[n,k,pp,pq]`` is the tap ``r * S + s`` of the window's pixel that won; any other value, as
 255 in uint8 or -1 in int16, stands for a window without gradient: its maximum was not above zero,
-or it holds no pixel. So they hold the mask of a ReLU between map and pooling too. A pixel's gradient
-is the sum of dy over the windows that it won, in the order of pp and pq, in float32 (float64 for
-float64), rounded once, to dy's dtype. Sizes and strides are in elements.
+or it holds no pixel. So they hold the mask of a ReLU between map and pooling, too. The gradient of
+a pixel is the sum of dy over the windows that it won, in the order of pp and pq, in float32
+(float64 for float64), rounded once, to dy's dtype. Sizes and strides are in elements.
 """
 
 from math import prod

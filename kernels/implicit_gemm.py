@@ -236,8 +236,8 @@ def wgrad_kernel(
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
-    pooled,  # of dy as load_expanded takes it, or None
     splits,
+    pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -358,7 +358,7 @@ def wgrad(
         *(unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
         *(unspecialised((g.N, g.H, g.W, P, Q)), (g.groups, K, C, R, S), g.walk),
-        *(pooled(offsets), tile.splits, Window.of(pool), precision),
+        *(tile.splits, pooled(offsets), Window.of(pool), precision),
         device.wide(g.N * P * Q, x, dy, dw_parts, offsets),
         (tile.rows, tile.columns, tile.depth, tile.packed),
         device=x.device,

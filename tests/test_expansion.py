@@ -10,7 +10,7 @@ import torch.nn.functional as TF
 from cases import case_id, conv_case, in_strides, random, sliced
 from torch import Tensor
 
-from kernels import direct_conv, epilogue, expansion, implicit_gemm, max_pool, planner
+from kernels import epilogue, expansion, implicit_gemm, max_pool, planner
 from kernels.device import describe
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.tile import Tile
@@ -23,6 +23,8 @@ CASES = (
     (conv_case(2, 6, (15, 11), 7, (3, 2), (2, 1), (1, 0, 0, 2), (2, 1)), ((3, 3), (2, 2), ONE)),
     # each window on the next, strides that differ; groups
     (conv_case(2, 12, (5, 6), 10, (3, 3), (1, 1), (1, 1, 1, 1), ONE, 2), ((3, 2), (1, 2), (1, 0))),
+    # few channels, for which engine 3 has a kernel of wgrad
+    (conv_case(2, 3, (13, 12), 8, (5, 5), (2, 2), (2, 2, 2, 2)), ((3, 3), (2, 2), ONE)),
     # gaps between windows, a hanging window, dilation of the pooling; a pointwise convolution
     (conv_case(1, 17, (9, 8), 9, (1, 1)), ((2, 2), (4, 3), (0, 1), (1, 2), True)),
 )
@@ -108,13 +110,15 @@ def test_gradients_of_a_convolution_that_was_pooled(g, window, dtype, layout, de
     offsets = in_strides(offsets.to(device), layout == "channels_last")
     expanded = {"precision": "ieee", "pool": pool, "offsets": offsets}
 
-    dx = poisoned(g.x_shape, dtype, device, layout)
-    engine, tile = planned("dgrad", g, dtype, device)
-    engine.dgrad(dy, w, None, dx, g, tile, **expanded)
+    if g.C > 4:
+        dx = poisoned(g.x_shape, dtype, device, layout)
+        engine, tile = planned("dgrad", g, dtype, device)
+        engine.dgrad(dy, w, None, dx, g, tile, **expanded)
+        assert torch.equal(dx.cpu(), right[0].to(dtype))
     dw, db = poisoned(g.w_shape, dtype, device), poisoned((g.K,), dtype, device)
     engine, tile = planned("wgrad", g, dtype, device)
     engine.wgrad(x, dy, dw, db, g, tile, **expanded)
-    for ours, expected in zip((dx, dw, db), right, strict=True):
+    for ours, expected in zip((dw, db), right[1:], strict=True):
         assert torch.equal(ours.cpu(), expected.to(dtype))
 
 
@@ -149,7 +153,7 @@ def assert_sums(db: Tensor, dz: Tensor) -> None:
     assert ((db.double() - exact).abs() <= eps / 2 * exact.abs() + accumulator * magnitude).all()
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=case_and_run)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=case_and_run)
 @pytest.mark.parametrize("window", POOLS[:2], ids=case_and_run)
 def test_gradients_are_those_of_the_expanded_map_bit_for_bit(window, dtype, device):
     g = conv_case(2, 6, (7, 8), 9, (3, 2), padding=(1, 1, 1, 0))
