@@ -19,7 +19,8 @@ from torch import Tensor
 from . import device
 from .device import Device, loop
 from .epilogue import result_strides, store_result
-from .geometry import Conv2dGeometry, Direction
+from .expansion import Window, load_expanded, pooled
+from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from .indexing import (
     cdiv,
     dgrad_walk,
@@ -89,11 +90,21 @@ def row_element(i, C, S, CHANNELS_FASTEST: tl.constexpr):
 
 @triton.jit
 def sum_pixels(
-    dy_ptr, dy_strides, places, k, k_mask, first, turns, DEPTH: tl.constexpr, ACC: tl.constexpr
+    dy_ptr,
+    dy_strides,
+    places,
+    k,
+    k_mask,
+    first,
+    turns,
+    DEPTH: tl.constexpr,
+    ACC: tl.constexpr,
+    pooled=None,
+    POOL: tl.constexpr = None,
 ):
     """db[k], the sum of dy over ``turns`` blocks of DEPTH pixels from the ``first`` block on.
 
-    ``places`` are how many pixels there are, P and Q.
+    ``places`` are how many pixels there are, P and Q; ``pooled`` and POOL as for wgrad.
     """
     pixels, P, Q = places
     acc = tl.zeros((k.shape[0], DEPTH), ACC)
@@ -103,7 +114,12 @@ def sum_pixels(
         offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
         offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
         mask = k_mask[:, None] & (at < pixels)[None, :]
-        acc += widen(tl.load(dy_ptr + offsets, mask=mask, other=0.0), ACC)
+        if POOL is None:
+            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+        else:
+            where = n[None, :], k[:, None], p[None, :], q[None, :]
+            dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
+        acc += widen(dy, ACC)
     return tl.sum(acc, axis=1)
 
 
@@ -263,6 +279,8 @@ def few_channel_wgrad_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
     splits,
+    pooled,  # of dy as load_expanded takes it, or None
+    POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,  # rows, columns, depth, segment, whether c runs fastest
@@ -304,7 +322,10 @@ def few_channel_wgrad_kernel(
     if tile == column_tiles:
         if db_ptr is not None:
             places = (pixels, P, Q)
-            db = sum_pixels(dy_ptr, dy_strides, places, k, k_mask, split * turns, turns, DEPTH, ACC)
+            at = split * turns
+            db = sum_pixels(
+                dy_ptr, dy_strides, places, k, k_mask, at, turns, DEPTH, ACC, pooled, POOL
+            )
             db = narrow(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
@@ -324,7 +345,11 @@ def few_channel_wgrad_kernel(
             offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
             offsets = offsets[:, None] + (k * dy_strides[1])[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
-            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+            if POOL is None:
+                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+            else:
+                where = n[:, None], k[None, :], p[:, None], q[:, None]
+                dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
             # [DEPTH, COLUMNS]
             h0 = p * walk[0] + walk[1]
             w0 = q * walk[3] + walk[4]
@@ -645,23 +670,29 @@ def wgrad(
     tile: Tile,
     *,
     precision: str,
+    pool: Pool2dGeometry | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
+    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. With
+    ``pool`` and its ``offsets``, dy is the gradient of the pooled result (see ``expansion``), which
+    depthwise kernels do not take.
     """
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
     K, C = g.K // g.groups, g.C // g.groups
-    _, _, P, Q = dy.shape
-    wide = device.wide(g.N * P * Q, x, dy, dw_parts)
+    P, Q = g.P, g.Q
+    wide = device.wide(g.N * P * Q, x, dy, dw_parts, offsets)
     block = (tile.rows, tile.columns, tile.depth)
     if is_depthwise(g):
+        assert pool is None, g
         kernel, reduction = depthwise_wgrad_kernel, (g.K, K, g.R, g.S)
         options = (wide, block)
     else:
         kernel, reduction = few_channel_wgrad_kernel, (g.groups, K, C, g.R, g.S)
-        options = (precision, wide, (*block, _segment(g, tile.columns), _channels_fastest(x)))
+        options = (pooled(offsets), Window.of(pool), precision, wide)
+        options += ((*block, _segment(g, tile.columns), _channels_fastest(x)),)
     column_tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
     device.launch(
         kernel,

@@ -9,18 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .device import loop
 from .indexing import (
-    cdiv,
     narrow,
     pixel,
     plain,
     plain_strides,
-    power_of_2,
     program,
     unspecialised,
     unspecialised_strides,
     widen,
 )
+from .split_sum import channel_walk, parts_like, split_sum
 
 
 @triton.jit
@@ -84,23 +84,27 @@ def result_strides(residual: Tensor | None, y: Tensor) -> tuple[tuple[int, ...],
     return y_strides if residual is None else unspecialised_strides(residual), y_strides
 
 
-@triton.jit
+# The number of turns follows the batch, unlike that of the channels.
+@triton.jit(do_not_specialize=["turns"])
 def relu_backward_kernel(
     dy_ptr,
     y_ptr,
     dz_ptr,
+    db_ptr,  # [parts, K] or None
     dy_strides,  # n, k, p, q, unspecialised; so are the others
     y_strides,
     dz_strides,
     sizes,  # N, P, Q, unspecialised
     K,
+    turns,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dz = 0 where y <= 0, else dy: a NaN in y passes dy on, and a masked infinity gives 0.
+    """dz = 0 where y <= 0, else dy, and db[k] = sum of dz[n,k,p,q].
 
-    One program writes a tile of ROWS pixels by COLUMNS channels.
+    A NaN in y passes dy on, and a masked infinity gives 0. One program writes ``turns`` tiles of
+    ROWS pixels by COLUMNS channels, and their part of db.
     """
     N, P, Q = plain(sizes)
     dy_strides = plain_strides(dy_strides)
@@ -108,33 +112,42 @@ def relu_backward_kernel(
     dz_strides = plain_strides(dz_strides)
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
-    row = pid // column_tiles * ROWS + tl.arange(0, ROWS)
-    n, p, q = pixel(row, P, Q)
+    part = pid // column_tiles
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (n < N)[:, None] & (k < K)[None, :]
-    dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
-    dy = tl.load(dy_ptr + (dy_at[:, None] + (k * dy_strides[1])[None, :]), mask=mask, other=0.0)
-    y_at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-    y = tl.load(y_ptr + (y_at[:, None] + (k * y_strides[1])[None, :]), mask=mask, other=0.0)
     ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
-    dz = tl.where(widen(y, ACC) <= 0, 0.0, dy)
-    dz_at = n * dz_strides[0] + p * dz_strides[2] + q * dz_strides[3]
-    tl.store(dz_ptr + (dz_at[:, None] + (k * dz_strides[1])[None, :]), dz, mask=mask)
+    db = tl.zeros((ROWS, COLUMNS), ACC)
+    for i in loop(turns):
+        n, p, q = pixel((part * turns + i) * ROWS + tl.arange(0, ROWS), P, Q)
+        mask = (n < N)[:, None] & (k < K)[None, :]
+        at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+        dy = tl.load(dy_ptr + (at[:, None] + (k * dy_strides[1])[None, :]), mask=mask, other=0.0)
+        at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
+        y = tl.load(y_ptr + (at[:, None] + (k * y_strides[1])[None, :]), mask=mask, other=0.0)
+        dz = tl.where(widen(y, ACC) <= 0, 0.0, dy)
+        at = n * dz_strides[0] + p * dz_strides[2] + q * dz_strides[3]
+        tl.store(dz_ptr + (at[:, None] + (k * dz_strides[1])[None, :]), dz, mask=mask)
+        db += widen(dz, ACC)
+    if db_ptr is not None:
+        db = narrow(tl.sum(db, axis=0), db_ptr.dtype.element_ty)
+        tl.store(db_ptr + part * K + k, db, mask=k < K)
 
 
-def relu_backward(dy: Tensor, y: Tensor, dz: Tensor) -> None:
-    """dz[N,K,P,Q] = the gradient before a ReLU with output y, from the gradient dy after it."""
+def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -> None:
+    """dz[N,K,P,Q] = the gradient before a ReLU with output y, from the gradient dy after it.
+
+    db[K], if there is one, is its sum: the gradient of a bias that was added before the ReLU.
+    """
     N, K, P, Q = y.shape
-    if device.INTERPRET:
-        rows, columns = 4096, min(64, power_of_2(K))
-    else:
-        # A tile lies along the axis that is contiguous.
-        rows, columns = (32, 64) if y.stride(1) == 1 else (1024, 1)
+    walk = channel_walk(y, N * P * Q, 4096, db is not None)
+    parts = None if db is None else parts_like(db, walk.parts)
     device.launch(
         relu_backward_kernel,
-        (cdiv(N * P * Q, rows) * cdiv(K, columns),),
-        *(dy, y, dz, *map(unspecialised_strides, (dy, y, dz))),
-        *(unspecialised((N, P, Q)), K),
-        *(device.wide(N * P * Q, dy, y, dz), rows, columns),
+        (walk.programs,),
+        *(dy, y, dz, parts, *map(unspecialised_strides, (dy, y, dz))),
+        *(unspecialised((N, P, Q)), K, walk.turns),
+        *(device.wide(N * P * Q, dy, y, dz), walk.rows, walk.columns),
         device=y.device,
+        num_warps=walk.warps,
     )
+    if db is not None and parts is not None:
+        split_sum(parts, db)

@@ -16,7 +16,8 @@ from torch import Tensor
 from . import device
 from .device import loop
 from .epilogue import result_strides, store_result
-from .geometry import Conv2dGeometry
+from .expansion import Window, load_expanded, pooled
+from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
     dgrad_walk,
@@ -51,6 +52,8 @@ def fprop_kernel(
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # of h, then w: stride, origin, step; then step and first of y
+    pooled,  # of a map's gradient x as load_expanded takes it, or None
+    POOL: tl.constexpr,  # its Window, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -93,7 +96,11 @@ def fprop_kernel(
         x_mask = (row_mask[:, None] & inside[None, :]) & within(h, H) & within(w, W)
         x_offsets = c * x_strides[1] + r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
         x_offsets = x_rows[:, None] + x_offsets[None, :]
-        x_tile = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
+        if POOL is None:
+            x_tile = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
+        else:
+            where = n[:, None], (group * C + c)[None, :], h, w
+            x_tile = load_expanded(x_ptr, x_strides, pooled, where, x_mask, POOL)
         # [DEPTH, COLUMNS]
         w_mask = inside[:, None] & k_mask[None, :]
         w_offsets = c * w_strides[2] + (r * w_strides[3] + s * w_strides[4])
@@ -127,9 +134,12 @@ def _multiply(
     tile: Tile,
     relu: bool,
     precision: str,
+    pool: Pool2dGeometry | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
     N, _, P, Q = y.shape
-    wide = device.wide(N * P * Q, x, w, residual, y)
+    wide = device.wide(N * P * Q, x, w, residual, y, offsets)
+    expansion = pooled(offsets), Window.of(pool)
     x_strides, y_strides = unspecialised_strides(x), result_strides(residual, y)
     for pixels, w_strides, sizes, reduction, walk in products:
         groups, K = reduction[:2]
@@ -137,6 +147,7 @@ def _multiply(
             fprop_kernel,
             (cdiv(pixels, tile.rows) * cdiv(K, tile.columns) * groups,),
             *(x, w, bias, residual, y, x_strides, w_strides, y_strides, sizes, reduction, walk),
+            *expansion,
             *(relu, precision, wide, (tile.rows, tile.columns, tile.depth, tile.packed)),
             device=x.device,
             num_warps=tile.warps,
@@ -183,14 +194,17 @@ def dgrad(
     tile: Tile,
     *,
     precision: str,
+    pool: Pool2dGeometry | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C] (for a transposed convolution).
 
     Each parity of the stride is a stride-1 convolution of dy with its own taps of w, exchanged
-    K and C, that writes its own pixels of dx.
+    K and C, that writes its own pixels of dx. With ``pool`` and its ``offsets``, dy is the gradient
+    of the pooled result: see ``expansion``.
     """
     products = _dgrad_products(g, w.stride())
-    _multiply(dy, w, bias, None, dx, products, tile, False, precision)
+    _multiply(dy, w, bias, None, dx, products, tile, False, precision, pool, offsets)
 
 
 @lru_cache(maxsize=4096)
@@ -223,6 +237,8 @@ def wgrad_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
     splits,
+    pooled,  # of dy as load_expanded takes it, or None
+    POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,  # rows, columns, depth, packed
@@ -269,7 +285,11 @@ def wgrad_kernel(
                 offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
                 offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
                 mask = k_mask[:, None] & (n < N)[None, :]
-                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+                if POOL is None:
+                    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+                else:
+                    where = n[None, :], k[:, None], p[None, :], q[None, :]
+                    dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
                 db += tl.sum(widen(dy, ACC), axis=1)
             db = narrow(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
@@ -290,7 +310,11 @@ def wgrad_kernel(
             offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
             offsets = offsets[:, None] + (k * dy_strides[1])[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
-            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+            if POOL is None:
+                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+            else:
+                where = n[:, None], k[None, :], p[:, None], q[:, None]
+                dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
             # [DEPTH, COLUMNS]
             offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
@@ -311,13 +335,16 @@ def wgrad(
     tile: Tile,
     *,
     precision: str,
+    pool: Pool2dGeometry | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
+    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. With
+    ``pool`` and its ``offsets``, dy is the gradient of the pooled result: see ``expansion``.
     """
     K, C, R, S = g.K // g.groups, g.C // g.groups, g.R, g.S
-    _, _, P, Q = dy.shape
+    P, Q = g.P, g.Q
     tiles = 0 if db is None else 1
     if dw is not None:
         depth = C * R * S
@@ -331,7 +358,8 @@ def wgrad(
         *(unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
         *(unspecialised((g.N, g.H, g.W, P, Q)), (g.groups, K, C, R, S), g.walk),
-        *(tile.splits, precision, device.wide(g.N * P * Q, x, dy, dw_parts)),
+        *(tile.splits, pooled(offsets), Window.of(pool), precision),
+        device.wide(g.N * P * Q, x, dy, dw_parts, offsets),
         (tile.rows, tile.columns, tile.depth, tile.packed),
         device=x.device,
         num_warps=tile.warps,

@@ -1,5 +1,7 @@
 """The second pass of a reduction that was split: its parts are added in a fixed order."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +23,40 @@ def split_sum_kernel(parts_ptr, out_ptr, numel, splits, WIDE: tl.constexpr, BLOC
         parts_ptr += numel
         total += tl.load(parts_ptr + i, mask=mask, other=0.0)
     tl.store(out_ptr + i, narrow(total, out_ptr.dtype.element_ty), mask=mask)
+
+
+class ChannelWalk(NamedTuple):
+    """How a kernel that may sum a map's channels walks it, in tiles of pixels x channels."""
+
+    programs: int
+    turns: int  # of each program
+    parts: int  # that the sum comes in
+    rows: int
+    columns: int
+    warps: int
+
+
+def channel_walk(t: Tensor, pixels: int, elements: int, summed: bool) -> ChannelWalk:
+    """Tiles of ``elements`` that lie along the axis of t[N, K, P, Q] that is contiguous.
+
+    For a sum there are as many programs as the device holds, as each leaves a part of it to be
+    added in a second pass; otherwise one for each tile.
+    """
+    K = t.shape[1]
+    if device.INTERPRET:
+        rows, columns = 4096, min(64, power_of_2(K))
+    elif t.stride(1) == 1:
+        columns = min(64, power_of_2(K))
+        rows = elements // columns
+    else:
+        rows, columns = elements // 2, 1
+    tiles, column_tiles = cdiv(pixels, rows), cdiv(K, columns)
+    parts = tiles
+    if summed:
+        # Never a single part, which would write the sum itself, by another binary.
+        room = 2 * device.describe(t.device).multiprocessors // column_tiles
+        parts = max(2, min(tiles, room))
+    return ChannelWalk(parts * column_tiles, cdiv(tiles, parts), parts, rows, columns, 8)
 
 
 def parts_like(out: Tensor, splits: int) -> Tensor:

@@ -1,0 +1,199 @@
+"""The gradient of a map that was max-pooled, without the map: dy and one offset for each window.
+
+``offsets[n,k,pp,pq]`` is the tap ``r * S + s`` of the window's pixel that won; any other value, as
+255 in uint8 or -1 in int16, stands for a window without gradient: its maximum was not above zero,
+or it holds no pixel. So they hold the mask of a ReLU between map and pooling, too. The gradient of
+a pixel is the sum of dy over the windows that it won, in the order of pp and pq, in float32
+(float64 for float64), rounded once, to dy's dtype. Sizes and strides are in elements.
+"""
+
+from math import prod
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .device import loop
+from .geometry import Pair, Pool2dGeometry
+from .indexing import (
+    cdiv,
+    narrow,
+    pixel,
+    plain,
+    plain_strides,
+    program,
+    unspecialised,
+    unspecialised_strides,
+    widen,
+    within,
+)
+from .split_sum import channel_walk, parts_like, split_sum
+
+_UNROLLED = 36  # windows times pixels, at most, for loops over them to be unrolled
+
+
+class Window(NamedTuple):
+    """What of a pooling a kernel is compiled for; pairs are height and width."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    covering: Pair  # windows that may hold one pixel
+    unrolled: bool  # the loops over them and over the pixels of one stride
+
+    @classmethod
+    def of(cls, pool: Pool2dGeometry | None) -> "Window | None":
+        if pool is None:
+            return None
+        few = prod((*pool.covering, *pool.stride)) <= _UNROLLED
+        return cls(pool.kernel, pool.stride, pool.padding, pool.dilation, pool.covering, few)
+
+
+def pooled(offsets: Tensor | None) -> tuple | None:
+    """What ``sum_won`` takes of the offsets: they, their strides, the pooled P and Q."""
+    if offsets is None:
+        return None
+    return offsets, unspecialised_strides(offsets), unspecialised(offsets.shape[2:])
+
+
+@triton.jit
+def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr):
+    """The map's gradient at pixels that lie r, s pixels behind where a window starts.
+
+    window = (n, k, pp, pq) is the last that may hold the pixel. All of these broadcast to the
+    mask's shape, which is the tile's: the gradient is 0 where it is not set. ``dy_strides``, of
+    dy[N,K,PP,PQ], are plain.
+    """
+    n, k, pp0, pq0 = window
+    offsets_ptr, offsets_strides, sizes = pooled
+    offsets_strides = plain_strides(offsets_strides)
+    PP, PQ = plain(sizes)
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    R: tl.constexpr = WINDOW.kernel[0]
+    S: tl.constexpr = WINDOW.kernel[1]
+    ROWS: tl.constexpr = WINDOW.covering[0]
+    COLUMNS: tl.constexpr = WINDOW.covering[1]
+    ONE: tl.constexpr = ROWS * COLUMNS == 1
+    dy_ptr += n * dy_strides[0] + k * dy_strides[1]
+    offsets_ptr += n * offsets_strides[0] + k * offsets_strides[1]
+    total = tl.zeros(mask.shape, DTYPE if ONE else ACC)
+    for i in tl.range(0, ROWS, loop_unroll_factor=ROWS if WINDOW.unrolled else 1):
+        pp = pp0 - (ROWS - 1) + i
+        h = r + (ROWS - 1 - i) * WINDOW.stride[0]
+        row_holds = within(pp, PP) & (h % WINDOW.dilation[0] == 0) & (h < R * WINDOW.dilation[0])
+        for j in tl.range(0, COLUMNS, loop_unroll_factor=COLUMNS if WINDOW.unrolled else 1):
+            pq = pq0 - (COLUMNS - 1) + j
+            w = s + (COLUMNS - 1 - j) * WINDOW.stride[1]
+            holds = within(pq, PQ) & (w % WINDOW.dilation[1] == 0) & (w < S * WINDOW.dilation[1])
+            holds = mask & (row_holds & holds)
+            tap = h // WINDOW.dilation[0] * S + w // WINDOW.dilation[1]
+            at = pp * offsets_strides[2] + pq * offsets_strides[3]
+            offset = tl.load(offsets_ptr + at, mask=holds, other=0).to(tl.int32)
+            at = pp * dy_strides[2] + pq * dy_strides[3]
+            dy = tl.load(dy_ptr + at, mask=holds, other=0.0)
+            if ONE:
+                total = tl.where(offset == tap, dy, 0.0)
+            else:
+                total = tl.where(offset == tap, total + widen(dy, ACC), total)
+    if not ONE:
+        total = narrow(total, DTYPE)
+    return total
+
+
+@triton.jit
+def load_expanded(dy_ptr, dy_strides, pooled, where, mask, WINDOW: tl.constexpr):
+    """The map's gradient at where = (n, k, p, q), from dy[N,K,PP,PQ]; 0 where ``mask`` is not set.
+
+    The indices broadcast to the mask's shape; ``dy_strides`` are plain.
+    """
+    n, k, p, q = where
+    h = p + WINDOW.padding[0]
+    w = q + WINDOW.padding[1]
+    pp = h // WINDOW.stride[0]
+    pq = w // WINDOW.stride[1]
+    r = h - pp * WINDOW.stride[0]
+    s = w - pq * WINDOW.stride[1]
+    return sum_won(dy_ptr, dy_strides, pooled, (n, k, pp, pq), r, s, mask, WINDOW)
+
+
+# The number of turns follows the batch, unlike that of the channels.
+@triton.jit(do_not_specialize=["turns"])
+def expand_kernel(
+    dy_ptr,  # [N, K, PP, PQ]
+    dz_ptr,  # [N, K, P, Q]
+    db_ptr,  # [parts, K] or None
+    dy_strides,  # n, k, pp, pq, unspecialised
+    dz_strides,  # n, k, p, q, unspecialised
+    pooled,  # see sum_won
+    sizes,  # N, P, Q, blocks along p and along q, unspecialised
+    K,
+    turns,
+    WINDOW: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dz[n,k,p,q] = sum of dy[n,k,pp,pq] over the windows that the pixel won, db[k] = sum of dz.
+
+    A window starts in each block of stride x stride pixels, so that pixels at one place of their
+    blocks have the same taps, and ask no window in vain. One program writes ``turns`` tiles of
+    ROWS blocks by COLUMNS channels, and their part of db.
+    """
+    N, P, Q, blocks_p, blocks_q = plain(sizes)
+    dy_strides = plain_strides(dy_strides)
+    dz_strides = plain_strides(dz_strides)
+    pid = program(WIDE)
+    column_tiles = tl.cdiv(K, COLUMNS)
+    part = pid // column_tiles
+    k = (pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    db = tl.zeros((ROWS, COLUMNS), ACC)
+    STRIDE_P: tl.constexpr = WINDOW.stride[0]
+    STRIDE_Q: tl.constexpr = WINDOW.stride[1]
+    for i in loop(turns):
+        block = (part * turns + i) * ROWS + tl.arange(0, ROWS)
+        n, pp, pq = pixel(block[:, None], blocks_p, blocks_q)
+        window = n, k, pp, pq
+        mask = (n < N) & (k < K)
+        dz_planes = dz_ptr + n * dz_strides[0] + k * dz_strides[1]
+        for r in tl.range(0, STRIDE_P, loop_unroll_factor=STRIDE_P if WINDOW.unrolled else 1):
+            p = pp * STRIDE_P + r - WINDOW.padding[0]
+            for s in tl.range(0, STRIDE_Q, loop_unroll_factor=STRIDE_Q if WINDOW.unrolled else 1):
+                q = pq * STRIDE_Q + s - WINDOW.padding[1]
+                inside = mask & (within(p, P) & within(q, Q))
+                h = tl.full((1, 1), r, tl.int32)
+                w = tl.full((1, 1), s, tl.int32)
+                dz = sum_won(dy_ptr, dy_strides, pooled, window, h, w, inside, WINDOW)
+                tl.store(dz_planes + (p * dz_strides[2] + q * dz_strides[3]), dz, mask=inside)
+                db += widen(dz, ACC)
+    if db_ptr is not None:
+        db = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
+        tl.store(db_ptr + part * K + k, db, mask=k < K)
+
+
+def expand(
+    dy: Tensor, offsets: Tensor, dz: Tensor, db: Tensor | None, pool: Pool2dGeometry
+) -> None:
+    """dz[N,K,P,Q], the map's gradient, and its sum db[K], from dy[N,K,PP,PQ] and the offsets."""
+    N, K, P, Q = dz.shape
+    blocks = tuple(
+        cdiv(size + padding, stride)
+        for size, padding, stride in zip((P, Q), pool.padding, pool.stride, strict=True)
+    )
+    walk = channel_walk(dz, N * prod(blocks), 2048, db is not None)
+    parts = None if db is None else parts_like(db, walk.parts)
+    device.launch(
+        expand_kernel,
+        (walk.programs,),
+        *(dy, dz, parts, unspecialised_strides(dy), unspecialised_strides(dz), pooled(offsets)),
+        *(unspecialised((N, P, Q, *blocks)), K, walk.turns, Window.of(pool)),
+        *(device.wide(N * (P + 1) * (Q + 1), dy, offsets, dz), walk.rows, walk.columns),
+        device=dz.device,
+        num_warps=walk.warps,
+    )
+    if db is not None and parts is not None:
+        split_sum(parts, db)
