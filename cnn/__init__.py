@@ -7,11 +7,19 @@ from kernels.autotune import enabled as autotune
 from kernels.device import warm_up
 
 from . import functional, models
-from .layers import Conv2d, ConvReLU2d, ConvTranspose2d, MaxPool2d, MaxUnpool2d
+from .layers import (
+    Conv2d,
+    ConvReLU2d,
+    ConvReLUMaxPool2d,
+    ConvTranspose2d,
+    MaxPool2d,
+    MaxUnpool2d,
+)
 
 __all__ = [
     "Conv2d",
     "ConvReLU2d",
+    "ConvReLUMaxPool2d",
     "ConvTranspose2d",
     "MaxPool2d",
     "MaxUnpool2d",

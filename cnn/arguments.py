@@ -6,16 +6,17 @@ TypeErrors, values RuntimeErrors. Sizes may be symbolic.
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from kernels import library
-from kernels.geometry import Pair, full_padding, same_padding
+from kernels.geometry import Pair, conv_places, full_padding, same_padding
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
+PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -62,6 +63,61 @@ def remember(calls: dict[tuple, Callable], key: tuple, call: Callable) -> None:
     if len(calls) >= 4096:
         calls.clear()
     calls[key] = call
+
+
+# Whole signatures.
+
+
+class Convolution(NamedTuple):
+    """A convolution's numbers, normalised, with (P, Q) = ``size`` of its result."""
+
+    stride: Pair
+    padding: tuple[int, int, int, int]  # top, bottom, left, right
+    dilation: Pair
+    groups: int
+    size: Pair
+    unbatched: bool
+
+
+def convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+) -> Convolution:
+    """The arguments of conv2d after its tensors' types were checked."""
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    groups = one_number("groups", groups, 1)
+    unbatched = check_dimensions(input)
+    K, channels, R, S = weight_sizes(weight, groups)
+    check_channels(input, weight, bias, groups, channels * groups, K)
+    pads = conv_padding(padding, (R, S), stride, steps, spread)
+    size = conv_places(input.shape[-2:], (R, S), steps, pads, spread)
+    if size[0] < 1 or size[1] < 1:
+        raise RuntimeError(
+            f"weight must fit into the padded input, got input of {shape(input)}, weight of "
+            f"{shape(weight)}, padding={padding!r} and dilation={dilation!r}"
+        )
+    return Convolution(steps, pads, spread, groups, size, unbatched)
+
+
+def pooling(
+    kernel_size: Any, stride: Any, padding: Any, prefix: str = ""
+) -> tuple[Pair, Pair, Pair]:
+    """(kernel, stride, padding) of a pooling, whose arguments' names begin with ``prefix``."""
+    kernel = pair(f"{prefix}kernel_size", kernel_size, 1, INT32)
+    default = stride is None or (isinstance(stride, list | tuple) and len(stride) == 0)
+    steps = kernel if default else pair(f"{prefix}stride", stride, 1, INT32)
+    pads = pair(f"{prefix}padding", padding, 0, INT32)
+    if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
+        raise RuntimeError(
+            f"{prefix}padding must be at most half of {prefix}kernel_size, got "
+            f"{prefix}padding={padding!r} and {prefix}kernel_size={kernel_size!r}"
+        )
+    return kernel, steps, pads
 
 
 # Numbers.

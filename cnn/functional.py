@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from kernels import functions
-from kernels.geometry import conv_output_size, conv_transpose_output_size, pool_output_size
+from kernels.geometry import conv_transpose_output_size, pool_output_size
 
 from .arguments import (
     INT32,
+    PRECISIONS,
     call_key,
     check_channels,
     check_choice,
@@ -28,9 +29,10 @@ from .arguments import (
     check_pixels,
     check_scale,
     check_tensor,
-    conv_padding,
+    convolution,
     one_number,
     pair,
+    pooling,
     remember,
     shape,
     unpool_size,
@@ -114,23 +116,11 @@ def conv2d(
     check_tensor("residual", residual, optional=True)
     check_choice("activation", activation, ("relu",))
     check_tensor("scale", scale, optional=True)
-    check_choice("precision", precision, ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"))
-    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    groups = one_number("groups", groups, 1)
-    unbatched = check_dimensions(input)
-    K, channels, R, S = weight_sizes(weight, groups)
-    C, H, W = input.shape[-3:]
-    check_channels(input, weight, bias, groups, channels * groups, K)
-    pads = conv_padding(padding, (R, S), stride, steps, spread)
-    size = (
-        conv_output_size(H, R, steps[0], pads[:2], spread[0]),
-        conv_output_size(W, S, steps[1], pads[2:], spread[1]),
+    check_choice("precision", precision, PRECISIONS)
+    steps, pads, spread, groups, size, unbatched = convolution(
+        input, weight, bias, stride, padding, dilation, groups
     )
-    if size[0] < 1 or size[1] < 1:
-        raise RuntimeError(
-            f"weight must fit into the padded input, got input of {shape(input)}, weight of "
-            f"{shape(weight)}, padding={padding!r} and dilation={dilation!r}"
-        )
+    K, C = weight.shape[0], input.shape[-3]
     check_pixels(input)
     check_devices(input, weight=weight, bias=bias, residual=residual, scale=scale)
     if residual is not None:
@@ -256,17 +246,10 @@ def max_pool2d(
     of the maxima, flat over H * W. A window without any pixel gives -inf and index -1.
     """
     check_tensor("input", input)
-    kernel = pair("kernel_size", kernel_size, 1, INT32)
-    default = stride is None or (isinstance(stride, list | tuple) and len(stride) == 0)
-    steps = kernel if default else pair("stride", stride, 1, INT32)
-    pads, spread = pair("padding", padding, 0, INT32), pair("dilation", dilation, 1, INT32)
+    kernel, steps, pads = pooling(kernel_size, stride, padding)
+    spread = pair("dilation", dilation, 1, INT32)
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"ceil_mode must be a bool, got ceil_mode={ceil_mode!r}")
-    if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
-        raise RuntimeError(
-            "padding must be at most half of kernel_size, got "
-            f"padding={padding!r} and kernel_size={kernel_size!r}"
-        )
     unbatched = check_dimensions(input)
     C, H, W = input.shape[-3:]
     check_not_empty(input, (C, H, W))
@@ -285,6 +268,60 @@ def max_pool2d(
     if not unbatched:
         return result
     return tuple(t.squeeze(0) for t in result) if return_indices else result.squeeze(0)
+
+
+@_overridable
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: Size,
+    pool_stride: Size | None = None,
+    pool_padding: Size = 0,
+    precision: Literal["ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"] | None = None,
+) -> Tensor:
+    """max_pool2d(relu(conv2d(input, weight) + bias)) in one kernel, whose map is never stored.
+
+    For backward it keeps input, weight and one byte of each result, in which window it lay (two
+    where windows have more than 255 pixels).
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups, precision: as of ``conv2d``.
+        pool_kernel_size, pool_stride, pool_padding: as of ``max_pool2d``.
+
+    Returns [N, K, P, Q] or [K, P, Q], in channels_last if input or weight is.
+    """
+    check_tensor("input", input)
+    check_tensor("weight", weight)
+    check_tensor("bias", bias, optional=True)
+    check_choice("precision", precision, PRECISIONS)
+    g = convolution(input, weight, bias, stride, padding, dilation, groups)
+    kernel, steps, pads = pooling(*(pool_kernel_size, pool_stride, pool_padding), prefix="pool_")
+    check_not_empty(input, (*input.shape[-3:], weight.shape[0]))
+    sizes = [
+        pool_output_size(places, k, s, p, 1, False)
+        for places, k, s, p in zip(g.size, kernel, steps, pads, strict=True)
+    ]
+    if min(sizes) < 1:
+        raise RuntimeError(
+            f"pool_kernel_size must fit into the padded map of {g.size}, got input of "
+            f"{shape(input)}, weight of {shape(weight)}, pool_kernel_size={pool_kernel_size!r} and "
+            f"pool_padding={pool_padding!r}"
+        )
+    check_devices(input, weight=weight, bias=bias)
+    x = input.unsqueeze(0) if g.unbatched else input
+    x, weight, bias = autocast(x, weight, bias)
+    check_dtypes(x, weight=weight, bias=bias)
+    y = functions.conv2d_relu_max_pool2d(
+        *(x, weight, bias, g.stride, g.padding, g.dilation, g.groups, precision),
+        *(kernel, steps, pads),
+    )
+    return y.squeeze(0) if g.unbatched else y
 
 
 @_overridable

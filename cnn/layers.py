@@ -60,22 +60,55 @@ class Conv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input = TF.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return F.conv2d(
-            input,
-            weight,
-            bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            activation=self._activation,
-        )
+        return self._convolve(input, weight, bias, padding)
+
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+        geometry = self.stride, padding, self.dilation, self.groups
+        return F.conv2d(input, weight, bias, *geometry, activation=self._activation)
 
 
 class ConvReLU2d(Conv2d):
     """Conv2d and ReLU in one kernel. Its parameters are Conv2d's."""
 
     _activation = "relu"
+
+
+class ConvReLUMaxPool2d(Conv2d):
+    """Conv2d, ReLU and MaxPool2d in one kernel, whose map is never stored.
+
+    Its first arguments and its parameters are Conv2d's; ``pool_kernel_size``, ``pool_stride`` and
+    ``pool_padding`` are MaxPool2d's.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        *args: Any,
+        pool_kernel_size: Any,
+        pool_stride: Any = None,
+        pool_padding: Any = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, *args, **kwargs)
+        self.pool_kernel_size = pool_kernel_size
+        self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
+        self.pool_padding = pool_padding
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, "
+            f"pool_stride={self.pool_stride}, pool_padding={self.pool_padding}"
+        )
+
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+        return F.conv2d_relu_max_pool2d(
+            *(input, weight, bias, self.stride, padding, self.dilation, self.groups),
+            pool_kernel_size=self.pool_kernel_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+        )
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .geometry import (
     Pool2dGeometry,
+    conv_places,
     dense_strides,
     is_channels_last,
     output_strides,
@@ -164,3 +165,45 @@ def max_unpool2d(x, indices, size):
 def max_unpool2d_backward(dy, indices):
     dx = dy.flatten(2).gather(2, indices.flatten(2)).view(indices.shape)
     return _stored(dx, _channels_last(indices))
+
+
+def conv2d_relu_max_pool2d(
+    x, w, bias, stride, padding, dilation, groups, precision, kernel, step, margin, offsets
+):
+    z = conv2d(x, w, bias, None, stride, padding, dilation, groups, precision, True)
+    y, taps, _ = max_pool2d(z, kernel, step, margin, (1, 1), False, True, False)
+    taps = torch.where(y <= 0, -1, taps.to(torch.int64)).to(taps.dtype)
+    channels_last = _channels_last(x, w)
+    return _stored(y, channels_last), _stored(taps, channels_last) if offsets else taps.new_empty(0)
+
+
+def conv2d_relu_max_pool2d_backward(
+    dy,
+    offsets,
+    x,
+    w,
+    size,
+    w_size,
+    w_strides,
+    stride,
+    padding,
+    dilation,
+    groups,
+    precision,
+    kernel,
+    step,
+    margin,
+    channels_last,
+    wanted,
+):
+    geometry = stride, padding, dilation, groups, precision
+    places = conv_places(size, w_size[2:], stride, padding, dilation)
+    dz = max_pool2d_backward(
+        dy, offsets, places, kernel, step, margin, (1, 1), False, channels_last
+    )
+    dx, dw, db = (dy.new_empty(0) for _ in range(3))
+    if wanted[0]:
+        dx = conv2d_dgrad(dz, w, None, size, *geometry, channels_last)
+    if wanted[1]:
+        dw, _ = conv2d_wgrad(x, dz, w_size, w_strides, *geometry, False)
+    return dx, dw, channel_sum(dz) if wanted[2] else db

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import library
-from .geometry import Pair, is_channels_last
+from .geometry import Pair, conv_places, is_channels_last
 
 _ops = torch.ops.triton_cnn
 _channel_sum = library.operator("channel_sum")
@@ -21,6 +21,8 @@ _conv2d = library.operator("conv2d")
 _conv2d_dgrad = library.operator("conv2d_dgrad")
 _conv2d_fp8 = library.operator("conv2d_fp8")
 _conv2d_wgrad = library.operator("conv2d_wgrad")
+_conv_pool = library.operator("conv2d_relu_max_pool2d")
+_conv_pool_backward = library.operator("conv2d_relu_max_pool2d_backward")
 _max_pool2d = library.operator("max_pool2d")
 _max_pool2d_backward = library.operator("max_pool2d_backward")
 _max_pool2d_gather = library.operator("max_pool2d_gather")
@@ -139,8 +141,14 @@ class Conv2d(Function):
         return dx, dw, db if need_db else None, dy, *[None] * len(others)
 
 
-def _plain_conv2d(x: Tensor, w: Tensor, bias: Tensor | None, geometry: Sequence[Any]) -> Tensor:
-    return _apply(Conv2d, x, w, bias, None, _Conv2dCall(x, w, geometry, False, None))
+def _plain_conv2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[Any],
+    residual: Tensor | None = None,
+) -> Tensor:
+    return _apply(Conv2d, x, w, bias, residual, _Conv2dCall(x, w, geometry, False, None))
 
 
 class Conv2dDgrad(Function):
@@ -276,6 +284,82 @@ class MaxPool2dGather(Function):
         return ddx, *[None] * 6
 
 
+class Conv2dReluMaxPool2d(Function):
+    """(y, offsets) of y = max_pool(relu(conv(x, w) + bias)). The offsets hold the ReLU's mask, so
+    neither y nor the map is kept.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, w, bias, *arguments):
+        return _conv_pool(x, w, bias, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        x, w, _, *ctx.geometry, _ = inputs  # eight: the convolution's five, the pooling's three
+        _, offsets = output
+        ctx.mark_non_differentiable(offsets)
+        need_dx, need_dw = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(offsets, x if need_dw else None, w if need_dx else None)
+        ctx.size, ctx.w_size, ctx.w_strides = x.shape[2:], w.shape, w.stride()
+        ctx.channels_last = _channels_last(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, dy, _offsets):
+        offsets, x, w = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        sizes = ctx.size, ctx.w_size, ctx.w_strides
+        arguments = *sizes, *ctx.geometry, ctx.channels_last, wanted
+        grads = _apply(Conv2dReluMaxPool2dBackward, dy, offsets, x, w, *arguments)
+        grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+        return *grads, *[None] * 9
+
+
+class Conv2dReluMaxPool2dBackward(Function):
+    """(dx, dw, db), those that are wanted: dgrad, wgrad and channel sum of the map's gradient dz,
+    which has each dy where its window's winner lies.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy, offsets, x, w, *arguments):
+        return _conv_pool_backward(dy, offsets, x, w, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        dy, offsets, x, w, ctx.size, ctx.w_size, ctx.w_strides, *rest = inputs
+        *ctx.conv, kernel, stride, padding, _, ctx.wanted = rest
+        ctx.window = kernel, stride, padding, (1, 1), False
+        ctx.save_for_backward(dy, offsets, x, w)
+
+    @staticmethod
+    def backward(ctx: Any, ddx, ddw, ddb):
+        dy, offsets, x, w = ctx.saved_tensors
+        (want_dx, want_dw, want_db), rest = ctx.wanted, len(ctx.needs_input_grad) - 4
+        need_ddy, _, need_x, need_w = ctx.needs_input_grad[:4]
+        places = conv_places(ctx.size, ctx.w_size[2:], *ctx.conv[:3])
+        ddy = dx = dw = ddz = None
+        if need_ddy:
+            if want_db:
+                ddz = ddb[:, None, None].expand(*dy.shape[:2], *places)
+            if want_dx:
+                ddz = _plain_conv2d(ddx, w, None, ctx.conv, ddz)
+            if want_dw:
+                ddz = _plain_conv2d(x, ddw, None, ctx.conv, ddz)
+            ddy = _apply(MaxPool2dGather, ddz, offsets, *ctx.window)
+        if need_x or need_w:
+            last = _channels_last(dy)
+            dz = _apply(MaxPool2dBackward, dy, offsets, places, *ctx.window, last)
+            if need_x and want_dw:
+                last = _channels_last(x, ddw)
+                dx = _apply(Conv2dDgrad, dz, ddw, None, ctx.size, *ctx.conv, last)
+            if need_w and want_dx:
+                dw, _ = _apply(Conv2dWgrad, ddx, dz, w.shape, w.stride(), *ctx.conv, False)
+        return ddy, None, dx, dw, *[None] * rest
+
+
 class MaxUnpool2d(Function):
     """y[indices] = x, zero elsewhere; of equal indices the last in row-major order wins."""
 
@@ -321,6 +405,8 @@ for _name, _function in {
     "conv2d": Conv2d,
     "conv2d_dgrad": Conv2dDgrad,
     "conv2d_wgrad": Conv2dWgrad,
+    "conv2d_relu_max_pool2d": Conv2dReluMaxPool2d,
+    "conv2d_relu_max_pool2d_backward": Conv2dReluMaxPool2dBackward,
     "max_pool2d": MaxPool2d,
     "max_pool2d_backward": MaxPool2dBackward,
     "max_pool2d_gather": MaxPool2dGather,
@@ -440,6 +526,30 @@ def max_pool2d(
         *(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices),
     )
     return (y, flat) if indices else y
+
+
+def conv2d_relu_max_pool2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    precision: str | None,
+    pool_kernel: Pair,
+    pool_stride: Pair,
+    pool_padding: Pair,
+) -> Tensor:
+    """y[N,K,PP,PQ] = max_pool(relu(conv(x[N,C,H,W], w[K,C/groups,R,S]) + bias[K]))."""
+    offsets = torch.is_grad_enabled()
+    y, _ = _call(
+        Conv2dReluMaxPool2d,
+        _ops.conv2d_relu_max_pool2d,
+        *(x, w, bias, stride, padding, dilation, groups, precision),
+        *(pool_kernel, pool_stride, pool_padding, offsets),
+    )
+    return y
 
 
 def max_unpool2d(x: Tensor, indices: Tensor, size: Sequence[int]) -> Tensor:

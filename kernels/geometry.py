@@ -20,6 +20,21 @@ def conv_output_size(size: int, kernel: int, stride: int, padding: Pair, dilatio
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
 
+def conv_places(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Pair:
+    """(P, Q) of a convolution of (H, W) = ``size``; ``padding`` is (top, bottom, left, right)."""
+    top, bottom, left, right = padding
+    return (
+        conv_output_size(size[0], kernel[0], stride[0], (top, bottom), dilation[0]),
+        conv_output_size(size[1], kernel[1], stride[1], (left, right), dilation[1]),
+    )
+
+
 def conv_transpose_output_size(
     size: int, kernel: int, stride: int, padding: Pair, dilation: int, output_padding: int
 ) -> int:

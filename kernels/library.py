@@ -15,13 +15,13 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from . import aten, autotune, descriptor_gemm, device, epilogue, max_pool, planner, vmap
+from . import aten, autotune, descriptor_gemm, device, epilogue, expansion, max_pool, planner, vmap
 from .device import INTERPRET, describe
 from .geometry import (
     Conv2dGeometry,
     Direction,
     Pool2dGeometry,
-    conv_output_size,
+    conv_places,
     dense_strides,
     is_channels_last,
     output_strides,
@@ -210,11 +210,8 @@ def _other_plans(call: _Call, tensors: tuple) -> Sequence[planner.Plan]:
 
 
 def _conv2d_empty(x, w, bias, residual, stride, padding, dilation, groups, precision, relu):
-    sizes = (
-        conv_output_size(x.shape[2], w.shape[2], stride[0], tuple(padding[:2]), dilation[0]),
-        conv_output_size(x.shape[3], w.shape[3], stride[1], tuple(padding[2:]), dilation[1]),
-    )
-    return _new(x, (x.shape[0], w.shape[0], *sizes), _channels_last(x, w))
+    size = conv_places(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    return _new(x, (x.shape[0], w.shape[0], *size), _channels_last(x, w))
 
 
 def bind_conv2d(x, w, residual, stride, padding, dilation, groups, precision, relu) -> partial:
@@ -522,6 +519,127 @@ _define(
     _max_unpool2d_backward_empty,
 )
 
+# Convolution, ReLU and max-pooling as one: the map between them is never stored.
+
+
+def _conv_pool_geometries(
+    x_shape, w_shape, stride, padding, dilation, groups, kernel, step, margin
+) -> tuple[Conv2dGeometry, Pool2dGeometry]:
+    pairs = tuple(stride), tuple(padding), tuple(dilation)
+    g = Conv2dGeometry.of(x_shape, w_shape, *pairs, groups)
+    return g, Pool2dGeometry(*g.y_shape, tuple(kernel), tuple(step), tuple(margin))
+
+
+def _conv_pool_empty(
+    x, w, bias, stride, padding, dilation, groups, precision, kernel, step, margin, offsets
+) -> tuple[Tensor, Tensor]:
+    size = conv_places(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    pool = _pool((x.shape[0], w.shape[0], *size), kernel, step, margin, (1, 1), False)
+    y = _new(x, pool.y_shape, _channels_last(x, w))
+    dtype = max_pool.offset_dtype(pool)
+    return y, torch.empty_like(y, dtype=dtype) if offsets else y.new_empty(0, dtype=dtype)
+
+
+def _conv_pool(
+    x, w, bias, stride, padding, dilation, groups, precision, kernel, step, margin, offsets
+) -> tuple[Tensor, Tensor]:
+    geometry = stride, padding, dilation, groups
+    window = kernel, step, margin
+    y, kept = _conv_pool_empty(x, w, bias, *geometry, precision, *window, offsets)
+    g, pool = _conv_pool_geometries(x.shape, w.shape, *geometry, *window)
+    precision, here = resolve_precision(precision, x), describe(x.device)
+    layout = planner.layout_of((x, y), (w,))
+    if 0 not in y.shape:
+        engine, tile = planner.plan_pooled(g, pool, x.dtype, precision, here, layout)
+        launch = engine.bind(g, pool, tile, precision)
+        bias = None if bias is None else bias.contiguous()
+        launch(x, w, bias, y, kept if offsets else None)
+    return y, kept
+
+
+def _conv_pool_backward_empty(
+    dy,
+    offsets,
+    x,
+    w,
+    size,
+    w_size,
+    w_strides,
+    stride,
+    padding,
+    dilation,
+    groups,
+    precision,
+    kernel,
+    step,
+    margin,
+    channels_last,
+    wanted,
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_dx, need_dw, need_db = wanted
+    shape = dy.shape[0], w_size[1] * groups, *size
+    return (
+        _new(dy, shape, channels_last) if need_dx else dy.new_empty(0),
+        dy.new_empty_strided(tuple(w_size), dense_strides(w_size, w_strides))
+        if need_dw
+        else dy.new_empty(0),
+        dy.new_empty(w_size[0] if need_db else 0),
+    )
+
+
+def _conv_pool_backward(
+    dy,
+    offsets,
+    x,
+    w,
+    size,
+    w_size,
+    w_strides,
+    stride,
+    padding,
+    dilation,
+    groups,
+    precision,
+    kernel,
+    step,
+    margin,
+    channels_last,
+    wanted,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The map's gradient is expanded from dy and offsets where it is read, or once, and freed."""
+    geometry = stride, padding, dilation, groups
+    need_dx, need_dw, need_db = wanted
+    x_shape = dy.shape[0], w_size[1] * groups, *size
+    g, pool = _conv_pool_geometries(x_shape, w_size, *geometry, kernel, step, margin)
+    dz = _new(dy, g.y_shape, _channels_last(dy))
+    dx, dw, db = (dy.new_empty(0) for _ in range(3))
+    if need_db:
+        db = dy.new_empty(g.K)
+    expansion.expand(dy, offsets, dz, db if need_db else None, pool)
+    if need_dx:
+        dx = _conv2d_dgrad(dz, w, None, size, *geometry, precision, channels_last)
+    if need_dw:
+        dw, _ = _conv2d_wgrad(x, dz, w_size, w_strides, *geometry, precision, False)
+    return dx, dw, db
+
+
+_define(
+    f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_CONV}, SymInt[2] pool_kernel,"
+    " SymInt[2] pool_stride, SymInt[2] pool_padding, bool offsets) -> (Tensor, Tensor)",
+    _conv_pool,
+    aten.conv2d_relu_max_pool2d,
+    _conv_pool_empty,
+)
+_define(
+    "conv2d_relu_max_pool2d_backward(Tensor dy, Tensor offsets, Tensor? x, Tensor? w, SymInt[2]"
+    f" size, SymInt[4] w_size, SymInt[4] w_strides, {_CONV}, SymInt[2] pool_kernel, SymInt[2]"
+    " pool_stride, SymInt[2] pool_padding, bool channels_last, bool[3] wanted)"
+    " -> (Tensor, Tensor, Tensor)",
+    _conv_pool_backward,
+    aten.conv2d_relu_max_pool2d_backward,
+    _conv_pool_backward_empty,
+)
+
 vmap.register(_library)
 
 
@@ -540,6 +658,21 @@ def _conv2d_flops(x, w, bias, residual, stride, padding, dilation, groups, *_, *
 @register_flop_formula(torch.ops.triton_cnn.conv2d_fp8)
 def _conv2d_fp8_flops(x, w, scale, bias, residual, stride, padding, dilation, groups, *_, **__):
     return _flops(x, w, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.triton_cnn.conv2d_relu_max_pool2d)
+def _conv_pool_flops(x, w, bias, stride, padding, dilation, groups, *_, **__) -> int:
+    return _flops(x, w, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.triton_cnn.conv2d_relu_max_pool2d_backward)
+def _conv_pool_backward_flops(
+    dy, offsets, x, w, size, w_size, w_strides, stride, padding, dilation, groups, *rest, **__
+) -> int:
+    need_dx, need_dw, _ = rest[-1]
+    x_size = dy[0], w_size[1] * groups, *size
+    once = _flops(x_size, w_size, stride, padding, dilation, groups)
+    return (need_dx + need_dw) * once
 
 
 @register_flop_formula(torch.ops.triton_cnn.conv2d_dgrad)

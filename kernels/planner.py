@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import descriptor_gemm, direct_conv, implicit_gemm, model
+from . import conv_pool, descriptor_gemm, direct_conv, implicit_gemm, model
 from .device import Device
-from .geometry import Conv2dGeometry, Direction
+from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from .tile import Tile, blocks_per_multiprocessor, is_valid
 
 Layout = Literal["aligned", "channels_last", "scattered"]
@@ -75,6 +75,32 @@ def plan(
 ) -> Plan:
     """The best of the candidates."""
     return candidates(direction, g, dtype, precision, device, layout)[0]
+
+
+@lru_cache(maxsize=4096)
+def plan_pooled(
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    layout: Layout,
+) -> tuple[ModuleType, Tile]:
+    """The engine and tile of a convolution that is pooled before it is stored."""
+    rows = g.N * pool.P * pool.Q
+    tiles = [
+        replace(tile, rows=min(tile.rows, _power(rows, tile.rows)))
+        for tile in _pointer_tiles("fprop", g, dtype, precision, device, layout)
+        # Beside the accumulator, the largest values so far and their taps lie in registers.
+        if tile.rows * tile.columns <= 2**10 * tile.warps or device.backend == "interpreter"
+    ]
+    return conv_pool, min(tiles, key=lambda tile: _waste(g.K // g.groups, tile))
+
+
+def _waste(channels: int, tile: Tile) -> tuple[float, int]:
+    """How much of a tile's columns is beyond the channels, then how small it is."""
+    taken = -(-channels // tile.columns) * tile.columns
+    return taken / channels, -tile.rows * tile.columns
 
 
 def candidates(

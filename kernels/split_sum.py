@@ -51,10 +51,10 @@ def channel_walk(t: Tensor, pixels: int, elements: int, summed: bool) -> Channel
     else:
         rows, columns = elements // 2, 1
     tiles, column_tiles = cdiv(pixels, rows), cdiv(K, columns)
-    parts = tiles
+    parts = max(1, tiles)
     if summed:
         # Never a single part, which would write the sum itself, by another binary.
-        room = 2 * device.describe(t.device).multiprocessors // column_tiles
+        room = 2 * device.describe(t.device).multiprocessors // max(1, column_tiles)
         parts = max(2, min(tiles, room))
     return ChannelWalk(parts * column_tiles, cdiv(tiles, parts), parts, rows, columns, 8)
 

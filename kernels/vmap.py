@@ -77,6 +77,40 @@ def _max_pool2d(info, in_dims, x, *window):
     return tuple(unfolded), tuple(0 if want else None for want in wanted)
 
 
+def _conv_pool(info, in_dims, x, w, bias, stride, padding, dilation, groups, *rest):
+    size, (x_dim, w_dim, bias_dim) = info.batch_size, in_dims[:3]
+    axis = _BATCH
+    if w_dim is not None or bias_dim is not None:
+        axis, groups = _CHANNELS, groups * size
+        w, bias = _fold(w, w_dim, size, 0), _fold(bias, bias_dim, size, 0)
+    x = _fold(x, x_dim, size, axis)
+    y, offsets = _ops.conv2d_relu_max_pool2d(x, w, bias, stride, padding, dilation, groups, *rest)
+    wants_offsets = rest[-1]
+    offsets = _unfold(offsets, size, axis) if wants_offsets else offsets
+    return (_unfold(y, size, axis), offsets), (axis, axis if wants_offsets else None)
+
+
+def _conv_pool_backward(info, in_dims, dy, offsets, x, w, size, w_size, _, *rest):
+    """Each mapped problem is a group of its own."""
+    count, (dy_dim, offsets_dim, x_dim, w_dim) = info.batch_size, in_dims[:4]
+    stride, padding, dilation, groups, *others, wanted = rest
+    dy = _fold(dy, dy_dim, count, _CHANNELS)
+    offsets = _fold(offsets, offsets_dim, count, _CHANNELS)
+    x, w = _fold(x, x_dim, count, _CHANNELS), _fold(w, w_dim, count, 0)
+    w_size = (w_size[0] * count, *w_size[1:])
+    grads = _ops.conv2d_relu_max_pool2d_backward(
+        *(dy, offsets, x, w, size, w_size, contiguous_strides(w_size)),
+        *(stride, padding, dilation, groups * count, *others, wanted),
+    )
+    axes = (_CHANNELS, 0, 0)
+    unfolded = (
+        _unfold(t, count, axis) if want else t
+        for t, axis, want in zip(grads, axes, wanted, strict=True)
+    )
+    dims = (axis if want else None for axis, want in zip(axes, wanted, strict=True))
+    return tuple(unfolded), tuple(dims)
+
+
 def _over_batch(operator: Callable[..., Tensor]) -> Callable:
     """The rule of an operator on two tensors whose images do not mix."""
 
@@ -97,6 +131,8 @@ def register(library: torch.library.Library) -> None:
         "conv2d_dgrad": _dgrad,
         "conv2d_wgrad": _wgrad,
         "channel_sum": _channel_sum,
+        "conv2d_relu_max_pool2d": _conv_pool,
+        "conv2d_relu_max_pool2d_backward": _conv_pool_backward,
         "max_pool2d": _max_pool2d,
     }
     for name in (

@@ -99,6 +99,19 @@ DIFFERENTIABLE = {
         lambda x, w: F.conv_transpose2d(x, w, None, 2, dilation=(1, 2), groups=2),
         *((1, 4, 2, 3), (4, 3, 2, 2)),
     ),
+    "pooled": (
+        lambda x, w, b: F.conv2d_relu_max_pool2d(x, w, b, padding=1, pool_kernel_size=2),
+        *((2, 2, 4, 5), (3, 2, 3, 3), (3,)),
+    ),
+    "pooled, overlapping": (
+        lambda x, w: F.conv2d_relu_max_pool2d(
+            *(x, w, None, (1, 2), 0, 1, 2),
+            pool_kernel_size=3,
+            pool_stride=2,
+            pool_padding=1,
+        ),
+        *((1, 4, 5, 8), (4, 2, 2, 1)),
+    ),
     "same argument twice": (lambda x: F.conv2d(x, x), (2, 2, 3, 3)),
 }
 
@@ -260,6 +273,11 @@ def operator_samples(device, dtype):
     pool = ([2, 3], [2, 2], [1, 1], [1, 1], True)
     pooled, offsets, _ = torch.ops.triton_cnn.max_pool2d(x.detach(), *pool, True, False)
     pooled.requires_grad_()
+    fused, won = torch.ops.triton_cnn.conv2d_relu_max_pool2d(
+        *(t.detach() for t in (x, w, bias)), *conv, *pool[:3], True
+    )
+    fused.requires_grad_()
+    about = [5, 7], w.shape, w.stride()
     (unpooled,) = leaves(device, (1, 2, 5, 7), dtype=dtype)
     (values,) = leaves(device, (1, 2, 3, 4), dtype=dtype)
     indices = places(device, (3, 4), (5, 7))
@@ -288,6 +306,16 @@ def operator_samples(device, dtype):
         "conv2d_wgrad": [
             (x, y, w.shape, w.stride(), *conv, True),
             (wide_x, y, w.shape, (18, 1, 6, 3), *conv, False),
+        ],
+        "conv2d_relu_max_pool2d": [
+            (x, w, bias, *conv, *pool[:3], True),
+            (wide_x, w, None, *conv, *pool[:3], True),
+            (x.detach(), w.detach(), None, *conv, *pool[:3], False),
+        ],
+        "conv2d_relu_max_pool2d_backward": [
+            (fused, won, x, w, *about, *conv, *pool[:3], False, (True, True, True)),
+            (fused, won, None, w, *about, *conv, *pool[:3], True, (True, False, False)),
+            (fused, won, x, None, *about, *conv, *pool[:3], False, (False, True, False)),
         ],
         "max_pool2d": [
             (x, *pool, True, True),
@@ -356,6 +384,7 @@ def network(x, w, v, bias):
     """Every operator that has a place in a network, over a size that changes from call to call."""
     y = F.conv2d(x, w, bias, 2, 1, activation="relu")
     y = F.conv2d(y, v, padding="same", residual=y, activation="relu")
+    y = F.conv2d_relu_max_pool2d(y, v, bias, padding=1, pool_kernel_size=2, pool_stride=1)
     y, indices = F.max_pool2d(y, 2, return_indices=True)
     y = F.max_unpool2d(y, indices, 2)
     return F.conv_transpose2d(y, w, None, 2, 1)
@@ -426,6 +455,14 @@ def test_compiled_double_backward_raises_torchs_own_error(device):
 
 # torch.func.
 
+
+def conv2d_relu_max_pool2d(m, x, w, b):
+    """Of one module or another."""
+    if m is F:
+        return F.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2, pool_kernel_size=3, pool_stride=2)
+    return m.max_pool2d(m.relu(m.conv2d(x, w, b, 1, 1, 1, 2)), 3, 2)
+
+
 TRANSFORMED = {
     "conv2d": (
         lambda m: lambda x, w, b: m.conv2d(x, w, b, (2, 1), (1, 0), (1, 2), 2),
@@ -438,6 +475,10 @@ TRANSFORMED = {
     "conv_transpose2d": (
         lambda m: lambda x, w, b: m.conv_transpose2d(x, w, b, (2, 1), 1, (1, 0)),
         *((2, 3, 4, 5), (3, 2, 3, 3), (2,)),
+    ),
+    "conv2d_relu_max_pool2d": (
+        lambda m: lambda x, w, b: conv2d_relu_max_pool2d(m, x, w, b),
+        *((2, 4, 6, 5), (6, 2, 3, 2), (6,)),
     ),
     "max_pool2d": (lambda m: lambda x: m.max_pool2d(x, 3, 2, 1), (2, 3, 7, 6)),
     "pool and unpool": (

@@ -18,8 +18,9 @@ kernels
 kernels.geometry
 kernels.device
 kernels.tile kernels.indexing
-kernels.epilogue kernels.split_sum kernels.model kernels.descriptors
-kernels.implicit_gemm kernels.direct_conv kernels.max_pool
+kernels.split_sum kernels.model kernels.descriptors
+kernels.epilogue kernels.expansion
+kernels.implicit_gemm kernels.direct_conv kernels.max_pool kernels.conv_pool
 kernels.descriptor_gemm
 kernels.planner kernels.aten kernels.vmap kernels.winners
 kernels.autotune
