@@ -19,7 +19,7 @@ from torch import Tensor
 from . import device
 from .device import Device, loop
 from .epilogue import result_strides, store_result
-from .expansion import Window, load_expanded, pooled
+from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from .indexing import (
     cdiv,
@@ -691,7 +691,7 @@ def wgrad(
         options = (wide, block)
     else:
         kernel, reduction = few_channel_wgrad_kernel, (g.groups, K, C, g.R, g.S)
-        options = (pooled(offsets), Window.of(pool), precision, wide)
+        options = (*pooled(pool, offsets), precision, wide)
         options += ((*block, _segment(g, tile.columns), _channels_fastest(x)),)
     column_tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
     device.launch(

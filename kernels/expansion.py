@@ -7,6 +7,7 @@ a pixel is the sum of dy over the windows that it won, in the order of pp and pq
 (float64 for float64), rounded once, to dy's dtype. Sizes and strides are in elements.
 """
 
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -45,18 +46,20 @@ class Window(NamedTuple):
     unrolled: bool  # the loops over them and over the pixels of one stride
 
     @classmethod
-    def of(cls, pool: Pool2dGeometry | None) -> "Window | None":
-        if pool is None:
-            return None
+    @lru_cache(maxsize=4096)
+    def of(cls, pool: Pool2dGeometry) -> "Window":
         few = prod((*pool.covering, *pool.stride)) <= _UNROLLED
         return cls(pool.kernel, pool.stride, pool.padding, pool.dilation, pool.covering, few)
 
 
-def pooled(offsets: Tensor | None) -> tuple | None:
-    """What ``sum_won`` takes of the offsets: they, their strides, the pooled P and Q."""
-    if offsets is None:
-        return None
-    return offsets, unspecialised_strides(offsets), unspecialised(offsets.shape[2:])
+def pooled(
+    pool: Pool2dGeometry | None, offsets: Tensor | None
+) -> tuple[tuple | None, Window | None]:
+    """What kernels take of a pooling: offsets, their strides, pooled P and Q; and its Window."""
+    if pool is None or offsets is None:
+        return None, None
+    sizes = unspecialised(offsets.shape[2:])
+    return (offsets, unspecialised_strides(offsets), sizes), Window.of(pool)
 
 
 @triton.jit
@@ -180,17 +183,16 @@ def expand(
 ) -> None:
     """dz[N,K,P,Q], the map's gradient, and its sum db[K], from dy[N,K,PP,PQ] and the offsets."""
     N, K, P, Q = dz.shape
-    blocks = tuple(
-        cdiv(size + padding, stride)
-        for size, padding, stride in zip((P, Q), pool.padding, pool.stride, strict=True)
-    )
-    walk = channel_walk(dz, N * prod(blocks), 2048, db is not None)
+    blocks_p = cdiv(P + pool.padding[0], pool.stride[0])
+    blocks_q = cdiv(Q + pool.padding[1], pool.stride[1])
+    walk = channel_walk(dz, N * blocks_p * blocks_q, 2048, db is not None)
+    expansion, window = pooled(pool, offsets)
     parts = None if db is None else parts_like(db, walk.parts)
     device.launch(
         expand_kernel,
         (walk.programs,),
-        *(dy, dz, parts, unspecialised_strides(dy), unspecialised_strides(dz), pooled(offsets)),
-        *(unspecialised((N, P, Q, *blocks)), K, walk.turns, Window.of(pool)),
+        *(dy, dz, parts, unspecialised_strides(dy), unspecialised_strides(dz), expansion),
+        *(unspecialised((N, P, Q, blocks_p, blocks_q)), K, walk.turns, window),
         *(device.wide(N * (P + 1) * (Q + 1), dy, offsets, dz), walk.rows, walk.columns),
         device=dz.device,
         num_warps=walk.warps,

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import device
 from .device import loop
 from .epilogue import result_strides, store_result
-from .expansion import Window, load_expanded, pooled
+from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
@@ -139,7 +139,7 @@ def _multiply(
 ) -> None:
     N, _, P, Q = y.shape
     wide = device.wide(N * P * Q, x, w, residual, y, offsets)
-    expansion = pooled(offsets), Window.of(pool)
+    expansion = pooled(pool, offsets)
     x_strides, y_strides = unspecialised_strides(x), result_strides(residual, y)
     for pixels, w_strides, sizes, reduction, walk in products:
         groups, K = reduction[:2]
@@ -358,7 +358,7 @@ def wgrad(
         *(unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
         *(unspecialised((g.N, g.H, g.W, P, Q)), (g.groups, K, C, R, S), g.walk),
-        *(tile.splits, pooled(offsets), Window.of(pool), precision),
+        *(tile.splits, *pooled(pool, offsets), precision),
         device.wide(g.N * P * Q, x, dy, dw_parts, offsets),
         (tile.rows, tile.columns, tile.depth, tile.packed),
         device=x.device,

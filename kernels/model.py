@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from .device import Device
-from .geometry import Conv2dGeometry, Direction
+from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from .tile import Tile, blocks_per_multiprocessor
 
 Limit = Literal["tensor cores", "memory", "L2", "launch"]
@@ -26,6 +26,10 @@ _FILL = 1500  # cycles from a tile's first load to its first product
 _TURN = 110
 _POINTERS = 2.0  # engine 1 gathers its operands: turns take so much longer than their products
 _DIRECT = 0.25  # engine 3's share of the tensor cores' rate
+# Instructions of a thread to expand one element of a pooled map's gradient in a load, for each
+# window that may hold it, and the channels whose products share the load: SASS has 6 to 9.
+_EXPANDED = 7
+_SHARED = 64
 _MODES = {"tf32": 2, "tf32x3": 6, "bf16x3": 3, "bf16x6": 6}  # 16-bit products' time for one
 
 
@@ -178,3 +182,29 @@ def wgrad_work(g: Conv2dGeometry, tile: Tile) -> Work:
     else:
         turns = ceil(prod(pixels) / tile.depth)
     return Work(g.groups * ceil(K / tile.rows) * columns, turns)
+
+
+def expands_first(
+    direction: Direction,
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    dtype: torch.dtype,
+    device: Device,
+) -> bool:
+    """Whether dgrad or wgrad of a map that was pooled had better read its gradient written out by
+    ``expansion.expand`` than expand it in each of its loads. The batch takes no part.
+
+    Written out, each element takes memory's time for one store and one load; expanded in loads, the
+    schedulers' for each read of it, by dgrad for each tap. Engine 2 reads only what is written.
+    """
+    C = g.C // g.groups
+    if device.descriptors and C > 4 and dtype.itemsize <= 4:
+        return True
+    taps = g.R * g.S
+    if direction == "dgrad":
+        reads = taps * ceil(C / _SHARED)
+    else:
+        reads = ceil(C * taps / _SHARED) + 1  # and the bias gradient's
+    issue = device.multiprocessors * 4 * 32 * device.peaks.clock  # instructions in one ns
+    in_loads = reads * prod(pool.covering) * _EXPANDED / issue
+    return in_loads > 2 * dtype.itemsize / device.peaks.memory

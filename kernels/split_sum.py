@@ -1,5 +1,6 @@
 """The second pass of a reduction that was split: its parts are added in a fixed order."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -42,20 +43,27 @@ def channel_walk(t: Tensor, pixels: int, elements: int, summed: bool) -> Channel
     For a sum there are as many programs as the device holds, as each leaves a part of it to be
     added in a second pass; otherwise one for each tile.
     """
-    K = t.shape[1]
+    programs = 2 * device.describe(t.device).multiprocessors if summed else 0
+    return _channel_walk(t.shape[1], t.stride(1) == 1, pixels, elements, programs)
+
+
+@lru_cache(maxsize=4096)
+def _channel_walk(
+    K: int, channels_last: bool, pixels: int, elements: int, programs: int
+) -> ChannelWalk:
+    """``programs`` are those that the device holds, 0 without a sum."""
     if device.INTERPRET:
         rows, columns = 4096, min(64, power_of_2(K))
-    elif t.stride(1) == 1:
+    elif channels_last:
         columns = min(64, power_of_2(K))
         rows = elements // columns
     else:
         rows, columns = elements // 2, 1
     tiles, column_tiles = cdiv(pixels, rows), cdiv(K, columns)
     parts = max(1, tiles)
-    if summed:
+    if programs:
         # Never a single part, which would write the sum itself, by another binary.
-        room = 2 * device.describe(t.device).multiprocessors // max(1, column_tiles)
-        parts = max(2, min(tiles, room))
+        parts = max(2, min(tiles, programs // max(1, column_tiles)))
     return ChannelWalk(parts * column_tiles, cdiv(tiles, parts), parts, rows, columns, 8)
 
 

@@ -4,6 +4,8 @@ The oracle is autograd of the unfused operators in float64; on small integers al
 every dtype, so ours must be the oracle's, rounded once.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -11,8 +13,9 @@ from cases import case_id, conv_case, in_strides, random, sliced
 from torch import Tensor
 
 from kernels import epilogue, expansion, implicit_gemm, max_pool, planner
-from kernels.device import describe
+from kernels.device import Device, describe
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.model import expands_first
 from kernels.tile import Tile
 
 ONE = (1, 1)
@@ -241,3 +244,28 @@ def test_sums_repeat_bit_for_bit_over_many_tiles(device):
         assert_sums(db, dz)
         sums.append(db)
     assert torch.equal(*sums)
+
+
+AMPERE = Device("cuda", 80, multiprocessors=108, shared_memory=163 << 10)
+HOPPER = Device("cuda", 90, multiprocessors=132, shared_memory=227 << 10)
+VGG = conv_case(8, 3, (224, 224), 64, (3, 3), padding=(1, 1, 1, 1))
+STEM = conv_case(8, 3, (224, 224), 64, (7, 7), (2, 2), (3, 3, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("direction", "g", "window", "gpu", "first"),
+    [
+        ("wgrad", VGG, POOLS[0], AMPERE, False),
+        ("wgrad", VGG, POOLS[0], HOPPER, False),
+        ("wgrad", replace(VGG, C=64), POOLS[0], AMPERE, True),  # many taps
+        ("dgrad", replace(VGG, C=64), POOLS[0], AMPERE, True),
+        ("wgrad", STEM, POOLS[1], HOPPER, True),  # several windows
+        ("dgrad", conv_case(8, 64, (56, 56), 64, (1, 1)), POOLS[0], AMPERE, False),
+        ("dgrad", conv_case(8, 64, (56, 56), 64, (1, 1)), POOLS[0], HOPPER, True),  # engine 2
+    ],
+    ids=lambda value: case_and_run(value) if not isinstance(value, Device) else f"sm_{value.arch}",
+)
+def test_what_is_expanded_first_does_not_follow_the_batch(direction, g, window, gpu, first):
+    for n in (1, 8, 1000):
+        g = replace(g, N=n)
+        assert expands_first(direction, g, pool_of(g, window), torch.bfloat16, gpu) == first
