@@ -81,7 +81,8 @@ def _tile(places: int, channels: int, channels_last: bool, device: Device) -> Ti
         columns = min(columns, 1024)
         return Tile(min(power_of_2(places), 2**18 // columns), columns)
     if not channels_last:
-        return Tile(512, 1)
+        columns = min(columns, 4)
+        return Tile(512 // columns, columns)
     columns = min(columns, 64)
     return Tile(1024 // columns, columns)
 
@@ -197,6 +198,14 @@ class _Cell(NamedTuple):
         return cls(g.stride, first, window, g.covering, pixels)
 
 
+class _Tile(NamedTuple):
+    rows: int  # places
+    columns: int  # channels
+    unit: int  # that divides C and all strides but that of channels
+    wide: bool  # whether offsets need 64 bits
+    channels_inside: bool  # whether neighbouring threads have neighbouring channels, else places
+
+
 class _Launch(NamedTuple):
     """One launch without its tensors."""
 
@@ -232,7 +241,11 @@ class _Launch(NamedTuple):
         )
         return cls(
             (cdiv(N * P * Q, tile.rows) * column_tiles,),
-            (strides, walk + divisors(P, Q, column_tiles), (tile.rows, tile.columns, unit, wide)),
+            (
+                strides,
+                walk + divisors(P, Q, column_tiles),
+                _Tile(tile.rows, tile.columns, unit, wide, layouts[-1][1][1] == 1),
+            ),
         )
 
     def between(self, *own: Any) -> "_Launch":
@@ -250,23 +263,27 @@ def _row_strides(shape: Sequence[int], strides: Strides) -> tuple[int, int, int]
 def _strides(strides, TILE: tl.constexpr):
     """A tensor's strides of n, c, h, w, all but that of c multiples of the unit."""
     n, c, h, w = plain_strides(strides)
-    return n * TILE[2], c, h * TILE[2], w * TILE[2]
+    return n * TILE.unit, c, h * TILE.unit, w * TILE.unit
 
 
 @triton.jit
 def _places_and_channels(walk, TILE: tl.constexpr):
     """(n, p, q, c, mask) of this program's tile of N x P x Q places by C channels.
 
-    Places are [rows, 1], channels [1, columns], the mask has both.
+    Places are [rows, 1] and channels [1, columns], or channels come first; the mask has both.
     """
     N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = plain(walk)
-    pid = program(TILE[3])
+    pid = program(TILE.wide)
     row_tile = quotient(pid, column_tiles, by_tiles, shift_tiles)
-    place = (row_tile * TILE[0] + tl.arange(0, TILE[0]))[:, None]
-    c = ((pid - row_tile * column_tiles) * TILE[1] + tl.arange(0, TILE[1]))[None, :]
+    place = row_tile * TILE.rows + tl.arange(0, TILE.rows)
+    c = (pid - row_tile * column_tiles) * TILE.columns + tl.arange(0, TILE.columns)
+    if TILE.channels_inside:
+        place, c = place[:, None], c[None, :]
+    else:
+        place, c = place[None, :], c[:, None]
     row = quotient(place, Q, by_Q, shift_Q)
     n = quotient(row, P, by_P, shift_P)
-    return n, row - n * P, place - row * Q, c, (n < N) & (c < C * TILE[2])
+    return n, row - n * P, place - row * Q, c, (n < N) & (c < C * TILE.unit)
 
 
 @triton.jit
@@ -299,7 +316,7 @@ def max_pool2d_kernel(
     sizes,  # H, W, unspecialised
     WINDOW: tl.constexpr,  # a _Window
     TAPS: tl.constexpr,  # the _Taps to take
-    TILE: tl.constexpr,  # see _Launch
+    TILE: tl.constexpr,  # a _Tile
 ):
     """y[n,c,p,q] = max over r,s of x[n,c,h,w], and the tap that won, and its index h * W + w.
 
@@ -314,16 +331,19 @@ def max_pool2d_kernel(
     h0, r0, r1 = _reached(p, H, WINDOW, 0)
     w0, s0, s1 = _reached(q, W, WINDOW, 1)
     found = mask
+    winner = tl.minimum(tl.maximum(TAPS.first[0], r0), r1) * S
+    winner += tl.minimum(tl.maximum(TAPS.first[1], s0), s1)
     if WINDOW.may_be_empty:
         found = mask & (r0 <= r1) & (s0 <= s1)
+        winner = tl.where(found, winner, -1)
+    winner = tl.broadcast_to(winner, mask.shape).to(tl.int32)
 
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     COMPARED: tl.constexpr = tl.float32 if _INTERPRET and DTYPE == tl.bfloat16 else DTYPE
-    best = tl.full((TILE[0], TILE[1]), float("-inf"), COMPARED)
+    best = tl.full(mask.shape, float("-inf"), COMPARED)
     limit = best  # the best, but infinity for NaN, which no number exceeds
-    first = tl.maximum(TAPS.first[0], r0) * S + tl.maximum(TAPS.first[1], s0)
-    winner = tl.where(found, first, -1).to(tl.int32)
-    infinity = tl.full((1, 1), float("inf"), COMPARED)
+    OTHER: tl.constexpr = float("-inf") if WINDOW.may_be_empty else None
+    infinity = tl.full(mask.shape, float("inf"), COMPARED)
     x_planes = x_ptr + n * n_stride + c * c_stride
     for tap in tl.range(0, TAPS.count, loop_unroll_factor=TAPS.unroll):
         # A tap outside is moved inside: it repeats a value that takes part anyway.
@@ -331,7 +351,7 @@ def max_pool2d_kernel(
         s = tl.minimum(tl.maximum(TAPS.first[1] + tap % TAPS.columns, s0), s1)
         h = h0 + r * WINDOW.dilation[0]
         w = w0 + s * WINDOW.dilation[1]
-        x = tl.load(x_planes + h * h_stride + w * w_stride, mask=found, other=float("-inf"))
+        x = tl.load(x_planes + h * h_stride + w * w_stride, mask=found, other=OTHER)
         x = widen(x, COMPARED)
         winner = tl.where(x <= limit, winner, (r * S + s).to(tl.int32))
         best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL).to(COMPARED)
@@ -395,7 +415,7 @@ def max_pool2d_backward_kernel(
     walk,  # over cells, see _places_and_channels
     sizes,  # H, W, P, Q, unspecialised
     CELL: tl.constexpr,  # a _Cell
-    TILE: tl.constexpr,  # see _Launch
+    TILE: tl.constexpr,  # a _Tile
 ):
     """dx[n,c,h,w] = sum of dy[n,c,p,q] over the windows that pixel (h, w) won.
 
@@ -414,23 +434,23 @@ def max_pool2d_backward_kernel(
         p = u + (CELL.window[0] + i // CELL.windows[1])
         q = v + (CELL.window[1] + i % CELL.windows[1])
         covers = mask & within(p, P) & within(q, Q)
-        at = _at(n, c, p, q, offsets_strides)
-        offsets = offsets + (tl.load(offsets_ptr + at, mask=covers, other=-1),)
-        at = _at(n, c, p, q, dy_strides)
-        dys = dys + (tl.load(dy_ptr + at, mask=covers, other=0.0),)
+        offsets_at = offsets_ptr + _at(n, c, p, q, offsets_strides)
+        offsets += (tl.load(offsets_at, mask=covers, other=-1),)
+        dys += (tl.load(dy_ptr + _at(n, c, p, q, dy_strides), mask=covers, other=0.0),)
 
-    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    dx_cells = dx_ptr + _at(n, c, u * CELL.size[0], v * CELL.size[1], dx_strides)
     for i in tl.static_range(len(CELL.pixels)):
-        dx = tl.zeros((TILE[0], TILE[1]), ACC)
+        dx = tl.zeros(mask.shape, ACC)
         for j in tl.static_range(len(CELL.pixels[i])):
             won = offsets[CELL.pixels[i][j][0]] == CELL.pixels[i][j][1]
             dx += tl.where(won, widen(dys[CELL.pixels[i][j][0]], ACC), 0.0)
-        h = u * CELL.size[0] + (CELL.first[0] + i // CELL.size[1])
-        w = v * CELL.size[1] + (CELL.first[1] + i % CELL.size[1])
-        inside = mask & within(h, H) & within(w, W)
-        tl.store(
-            dx_ptr + _at(n, c, h, w, dx_strides), narrow(dx, dx_ptr.dtype.element_ty), mask=inside
-        )
+        row = CELL.first[0] + i // CELL.size[1]
+        column = CELL.first[1] + i % CELL.size[1]
+        inside = mask & within(u * CELL.size[0] + row, H) & within(v * CELL.size[1] + column, W)
+        dx_at = dx_cells + (row * dx_strides[2] + column * dx_strides[3])
+        tl.store(dx_at, narrow(dx, DTYPE), mask=inside)
 
 
 @triton.jit
@@ -443,7 +463,7 @@ def max_pool2d_far_backward_kernel(
     sizes,  # P, Q, unspecialised
     WINDOW: tl.constexpr,  # a _Window
     WINDOWS: tl.constexpr,  # how many may cover a pixel, along each axis
-    TILE: tl.constexpr,  # see _Launch
+    TILE: tl.constexpr,  # a _Tile
 ):
     """The same for windows or strides of many pixels: each pixel asks the windows that cover it.
 
@@ -461,7 +481,7 @@ def max_pool2d_far_backward_kernel(
     q0 = w0 // WINDOW.stride[1] - (WINDOWS[1] - 1)
 
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    dx = tl.zeros((TILE[0], TILE[1]), ACC)
+    dx = tl.zeros(mask.shape, ACC)
     dy_planes = dy_ptr + n * dy_strides[0] + c * dy_strides[1]
     offsets_planes = offsets_ptr + n * offsets_strides[0] + c * offsets_strides[1]
     for i in tl.range(0, WINDOWS[0]):
@@ -521,7 +541,7 @@ def max_pool2d_gather_kernel(
     strides,  # of each of these, see _strides
     walk,  # over ddy, see _places_and_channels
     WINDOW: tl.constexpr,  # a _Window
-    TILE: tl.constexpr,  # see _Launch
+    TILE: tl.constexpr,  # a _Tile
 ):
     """ddy[n,c,p,q] = ddx[n,c,h,w] at the pixel that won window (p, q); 0 where there was none.
 
@@ -665,7 +685,7 @@ def max_unpool2d_backward_kernel(
     strides,  # of each of these, see _strides
     walk,  # over dx, see _places_and_channels
     sizes,  # H * W, W, unspecialised
-    TILE: tl.constexpr,  # see _Launch
+    TILE: tl.constexpr,  # a _Tile
 ):
     """dx[n,c,p,q] = dy[n,c,h,w] where indices[n,c,p,q] = h * W + w; 0 for an index outside.
 
