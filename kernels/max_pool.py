@@ -341,9 +341,7 @@ def max_pool2d_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     COMPARED: tl.constexpr = tl.float32 if _INTERPRET and DTYPE == tl.bfloat16 else DTYPE
     best = tl.full(mask.shape, float("-inf"), COMPARED)
-    limit = best  # the best, but infinity for NaN, which no number exceeds
     OTHER: tl.constexpr = float("-inf") if WINDOW.may_be_empty else None
-    infinity = tl.full(mask.shape, float("inf"), COMPARED)
     x_planes = x_ptr + n * n_stride + c * c_stride
     for tap in tl.range(0, TAPS.count, loop_unroll_factor=TAPS.unroll):
         # A tap outside is moved inside: it repeats a value that takes part anyway.
@@ -353,9 +351,8 @@ def max_pool2d_kernel(
         w = w0 + s * WINDOW.dilation[1]
         x = tl.load(x_planes + h * h_stride + w * w_stride, mask=found, other=OTHER)
         x = widen(x, COMPARED)
-        winner = tl.where(x <= limit, winner, (r * S + s).to(tl.int32))
+        winner = tl.where((x > best) | (x != x), (r * S + s).to(tl.int32), winner)
         best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL).to(COMPARED)
-        limit = tl.minimum(best, infinity).to(COMPARED)
 
     at = _at(n, c, p, q, _strides(strides[1], TILE))
     tl.store(y_ptr + at, narrow(best, DTYPE), mask=mask)
