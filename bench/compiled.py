@@ -94,6 +94,12 @@ def usage(kernel: Any) -> Usage:
     return Usage(registers, stack + local)
 
 
+def accesses(kernel: Any) -> list[str]:
+    """The opcodes of an NVIDIA kernel's loads from global memory and stores to it, sorted."""
+    opcodes = [instruction.opcode for instruction in _instructions(kernel)]
+    return sorted(opcode for opcode in opcodes if opcode.startswith(("LDG", "STG")))
+
+
 def _instructions(kernel: Any) -> list[assembly.Instruction]:
     if "amdgcn" in kernel.asm:
         return assembly.amd(kernel.asm["amdgcn"])

@@ -22,6 +22,7 @@ from .geometry import Conv2dGeometry, Taps
 
 _INTERPRET = tl.constexpr(INTERPRET)
 _ODD = tl.constexpr(2**20 + 1)
+_CENTRE = tl.constexpr(3 * 2**30)
 _ALIGNED = 16  # what Triton tells apart; in elements, so that a row of them takes whole vectors
 
 
@@ -59,6 +60,21 @@ def unspecialised_strides(t: Tensor) -> tuple[int, int, int, int, int]:
     return 2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, unit
 
 
+def divisors(*sizes: int) -> tuple[int, ...]:
+    """For each size a multiplier and a shift, for a kernel's tuple: ``quotient`` reads them.
+
+    With l = ceil(log2(size)), i // size is 2 * i * ceil(2**(31 + l) / size) >> (32 + l) for every
+    i below 2**31 (Granlund and Montgomery, 1994). The multiplier is centred, to be sent in 32 bits.
+    """
+    numbers = []
+    for size in sizes:
+        shift = max(size - 1, 0).bit_length()
+        multiplier = cdiv(2 ** (31 + shift), max(size, 1)) - _CENTRE.value
+        odd = 2 * multiplier + _ODD.value
+        numbers += [(odd + 2**31) % 2**32 - 2**31, *unspecialised((shift,))]
+    return tuple(numbers)
+
+
 @triton.jit
 def _compiled_plain(values):
     return tl.tuple([(value - _ODD) >> 1 for value in values])
@@ -94,6 +110,21 @@ def _interpreted_within(i: Any, size: int) -> Any:
     return (i >= 0) & (i < size)
 
 
+@triton.jit
+def _compiled_quotient(i, size, multiplier, shift):
+    if i.dtype == tl.int64:
+        result = i // size
+    else:
+        multiplier = multiplier.to(tl.uint32, bitcast=True) + _CENTRE
+        high = tl.umulhi(2 * i.to(tl.uint32, bitcast=True), multiplier)
+        result = (high >> shift.to(tl.uint32)).to(tl.int32, bitcast=True)
+    return result
+
+
+def _interpreted_quotient(i: Any, size: int, multiplier: int, shift: int) -> Any:
+    return i // size
+
+
 # The interpreter spends a millisecond on a jitted function, nothing on Python's integers.
 plain = _interpreted_plain if INTERPRET else _compiled_plain
 """The integers of a tuple that ``unspecialised`` made."""
@@ -101,6 +132,9 @@ plain_strides = _interpreted_plain_strides if INTERPRET else _compiled_plain_str
 """(n, c, h, w) of strides that ``unspecialised_strides`` made; a unit of 16 shows in them."""
 within = _interpreted_within if INTERPRET else _compiled_within
 """Whether 0 <= i < size, in one comparison: as an unsigned number a negative one is large."""
+
+quotient = _interpreted_quotient if INTERPRET else _compiled_quotient
+"""i // size, for i >= 0, by what ``divisors`` made of the size: a third of the instructions."""
 
 
 def fprop_walk(g: Conv2dGeometry) -> tuple[int, ...]:

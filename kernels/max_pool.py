@@ -3,10 +3,19 @@
 The forward pass keeps one small number for each window, its *offset*: the tap that won, as
 ``r * S + s``. All gradients follow from it, and all gather: each element is written exactly once,
 without atomics and without a pass of zeros. Sizes and strides are in elements.
+
+In 16 bits the traffic of an output leaves a GPU time for a few dozen instructions, so these are
+counted. Where channels lie side by side a thread has eight of a pixel: one load of 16 bytes. Taps
+outside the image move to the nearest inside, which changes no maximum and needs no mask. Gradients
+are written by *cells*, the pixels that one step of the windows passes: the windows that cover a
+cell are loaded once, and which tap of theirs a pixel is follows from its place in the cell.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from itertools import product
+from math import gcd
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -15,21 +24,28 @@ from torch import Tensor
 
 from . import device
 from .device import Device, loop
-from .geometry import Pair, Pool2dGeometry
+from .geometry import Pair, Pool2dGeometry, largest_offset
 from .indexing import (
     cdiv,
+    divisors,
     narrow,
-    pixel,
     plain,
     plain_strides,
     power_of_2,
     program,
+    quotient,
     unspecialised,
     unspecialised_strides,
     widen,
     within,
 )
 from .tile import Tile
+
+_INTERPRET = tl.constexpr(device.INTERPRET)
+_VECTOR = 16  # bytes of the widest load
+_UNROLLED = 16  # taps, and pixels of a cell, that code is written out for
+
+Strides = tuple[int, ...]  # of N, C, H, W
 
 
 def offset_dtype(g: Pool2dGeometry) -> torch.dtype:
@@ -42,6 +58,7 @@ def offset_dtype(g: Pool2dGeometry) -> torch.dtype:
     return torch.uint16 if g.taps < 2**16 else torch.int32
 
 
+@lru_cache(maxsize=4096)
 def choose_tile(
     direction: Literal["forward", "backward"],
     g: Pool2dGeometry,
@@ -49,11 +66,11 @@ def choose_tile(
     device: Device,
 ) -> Tile:
     """The tile for a walk over a pooling's results, as forward and gather take it, or its input."""
-    pixels = g.P * g.Q if direction == "forward" else g.H * g.W
-    return _tile(g.N * pixels, g.C, channels_last, device)
+    rows, columns = (g.P, g.Q) if direction == "forward" else _cells(g)
+    return _tile(g.N * rows * columns, g.C, channels_last, device)
 
 
-def _tile(pixels: int, channels: int, channels_last: bool, device: Device) -> Tile:
+def _tile(places: int, channels: int, channels_last: bool, device: Device) -> Tile:
     """A tile that lies along the axis of a tensor that is contiguous.
 
     Eight channels for each thread are one load of 16 bytes in 16 bits; pixels are loaded one by
@@ -62,9 +79,10 @@ def _tile(pixels: int, channels: int, channels_last: bool, device: Device) -> Ti
     columns = power_of_2(channels)
     if device.backend == "interpreter":
         columns = min(columns, 1024)
-        return Tile(min(power_of_2(pixels), 2**18 // columns), columns)
+        return Tile(min(power_of_2(places), 2**18 // columns), columns)
     if not channels_last:
-        return Tile(512, 1)
+        columns = min(columns, 4)
+        return Tile(512 // columns, columns)
     columns = min(columns, 64)
     return Tile(1024 // columns, columns)
 
@@ -76,44 +94,43 @@ class _Window(NamedTuple):
     stride: Pair
     padding: Pair
     dilation: Pair
+    overhangs: tuple[bool, bool]  # whether taps may lie outside the image
+    may_be_empty: bool  # whether all of a window's may: dilation steps over an image
 
     @classmethod
     def of(cls, g: Pool2dGeometry) -> "_Window":
-        return cls(g.kernel, g.stride, g.padding, g.dilation)
+        rows, columns = (padding > 0 or g.ceil_mode for padding in g.padding)
+        empty = g.dilation != (1, 1)
+        return cls(g.kernel, g.stride, g.padding, g.dilation, (rows, columns), empty)
 
 
-class _Turns(NamedTuple):
-    """A loop over the height and, within it, one over the width."""
+class _Taps(NamedTuple):
+    """The taps to walk: ``count`` from ``first`` on, ``columns`` in a row."""
 
     first: Pair
-    end: Pair
-    unroll: Pair
+    columns: int
+    count: int
+    unroll: int
 
     @classmethod
-    def between(cls, first: Pair, end: Pair) -> "_Turns":
-        """A few turns are unrolled wholly, of more only the inner loop."""
-        rows, columns = end[0] - first[0], end[1] - first[1]
-        return cls(first, end, (rows if rows * columns <= 16 else 1, min(columns, 8)))
+    def of(cls, g: Pool2dGeometry) -> "_Taps":
+        """On a GPU all of them, as binaries must not depend on the image.
 
-
-@lru_cache(maxsize=4096)
-def _taps(g: Pool2dGeometry) -> _Turns:
-    """The taps to walk: on a GPU all of them, as binaries must not depend on the image.
-
-    In the interpreter only those that lie inside x for any window at all, which are few where
-    windows outgrow the image.
-    """
-    if not device.INTERPRET:
-        return _Turns.between((0, 0), g.kernel)
-    rows = _reach(g.H, g.P, g.kernel[0], g.stride[0], g.padding[0], g.dilation[0])
-    columns = _reach(g.W, g.Q, g.kernel[1], g.stride[1], g.padding[1], g.dilation[1])
-    return _Turns.between((rows[0], columns[0]), (rows[1], columns[1]))
-
-
-@lru_cache(maxsize=4096)
-def _windows(g: Pool2dGeometry) -> _Turns:
-    """The windows that may cover a pixel."""
-    return _Turns.between((0, 0), g.covering)
+        In the interpreter only those that lie inside x for any window at all, which are few where
+        windows outgrow the image.
+        """
+        rows, columns = ((0, taps) for taps in g.kernel)
+        if device.INTERPRET:
+            rows, columns = (
+                _reach(*axis)
+                for axis in zip(
+                    *((g.H, g.W), (g.P, g.Q), g.kernel, g.stride, g.padding, g.dilation),
+                    strict=True,
+                )
+            )
+        width = columns[1] - columns[0]
+        count = (rows[1] - rows[0]) * width
+        return cls((rows[0], columns[0]), width, count, count if count <= _UNROLLED else 1)
 
 
 def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
@@ -122,25 +139,170 @@ def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilat
     return first, min(kernel, (size - 1 + padding) // dilation + 1)
 
 
-@triton.jit
-def _pixels_and_channels(N, H, W, C, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(n, h, w, c, mask) of this program's tile of N x H x W pixels by C channels.
+def _by_cells(g: Pool2dGeometry) -> bool:
+    """Whether a cell is small enough for code that is written out."""
+    return max(g.taps, g.stride[0] * g.stride[1]) <= _UNROLLED
 
-    Pixels are [ROWS, 1], channels [1, COLUMNS], the mask has both.
+
+def _cells(g: Pool2dGeometry) -> Pair:
+    """How many cells cover the input, along each axis; without cells, how many pixels."""
+    if not _by_cells(g):
+        return g.H, g.W
+    rows, columns = (
+        (size - 1 + padding) // stride - padding // stride + 1
+        for size, padding, stride in zip((g.H, g.W), g.padding, g.stride, strict=True)
+    )
+    return rows, columns
+
+
+class _Cell(NamedTuple):
+    """The pixels that windows pass in one step, and the windows that cover them.
+
+    Cell u begins at row ``u * size + first``, the windows that cover it at ``u + window``;
+    likewise its columns.
     """
-    pid = program(WIDE)
-    column_tiles = tl.cdiv(C, COLUMNS)
-    row = (pid // column_tiles * ROWS + tl.arange(0, ROWS))[:, None]
-    c = (pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    n, h, w = pixel(row, H, W)
-    return n, h, w, c, (n < N) & (c < C)
+
+    size: Pair
+    first: Pair
+    window: Pair
+    windows: Pair
+    pixels: tuple[tuple[Pair, ...], ...]  # of each pixel the windows that cover it, and the tap
+
+    @classmethod
+    def of(cls, g: Pool2dGeometry) -> "_Cell":
+        def taps(axis: int, pixel: int) -> list[Pair]:
+            """(window, tap) of those that meet a row or a column of the cell."""
+            found = []
+            for window in range(g.covering[axis]):
+                tap, rest = divmod(
+                    pixel + (g.covering[axis] - 1 - window) * g.stride[axis], g.dilation[axis]
+                )
+                if rest == 0 and tap < g.kernel[axis]:
+                    found.append((window, tap))
+            return found
+
+        pixels = tuple(
+            tuple(
+                (i * g.covering[1] + j, r * g.kernel[1] + s)
+                for (i, r), (j, s) in product(taps(0, row), taps(1, column))
+            )
+            for row, column in product(range(g.stride[0]), range(g.stride[1]))
+        )
+        first, window = zip(
+            *(
+                (-(padding % stride), padding // stride - covering + 1)
+                for padding, stride, covering in zip(g.padding, g.stride, g.covering, strict=True)
+            ),
+            strict=True,
+        )
+        return cls(g.stride, first, window, g.covering, pixels)
+
+
+class _Tile(NamedTuple):
+    rows: int  # places
+    columns: int  # channels
+    unit: int  # that divides C and all strides but that of channels
+    wide: bool  # whether offsets need 64 bits
+    channels_inside: bool  # whether neighbouring threads have neighbouring channels, else places
+
+
+class _Launch(NamedTuple):
+    """One launch without its tensors."""
+
+    grid: tuple[int]
+    arguments: tuple[Any, ...]  # of the kernel: strides, walk, then its own, then the tile
+
+    @classmethod
+    def over(
+        cls,
+        places: tuple[int, int, int],
+        C: int,
+        itemsize: int,
+        tile: Tile,
+        *layouts: tuple[Sequence[int], Strides],
+    ) -> "_Launch":
+        """A walk over places (n, p, q) by C channels of tensors of these shapes and strides.
+
+        Its tile is rows, columns, unit, and whether offsets need 64 bits. Where channels lie side
+        by side C and the other strides are multiples of the unit, which makes aligned loads; in
+        dense tensors it depends on C alone.
+        """
+        N, P, Q = places
+        rows = [_row_strides(*layout) for layout in layouts]
+        unit = 1
+        if all(strides[1] == 1 for _, strides in layouts) and max(map(max, rows)) < 2**31:
+            unit = gcd(_VECTOR // itemsize, C, *(stride for strides in rows for stride in strides))
+        column_tiles = cdiv(C, tile.columns)
+        walk = unspecialised((N, P, Q, C // unit, column_tiles))
+        wide = device.wide(max(N * P * Q, *(largest_offset(*layout) for layout in layouts)))
+        strides = tuple(
+            (2 * (n // unit) - 1, 2 * layout[1][1] - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
+            for layout, (n, h, w) in zip(layouts, rows, strict=True)
+        )
+        return cls(
+            (cdiv(N * P * Q, tile.rows) * column_tiles,),
+            (
+                strides,
+                walk + divisors(P, Q, column_tiles),
+                _Tile(tile.rows, tile.columns, unit, wide, layouts[-1][1][1] == 1),
+            ),
+        )
+
+    def between(self, *own: Any) -> "_Launch":
+        """With the kernel's own arguments, before the tile."""
+        return self._replace(arguments=(*self.arguments[:-1], *own, self.arguments[-1]))
+
+
+def _row_strides(shape: Sequence[int], strides: Strides) -> tuple[int, int, int]:
+    """Strides of n, h and w; that of an axis of one element may be anything."""
+    n, _, h, w = strides
+    return 0 if shape[0] == 1 else n, 0 if shape[2] == 1 else h, w
+
+
+@triton.jit
+def _strides(strides, TILE: tl.constexpr):
+    """A tensor's strides of n, c, h, w, all but that of c multiples of the unit."""
+    n, c, h, w = plain_strides(strides)
+    return n * TILE.unit, c, h * TILE.unit, w * TILE.unit
+
+
+@triton.jit
+def _places_and_channels(walk, TILE: tl.constexpr):
+    """(n, p, q, c, mask) of this program's tile of N x P x Q places by C channels.
+
+    Places are [rows, 1] and channels [1, columns], or channels come first; the mask has both.
+    """
+    N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = plain(walk)
+    pid = program(TILE.wide)
+    row_tile = quotient(pid, column_tiles, by_tiles, shift_tiles)
+    place = row_tile * TILE.rows + tl.arange(0, TILE.rows)
+    c = (pid - row_tile * column_tiles) * TILE.columns + tl.arange(0, TILE.columns)
+    if TILE.channels_inside:
+        place, c = place[:, None], c[None, :]
+    else:
+        place, c = place[None, :], c[:, None]
+    row = quotient(place, Q, by_Q, shift_Q)
+    n = quotient(row, P, by_P, shift_P)
+    return n, row - n * P, place - row * Q, c, (n < N) & (c < C * TILE.unit)
 
 
 @triton.jit
 def _at(n, c, h, w, strides):
-    """Where a tensor's elements [n, c, h, w] are, from its unspecialised strides."""
-    strides = plain_strides(strides)
+    """Where a tensor's elements [n, c, h, w] are."""
     return n * strides[0] + h * strides[2] + w * strides[3] + c * strides[1]
+
+
+@triton.jit
+def _reached(place, SIZE, WINDOW: tl.constexpr, AXIS: tl.constexpr):
+    """(origin, first, last): where a window's tap 0 lies, and which of its taps are inside."""
+    DILATION: tl.constexpr = WINDOW.dilation[AXIS]
+    origin = place * WINDOW.stride[AXIS] - WINDOW.padding[AXIS]
+    first = origin * 0
+    last = first + (WINDOW.kernel[AXIS] - 1)
+    if WINDOW.overhangs[AXIS]:
+        first = tl.maximum((DILATION - 1 - origin) // DILATION, 0)
+        last = tl.minimum((SIZE - 1 - origin) // DILATION, last)
+    return origin, first, last
 
 
 @triton.jit
@@ -149,65 +311,60 @@ def max_pool2d_kernel(
     y_ptr,
     offsets_ptr,  # or None
     indices_ptr,  # or None
-    x_strides,  # n, c, h, w, unspecialised
-    y_strides,  # n, c, p, q, unspecialised; so are the next two
-    offsets_strides,
-    indices_strides,
-    sizes,  # N, H, W, P, Q, unspecialised
-    C,
+    strides,  # of each of these, see _strides
+    walk,  # over y, see _places_and_channels
+    sizes,  # H, W, unspecialised
     WINDOW: tl.constexpr,  # a _Window
-    TAPS: tl.constexpr,  # the _Turns to take
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr,  # the _Taps to take
+    TILE: tl.constexpr,  # a _Tile
 ):
     """y[n,c,p,q] = max over r,s of x[n,c,h,w], and the tap that won, and its index h * W + w.
 
     h = p * stride - padding + r * dilation, likewise w; pixels outside x take no part. A later
     tap wins if it is greater or NaN: of equal values the first does, of several NaNs the last.
-    One program writes ROWS pixels by COLUMNS channels; values are compared in float32 (float64).
+    One program writes a tile of pixels by channels; values are compared in their own dtype.
     """
-    N, H, W, P, Q = plain(sizes)
-    x_strides = plain_strides(x_strides)
-    n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
-    R: tl.constexpr = WINDOW.kernel[0]
+    H, W = plain(sizes)
+    n, p, q, c, mask = _places_and_channels(walk, TILE)
+    n_stride, c_stride, h_stride, w_stride = _strides(strides[0], TILE)
     S: tl.constexpr = WINDOW.kernel[1]
-    h0 = p * WINDOW.stride[0] - WINDOW.padding[0]
-    w0 = q * WINDOW.stride[1] - WINDOW.padding[1]
-    # A window's first tap inside x wins unless another beats it, even if its value is -inf.
-    r0 = tl.maximum((WINDOW.dilation[0] - 1 - h0) // WINDOW.dilation[0], 0)
-    s0 = tl.maximum((WINDOW.dilation[1] - 1 - w0) // WINDOW.dilation[1], 0)
-    found = (r0 < R) & (h0 + r0 * WINDOW.dilation[0] < H)
-    found &= (s0 < S) & (w0 + s0 * WINDOW.dilation[1] < W)
-    winner = tl.where(found, r0 * S + s0, -1).to(tl.int32)
-    winner = tl.broadcast_to(winner, (ROWS, COLUMNS))
+    h0, r0, r1 = _reached(p, H, WINDOW, 0)
+    w0, s0, s1 = _reached(q, W, WINDOW, 1)
+    found = mask
+    winner = tl.minimum(tl.maximum(TAPS.first[0], r0), r1) * S
+    winner += tl.minimum(tl.maximum(TAPS.first[1], s0), s1)
+    if WINDOW.may_be_empty:
+        found = mask & (r0 <= r1) & (s0 <= s1)
+        winner = tl.where(found, winner, -1)
+    winner = tl.broadcast_to(winner, mask.shape).to(tl.int32)
 
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    best = tl.full((ROWS, COLUMNS), float("-inf"), ACC)
-    x_planes = x_ptr + n * x_strides[0] + c * x_strides[1]
-    for r in tl.range(TAPS.first[0], TAPS.end[0], loop_unroll_factor=TAPS.unroll[0]):
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    COMPARED: tl.constexpr = tl.float32 if _INTERPRET and DTYPE == tl.bfloat16 else DTYPE
+    best = tl.full(mask.shape, float("-inf"), COMPARED)
+    OTHER: tl.constexpr = float("-inf") if WINDOW.may_be_empty else None
+    x_planes = x_ptr + n * n_stride + c * c_stride
+    for tap in tl.range(0, TAPS.count, loop_unroll_factor=TAPS.unroll):
+        # A tap outside is moved inside: it repeats a value that takes part anyway.
+        r = tl.minimum(tl.maximum(TAPS.first[0] + tap // TAPS.columns, r0), r1)
+        s = tl.minimum(tl.maximum(TAPS.first[1] + tap % TAPS.columns, s0), s1)
         h = h0 + r * WINDOW.dilation[0]
-        row_mask = mask & within(h, H)
-        x_rows = x_planes + h * x_strides[2]
-        for s in tl.range(TAPS.first[1], TAPS.end[1], loop_unroll_factor=TAPS.unroll[1]):
-            w = w0 + s * WINDOW.dilation[1]
-            inside = row_mask & within(w, W)
-            x = tl.load(x_rows + w * x_strides[3], mask=inside, other=float("-inf"))
-            x = widen(x, ACC)
-            wins = (x > best) | (x != x)
-            best = tl.where(wins, x, best)
-            winner = tl.where(wins, r * S + s, winner)
+        w = w0 + s * WINDOW.dilation[1]
+        x = tl.load(x_planes + h * h_stride + w * w_stride, mask=found, other=OTHER)
+        x = widen(x, COMPARED)
+        winner = tl.where((x > best) | (x != x), (r * S + s).to(tl.int32), winner)
+        best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL).to(COMPARED)
 
-    y = narrow(best, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + _at(n, c, p, q, y_strides), y, mask=mask)
+    at = _at(n, c, p, q, _strides(strides[1], TILE))
+    tl.store(y_ptr + at, narrow(best, DTYPE), mask=mask)
     if offsets_ptr is not None:
-        offset = winner.to(offsets_ptr.dtype.element_ty)
-        tl.store(offsets_ptr + _at(n, c, p, q, offsets_strides), offset, mask=mask)
+        at = _at(n, c, p, q, _strides(strides[2], TILE))
+        tl.store(offsets_ptr + at, winner.to(offsets_ptr.dtype.element_ty), mask=mask)
     if indices_ptr is not None:
         h = h0 + winner // S * WINDOW.dilation[0]
         w = w0 + winner % S * WINDOW.dilation[1]
         index = tl.where(winner < 0, -1, h.to(tl.int64) * W + w)
-        tl.store(indices_ptr + _at(n, c, p, q, indices_strides), index, mask=mask)
+        at = _at(n, c, p, q, _strides(strides[3], TILE))
+        tl.store(indices_ptr + at, index, mask=mask)
 
 
 def max_pool2d(
@@ -223,19 +380,27 @@ def max_pool2d(
     offsets[N,C,P,Q], of ``offset_dtype(g)``, and int64 indices[N,C,P,Q] tell the pixel that it
     came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
     """
-    N, C, P, Q = y.shape
-    y_strides = unspecialised_strides(y)
+    launch = _forward(
+        *(g, tile, x.element_size(), x.stride(), y.stride()),
+        None if offsets is None else offsets.stride(),
+        None if indices is None else indices.stride(),
+    )
     device.launch(
         max_pool2d_kernel,
-        (cdiv(N * P * Q, tile.rows) * cdiv(C, tile.columns),),
-        *(x, y, offsets, indices, unspecialised_strides(x), y_strides),
-        y_strides if offsets is None else unspecialised_strides(offsets),
-        y_strides if indices is None else unspecialised_strides(indices),
-        *(unspecialised((N, g.H, g.W, P, Q)), C, _Window.of(g), _taps(g)),
-        *(device.wide(N * P * Q, x, y, offsets, indices), tile.rows, tile.columns),
+        launch.grid,
+        *(x, y, offsets, indices, *launch.arguments),
         device=x.device,
         num_warps=tile.warps,
     )
+
+
+@lru_cache(maxsize=4096)
+def _forward(
+    g: Pool2dGeometry, tile: Tile, itemsize: int, x: Strides, y: Strides, *others: Strides | None
+) -> _Launch:
+    results = [(g.y_shape, strides or y) for strides in (y, *others)]
+    launch = _Launch.over((g.N, g.P, g.Q), g.C, itemsize, tile, (g.x_shape, x), *results)
+    return launch.between(unspecialised((g.H, g.W)), _Window.of(g), _Taps.of(g))
 
 
 @triton.jit
@@ -243,70 +408,126 @@ def max_pool2d_backward_kernel(
     dy_ptr,
     offsets_ptr,
     dx_ptr,
-    dy_strides,  # n, c, p, q, unspecialised; so are those of offsets
-    offsets_strides,
-    dx_strides,  # n, c, h, w, unspecialised
-    sizes,  # N, H, W, P, Q, unspecialised
-    C,
-    WINDOW: tl.constexpr,  # a _Window
-    WINDOWS: tl.constexpr,  # the _Turns to take
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    strides,  # of each of these, see _strides
+    walk,  # over cells, see _places_and_channels
+    sizes,  # H, W, P, Q, unspecialised
+    CELL: tl.constexpr,  # a _Cell
+    TILE: tl.constexpr,  # a _Tile
 ):
     """dx[n,c,h,w] = sum of dy[n,c,p,q] over the windows that pixel (h, w) won.
 
-    Each pixel asks the windows that cover it, in the order of p and q. One program writes ROWS
-    pixels by COLUMNS channels, summed in float32 (float64 for float64).
+    One program writes a tile of cells by channels: it asks the windows that cover a cell once,
+    and knows of each pixel which tap of theirs it is. Windows are added in the order of p and q,
+    in float32 (float64 for float64).
     """
-    N, H, W, P, Q = plain(sizes)
-    dy_strides = plain_strides(dy_strides)
-    offsets_strides = plain_strides(offsets_strides)
+    H, W, P, Q = plain(sizes)
+    n, u, v, c, mask = _places_and_channels(walk, TILE)
+    dy_strides = _strides(strides[0], TILE)
+    offsets_strides = _strides(strides[1], TILE)
+    dx_strides = _strides(strides[2], TILE)
+    dys = ()
+    offsets = ()
+    for i in tl.static_range(CELL.windows[0] * CELL.windows[1]):
+        p = u + (CELL.window[0] + i // CELL.windows[1])
+        q = v + (CELL.window[1] + i % CELL.windows[1])
+        covers = mask & within(p, P) & within(q, Q)
+        offsets_at = offsets_ptr + _at(n, c, p, q, offsets_strides)
+        offsets += (tl.load(offsets_at, mask=covers, other=-1),)
+        dys += (tl.load(dy_ptr + _at(n, c, p, q, dy_strides), mask=covers, other=0.0),)
+
+    DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    dx_cells = dx_ptr + _at(n, c, u * CELL.size[0], v * CELL.size[1], dx_strides)
+    for i in tl.static_range(len(CELL.pixels)):
+        dx = tl.zeros(mask.shape, ACC)
+        for j in tl.static_range(len(CELL.pixels[i])):
+            won = offsets[CELL.pixels[i][j][0]] == CELL.pixels[i][j][1]
+            dx += tl.where(won, widen(dys[CELL.pixels[i][j][0]], ACC), 0.0)
+        row = CELL.first[0] + i // CELL.size[1]
+        column = CELL.first[1] + i % CELL.size[1]
+        inside = mask & within(u * CELL.size[0] + row, H) & within(v * CELL.size[1] + column, W)
+        dx_at = dx_cells + (row * dx_strides[2] + column * dx_strides[3])
+        tl.store(dx_at, narrow(dx, DTYPE), mask=inside)
+
+
+@triton.jit
+def max_pool2d_far_backward_kernel(
+    dy_ptr,
+    offsets_ptr,
+    dx_ptr,
+    strides,  # of each of these, see _strides
+    walk,  # over dx, see _places_and_channels
+    sizes,  # P, Q, unspecialised
+    WINDOW: tl.constexpr,  # a _Window
+    WINDOWS: tl.constexpr,  # how many may cover a pixel, along each axis
+    TILE: tl.constexpr,  # a _Tile
+):
+    """The same for windows or strides of many pixels: each pixel asks the windows that cover it.
+
+    One program writes a tile of pixels by channels.
+    """
+    P, Q = plain(sizes)
+    dy_strides = _strides(strides[0], TILE)
+    offsets_strides = _strides(strides[1], TILE)
     R: tl.constexpr = WINDOW.kernel[0]
     S: tl.constexpr = WINDOW.kernel[1]
-    n, h, w, c, mask = _pixels_and_channels(N, H, W, C, WIDE, ROWS, COLUMNS)
+    n, h, w, c, mask = _places_and_channels(walk, TILE)
     h0 = h + WINDOW.padding[0]
     w0 = w + WINDOW.padding[1]
-    p0 = h0 // WINDOW.stride[0] - (WINDOWS.end[0] - 1)
-    q0 = w0 // WINDOW.stride[1] - (WINDOWS.end[1] - 1)
+    p0 = h0 // WINDOW.stride[0] - (WINDOWS[0] - 1)
+    q0 = w0 // WINDOW.stride[1] - (WINDOWS[1] - 1)
 
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    dx = tl.zeros((ROWS, COLUMNS), ACC)
+    dx = tl.zeros(mask.shape, ACC)
     dy_planes = dy_ptr + n * dy_strides[0] + c * dy_strides[1]
     offsets_planes = offsets_ptr + n * offsets_strides[0] + c * offsets_strides[1]
-    for i in tl.range(0, WINDOWS.end[0], loop_unroll_factor=WINDOWS.unroll[0]):
+    for i in tl.range(0, WINDOWS[0]):
         p = p0 + i
         r = h0 - p * WINDOW.stride[0]
         row_mask = mask & within(p, P)
         row_mask = row_mask & (r % WINDOW.dilation[0] == 0) & (r // WINDOW.dilation[0] < R)
         dy_rows = dy_planes + p * dy_strides[2]
         offsets_rows = offsets_planes + p * offsets_strides[2]
-        for j in tl.range(0, WINDOWS.end[1], loop_unroll_factor=WINDOWS.unroll[1]):
+        for j in tl.range(0, WINDOWS[1]):
             q = q0 + j
             s = w0 - q * WINDOW.stride[1]
             covers = row_mask & within(q, Q)
             covers = covers & (s % WINDOW.dilation[1] == 0) & (s // WINDOW.dilation[1] < S)
-            offset = tl.load(offsets_rows + q * offsets_strides[3], mask=covers, other=0)
+            offset = tl.load(offsets_rows + q * offsets_strides[3], mask=covers, other=-1)
             dy = tl.load(dy_rows + q * dy_strides[3], mask=covers, other=0.0)
             tap = r // WINDOW.dilation[0] * S + s // WINDOW.dilation[1]
-            won = covers & (offset == tap)
-            dx += tl.where(won, widen(dy, ACC), 0.0)
-    tl.store(dx_ptr + _at(n, c, h, w, dx_strides), narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+            dx += tl.where(covers & (offset == tap), widen(dy, ACC), 0.0)
+    at = _at(n, c, h, w, _strides(strides[2], TILE))
+    tl.store(dx_ptr + at, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 def max_pool2d_backward(
     dy: Tensor, offsets: Tensor, dx: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
     """dx[N,C,H,W] from dy[N,C,P,Q] and the offsets[N,C,P,Q] of the forward pass."""
+    kernel, launch = _backward(
+        g, tile, dy.element_size(), dy.stride(), offsets.stride(), dx.stride()
+    )
     device.launch(
-        max_pool2d_backward_kernel,
-        (cdiv(g.N * g.H * g.W, tile.rows) * cdiv(g.C, tile.columns),),
-        *(dy, offsets, dx, *map(unspecialised_strides, (dy, offsets, dx))),
-        *(unspecialised((g.N, g.H, g.W, *dy.shape[2:])), g.C, _Window.of(g), _windows(g)),
-        *(device.wide(g.N * g.H * g.W, dy, offsets, dx), tile.rows, tile.columns),
+        kernel,
+        launch.grid,
+        *(dy, offsets, dx, *launch.arguments),
         device=dy.device,
         num_warps=tile.warps,
     )
+
+
+@lru_cache(maxsize=4096)
+def _backward(
+    g: Pool2dGeometry, tile: Tile, itemsize: int, dy: Strides, offsets: Strides, dx: Strides
+) -> tuple[Any, _Launch]:
+    layouts = (g.y_shape, dy), (g.y_shape, offsets), (g.x_shape, dx)
+    launch = _Launch.over((g.N, *_cells(g)), g.C, itemsize, tile, *layouts)
+    if _by_cells(g):
+        sizes = unspecialised((g.H, g.W, g.P, g.Q))
+        return max_pool2d_backward_kernel, launch.between(sizes, _Cell.of(g))
+    arguments = unspecialised((g.P, g.Q)), _Window.of(g), g.covering
+    return max_pool2d_far_backward_kernel, launch.between(*arguments)
 
 
 @triton.jit
@@ -314,47 +535,48 @@ def max_pool2d_gather_kernel(
     ddx_ptr,
     offsets_ptr,
     ddy_ptr,
-    ddx_strides,  # n, c, h, w, unspecialised
-    offsets_strides,  # n, c, p, q, unspecialised; so are those of ddy
-    ddy_strides,
-    sizes,  # N, P, Q, unspecialised
-    C,
+    strides,  # of each of these, see _strides
+    walk,  # over ddy, see _places_and_channels
     WINDOW: tl.constexpr,  # a _Window
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,  # a _Tile
 ):
     """ddy[n,c,p,q] = ddx[n,c,h,w] at the pixel that won window (p, q); 0 where there was none.
 
-    One program writes ROWS pixels by COLUMNS channels.
+    One program writes a tile of pixels by channels.
     """
-    N, P, Q = plain(sizes)
-    n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
-    offset = tl.load(offsets_ptr + _at(n, c, p, q, offsets_strides), mask=mask, other=0)
-    offset = offset.to(tl.int32)
+    n, p, q, c, mask = _places_and_channels(walk, TILE)
+    at = _at(n, c, p, q, _strides(strides[1], TILE))
+    offset = tl.load(offsets_ptr + at, mask=mask, other=0).to(tl.int32)
     found = mask & (offset >= 0) & (offset < WINDOW.kernel[0] * WINDOW.kernel[1])
     r = offset // WINDOW.kernel[1]
     s = offset % WINDOW.kernel[1]
     h = p * WINDOW.stride[0] - WINDOW.padding[0] + r * WINDOW.dilation[0]
     w = q * WINDOW.stride[1] - WINDOW.padding[1] + s * WINDOW.dilation[1]
-    ddy = tl.load(ddx_ptr + _at(n, c, h, w, ddx_strides), mask=found, other=0.0)
-    tl.store(ddy_ptr + _at(n, c, p, q, ddy_strides), ddy, mask=mask)
+    at = _at(n, c, h, w, _strides(strides[0], TILE))
+    ddy = tl.load(ddx_ptr + at, mask=found, other=0.0)
+    tl.store(ddy_ptr + _at(n, c, p, q, _strides(strides[2], TILE)), ddy, mask=mask)
 
 
 def max_pool2d_gather(
     ddx: Tensor, offsets: Tensor, ddy: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
     """ddy[N,C,P,Q] from ddx[N,C,H,W] and offsets[N,C,P,Q]: the gradient of the gradient."""
-    N, C, P, Q = ddy.shape
+    launch = _gather(g, tile, ddx.element_size(), ddx.stride(), offsets.stride(), ddy.stride())
     device.launch(
         max_pool2d_gather_kernel,
-        (cdiv(N * P * Q, tile.rows) * cdiv(C, tile.columns),),
-        *(ddx, offsets, ddy, *map(unspecialised_strides, (ddx, offsets, ddy))),
-        *(unspecialised((N, P, Q)), C, _Window.of(g)),
-        *(device.wide(N * P * Q, ddx, offsets, ddy), tile.rows, tile.columns),
+        launch.grid,
+        *(ddx, offsets, ddy, *launch.arguments),
         device=ddx.device,
         num_warps=tile.warps,
     )
+
+
+@lru_cache(maxsize=4096)
+def _gather(
+    g: Pool2dGeometry, tile: Tile, itemsize: int, ddx: Strides, offsets: Strides, ddy: Strides
+) -> _Launch:
+    layouts = (g.x_shape, ddx), (g.y_shape, offsets), (g.y_shape, ddy)
+    return _Launch.over((g.N, g.P, g.Q), g.C, itemsize, tile, *layouts).between(_Window.of(g))
 
 
 @triton.jit
@@ -377,6 +599,9 @@ def max_unpool2d_kernel(
     Barriers order the blocks; within one, an element yields to a later one of the same index.
     """
     N, HW, W, PQ, Q = plain(sizes)
+    x_strides = plain_strides(x_strides)
+    indices_strides = plain_strides(indices_strides)
+    y_strides = plain_strides(y_strides)
     plane = (program(WIDE) * PLANES + tl.arange(0, PLANES))[:, None]
     n = plane // C
     c = plane % C
@@ -454,26 +679,24 @@ def max_unpool2d_backward_kernel(
     dy_ptr,
     indices_ptr,
     dx_ptr,
-    dy_strides,  # n, c, h, w, unspecialised
-    indices_strides,  # n, c, p, q, unspecialised; so are those of dx
-    dx_strides,
-    sizes,  # N, H * W, W, P, Q, unspecialised
-    C,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    strides,  # of each of these, see _strides
+    walk,  # over dx, see _places_and_channels
+    sizes,  # H * W, W, unspecialised
+    TILE: tl.constexpr,  # a _Tile
 ):
     """dx[n,c,p,q] = dy[n,c,h,w] where indices[n,c,p,q] = h * W + w; 0 for an index outside.
 
-    One program writes ROWS pixels by COLUMNS channels.
+    One program writes a tile of pixels by channels.
     """
-    N, HW, W, P, Q = plain(sizes)
-    n, p, q, c, mask = _pixels_and_channels(N, P, Q, C, WIDE, ROWS, COLUMNS)
-    index = tl.load(indices_ptr + _at(n, c, p, q, indices_strides), mask=mask, other=0)
+    HW, W = plain(sizes)
+    n, p, q, c, mask = _places_and_channels(walk, TILE)
+    at = _at(n, c, p, q, _strides(strides[1], TILE))
+    index = tl.load(indices_ptr + at, mask=mask, other=0)
     inside = mask & (index >= 0) & (index < HW)
     index = tl.where(inside, index, 0).to(n.dtype)
-    dx = tl.load(dy_ptr + _at(n, c, index // W, index % W, dy_strides), mask=inside, other=0.0)
-    tl.store(dx_ptr + _at(n, c, p, q, dx_strides), dx, mask=mask)
+    at = _at(n, c, index // W, index % W, _strides(strides[0], TILE))
+    dx = tl.load(dy_ptr + at, mask=inside, other=0.0)
+    tl.store(dx_ptr + _at(n, c, p, q, _strides(strides[2], TILE)), dx, mask=mask)
 
 
 def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
@@ -481,12 +704,14 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     N, C, H, W = dy.shape
     P, Q = dx.shape[2:]
     tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
+    layouts = ((t.shape, t.stride()) for t in (dy, indices, dx))
+    launch = _Launch.over((N, P, Q), C, dy.element_size(), tile, *layouts).between(
+        unspecialised((H * W, W))
+    )
     device.launch(
         max_unpool2d_backward_kernel,
-        (cdiv(N * P * Q, tile.rows) * cdiv(C, tile.columns),),
-        *(dy, indices, dx, *map(unspecialised_strides, (dy, indices, dx))),
-        *(unspecialised((N, H * W, W, P, Q)), C),
-        *(device.wide(max(N * P * Q, H * W), dy, indices, dx), tile.rows, tile.columns),
+        launch.grid,
+        *(dy, indices, dx, *launch.arguments),
         device=dy.device,
         num_warps=tile.warps,
     )

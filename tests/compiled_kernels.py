@@ -51,6 +51,7 @@ POOLS = (
     (Pool2dGeometry(8, 512, 28, 28, (2, 2), (2, 2)), torch.float16, True),
     (Pool2dGeometry(8, 512, 28, 28, (2, 2), (2, 2)), torch.float32, False),
     (Pool2dGeometry(8, 512, 28, 28, (2, 2), (2, 2)), torch.float64, False),
+    (Pool2dGeometry(8, 512, 13, 13, (5, 5), (1, 1), (2, 2)), torch.float16, True),
 )
 
 Kernels = dict[str, tuple[str, str, Any]]  # where from, dtype, compiled kernel; by Triton's hash

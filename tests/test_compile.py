@@ -45,6 +45,7 @@ OTHERS = {
     ("epilogue", "relu_backward_kernel"),
     ("max_pool", "max_pool2d_kernel"),
     ("max_pool", "max_pool2d_backward_kernel"),
+    ("max_pool", "max_pool2d_far_backward_kernel"),
     ("max_pool", "max_pool2d_gather_kernel"),
     ("max_pool", "max_unpool2d_kernel"),
     ("max_pool", "max_unpool2d_backward_kernel"),
@@ -78,6 +79,51 @@ def test_no_kernel_spills_in_16_bits_and_products_use_tensor_cores(arch):
 
 def _names(kernels: list[dict[str, Any]]) -> set[tuple[str, str]]:
     return {(kernel["engine"], kernel["kernel"]) for kernel in kernels}
+
+
+POOLINGS = """
+import json
+from collections import Counter
+
+import torch
+
+from bench import compiled, selection
+from kernels import max_pool
+from kernels.geometry import Pool2dGeometry, channels_last_strides
+
+
+def empty(shape, dtype):
+    return torch.empty_strided(shape, channels_last_strides(shape), dtype=dtype, device="meta")
+
+
+def launch(gpu, dtype, channels, *window):
+    g = Pool2dGeometry(4, channels, 27, 31, *window)
+    x, y, offsets = empty(g.x_shape, dtype), empty(g.y_shape, dtype), empty(g.y_shape, torch.uint8)
+    forward, backward = (max_pool.choose_tile(way, g, True, gpu) for way in ("forward", "backward"))
+    max_pool.max_pool2d(x, g, y, None, None, forward)
+    max_pool.max_pool2d(x, g, y, offsets, None, forward)
+    max_pool.max_pool2d_backward(y, offsets, x, g, backward)
+
+
+with selection.compiling("sm_90") as (gpu, launched):
+    launch(gpu, torch.bfloat16, 64, (3, 3), (2, 2), (1, 1))
+    launch(gpu, torch.float16, 24, (2, 2), (2, 2))
+    print(json.dumps([Counter(compiled.accesses(kernel)) for kernel in launched]))
+"""
+
+
+def test_a_thread_pools_eight_channels_by_the_widest_accesses():
+    """Of values without offsets, with offsets, and of gradients: each window's are read once for
+    the four pixels of a cell. Channels are a multiple of 8, pixels and batches of nothing.
+    """
+    assert json.loads(run("-c", POOLINGS)) == [
+        {"LDG.E.128": 9, "STG.E.128": 1},
+        {"LDG.E.128": 9, "STG.E.128": 1, "STG.E.64": 1},
+        {"LDG.E.128": 4, "LDG.E.64": 4, "STG.E.128": 4},
+        {"LDG.E.128": 4, "STG.E.128": 1},
+        {"LDG.E.128": 4, "STG.E.128": 1, "STG.E.64": 1},
+        {"LDG.E.128": 1, "LDG.E.64": 1, "STG.E.128": 4},
+    ]
 
 
 # A few layers of ResNet-50: 3x3 with 64 channels, 3x3 of stride 2, 1x1 of stride 2, two 1x1.

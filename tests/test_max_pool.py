@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from cases import DTYPES, examples, in_strides, random, sliced
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,8 +20,9 @@ from tolerance import assert_close
 from torch import Tensor
 
 from kernels import max_pool
-from kernels.device import Device, describe, launches, wide
+from kernels.device import Device, describe, launch, launches, wide
 from kernels.geometry import Pool2dGeometry, is_channels_last, largest_offset, output_strides
+from kernels.indexing import _compiled_plain, _compiled_quotient, divisors, unspecialised
 from kernels.tile import Tile, is_valid
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
@@ -214,6 +217,48 @@ def test_any_tile(rows, columns, device):
     g = OVERLAPPING
     x, dy = tied(g, torch.float32, device), random(g.y_shape, torch.float32, device, 1)
     assert_all_as_torch(x, dy, g, Tile(rows, columns))
+
+
+def among_channels(t: Tensor, first: int) -> Tensor:
+    """The values in channels_last, as some of 24 channels from ``first`` on."""
+    base = in_strides(t.new_zeros((t.shape[0], 24, *t.shape[2:])), channels_last=True)
+    return base[:, first : first + t.shape[1]].copy_(t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "first"), [(8, 0), (16, 8), (8, 1), (12, 0), (12, 2), (20, 0), (7, 0)], ids=str
+)
+def test_channels_that_are_whole_vectors_and_others(channels, first, dtype, device):
+    """Strides and channels are multiples of a vector or of a part, pointers aligned or not."""
+    g = pool_case(2, channels, (5, 7), (3, 3), (2, 2), (1, 1))
+    x = among_channels(tied(g, dtype, device), first)
+    dy = among_channels(random(g.y_shape, dtype, device, 1), first)
+    offsets, dx = assert_all_as_torch(x, dy, g)
+    y, codes = (among_channels(poisoned(g.y_shape, t, x), first) for t in (dtype, torch.uint8))
+    tile = max_pool.choose_tile("forward", g, True, describe(x.device))
+    max_pool.max_pool2d(x, g, y, codes, None, tile)
+    assert_same(codes, offsets)
+    assert_same(y, torch_pool(x, g)[0])
+    again = among_channels(poisoned(g.x_shape, dtype, x), first)
+    tile = max_pool.choose_tile("backward", g, True, describe(x.device))
+    max_pool.max_pool2d_backward(dy, codes, again, g, tile)
+    assert_same(again, dx)
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 3), (5, 5)], ids=str)
+@pytest.mark.parametrize("none", [(255, torch.uint8), (65535, torch.uint16), (-1, torch.int16)])
+def test_a_window_without_a_winner_gives_no_gradient(kernel, none, device):
+    """Whatever its gradient is, and whichever integers hold the offsets."""
+    g = pool_case(2, 5, (8, 9), kernel, (2, 2), (1, 1))
+    x, dy = tied(g, torch.float32, device), random(g.y_shape, torch.float32, device, 1)
+    _, offsets, _ = pool(x, g)
+    lost = random(g.y_shape, torch.float32, device, 2) > 0
+    expected = pool_backward(dy.masked_fill(lost, 0), offsets, g)
+    code, dtype = none
+    offsets = torch.where(lost, code, offsets.to(torch.int32)).to(dtype)
+    assert_same(pool_backward(dy.masked_fill(lost, torch.nan), offsets, g), expected)
+    assert_same(gather(torch.full_like(x, torch.nan), offsets, g).isnan(), ~lost)
 
 
 def test_a_worked_example(device):
@@ -543,6 +588,27 @@ def test_on_a_gpu_an_index_outside_fails_an_assertion(monkeypatch):
 
 
 # Sizes.
+
+
+@triton.jit
+def quotient_kernel(i_ptr, result_ptr, sizes, BLOCK: tl.constexpr):
+    size, multiplier, shift = _compiled_plain(sizes)
+    at = tl.arange(0, BLOCK)
+    i = tl.load(i_ptr + at)
+    tl.store(result_ptr + at, _compiled_quotient(i, size, multiplier, shift))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 48, 64, 641, 2**16 + 1, 2**30 + 1, 2**31 - 2**20])
+def test_quotients_without_a_division(size, device):
+    """As GPUs compute them, in the interpreter too."""
+    steps = torch.arange(1, 2**10) * (2**31 // size // 2**10 + 1)
+    ends = torch.cat([steps * size - 1, steps * size, 2**31 - 1 - steps])
+    i = ends[(ends >= 0) & (ends < 2**31)][: 2**11]
+    i = torch.nn.functional.pad(i, (0, 2**11 - len(i))).to(torch.int32)
+    result = poisoned((1, 1, 1, 2**11), torch.int32, i.view(1, 1, 1, -1)).flatten().to(device)
+    sizes = unspecialised((size,)) + divisors(size)
+    launch(quotient_kernel, (1,), i.to(device), result, sizes, len(i), device=device)
+    assert_same(result, i // size)
 
 
 @pytest.mark.parametrize("axis", range(4))
