@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import descriptor_gemm, device, model
-from .descriptor_gemm import Walk, add_products, reads
+from .descriptor_gemm import add_products, reads
 from .descriptors import Sizes, View, filters, rows_first
 from .device import INTERPRET, Device, loop
 from .epilogue import relu
@@ -48,9 +48,9 @@ _SHAPES = {
     2: ((256, 128, 8), (256, 64, 4), (128, 128, 4), (128, 64, 4)),
     4: ((128, 64, 4), (64, 64, 4)),
 }
-# Boxes by their pixels. Eight neighbours along images and columns keep rows within a thread.
+# Boxes by their pixels: eight neighbours or more along images and columns keep rows in a thread.
 _BOXES = {
-    256: ((1, 16, 16), (2, 8, 16), (1, 8, 32), (4, 8, 8), (16, 4, 4), (64, 2, 2)),
+    256: ((1, 16, 16), (2, 8, 16), (4, 8, 8), (16, 4, 4)),
     128: ((1, 8, 16), (2, 8, 8), (8, 4, 4), (32, 2, 2)),
     64: ((1, 8, 8), (4, 4, 4), (16, 2, 2)),
 }
@@ -347,13 +347,16 @@ def _family(
         return
     row = _ROW // dtype.itemsize
     depth = next((d for d in (row, row // 2) if C % d == 0 or (g.groups == 1 and C > d // 2)), 16)
+    overlapping = pool.covering != (1, 1)
     for rows, columns, warps in _SHAPES[dtype.itemsize]:
         if columns > 64 and (K <= columns // 2 or (g.groups > 1 and K % columns)):
             continue
-        if rows == 256 and 1 in pool.stride:  # a key for each pixel fills the registers
+        # Shifted keys take registers: of every second column, or with stride 1 of all.
+        if (overlapping and warps == 8) or (1 in pool.stride and rows * columns > 2**13):
             continue
         for box in _BOXES[rows]:
-            yield _deepest(Tile(rows, columns, depth, warps=warps, box=box), dtype, device)
+            if not overlapping or box[2] >= 8:  # a smaller box is halo for the most part
+                yield _deepest(Tile(rows, columns, depth, warps=warps, box=box), dtype, device)
 
 
 def _deepest(tile: Tile, dtype: torch.dtype, device: Device) -> Tile:
@@ -375,15 +378,16 @@ def _cycles(
     precision: str,
     device: Device,
 ) -> float:
-    """Cycles of all waves of tiles: their products, and of one program in each its pooling."""
+    """Cycles of all waves of tiles: their products, and pooling that no neighbour hides."""
     together = blocks_per_multiprocessor(tile, dtype.itemsize, device)
     waves = ceil(prod(_tiles(g, pool, tile)) / (device.multiprocessors * together))
     turns = g.R * g.S * cdiv(g.C // g.groups, tile.depth)
     products = turns * tile.rows * tile.columns * tile.depth / model.rate(dtype, precision, device)
-    return waves * (together * products + _POOLING * tile.rows * tile.columns)
+    pooling = _POOLING * tile.rows * tile.columns
+    return waves * (together * products + max(0.0, pooling - (together - 1) * products))
 
 
-_POOLING = 6 / 128  # instructions for an accumulator, of which 128 threads' start in a cycle
+_POOLING = 6 / 128  # cycles for an accumulator: instructions, of which 128 threads' start in one
 
 
 def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, int, int, int]:
@@ -396,10 +400,11 @@ def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, in
 class _Launch(NamedTuple):
     """One launch without its tensors."""
 
-    xs: list[View]
+    xs: list[View | None]
     w: View
     programs: int
     scalars: tuple  # filters of a group, tiles, sizes, walks
+    window: _Window
 
 
 @lru_cache(maxsize=4096)
@@ -420,10 +425,11 @@ def _launch(
     room = here.multiprocessors * blocks_per_multiprocessor(tile, itemsize, here)
     sizes = (g.N, g.P, g.Q, pool.P, pool.Q, *counts[1:3], counts[3] // g.groups, g.groups, C)
     return _Launch(
-        [rows_first(view) for view in xs],
+        [*map(rows_first, xs), *[None] * (4 - len(xs))],
         filters(g.w_shape, w_strides, (tile.columns, tile.depth), itemsize),
         min(prod(counts), room),
         (K, prod(counts), unspecialised(sizes), tuple([unspecialised(walk) for walk in walks])),
+        _window(pool),
     )
 
 
@@ -447,15 +453,12 @@ def conv2d_relu_max_pool2d(
     assert offsets is None or offsets.stride() == y.stride(), (offsets.stride(), y.stride())
     here = device.describe(x.device)
     launch = _launch(g, pool, tile, x.element_size(), here, x.stride(), w.stride())
-    xs = [view.over(x) for view in launch.xs]
-    K, count, sizes, walks = launch.scalars
     device.launch(
         pooled_product_kernel,
         (launch.programs,),
-        *xs,
-        *[None] * (4 - len(xs)),
-        *(launch.w.over(w), bias, y, offsets, unspecialised_strides(y), K, count, sizes, walks),
-        *(_window(pool), precision, device.wide(0, y), (*_box(tile), tile.columns, tile.depth)),
+        *[view and view.over(x) for view in launch.xs],
+        *(launch.w.over(w), bias, y, offsets, unspecialised_strides(y), *launch.scalars),
+        *(launch.window, precision, device.wide(0, y), (*_box(tile), tile.columns, tile.depth)),
         device=x.device,
         num_warps=tile.warps,
         num_stages=tile.stages,
