@@ -38,6 +38,7 @@ from .indexing import (
     unspecialised,
     unspecialised_strides,
     widen,
+    within,
 )
 from .tile import Box, Tile, blocks_per_multiprocessor, is_valid
 
@@ -149,8 +150,21 @@ def _keys(tile, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _inside(first, size, COUNT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
+    """Which of COUNT rows, or columns, from ``first`` on may count as inside the map.
+
+    That is known of every second one where it is the middle of a window, which no padding reaches.
+    """
+    i = tl.arange(0, COUNT)
+    inside = within(first + i, size)
+    if KERNEL == 3 and STRIDE == 2:
+        inside |= i % 2 == 1
+    return inside
+
+
+@triton.jit
 def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
-    """The keys of the windows of relu(acc[k, row, n, column]): [k, windows of rows, n, of columns].
+    """The keys of the windows of relu(acc[k, row, n, column]): [k, windows of rows * n, of columns].
 
     ``corner`` is the row and the column of the map where the box begins, which may lie outside.
     """
@@ -158,25 +172,22 @@ def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
     ROWS: tl.constexpr = acc.shape[1]
     N: tl.constexpr = acc.shape[2]
     COLUMNS: tl.constexpr = acc.shape[3]
+    R: tl.constexpr = WINDOW.kernel[0]
     S: tl.constexpr = WINDOW.kernel[1]
-    ROWS_LEFT: tl.constexpr = ROWS // WINDOW.stride[0]
+    STRIDE_P: tl.constexpr = WINDOW.stride[0]
+    STRIDE_Q: tl.constexpr = WINDOW.stride[1]
     key = _keys(acc.reshape(K, ROWS, N * COLUMNS), DTYPE)
     LEAST: tl.constexpr = -(2 ** (key.dtype.primitive_bitwidth - 1))
-
-    row = tl.arange(0, ROWS)
-    tag = ((row - (ROWS - 1)) * -S).to(key.dtype)
+    # What lies outside is negative; a column so far is not, as one of its rows is inside.
+    tag = ((tl.arange(0, ROWS) - (ROWS - 1)) * -S).to(key.dtype)
     if WINDOW.padding[0] > 0:
-        inside = (corner[0] + row >= 0) & (corner[0] + row < map_sizes[0])
-        tag = tl.where(inside, tag, LEAST)
-    key = _pool_rows(key | tag[None, :, None], WINDOW.kernel[0], WINDOW.stride[0])
-
-    key = key.reshape(K, ROWS_LEFT * N, COLUMNS)
+        tag = tl.where(_inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P), tag, LEAST)
+    key = _pool_rows(key | tag[None, :, None], R, STRIDE_P)
+    key = key.reshape(K, ROWS // STRIDE_P * N, COLUMNS)
     if WINDOW.padding[1] > 0:
-        column = corner[1] + tl.arange(0, COLUMNS)
-        outside = (column < 0) | (column >= map_sizes[1])
-        # What any row inside the map has made positive becomes negative.
-        key += tl.where(outside, LEAST, 0).to(key.dtype)[None, None, :]
-    return _pool_columns(key, S, WINDOW.stride[1])
+        inside = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
+        key += tl.where(inside, 0, LEAST).to(key.dtype)[None, None, :]
+    return _pool_columns(key, S, STRIDE_Q)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -262,13 +273,14 @@ def pooled_product_kernel(
         places = image * strides[0] + (top + row) * strides[2] + (left + column) * strides[3]
         places = places[:, None] + (channels * strides[1])[None, :]
 
-        # Tags fall from ``first_tag`` on; one above it stands for zero, and no winner.
-        first_tag = ((row * WINDOW.stride[0] - BOX_P) * -S - 1).to(key.dtype)[None, :]
-        key = tl.maximum(key, first_tag + 1)
+        # The first tap's tag becomes 255, the next one's 254: each is its offset, all bits turned.
+        # Zero comes out at 0, as above every key without a value.
+        first_tag = (row * WINDOW.stride[0] - BOX_P) * -S - 1
+        key = tl.maximum(key + (255 - first_tag).to(key.dtype)[None, :], 256)
         y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
         tl.store(y_ptr + places, y.T, mask=mask)
         if offsets_ptr is not None:
-            tl.store(offsets_ptr + places, (first_tag - key).to(tl.uint8).T, mask=mask)
+            tl.store(offsets_ptr + places, (~key).to(tl.uint8).T, mask=mask)
 
 
 class _Window(NamedTuple):
