@@ -15,7 +15,7 @@ Operands are those of ``descriptor_gemm``. Sizes and strides are in elements.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -164,7 +164,7 @@ def _inside(first, size, COUNT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.c
 
 @triton.jit
 def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
-    """The keys of the windows of relu(acc[k, row, n, column]): [k, windows of rows * n, of columns].
+    """Keys [k, rows of windows * n, columns of windows] of relu(acc[k, row, n, column]).
 
     ``corner`` is the row and the column of the map where the box begins, which may lie outside.
     """
@@ -373,13 +373,19 @@ def _family(
 
 def _deepest(tile: Tile, dtype: torch.dtype, device: Device) -> Tile:
     """The tile with the most of two to four stages that let two programs of four warps, or one of
-    eight, share a multiprocessor. What is stored goes through the ring's memory.
+    eight, share a multiprocessor.
     """
     for stages in (4, 3):
-        ring = replace(tile, stages=stages, box=None)
-        if blocks_per_multiprocessor(ring, dtype.itemsize, device) >= 8 // tile.warps:
-            return replace(tile, stages=stages)
+        deep = replace(tile, stages=stages)
+        room = blocks_per_multiprocessor(_without_stores(deep), dtype.itemsize, device)
+        if room >= 8 // tile.warps:
+            return deep
     return replace(tile, stages=2)
+
+
+def _without_stores(tile: Tile) -> Tile:
+    """What takes the same shared memory: results go through the ring's, not through their own."""
+    return replace(tile, box=None)
 
 
 def _cycles(
@@ -390,16 +396,13 @@ def _cycles(
     precision: str,
     device: Device,
 ) -> float:
-    """Cycles of all waves of tiles: their products, and pooling that no neighbour hides."""
-    together = blocks_per_multiprocessor(tile, dtype.itemsize, device)
-    waves = ceil(prod(_tiles(g, pool, tile)) / (device.multiprocessors * together))
+    """What all tiles take by the planner's model, in which pooling counts as any epilogue."""
+    rate = model.rate(dtype, precision, device)
     turns = g.R * g.S * cdiv(g.C // g.groups, tile.depth)
-    products = turns * tile.rows * tile.columns * tile.depth / model.rate(dtype, precision, device)
-    pooling = _POOLING * tile.rows * tile.columns
-    return waves * (together * products + max(0.0, pooling - (together - 1) * products))
-
-
-_POOLING = 6 / 128  # cycles for an accumulator: instructions, of which 128 threads' start in one
+    turn = model.turn_cycles(tile, dtype.itemsize, rate, device)
+    busy: model.Times = {limit: turns * cycles for limit, cycles in turn.items()}
+    programs = prod(_tiles(g, pool, tile))
+    return model.cycles(programs, busy, _without_stores(tile), dtype.itemsize, device)[1]
 
 
 def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, int, int, int]:
@@ -434,7 +437,7 @@ def _launch(
     assert g.groups == 1 or K % tile.columns == C % tile.depth == 0, (g.groups, tile)
     xs, walks = reads(g, _box(tile), tile.depth, itemsize, x_strides)
     counts = _tiles(g, pool, tile)
-    room = here.multiprocessors * blocks_per_multiprocessor(tile, itemsize, here)
+    room = here.multiprocessors * blocks_per_multiprocessor(_without_stores(tile), itemsize, here)
     sizes = (g.N, g.P, g.Q, pool.P, pool.Q, *counts[1:3], counts[3] // g.groups, g.groups, C)
     return _Launch(
         [*map(rows_first, xs), *[None] * (4 - len(xs))],
