@@ -5,6 +5,7 @@ Operands are aligned as in test_descriptor_gemm, results are written into views 
 """
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from test_descriptor_gemm import DTYPES, TARGET, TF32, aligned, assert_written_i
 from tolerance import assert_close, double, float32_convolutions, torch_conv2d
 
 from kernels.descriptor_pool import choose_tile, conv2d_relu_max_pool2d, supports, tiles
-from kernels.device import INTERPRET, Device
+from kernels.device import INTERPRET, Device, describe
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.tile import Tile, is_valid
 
@@ -53,16 +54,19 @@ def integers(g, dtype, device, bias=True):
     return draw(*g.x_shape), draw(*g.w_shape), draw(g.K) if bias else None
 
 
-def run(g, pool, x, w, bias, box, *, columns=32, depth=16, offsets=True):
+def run(g, pool, x, w, bias, tile, *, offsets=True):
     """(y, offsets) of the kernel, both in views of memory that must stay as it is."""
     y = aligned(x.new_full(pool.y_shape, torch.nan), spare=1)
     base = torch.full_like(y._base, UNTOUCHED, dtype=torch.uint8)
     taps = base.as_strided(y.shape, y.stride(), y.storage_offset()) if offsets else None
-    tile = Tile(box[0] * box[1] * box[2], columns, depth, box=box)
     conv2d_relu_max_pool2d(aligned(x), aligned(w), bias, y, taps, g, pool, tile, precision="tf32")
     if taps is not None:
         assert (base != UNTOUCHED).sum() == taps.numel()
     return y, taps
+
+
+def boxed(*box, columns=32, depth=16):
+    return Tile(prod(box), columns, depth, box=box)
 
 
 def oracle(g, pool, x, w, bias):
@@ -77,9 +81,9 @@ def oracle(g, pool, x, w, bias):
     return y, torch.where(y <= 0, NO_WINNER, tap)
 
 
-def assert_exact(g, window, operands, box, **options):
+def assert_exact(g, window, operands, tile):
     pool = pooling(g, *window)
-    y, taps = run(g, pool, *operands, box, **options)
+    y, taps = run(g, pool, *operands, tile)
     expected, winners = oracle(g, pool, *operands)
     assert torch.equal(y.double().cpu(), expected)
     assert torch.equal(taps.long().cpu(), winners)
@@ -92,8 +96,8 @@ def assert_exact(g, window, operands, box, **options):
 @pytest.mark.parametrize(("window", "dtype"), params(WINDOWS, DTYPES))
 def test_windows(window, dtype, device):
     """Odd maps, and a tail of filters; boxes that end inside the map and outside."""
-    box = (2, 8, 16) if DTYPES.index(dtype) % 2 else (4, 16, 8)
-    assert_exact(LAYER, window, integers(LAYER, dtype, device), box)
+    tile = boxed(2, 8, 16) if dtype == torch.bfloat16 else boxed(4, 16, 8)
+    assert_exact(LAYER, window, integers(LAYER, dtype, device), tile)
 
 
 SMALL = conv_case(2, 16, (6, 5), 16, (2, 2), padding=(1, 0, 0, 1))
@@ -104,7 +108,7 @@ def test_boxes(box, device):
     """Larger and smaller than the map, along one axis or all."""
     for window in (TWO, PADDED):
         if min(box[1:]) >= window[0][0]:
-            assert_exact(SMALL, window, integers(SMALL, torch.bfloat16, device), box)
+            assert_exact(SMALL, window, integers(SMALL, torch.bfloat16, device), boxed(*box))
 
 
 LAYERS = (
@@ -118,17 +122,33 @@ LAYERS = (
 
 @pytest.mark.parametrize("g", params(LAYERS))
 def test_layers(g, device):
-    box, columns = (2, 8, 8), 32
     depth = 16 if g.groups > 1 or g.stride != (1, 1) else 32
     for bias, window in ((True, PADDED), (False, TWO)):
         inputs = integers(g, torch.float16, device, bias)
-        assert_exact(g, window, inputs, box, columns=columns, depth=depth)
+        assert_exact(g, window, inputs, boxed(2, 8, 8, depth=depth))
+
+
+@pytest.mark.parametrize("window", params((TWO, PADDED)))
+def test_each_tile(window, device):
+    """Those of a GPU, and what stands for them in the interpreter."""
+    g = conv_case(2, 64, (5, 6), 128, (1, 2))
+    inputs = integers(g, torch.float16, device)
+    arguments = g, pooling(g, *window), torch.float16, "ieee"
+    found = tiles(*arguments, TARGET)
+    assert len(found) >= 5
+    for tile in (*found, choose_tile(*arguments, describe(device))):
+        assert_exact(g, window, inputs, tile)
+
+
+def test_wide_offsets(monkeypatch, device):
+    monkeypatch.setattr("kernels.device.wide", lambda *arguments: True)
+    assert_exact(SMALL, PADDED, integers(SMALL, torch.bfloat16, device), boxed(2, 8, 8))
 
 
 def test_without_offsets(device):
     x, w, bias = integers(SMALL, torch.bfloat16, device)
     pool = pooling(SMALL, *THREE)
-    y, _ = run(SMALL, pool, x, w, bias, (8, 4, 8), offsets=False)
+    y, _ = run(SMALL, pool, x, w, bias, boxed(8, 4, 8), offsets=False)
     assert torch.equal(y.double().cpu(), oracle(SMALL, pool, x, w, bias)[0])
 
 
@@ -140,7 +160,7 @@ def test_a_map_of_a_few_numbers(device):
     )
     x[0, 0] = torch.tensor([[1, 5, -2, -1], [5, 2, 0, -3], [9, 9, 9, 9]])
     w[0, 0], w[1, 0], bias[1] = 1, -1, 3
-    y, taps = run(g, pooling(g, *TWO), x, w, bias, (4, 4, 4))
+    y, taps = run(g, pooling(g, *TWO), x, w, bias, boxed(4, 4, 4))
     assert y[0, :2].tolist() == [[[5, 0]], [[2, 6]]]
     assert taps[0, :2].tolist() == [[[1, NO_WINNER]], [[0, 3]]]
 
@@ -153,7 +173,7 @@ def test_rounding(dtype, device):
     """Values, and winners that are as large as the largest but for their rounding."""
     t = operands(LAYER, dtype, device)
     pool = pooling(LAYER, *PADDED)
-    y, taps = run(LAYER, pool, t.x, t.w, t.bias, (4, 16, 16))
+    y, taps = run(LAYER, pool, t.x, t.w, t.bias, boxed(4, 16, 16))
 
     def reference(change):
         x, w, bias = (change(v) for v in (t.x, t.w, t.bias))
@@ -189,7 +209,7 @@ def test_what_is_not_finite(dtype, device):
     # Zero times infinity is NaN in other filters' sums.
     for window in (TWO, PADDED):
         pool = pooling(g, *window)
-        y, taps = run(g, pool, x, w, bias, (1, 8, 8))
+        y, taps = run(g, pool, x, w, bias, boxed(1, 8, 8))
         z = torch_conv2d(g)(double(x), double(w), double(bias), None).relu()
         expected = TF.max_pool2d(z, *window)
         assert torch.equal(y.double().cpu().nan_to_num(-1), expected.nan_to_num(-1))
@@ -207,7 +227,9 @@ def test_what_is_not_finite(dtype, device):
 def test_of_equal_values_the_first_wins(device):
     g = replace(LAYER, N=1)
     x, w, bias = integers(g, torch.bfloat16, device)
-    y, taps = run(g, pooling(g, *PADDED), x, torch.zeros_like(w), torch.ones_like(bias), (1, 16, 8))
+    y, taps = run(
+        g, pooling(g, *PADDED), x, torch.zeros_like(w), torch.ones_like(bias), boxed(1, 16, 8)
+    )
     assert (y == 1).all()
     assert (taps[..., 1:, 1:] == 0).all()
     assert (taps[..., 0, 1:] == 3).all()
@@ -218,10 +240,10 @@ def test_of_equal_values_the_first_wins(device):
 def test_neither_neighbours_nor_boxes_nor_runs_change_bits(device):
     t = operands(LAYER, torch.bfloat16, device)
     pool = pooling(LAYER, *PADDED)
-    y, taps = run(LAYER, pool, t.x, t.w, t.bias, (4, 16, 16))
+    y, taps = run(LAYER, pool, t.x, t.w, t.bias, boxed(4, 16, 16))
     one = replace(LAYER, N=1)
     for box in ((2, 16, 8), (1, 8, 16)):
-        alone = run(one, replace(pool, N=1), t.x[1:], t.w, t.bias, box)
+        alone = run(one, replace(pool, N=1), t.x[1:], t.w, t.bias, boxed(*box))
         assert torch.equal(alone[0], y[1:])
         assert torch.equal(alone[1], taps[1:])
 
