@@ -58,8 +58,11 @@ def add_products(
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPTH: tl.constexpr,
+    ROWS_FIRST: tl.constexpr = False,
 ):
-    """acc + the products of one parity's taps with a box of pixels."""
+    """acc + the products of one parity's taps with a box of pixels, which come in the order of
+    x_desc's axes: by images, rows and columns, or with ROWS_FIRST by rows, images and columns.
+    """
     COLUMNS: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[1]
     turns, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
@@ -70,8 +73,13 @@ def add_products(
         w = origin_w + s * step_w
         if len(x_desc.block_shape) == 5:
             # The pair of pixels, then which of the two: of rows by an axis, of columns by channels.
-            half = (w & 1) * (x_desc.shape[4] // 2)
-            x = x_desc.load([n, p + (h >> 1), h & 1, q + (w >> 1), half + first[0] + c])
+            half = (w & 1) * (x_desc.shape[4] // 2) + first[0] + c
+            if ROWS_FIRST:
+                x = x_desc.load([p + (h >> 1), h & 1, n, q + (w >> 1), half])
+            else:
+                x = x_desc.load([n, p + (h >> 1), h & 1, q + (w >> 1), half])
+        elif ROWS_FIRST:
+            x = x_desc.load([p + h, n, q + w, first[0] + c])
         else:
             x = x_desc.load([n, p + h, q + w, first[0] + c])
         x = x.reshape(ROWS, DEPTH).T
@@ -320,6 +328,25 @@ def _product(
     return Product(views, w, residual, results[0], (min(tiles, room),), rest, meta)
 
 
+def reads(
+    g: Conv2dGeometry, box: Box, depth: int, itemsize: int, x_strides: Sizes, *, flat: bool = False
+) -> tuple[list[View], list[Walk]]:
+    """How fprop's boxes read x: a descriptor and the walk of its taps for each parity, or one of
+    both for all. ``flat``: the pixels count as images of one.
+    """
+    blocks = cdiv(g.C // g.groups, depth)
+    if takes_pairs(g, depth) and x_strides[3] == g.C:
+        (top, _), (left, _) = g.padding
+        walk = Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)
+        return [image_pairs(g.x_shape, x_strides, box, depth, itemsize)], [walk]
+    parities = read_parities(g)
+    xs = [
+        images(g.x_shape, x_strides, (*box, depth), itemsize, parity, flat=flat)
+        for parity in parities
+    ]
+    return xs, [_walk(*parity, blocks, 1) for parity in parities]
+
+
 @lru_cache(maxsize=4096)
 def bind_fprop(
     g: Conv2dGeometry,
@@ -335,18 +362,7 @@ def bind_fprop(
     """``fprop`` of (x, w, bias, residual, y) and scale, on operands that lie so."""
     box, depth, flat = _box(tile), tile.depth, g.pointwise
     C, K = g.C // g.groups, g.K // g.groups
-    blocks = cdiv(C, depth)
-    if takes_pairs(g, depth) and x_strides[3] == g.C:
-        (top, _), (left, _) = g.padding
-        xs = [image_pairs(g.x_shape, x_strides, box, depth, itemsize)]
-        walks = [Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)]
-    else:
-        parities = read_parities(g)
-        xs = [
-            images(g.x_shape, x_strides, (*box, depth), itemsize, parity, flat=flat)
-            for parity in parities
-        ]
-        walks = [_walk(*parity, blocks, 1) for parity in parities]
+    xs, walks = reads(g, box, depth, itemsize, x_strides, flat=flat)
     half = (*half_box(box), tile.columns)
     results = [images(g.y_shape, s, half, max(2, itemsize), flat=flat) for s in strides]
     w = filters(g.w_shape, w_strides, (tile.columns, depth), itemsize)

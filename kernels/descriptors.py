@@ -91,6 +91,14 @@ def image_pairs(shape: Sizes, strides: Sizes, box: Box, depth: int, itemsize: in
     return _view(pairs, steps, (box[0], box[1], 1, box[2], depth), itemsize)
 
 
+def rows_first(images: View) -> View:
+    """[N, H, W, C] as [H, N, W, C], or pairs of both as [H/2, 2, N, W/2, 2C]."""
+    rows = len(images.shape) - 3
+    order = (*range(1, rows + 1), 0, rows + 1, rows + 2)
+    shape, strides, block = ([t[axis] for axis in order] for t in images[:3])
+    return View(shape, strides, block, images.offset)
+
+
 def filters(shape: Sizes, strides: Sizes, block: Sequence[int], itemsize: int) -> View:
     """w[K, C, R, S] as [R, S, K, C]."""
     (K, C, R, S), (k, c, r, s) = shape, strides

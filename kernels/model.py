@@ -96,14 +96,14 @@ def predict(
         return Prediction(times[limit] + _LAUNCH, limit)
     works = launches(direction, g, tile)
     programs = max(1, sum(work.programs for work in works))  # none of an empty batch
-    turn = _turn_cycles(tile, itemsize, per_cycle, device)
+    turn = turn_cycles(tile, itemsize, per_cycle, device)
     ms, waits = 0.0, Counter[Limit]()
     for work in works:
-        busy: Times = {name: work.turns * cycles for name, cycles in turn.items()}
+        busy: Times = {name: work.turns * each for name, each in turn.items()}
         busy["memory"] = memory * everywhere / programs
-        limit, cycles = _cycles(work.programs, busy, tile, itemsize, device)
-        waits[limit] += cycles
-        ms += cycles * device.multiprocessors / everywhere
+        limit, taken = cycles(work.programs, busy, tile, itemsize, device)
+        waits[limit] += taken
+        ms += taken * device.multiprocessors / everywhere
     launch = _LAUNCH * len(works)
     if tile.splits > 1:
         parts = 4 * (tile.splits * 2 + 1) * prod(g.w_shape)
@@ -111,7 +111,7 @@ def predict(
     return Prediction(ms + launch, "launch" if launch > ms else waits.most_common(1)[0][0])
 
 
-def _turn_cycles(tile: Tile, itemsize: int, per_cycle: float, device: Device) -> Times:
+def turn_cycles(tile: Tile, itemsize: int, per_cycle: float, device: Device) -> Times:
     """What one turn of a program takes of its multiprocessor's share of each."""
     products = tile.rows * tile.columns * tile.depth / per_cycle
     products = max(products, _TURN * tile.warps / 4) if tile.box else products * _POINTERS
@@ -122,7 +122,7 @@ def _turn_cycles(tile: Tile, itemsize: int, per_cycle: float, device: Device) ->
     }
 
 
-def _cycles(
+def cycles(
     programs: int, busy: Times, tile: Tile, itemsize: int, device: Device
 ) -> tuple[Limit, float]:
     """What limits one launch of programs that are ``busy`` so many cycles each, and its cycles.

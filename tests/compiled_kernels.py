@@ -1,8 +1,9 @@
 """Compile every kernel for an architecture, without a GPU: python -m tests.compiled_kernels sm_90.
 
 Prints JSON, an entry for each binary: where it was launched first, kernel, engine (the module it is
-in), dtype, spill_bytes, and of products the tensor_core_instructions of their steady loop, else
-None. A program of its own, as the tests' process has the interpreter.
+in), dtype, spill_bytes, and of products the tensor_core_instructions of their steady loop and the
+epilogue_instructions after it, else None. A program of its own, as the tests' process has the
+interpreter.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import compiled, selection
-from kernels import device, epilogue, max_pool, planner
+from kernels import descriptor_pool, device, epilogue, max_pool, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
 
 ONE = ((1, 1), (1, 1))
@@ -53,6 +54,15 @@ POOLS = (
     (Pool2dGeometry(8, 512, 28, 28, (2, 2), (2, 2)), torch.float64, False),
     (Pool2dGeometry(8, 512, 13, 13, (5, 5), (1, 1), (2, 2)), torch.float16, True),
 )
+# Poolings of a convolution's result, in one kernel with it: kernel, stride, padding.
+FUSED_POOLS = (
+    ("3x3", torch.bfloat16, "ieee", ((2, 2), (2, 2), (0, 0))),
+    ("3x3", torch.bfloat16, "ieee", ((3, 3), (2, 2), (0, 0))),
+    ("3x3", torch.float16, "ieee", ((3, 3), (2, 2), (1, 1))),
+    ("3x3", torch.bfloat16, "ieee", ((3, 3), (1, 1), (1, 1))),
+    ("vgg16 conv5", torch.bfloat16, "ieee", ((2, 2), (2, 2), (0, 0))),
+    ("3x3", torch.float32, "tf32", ((2, 2), (2, 2), (0, 0))),
+)
 
 Kernels = dict[str, tuple[str, str, Any]]  # where from, dtype, compiled kernel; by Triton's hash
 
@@ -77,6 +87,25 @@ def convolutions(gpu: device.Device, launched: list[Any]) -> Kernels:
     return found
 
 
+def fused_poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
+    """Convolution, bias, ReLU and max-pool in one kernel."""
+    found: Kernels = {}
+    for layer, dtype, precision, window in FUSED_POOLS:
+        g = LAYERS[layer]
+        pool = Pool2dGeometry(*g.y_shape, *window)
+        if not descriptor_pool.supports(g, pool, dtype, gpu, "aligned", precision):
+            continue
+        x, w, _ = selection.operands(g, dtype)
+        y, offsets = (_meta(pool.y_shape, t, channels_last=True) for t in (dtype, torch.uint8))
+        tile = descriptor_pool.choose_tile(g, pool, dtype, precision, gpu)
+        launched.clear()
+        descriptor_pool.conv2d_relu_max_pool2d(
+            x, w, x.new_empty(g.K), y, offsets, g, pool, tile, precision=precision
+        )
+        found = _found(f"{layer} {window}", dtype, launched) | found
+    return found
+
+
 def poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
     """All pooling kernels, and a ReLU's backward."""
     found: Kernels = {}
@@ -91,8 +120,7 @@ def launch_pool(
     g: Pool2dGeometry, dtype: torch.dtype, channels_last: bool, gpu: device.Device
 ) -> None:
     def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        strides = output_strides(shape, channels_last)
-        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        return _meta(shape, dtype, channels_last)
 
     x, y = meta(g.x_shape, dtype), meta(g.y_shape, dtype)
     offsets, indices = meta(g.y_shape, max_pool.offset_dtype(g)), meta(g.y_shape, torch.int64)
@@ -108,24 +136,29 @@ def launch_pool(
     epilogue.relu_backward(y, y, y)
 
 
+def _meta(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    strides = output_strides(shape, channels_last)
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
 def entry(where: str, dtype: str, kernel: Any) -> dict[str, Any]:
     """What was read of one kernel; only products are disassembled, which takes its time."""
-    is_product = "tt.dot" in kernel.asm["ttir"]
+    code = compiled.read(kernel) if "tt.dot" in kernel.asm["ttir"] else None
     return {
         "where": where,
         "kernel": kernel.metadata.name,
         "engine": kernel.src.fn.fn.__module__.rpartition(".")[2],
         "dtype": dtype,
-        "spill_bytes": compiled.usage(kernel).spill_bytes,
-        "tensor_core_instructions": (
-            compiled.read(kernel).tensor_core_instructions if is_product else None
-        ),
+        "spill_bytes": code.spill_bytes if code else compiled.usage(kernel).spill_bytes,
+        "tensor_core_instructions": code and code.tensor_core_instructions,
+        "epilogue_instructions": code and code.epilogue_instructions,
     }
 
 
 def main(arch: str) -> None:
     with selection.compiling(arch) as (gpu, launched), compiled.timing():
         found = convolutions(gpu, launched) | poolings(gpu, launched)
+        found |= fused_poolings(gpu, launched)
         json.dump([entry(*kernel) for kernel in found.values()], sys.stdout, indent=1)
 
 

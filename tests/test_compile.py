@@ -36,6 +36,7 @@ PRODUCTS = {
 DESCRIPTOR_PRODUCTS = {  # on Hopper and later
     ("descriptor_gemm", "product_kernel"),
     ("descriptor_gemm", "wgrad_kernel"),
+    ("descriptor_pool", "pooled_product_kernel"),
 }
 OTHERS = {
     ("split_sum", "split_sum_kernel"),
@@ -75,6 +76,9 @@ def test_no_kernel_spills_in_16_bits_and_products_use_tensor_cores(arch):
     multiplying = [k for k in narrow if k["tensor_core_instructions"] is not None]
     assert _names(multiplying) == products
     assert [kernel for kernel in multiplying if not kernel["tensor_core_instructions"]] == []
+    pooling = [kernel for kernel in multiplying if kernel["engine"] == "descriptor_pool"]
+    # A thread's, for 128 accumulators: rounding, pooling, switches, stores.
+    assert [kernel for kernel in pooling if kernel["epilogue_instructions"] > 1200] == []
 
 
 def _names(kernels: list[dict[str, Any]]) -> set[tuple[str, str]]:

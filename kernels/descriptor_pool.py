@@ -1,0 +1,485 @@
+"""Convolution, bias, ReLU and max-pool in one kernel, through tensor descriptors.
+
+The map before the pool is never written: a program pools its box of it in registers. A value and
+where it is are one integer, a *key*: the bits of relu(value), which rise with it, above a tag,
+which falls from tap to tap. The maximum of keys is that of values, and of equal values the first.
+
+Tensor cores leave a thread pairs of neighbouring pixels, eight apart, of a row of the product
+filters x pixels. With the box's rows first in the pixels' order, a thread has whole columns of the
+map, two by two: pooling rows, and columns two by two, moves nothing between threads. Only a third
+column comes from a neighbour. Windows that overlap leave a halo, which is computed twice.
+
+Operands are those of ``descriptor_gemm``. Sizes and strides are in elements.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import descriptor_gemm, device, model
+from .descriptor_gemm import add_products, reads
+from .descriptors import Sizes, View, filters, rows_first
+from .device import INTERPRET, Device, loop
+from .epilogue import relu
+from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
+from .indexing import (
+    cdiv,
+    narrow,
+    plain,
+    plain_strides,
+    power_of_2,
+    unspecialised,
+    unspecialised_strides,
+    widen,
+    within,
+)
+from .tile import Box, Tile, blocks_per_multiprocessor, is_valid
+
+_INTERPRET = tl.constexpr(INTERPRET)
+
+# Pixels, filters, warps, by the bytes of an element; a key takes twice an element's.
+_SHAPES = {
+    2: ((256, 128, 8), (256, 64, 4), (128, 128, 4), (128, 64, 4)),
+    4: ((128, 64, 4), (64, 64, 4)),
+}
+# Boxes by their pixels: eight neighbours or more along images and columns keep rows in a thread.
+_BOXES = {
+    256: ((1, 16, 16), (2, 8, 16), (4, 8, 8), (16, 4, 4)),
+    128: ((1, 8, 16), (2, 8, 8), (8, 4, 4), (32, 2, 2)),
+    64: ((1, 8, 8), (4, 4, 4), (16, 2, 2)),
+}
+_ROW = 128  # bytes of a row of shared memory that a descriptor fills without bank conflicts
+
+
+@triton.jit
+def _in_pairs(tile):
+    """The even and the odd rows of tile[a, row, b]."""
+    A: tl.constexpr = tile.shape[0]
+    ROWS: tl.constexpr = tile.shape[1]
+    B: tl.constexpr = tile.shape[2]
+    return tl.split(tile.reshape(A, ROWS // 2, 2, B).permute(0, 1, 3, 2))
+
+
+@triton.jit
+def _next_rows(tile):
+    """tile[a, row + 1, b]; the last row is any. Where a thread has all rows, nothing moves."""
+    if tile.shape[1] > 1:
+        even, odd = _in_pairs(tile)
+        tile = tl.join(odd, _next_rows(even)).permute(0, 1, 3, 2).reshape(tile.shape)
+    return tile
+
+
+@triton.jit
+def _next_columns(tile):
+    """tile[a, b, column + 1]; the last column is any."""
+    column = (tl.arange(0, tile.shape[2]) + 1) % tile.shape[2]
+    return tl.gather(tile, tl.broadcast_to(column[None, None, :], tile.shape), 2)
+
+
+@triton.jit
+def _pool_rows(key, R: tl.constexpr, STRIDE: tl.constexpr):
+    """The maxima of R rows of key[a, row, b] from each STRIDE-th on."""
+    if STRIDE == 2:
+        first, second = _in_pairs(key)
+        best = tl.maximum(first, second)
+        if R == 3:
+            best = tl.maximum(best, _next_rows(first))
+    else:
+        second = _next_rows(key)
+        best = tl.maximum(key, second)
+        if R == 3:
+            best = tl.maximum(best, _next_rows(second))
+    return best
+
+
+@triton.jit
+def _pool_columns(key, S: tl.constexpr, STRIDE: tl.constexpr):
+    """The maxima of S columns of key[a, b, column] from each STRIDE-th on.
+
+    Tap s adds S - 1 - s to the tag.
+    """
+    A: tl.constexpr = key.shape[0]
+    B: tl.constexpr = key.shape[1]
+    COLUMNS: tl.constexpr = key.shape[2]
+    even, odd = tl.split(key.reshape(A, B, COLUMNS // 2, 2))
+    best = tl.maximum(even + (S - 1), odd + (S - 2))
+    if S == 3 or STRIDE == 1:
+        third = _next_columns(even)
+        if S == 3:
+            best = tl.maximum(best, third)
+        if STRIDE == 1:
+            odd_best = tl.maximum(odd + (S - 1), third + (S - 2))
+            if S == 3:
+                odd_best = tl.maximum(odd_best, _next_columns(odd))
+            best = tl.join(best, odd_best).reshape(A, B, COLUMNS)
+    return best
+
+
+@triton.jit
+def _keys(tile, DTYPE: tl.constexpr):
+    """The bits of relu(tile) in DTYPE, as the upper half of an integer twice as wide.
+
+    A NaN is a positive one, so that it wins.
+    """
+    if DTYPE.primitive_bitwidth == 32:
+        tile = tl.where(tile == tile, relu(tile), float("nan"))
+        key = tile.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    elif _INTERPRET:
+        tile = tl.where(tile == tile, relu(tile), float("nan"))
+        key = narrow(tile, DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    else:
+        # One conversion for two values, which LLVM would convert one by one, ReLU included.
+        PAIR: tl.constexpr = "bf16x2" if DTYPE == tl.bfloat16 else "f16x2"
+        key = tl.inline_asm_elementwise(
+            "{.reg .b32 pair; cvt.rn.relu." + PAIR + ".f32 pair, $3, $2; "
+            "shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000;}",
+            "=r,=r,r,r",
+            [tile],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=2,
+        )
+    return key
+
+
+@triton.jit
+def _inside(first, size, COUNT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
+    """Which of COUNT rows, or columns, from ``first`` on may count as inside the map.
+
+    That is known of every second one where it is the middle of a window, which no padding reaches.
+    """
+    i = tl.arange(0, COUNT)
+    inside = within(first + i, size)
+    if KERNEL == 3 and STRIDE == 2:
+        inside |= i % 2 == 1
+    return inside
+
+
+@triton.jit
+def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
+    """Keys [k, rows of windows * n, columns of windows] of relu(acc[k, row, n, column]).
+
+    ``corner`` is the row and the column of the map where the box begins, which may lie outside.
+    """
+    K: tl.constexpr = acc.shape[0]
+    ROWS: tl.constexpr = acc.shape[1]
+    N: tl.constexpr = acc.shape[2]
+    COLUMNS: tl.constexpr = acc.shape[3]
+    R: tl.constexpr = WINDOW.kernel[0]
+    S: tl.constexpr = WINDOW.kernel[1]
+    STRIDE_P: tl.constexpr = WINDOW.stride[0]
+    STRIDE_Q: tl.constexpr = WINDOW.stride[1]
+    key = _keys(acc.reshape(K, ROWS, N * COLUMNS), DTYPE)
+    LEAST: tl.constexpr = -(2 ** (key.dtype.primitive_bitwidth - 1))
+    # What lies outside is negative; a column so far is not, as one of its rows is inside.
+    tag = ((tl.arange(0, ROWS) - (ROWS - 1)) * -S).to(key.dtype)
+    if WINDOW.padding[0] > 0:
+        tag = tl.where(_inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P), tag, LEAST)
+    key = _pool_rows(key | tag[None, :, None], R, STRIDE_P)
+    key = key.reshape(K, ROWS // STRIDE_P * N, COLUMNS)
+    if WINDOW.padding[1] > 0:
+        inside = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
+        key += tl.where(inside, 0, LEAST).to(key.dtype)[None, None, :]
+    return _pool_columns(key, S, STRIDE_Q)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def pooled_product_kernel(
+    x_desc,  # [H, N, W, C] of one parity, or [H/2, 2, N, W/2, 2C] of four
+    x1_desc,  # the other parities that have taps, or None
+    x2_desc,
+    x3_desc,
+    w_desc,  # [R, S, K, C]
+    bias_ptr,  # [filters] or None
+    y_ptr,
+    offsets_ptr,  # uint8, or None
+    strides,  # of y and of offsets, unspecialised
+    K,  # filters of a group
+    tiles,
+    sizes,  # N, P, Q; pooled P, Q; tiles along them; column tiles of a group, groups, C of one
+    walks,  # a Walk for each parity
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # box (n, p, q), columns, depth
+):
+    """y = max of each window of relu(conv(x, w) + bias), and the tap that won; 255 where y <= 0.
+
+    One program writes every num_programs-th of the ``tiles``, each the windows that lie in a box
+    of the map, of COLUMNS filters of one group. Sums are float32, compared in y's dtype.
+    """
+    BOX_N: tl.constexpr = TILE[0]
+    BOX_P: tl.constexpr = TILE[1]
+    BOX_Q: tl.constexpr = TILE[2]
+    COLUMNS: tl.constexpr = TILE[3]
+    DEPTH: tl.constexpr = TILE[4]
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    S: tl.constexpr = WINDOW.kernel[1]
+    # Windows of a box, and their number in a tile, where halos leave some over.
+    WINDOWS_P: tl.constexpr = (BOX_P - WINDOW.kernel[0]) // WINDOW.stride[0] + 1
+    WINDOWS_Q: tl.constexpr = (BOX_Q - S) // WINDOW.stride[1] + 1
+    TILE_P: tl.constexpr = BOX_P // WINDOW.stride[0]
+    TILE_Q: tl.constexpr = BOX_Q // WINDOW.stride[1]
+    x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
+    N, P, Q, pooled_P, pooled_Q, tiles_p, tiles_q, column_tiles, groups, C = plain(sizes)
+    strides = plain_strides(strides)
+
+    for tile in loop(tl.program_id(0), tiles, tl.num_programs(0)):
+        group = tile // column_tiles % groups
+        k = group * K + tile % column_tiles * COLUMNS
+        at = tile // (column_tiles * groups)
+        n = at // (tiles_q * tiles_p) * BOX_N
+        top = at // tiles_q % tiles_p * WINDOWS_P
+        left = at % tiles_q * WINDOWS_Q
+        p = top * WINDOW.stride[0] - WINDOW.padding[0]
+        q = left * WINDOW.stride[1] - WINDOW.padding[1]
+
+        channels = k + tl.arange(0, COLUMNS)
+        channels_mask = channels < groups * K
+        acc = tl.zeros((COLUMNS, BOX_P * BOX_N * BOX_Q), tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + channels, mask=channels_mask, other=0.0)
+            acc += widen(bias, tl.float32)[:, None]
+        for i in tl.static_range(len(walks)):
+            x = x_descs[i]
+            first = (group * C, 0, k)
+            acc = add_products(
+                acc, x, w_desc, (n, p, q), first, C, walks[i], False, PRECISION, DEPTH, True
+            )
+        acc = acc.reshape(COLUMNS, BOX_P, BOX_N, BOX_Q)
+        key = _pool(acc, (p, q), (P, Q), DTYPE, WINDOW)
+        key = key.reshape(COLUMNS, TILE_P * BOX_N * TILE_Q)
+
+        i = tl.arange(0, TILE_P * BOX_N * TILE_Q)
+        row = i // (BOX_N * TILE_Q)
+        column = i % TILE_Q
+        image = n + i // TILE_Q % BOX_N
+        mask = (row < WINDOWS_P) & (column < WINDOWS_Q)
+        mask &= (image < N) & (top + row < pooled_P) & (left + column < pooled_Q)
+        mask = mask[:, None] & channels_mask[None, :]
+        if WIDE:
+            image = image.to(tl.int64)
+            row = row.to(tl.int64)
+            channels = channels.to(tl.int64)
+        places = image * strides[0] + (top + row) * strides[2] + (left + column) * strides[3]
+        places = places[:, None] + (channels * strides[1])[None, :]
+
+        # The first tap's tag becomes 255, the next one's 254: each is its offset, all bits turned.
+        # Zero comes out at 0, as above every key without a value.
+        first_tag = (row * WINDOW.stride[0] - BOX_P) * -S - 1
+        key = tl.maximum(key + (255 - first_tag).to(key.dtype)[None, :], 256)
+        y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
+        tl.store(y_ptr + places, y.T, mask=mask)
+        if offsets_ptr is not None:
+            tl.store(offsets_ptr + places, (~key).to(tl.uint8).T, mask=mask)
+
+
+class _Window(NamedTuple):
+    """What of a pooling the kernel is compiled for; pairs are height and width."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+
+    def inside(self, box: Box) -> Pair:
+        """How many windows a box holds along its rows and its columns."""
+        rows, columns = (
+            (size - kernel) // stride + 1
+            for size, kernel, stride in zip(box[1:], self.kernel, self.stride, strict=True)
+        )
+        return rows, columns
+
+
+def _window(pool: Pool2dGeometry) -> _Window:
+    return _Window(pool.kernel, pool.stride, pool.padding)
+
+
+def supports(
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    dtype: torch.dtype,
+    device: Device,
+    layout: str,
+    precision: str = "ieee",
+) -> bool:
+    """Whether this kernel takes a convolution and the pooling of its result, and is worth it.
+
+    ``layout`` is the planner's. Float32 goes through tensor cores alone.
+    """
+    if layout != "aligned" or not (device.descriptors or device.backend == "interpreter"):
+        return False
+    if dtype.itemsize not in _SHAPES or not descriptor_gemm.supports("fprop", g, dtype, precision):
+        return False
+    sizes = {*pool.kernel}, {*pool.stride}, {*pool.padding}, {*pool.dilation}
+    allowed = {2, 3}, {1, 2}, {0, 1}, {1}
+    if pool.ceil_mode or not all(a <= b for a, b in zip(sizes, allowed, strict=True)):
+        return False
+    if pool.x_shape != g.y_shape or min(pool.y_shape) < 1:
+        return False
+    K, C = g.K // g.groups, g.C // g.groups
+    return min(K, C) >= 16 if g.groups == 1 else K % 64 == C % 16 == 0
+
+
+def tiles(
+    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, precision: str, device: Device
+) -> list[Tile]:
+    """All tiles of the family that suit a layer, best first by the products they take."""
+    found = [
+        tile
+        for tile in _family(g, pool, dtype, device)
+        if is_valid(tile, dtype.itemsize, device) and min(_window(pool).inside(_box(tile))) > 0
+    ]
+    return sorted(found, key=lambda tile: _cycles(g, pool, tile, dtype, precision, device))
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(
+    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, precision: str, device: Device
+) -> Tile:
+    """The best of ``tiles``."""
+    return tiles(g, pool, dtype, precision, device)[0]
+
+
+def _family(
+    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, device: Device
+) -> Iterator[Tile]:
+    K, C = g.K // g.groups, g.C // g.groups
+    if device.backend == "interpreter":
+        columns, depth = (power_of_2(min(K, 128)), power_of_2(min(C, 128)))
+        yield Tile(512, *((columns, depth) if g.groups == 1 else (16, 16)), box=(2, 16, 16))
+        return
+    row = _ROW // dtype.itemsize
+    depth = next((d for d in (row, row // 2) if C % d == 0 or (g.groups == 1 and C > d // 2)), 16)
+    overlapping = pool.covering != (1, 1)
+    for rows, columns, warps in _SHAPES[dtype.itemsize]:
+        if columns > 64 and (K <= columns // 2 or (g.groups > 1 and K % columns)):
+            continue
+        # Shifted keys take registers: of every second column, or with stride 1 of all.
+        if (overlapping and warps == 8) or (1 in pool.stride and rows * columns > 2**13):
+            continue
+        for box in _BOXES[rows]:
+            if not overlapping or box[2] >= 8:  # a smaller box is halo for the most part
+                yield _deepest(Tile(rows, columns, depth, warps=warps, box=box), dtype, device)
+
+
+def _deepest(tile: Tile, dtype: torch.dtype, device: Device) -> Tile:
+    """The tile with the most of two to four stages that let two programs of four warps, or one of
+    eight, share a multiprocessor.
+    """
+    for stages in (4, 3):
+        deep = replace(tile, stages=stages)
+        room = blocks_per_multiprocessor(_without_stores(deep), dtype.itemsize, device)
+        if room >= 8 // tile.warps:
+            return deep
+    return replace(tile, stages=2)
+
+
+def _without_stores(tile: Tile) -> Tile:
+    """What takes the same shared memory: results go through the ring's, not through their own."""
+    return replace(tile, box=None)
+
+
+def _cycles(
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    tile: Tile,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+) -> float:
+    """What all tiles take by the planner's model, in which pooling counts as any epilogue."""
+    rate = model.rate(dtype, precision, device)
+    turns = g.R * g.S * cdiv(g.C // g.groups, tile.depth)
+    turn = model.turn_cycles(tile, dtype.itemsize, rate, device)
+    busy: model.Times = {limit: turns * cycles for limit, cycles in turn.items()}
+    programs = prod(_tiles(g, pool, tile))
+    return model.cycles(programs, busy, _without_stores(tile), dtype.itemsize, device)[1]
+
+
+def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, int, int, int]:
+    """The number of tiles along images, rows and columns of windows, and filters of all groups."""
+    lengths = (_box(tile)[0], *_window(pool).inside(_box(tile)))
+    n, p, q = (cdiv(*axis) for axis in zip((g.N, pool.P, pool.Q), lengths, strict=True))
+    return n, p, q, g.groups * cdiv(g.K // g.groups, tile.columns)
+
+
+class _Launch(NamedTuple):
+    """One launch without its tensors."""
+
+    xs: list[View | None]
+    w: View
+    programs: int
+    scalars: tuple  # filters of a group, tiles, sizes, walks
+    window: _Window
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    tile: Tile,
+    itemsize: int,
+    here: Device,
+    x_strides: Sizes,
+    w_strides: Sizes,
+) -> _Launch:
+    C, K = g.C // g.groups, g.K // g.groups
+    # Groups share descriptors: blocks must not run from one into the next.
+    assert g.groups == 1 or K % tile.columns == C % tile.depth == 0, (g.groups, tile)
+    xs, walks = reads(g, _box(tile), tile.depth, itemsize, x_strides)
+    counts = _tiles(g, pool, tile)
+    room = here.multiprocessors * blocks_per_multiprocessor(_without_stores(tile), itemsize, here)
+    sizes = (g.N, g.P, g.Q, pool.P, pool.Q, *counts[1:3], counts[3] // g.groups, g.groups, C)
+    return _Launch(
+        [*map(rows_first, xs), *[None] * (4 - len(xs))],
+        filters(g.w_shape, w_strides, (tile.columns, tile.depth), itemsize),
+        min(prod(counts), room),
+        (K, prod(counts), unspecialised(sizes), tuple([unspecialised(walk) for walk in walks])),
+        _window(pool),
+    )
+
+
+def conv2d_relu_max_pool2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    offsets: Tensor | None,
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+) -> None:
+    """y[N,K,P,Q] = the maximum of each window of relu(conv(x, w) + bias).
+
+    uint8 offsets[N,K,P,Q], of y's strides, tell the tap that won, r * S + s of the window, or 255
+    where the maximum is zero: no gradient flows there. A NaN wins.
+    """
+    assert offsets is None or offsets.stride() == y.stride(), (offsets.stride(), y.stride())
+    here = device.describe(x.device)
+    launch = _launch(g, pool, tile, x.element_size(), here, x.stride(), w.stride())
+    device.launch(
+        pooled_product_kernel,
+        (launch.programs,),
+        *[view and view.over(x) for view in launch.xs],
+        *(launch.w.over(w), bias, y, offsets, unspecialised_strides(y), *launch.scalars),
+        *(launch.window, precision, device.wide(0, y), (*_box(tile), tile.columns, tile.depth)),
+        device=x.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def _box(tile: Tile) -> Box:
+    assert tile.box is not None
+    return tile.box
