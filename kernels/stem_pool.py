@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .device import INTERPRET, Device, loop
+from .device import INTERPRET, Device
 from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
@@ -63,9 +63,11 @@ def choose_tile(
     """A tile of pixels of the map by filters; ``box`` is how the pixels lie in n, p and q."""
     depth = max(16, _segment(g, 0))
     if device.backend != "interpreter":
-        half = dtype.itemsize == 2
-        columns = max(16, min(64 if half else 32, power_of_2(g.K)))
-        return Tile(256, columns, depth, warps=8, stages=3, box=(1, 16, 16))
+        # Hopper multiplies 64 rows at once, and keeps less in registers.
+        hopper = device.arch == 90
+        columns = max(16, min(64 if hopper and dtype.itemsize == 2 else 32, power_of_2(g.K)))
+        warps = 8 if hopper or depth < _DEEPEST else 4
+        return Tile(256, columns, depth, warps=warps, stages=3, box=(1, 16, 16))
     columns = max(16, min(64, power_of_2(g.K)))
     depth = max(16, power_of_2(g.R) * _segment(g, 0))
     limit = INTERPRETER_ELEMENTS // max(columns, depth)
@@ -170,96 +172,82 @@ def halves(tile):
 def convolve(
     x_ptr,
     packed_ptr,
-    at,  # n_mask, h, w of each pair's first output and first tap, and where that row is in x
+    at,  # n_mask, h, w of each pair's first output and tap, that row's place in x, the next tap's
     x_strides,
     sizes,  # H, W
     FILTERS: tl.constexpr,
     RUN: tl.constexpr,
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
-    EXACT: tl.constexpr,
+    HALF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(even, odd)[COLUMNS, pairs] in float32: the two outputs of each pair.
+    """[filters, pairs] in float32: one output of each pair, or both where HALF is None.
 
-    Unless EXACT, an output's products with what its neighbour alone sees are zero times x: an
-    infinity or NaN there makes it NaN.
+    With both, an output's products with what its neighbour alone sees are zero times x: an infinity
+    or NaN there makes it NaN.
     """
     C: tl.constexpr = FILTERS[1]
     R: tl.constexpr = FILTERS[2]
     SEGMENT: tl.constexpr = RUN[0]
+    UNIT: tl.constexpr = RUN[4]
     LINES: tl.constexpr = DEPTH // SEGMENT
-    n_mask, h0, w0, x_rows = at
+    n_mask, h0, w0, x_rows, x_step = at
     H, W = sizes
     depth = tl.arange(0, DEPTH)
-    place = depth % SEGMENT
+    place = depth % SEGMENT + x_step * 0  # as wide as the offsets
     j = place - RUN[2]
     c, column = run_element(j, C, RUN[1], RUN[3])
     if RUN[3]:
         # Both ends of a row are multiples of the unit, as is the start of a run.
-        start = tl.multiple_of(w0 * C - RUN[2], RUN[4])
+        start = tl.multiple_of(w0 * C - RUN[2], UNIT)
         i = start[:, None] + place[None, :]
-        x_mask = (i >= 0) & (i < tl.multiple_of(W * C, RUN[4]))
-        x_offsets = tl.multiple_of(x_rows + start, RUN[4])[:, None] + place[None, :]
+        x_mask = (i >= 0) & (i < tl.multiple_of(W * C, UNIT))
+        x_offsets = tl.multiple_of(x_rows + start, UNIT)[:, None] + place[None, :]
     else:
         w = w0[:, None] + column[None, :]
         x_mask = within(w, W) & (c < C)[None, :]
         x_offsets = (x_rows + w0 * x_strides[3])[:, None]
         x_offsets += (c * x_strides[1] + column * x_strides[3])[None, :]
     x_mask &= n_mask[:, None]
-    x_step = tl.multiple_of(FILTERS[5] * x_strides[2], RUN[4])
+    line = depth // SEGMENT
     if LINES > 1:
-        line = depth // SEGMENT
-        x_offsets += tl.multiple_of(line * x_step, RUN[4])[None, :]
+        x_offsets += (line * x_step)[None, :]
 
-    PAIRS: tl.constexpr = h0.shape[0]
-    acc = tl.zeros((2 * COLUMNS, PAIRS), tl.float32)
-    even = tl.zeros((COLUMNS, PAIRS), tl.float32)
-    odd = tl.zeros((COLUMNS, PAIRS), tl.float32)
-    m = tl.arange(0, 2 * COLUMNS)
-    k = tl.arange(0, COLUMNS)
-    for i in tl.range((R + LINES - 1) // LINES):
+    m = tl.arange(0, 2 * COLUMNS if HALF is None else COLUMNS)
+    if HALF is not None:
+        m = m // 8 * 16 + HALF * 8 + m % 8
+        _, seen = window_tap(column, HALF, FILTERS)
+        seen &= j >= 0
+    acc = tl.zeros((m.shape[0], h0.shape[0]), tl.float32)
+    for i in tl.range((R + LINES - 1) // LINES, num_stages=None if HALF is None else 1):
         if LINES == 1:
             mask = x_mask & within(h0 + i * FILTERS[5], H)[:, None]
         else:
             r = i * LINES + line
             mask = x_mask & within(h0[:, None] + (r * FILTERS[5])[None, :], H) & (r < R)[None, :]
-        x_at = x_offsets + tl.multiple_of(i * (LINES * x_step), RUN[4])
+        x_at = x_offsets + tl.multiple_of(i * (LINES * x_step), UNIT)
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0)
-        w_ptr = packed_ptr + i * (2 * COLUMNS * DEPTH)
-        if EXACT:
-            for half in tl.static_range(2):
-                _, inside = window_tap(column, half, FILTERS)
-                seen = tl.where((inside & (j >= 0))[None, :], x, 0.0)
-                rows = (k // 8 * 16 + half * 8 + k % 8) * DEPTH
-                w = tl.load(w_ptr + rows[:, None] + depth[None, :])
-                if half == 0:
-                    even = dot(w, tl.trans(seen), even, PRECISION)
-                else:
-                    odd = dot(w, tl.trans(seen), odd, PRECISION)
-        else:
-            w = tl.load(w_ptr + (m * DEPTH)[:, None] + depth[None, :])
-            acc = dot(w, tl.trans(x), acc, PRECISION)
-    if not EXACT:
-        even, odd = halves(acc)
-    return even, odd
+        if HALF is not None:
+            x = tl.where(seen[None, :], x, 0.0)
+        w_at = i * (2 * COLUMNS * DEPTH) + (m * DEPTH)[:, None] + depth[None, :]
+        acc = dot(tl.load(packed_ptr + w_at), tl.trans(x), acc, PRECISION)
+    return acc
 
 
 @triton.jit
 def keys(values, bias, inside, TAP: tl.constexpr, DTYPE: tl.constexpr):
-    """(values + bias)[channels, pixels], above the number of their tap; -1 for pixels not inside.
-
-    inside and the keys have the shape of values, or their last axis.
-    """
-    values = narrow(values + bias[:, None], DTYPE)
+    """(values + bias)[channels, pixels] above the number of their tap; negative if not inside."""
+    values += bias[:, None]
+    if _INTERPRET:
+        # A GPU's own sums give NaN without a sign.
+        values = tl.where(values != values, float("nan"), values)
+    values = narrow(values, DTYPE)
     if DTYPE == tl.float32:
         bits = values.to(tl.int32, bitcast=True).to(tl.int64) << 32
     else:
         bits = values.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    if _INTERPRET:
-        # A GPU's own sums and conversions give NaN without a sign.
-        bits = tl.where(values != values, tl.abs(bits), bits)
-    return tl.where(inside[None, :], bits | (_LAST - TAP), -1)
+    return tl.where(inside[None, :], bits | (_LAST - TAP), -_LAST)
 
 
 @triton.jit
@@ -271,13 +259,14 @@ def before(tile, END: tl.constexpr):
     SIZE: tl.constexpr = tile.shape[1]
     ROWS: tl.constexpr = tile.shape[0]
     if SIZE == 1:
-        return tile
+        shifted = tile
     elif SIZE <= END:
         i = tl.maximum(tl.arange(0, SIZE) - 1, 0)
-        return tl.gather(tile, tl.broadcast_to(i[None, :], tile.shape), 1)
+        shifted = tl.gather(tile, tl.broadcast_to(i[None, :], tile.shape), 1)
     else:
         even, odd = tile.reshape(ROWS, SIZE // 2, 2).split()
-        return tl.join(before(odd, END), even).reshape(ROWS, SIZE)
+        shifted = tl.join(before(odd, END), even).reshape(ROWS, SIZE)
+    return shifted
 
 
 @triton.jit
@@ -331,6 +320,89 @@ def pooled(even, odd, bias, at, sizes, POOL: tl.constexpr, DOWN: tl.constexpr, D
 
 
 @triton.jit
+def windows(pid, sizes, K: tl.constexpr, POOL: tl.constexpr, TILE: tl.constexpr):
+    """(k_tile, n, p, q, owned) of the windows of a program's tile; not owned are those before it.
+
+    By image, pair of columns, pair of rows in a group, and group: what lies in one thread or in
+    neighbouring ones can be compared at little cost.
+    """
+    DOWN: tl.constexpr = TILE[1] // 2
+    ACROSS: tl.constexpr = TILE[2] // 2
+    K_TILES: tl.constexpr = (K + TILE[3] - 1) // TILE[3]
+    tile = pid // K_TILES
+    q_tiles = tl.cdiv(sizes[1], ACROSS - POOL[1] + 2)
+    p_tiles = tl.cdiv(sizes[0], DOWN - POOL[0] + 2)
+    row = tile // q_tiles
+    image = row // p_tiles
+    p0 = (row - image * p_tiles) * (DOWN - POOL[0] + 2) - POOL[0] + 2
+    q0 = (tile - row * q_tiles) * (ACROSS - POOL[1] + 2) - POOL[1] + 2
+    i = tl.arange(0, TILE[0] * ACROSS * DOWN)
+    p = i % _GROUPS * (DOWN // _GROUPS) + i // _GROUPS % (DOWN // _GROUPS)
+    q = i // DOWN % ACROSS
+    owned = (p >= POOL[0] - 2) & (q >= POOL[1] - 2)
+    return pid % K_TILES, image * TILE[0] + i // (ACROSS * DOWN), p0 + p, q0 + q, owned
+
+
+@triton.jit
+def tile_keys(
+    pid,
+    x_ptr,
+    packed_ptr,
+    bias_ptr,
+    x_strides,
+    sizes,
+    origin,
+    FILTERS: tl.constexpr,
+    POOL: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The keys of a tile's windows[filters, windows]."""
+    COLUMNS: tl.constexpr = TILE[3]
+    DEPTH: tl.constexpr = TILE[4]
+    TURNS: tl.constexpr = (FILTERS[2] * RUN[0] + DEPTH - 1) // DEPTH
+    N, H, W, P, Q, PP, PQ = plain(sizes)
+    x_strides = plain_strides(x_strides)
+    k_tile, n, p, q, _ = windows(pid, (PP, PQ), FILTERS[0], POOL, TILE)
+    # Where in the map the last two rows and columns of each window start.
+    p = 2 * p + POOL[0] - 2 - POOL[2]
+    q = 2 * q + POOL[1] - 2 - POOL[3]
+    h = p * FILTERS[4] + origin[0]
+    w = q * FILTERS[6] + origin[1]
+
+    # Each window's two rows, side by side
+    h = tl.join(h, h + FILTERS[4]).reshape(2 * h.shape[0])
+    w = tl.join(w, w).reshape(h.shape)
+    n = tl.join(n, n).reshape(h.shape)
+    x_step = (pid * 0 + FILTERS[5]) * x_strides[2]
+    x_at = (n < N, h, w, n * x_strides[0] + h * x_strides[2], x_step)
+    packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
+    if EXACT:
+        even = convolve(
+            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(FILTERS, RUN, DEPTH, COLUMNS, 0, PRECISION),
+        )
+        odd = convolve(
+            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(FILTERS, RUN, DEPTH, COLUMNS, 1, PRECISION),
+        )
+    else:
+        both = convolve(
+            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(FILTERS, RUN, DEPTH, COLUMNS, None, PRECISION),
+        )
+        even, odd = halves(both)
+    bias = tl.zeros((COLUMNS,), tl.float32)
+    if bias_ptr is not None:
+        k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
+        bias = widen(tl.load(bias_ptr + k, mask=k < FILTERS[0], other=0.0), tl.float32)
+    return pooled(even, odd, bias, (p, q), (P, Q), POOL, TILE[1] // (2 * _GROUPS), DTYPE)
+
+
+@triton.jit
 def stem_pool_kernel(
     x_ptr,  # [N, C, H, W]
     packed_ptr,  # as pack_kernel writes it
@@ -355,71 +427,37 @@ def stem_pool_kernel(
     program makes one tile of the map, accumulated in float32, and pools it. Where windows overlap,
     the tile starts with a pair of rows and one of columns that the windows before share.
     """
-    K: tl.constexpr = FILTERS[0]
-    COLUMNS: tl.constexpr = TILE[3]
-    DEPTH: tl.constexpr = TILE[4]
-    ROW_PAIRS: tl.constexpr = TILE[1] // 2
-    COLUMN_PAIRS: tl.constexpr = TILE[2] // 2
-    DOWN: tl.constexpr = ROW_PAIRS // _GROUPS
-    HALO_ROWS: tl.constexpr = POOL[0] - 2
-    HALO_COLUMNS: tl.constexpr = POOL[1] - 2
-    K_TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    TURNS: tl.constexpr = (FILTERS[2] * RUN[0] + DEPTH - 1) // DEPTH
-    N, H, W, P, Q, PP, PQ = plain(sizes)
-    x_strides = plain_strides(x_strides)
-
-    pid = program(WIDE)
-    k_tile = pid % K_TILES
-    tile = pid // K_TILES
-    q_tiles = tl.cdiv(PQ, COLUMN_PAIRS - HALO_COLUMNS)
-    p_tiles = tl.cdiv(PP, ROW_PAIRS - HALO_ROWS)
-    row = tile // q_tiles
-    image = row // p_tiles
-    pq0 = (tile - row * q_tiles) * (COLUMN_PAIRS - HALO_COLUMNS) - HALO_COLUMNS
-    pp0 = (row - image * p_tiles) * (ROW_PAIRS - HALO_ROWS) - HALO_ROWS
-    n0 = image * TILE[0]
-
-    # Places by image, pair of columns, pair of rows in a group, group and row: what lies in one
-    # thread or in neighbouring ones can be compared at no cost.
-    i = tl.arange(0, TILE[0] * COLUMN_PAIRS * TILE[1])
-    n = n0 + i // (COLUMN_PAIRS * TILE[1])
-    p = 2 * pp0 + HALO_ROWS - POOL[2] + (i // 2 % _GROUPS * DOWN + i // (2 * _GROUPS) % DOWN) * 2 + i % 2
-    q = 2 * pq0 + HALO_COLUMNS - POOL[3] + i // TILE[1] % COLUMN_PAIRS * 2
-    h = p * FILTERS[4] + origin[0]
-    w = q * FILTERS[6] + origin[1]
-    at = (n < N, h, w, n * x_strides[0] + h * x_strides[2])
-    packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
-    even, odd = convolve(
-        x_ptr, packed_ptr, at, x_strides, (H, W), FILTERS, RUN, DEPTH, COLUMNS, False, PRECISION
-    )
-
-    # Windows, in the same order
-    i = tl.arange(0, TILE[0] * COLUMN_PAIRS * ROW_PAIRS)
-    n = n0 + i // (COLUMN_PAIRS * ROW_PAIRS)
-    down = i % _GROUPS * DOWN + i // _GROUPS % DOWN
-    across = i // ROW_PAIRS % COLUMN_PAIRS
-    pp = pp0 + down
-    pq = pq0 + across
-    k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
-    bias = tl.zeros((COLUMNS,), tl.float32)
-    if bias_ptr is not None:
-        bias = widen(tl.load(bias_ptr + k, mask=k < K, other=0.0), tl.float32)
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    at = (2 * pp + HALO_ROWS - POOL[2], 2 * pq + HALO_COLUMNS - POOL[3])
-    key = pooled(even, odd, bias, at, (P, Q), POOL, DOWN, DTYPE)
-
     BITS: tl.constexpr = 32 if DTYPE == tl.float32 else 16
+    HALF_INFINITY: tl.constexpr = 0x7C00 if DTYPE == tl.float16 else 0x7F80
+    INFINITY: tl.constexpr = 0x7F800000 if DTYPE == tl.float32 else HALF_INFINITY
+    pid = program(WIDE)
+    key = tile_keys(
+        *(pid, x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin),
+        *(FILTERS, POOL, RUN, TILE, False, PRECISION, DTYPE),
+    )
+    largest = key.max()
+    if largest >> BITS > INFINITY:
+        # A NaN, perhaps of what a neighbour alone sees. Nothing for this rare case stays in
+        # registers: zero is added, which the compiler cannot know.
+        key = tile_keys(
+            *(pid + (largest >> (2 * BITS - 1)), x_ptr, packed_ptr, bias_ptr, x_strides, sizes),
+            *(origin, FILTERS, POOL, RUN, TILE, True, PRECISION, DTYPE),
+        )
+
+    N, _, _, _, _, PP, PQ = plain(sizes)
+    k_tile, n, p, q, owned = windows(pid, (PP, PQ), FILTERS[0], POOL, TILE)
+    k = k_tile * TILE[3] + tl.arange(0, TILE[3])
+    mask = (k < FILTERS[0])[:, None] & (owned & (n < N) & (p < PP) & (q < PQ))[None, :]
     INTEGER: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
     y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
-    mask = (n < N) & (down >= HALO_ROWS) & (pp < PP) & (across >= HALO_COLUMNS) & (pq < PQ)
-    mask = (k < K)[:, None] & mask[None, :]
     y_strides = plain_strides(y_strides)
-    places = n * y_strides[0] + pp * y_strides[2] + pq * y_strides[3]
+    places = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
     tl.store(y_ptr + ((k * y_strides[1])[:, None] + places[None, :]), y, mask=mask)
     if offsets_ptr is not None:
         tap = tl.where(key >> BITS > 0, _LAST - (key & _LAST), 255).to(tl.uint8)
         offsets_strides = plain_strides(offsets_strides)
-        places = n * offsets_strides[0] + pp * offsets_strides[2] + pq * offsets_strides[3]
+        places = n * offsets_strides[0] + p * offsets_strides[2] + q * offsets_strides[3]
         places = (k * offsets_strides[1])[:, None] + places[None, :]
         tl.store(offsets_ptr + places, tap, mask=mask)
 
