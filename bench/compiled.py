@@ -65,7 +65,9 @@ class Code(NamedTuple):
 def read(kernel: Any) -> Code:
     """What the machine code of one of Triton's compiled kernels says."""
     meta = kernel.metadata
-    steady = assembly.Program(_instructions(kernel), meta.name).steady(meta.num_warps)
+    instructions = _instructions(kernel)
+    steady = assembly.Program(instructions, meta.name).steady(meta.num_warps)
+    products = sum(instruction.tensor_core for instruction in instructions)
     binary = kernel.asm["hsaco" if "hsaco" in kernel.asm else "cubin"]
     return Code(
         kernel=meta.name,
@@ -74,7 +76,7 @@ def read(kernel: Any) -> Code:
         stages=meta.num_stages,
         **usage(kernel)._asdict(),
         shared_bytes=meta.shared,
-        tensor_core_instructions=steady.tensor_core_instructions if steady else 0,
+        tensor_core_instructions=steady.tensor_core_instructions if steady else products,
         loop_instructions=steady and steady.loop_instructions,
         loop_macs=steady and steady.macs,
         epilogue_instructions=steady and steady.epilogue_instructions,

@@ -8,8 +8,8 @@ What is kept for backward is one offset a window: see ``expansion``. Sizes and s
 elements.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -129,35 +129,53 @@ def conv_pool_kernel(
         tl.store(offsets_ptr + at, offset, mask=mask)
 
 
+class _Launch(NamedTuple):
+    """One launch without its tensors."""
+
+    windows: int
+    grid: tuple[int]
+    rest: tuple  # what the kernel takes of the geometry
+
+
 @lru_cache(maxsize=4096)
-def bind(
+def _launch(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> _Launch:
+    K, C = g.K // g.groups, g.C // g.groups
+    PP, PQ = pool.P, pool.Q
+    windows = g.N * PP * PQ
+    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, PP, PQ))
+    (R, S), (step_r, step_s), (before_r, before_s) = pool.kernel, pool.stride, pool.padding
+    reduction, window = (g.groups, K, C, g.R, g.S), (R, step_r, before_r, S, step_s, before_s)
+    grid = (cdiv(windows, tile.rows) * cdiv(K, tile.columns) * g.groups,)
+    return _Launch(windows, grid, (sizes, reduction, fprop_walk(g), window))
+
+
+def conv2d_relu_max_pool2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    offsets: Tensor | None,
     g: Conv2dGeometry,
     pool: Pool2dGeometry,
     tile: Tile,
+    *,
     precision: str,
-) -> Callable[..., None]:
-    """``conv2d_relu_max_pool2d`` of (x, w, bias, y, offsets), on any operands of these sizes."""
-    K, C = g.K // g.groups, g.C // g.groups
-    PP, PQ = pool.P, pool.Q
-    grid = (cdiv(g.N * PP * PQ, tile.rows) * cdiv(K, tile.columns) * g.groups,)
-    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, PP, PQ))
-    (R, S), (step_r, step_s), (before_r, before_s) = pool.kernel, pool.stride, pool.padding
-    window = R, step_r, before_r, S, step_s, before_s
-    reduction, walk = (g.groups, K, C, g.R, g.S), fprop_walk(g)
+) -> None:
+    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)).
 
-    def launch(x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor, offsets: Tensor | None):
-        y_strides = unspecialised_strides(y)
-        device.launch(
-            conv_pool_kernel,
-            grid,
-            *(x, w, bias, y, offsets, unspecialised_strides(x), w.stride(), y_strides),
-            y_strides if offsets is None else unspecialised_strides(offsets),
-            *(sizes, reduction, walk, window, precision),
-            device.wide(g.N * PP * PQ, x, w, y),
-            (tile.rows, tile.columns, tile.depth, tile.packed),
-            device=y.device,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-
-    return launch
+    offsets[N,K,PP,PQ], of ``max_pool.offset_dtype(pool)``, are the taps that won, all bits set
+    where no gradient flows.
+    """
+    launch = _launch(g, pool, tile)
+    y_strides = unspecialised_strides(y)
+    device.launch(
+        conv_pool_kernel,
+        launch.grid,
+        *(x, w, bias, y, offsets, unspecialised_strides(x), w.stride(), y_strides),
+        y_strides if offsets is None else unspecialised_strides(offsets),
+        *(*launch.rest, precision, device.wide(launch.windows, x, w, y)),
+        (tile.rows, tile.columns, tile.depth, tile.packed),
+        device=y.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

@@ -95,8 +95,8 @@ def rows_first(images: View) -> View:
     """[N, H, W, C] as [H, N, W, C], or pairs of both as [H/2, 2, N, W/2, 2C]."""
     rows = len(images.shape) - 3
     order = (*range(1, rows + 1), 0, rows + 1, rows + 2)
-    shape, strides, block = ([t[axis] for axis in order] for t in images[:3])
-    return View(shape, strides, block, images.offset)
+    axes = images.shape, images.strides, images.block
+    return View(*([t[axis] for axis in order] for t in axes), images.offset)
 
 
 def filters(shape: Sizes, strides: Sizes, block: Sequence[int], itemsize: int) -> View:

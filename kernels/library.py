@@ -551,9 +551,11 @@ def _conv_pool(
     layout = planner.layout_of((x, y), (w,))
     if 0 not in y.shape:
         engine, tile = planner.plan_pooled(g, pool, x.dtype, precision, here, layout)
-        launch = engine.bind(g, pool, tile, precision)
         bias = None if bias is None else bias.contiguous()
-        launch(x, w, bias, y, kept if offsets else None)
+        kept_or_none = kept if offsets else None
+        engine.conv2d_relu_max_pool2d(
+            x, w, bias, y, kept_or_none, g, pool, tile, precision=precision
+        )
     return y, kept
 
 

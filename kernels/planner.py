@@ -15,7 +15,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import conv_pool, descriptor_gemm, direct_conv, implicit_gemm, model
+from . import (
+    conv_pool,
+    descriptor_gemm,
+    descriptor_pool,
+    direct_conv,
+    implicit_gemm,
+    model,
+    stem_pool,
+)
 from .device import Device
 from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from .tile import Tile, blocks_per_multiprocessor, is_valid
@@ -87,6 +95,10 @@ def plan_pooled(
     layout: Layout,
 ) -> tuple[ModuleType, Tile]:
     """The engine and tile of a convolution that is pooled before it is stored."""
+    if stem_pool.supports(g, pool, dtype, device, layout):
+        return stem_pool, stem_pool.choose_tile(g, pool, dtype, device)
+    if device.descriptors and descriptor_pool.supports(g, pool, dtype, device, layout, precision):
+        return descriptor_pool, descriptor_pool.choose_tile(g, pool, dtype, precision, device)
     rows = g.N * pool.P * pool.Q
     tiles = [
         replace(tile, rows=min(tile.rows, _power(rows, tile.rows)))

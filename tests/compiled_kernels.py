@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from bench import compiled, selection
-from kernels import descriptor_pool, device, epilogue, max_pool, planner
+from kernels import descriptor_pool, device, epilogue, max_pool, planner, stem_pool
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
 
 ONE = ((1, 1), (1, 1))
 LAYERS = {
     "stem": Conv2dGeometry(32, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3))),
+    "alexnet conv1": Conv2dGeometry(32, 3, 224, 224, 64, 11, 11, (4, 4), ((2, 2), (2, 2))),
     "3x3": Conv2dGeometry(32, 64, 56, 56, 64, 3, 3, padding=ONE),
     "3x3/2": Conv2dGeometry(32, 128, 56, 56, 128, 3, 3, (2, 2), ONE),
     "1x1": Conv2dGeometry(32, 256, 56, 56, 64, 1, 1),
@@ -62,6 +63,14 @@ FUSED_POOLS = (
     ("3x3", torch.bfloat16, "ieee", ((3, 3), (1, 1), (1, 1))),
     ("vgg16 conv5", torch.bfloat16, "ieee", ((2, 2), (2, 2), (0, 0))),
     ("3x3", torch.float32, "tf32", ((2, 2), (2, 2), (0, 0))),
+)
+# Layer, kernel and padding of the pooling, dtype and precision, channels_last.
+STEMS = (
+    ("stem", (3, 3), (1, 1), torch.bfloat16, "ieee", True),
+    ("stem", (3, 3), (1, 1), torch.float16, "ieee", False),
+    ("stem", (3, 3), (1, 1), torch.float32, "tf32", True),
+    ("alexnet conv1", (3, 3), (0, 0), torch.bfloat16, "ieee", True),
+    ("lenet5 conv1", (2, 2), (0, 0), torch.bfloat16, "ieee", True),
 )
 
 Kernels = dict[str, tuple[str, str, Any]]  # where from, dtype, compiled kernel; by Triton's hash
@@ -141,6 +150,32 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> to
     return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
+def stems(gpu: device.Device, launched: list[Any]) -> Kernels:
+    """The first layers with their pooling, where the device has the kernel."""
+    found: Kernels = {}
+    for layer, kernel, padding, dtype, precision, channels_last in STEMS:
+        g = LAYERS[layer]
+        pool = Pool2dGeometry(g.N, g.K, g.P, g.Q, kernel, (2, 2), padding)
+        layout = "channels_last" if channels_last else "scattered"
+        if not stem_pool.supports(g, pool, dtype, gpu, layout):
+            continue
+        x, w, y = (
+            torch.empty_strided(
+                shape, output_strides(shape, channels_last), dtype=dtype, device="meta"
+            )
+            for shape in (g.x_shape, g.w_shape, pool.y_shape)
+        )
+        tile = stem_pool.choose_tile(g, pool, dtype, gpu)
+        launched.clear()
+        stem_pool.conv2d_relu_max_pool2d(
+            *(x, w, x.new_empty(g.K), y, torch.empty_like(y, dtype=torch.uint8)),
+            *(g, pool, tile),
+            precision=precision,
+        )
+        found = _found(f"{layer} pooled {layout}", dtype, launched) | found
+    return found
+
+
 def entry(where: str, dtype: str, kernel: Any) -> dict[str, Any]:
     """What was read of one kernel; only products are disassembled, which takes its time."""
     code = compiled.read(kernel) if "tt.dot" in kernel.asm["ttir"] else None
@@ -158,7 +193,7 @@ def entry(where: str, dtype: str, kernel: Any) -> dict[str, Any]:
 def main(arch: str) -> None:
     with selection.compiling(arch) as (gpu, launched), compiled.timing():
         found = convolutions(gpu, launched) | poolings(gpu, launched)
-        found |= fused_poolings(gpu, launched)
+        found |= fused_poolings(gpu, launched) | stems(gpu, launched)
         json.dump([entry(*kernel) for kernel in found.values()], sys.stdout, indent=1)
 
 

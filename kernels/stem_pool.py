@@ -1,0 +1,537 @@
+"""A network's stem in one kernel: convolution of few channels, bias, ReLU and max-pooling.
+
+The map between convolution and pooling is never written. Sizes and strides are in elements.
+
+*Two neighbouring outputs are one row of the product.* Their windows overlap in one short run of x,
+which is loaded once; the packed filters hold each filter twice, the second time shifted by the
+stride. So even and odd columns of the map come apart in the accumulator, even and odd rows by the
+order of its rows, and a window of two by two is four numbers of one thread.
+
+*Keys.* Each value, rounded to the result's dtype, becomes an integer: its bits, above a number that
+falls from tap to tap. One integer maximum then keeps value and switch, and of equal values the
+first. A NaN, made positive, exceeds all numbers; what is negative loses to zero as in the ReLU.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .device import INTERPRET, Device
+from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
+from .indexing import (
+    cdiv,
+    dot,
+    narrow,
+    plain,
+    plain_strides,
+    power_of_2,
+    program,
+    unspecialised,
+    unspecialised_strides,
+    widen,
+    within,
+)
+from .tile import INTERPRETER_ELEMENTS, Tile
+
+_FEW = 4  # channels
+_DEEPEST = 64  # elements of x in a row of the product
+_INTERPRET = tl.constexpr(INTERPRET)
+_LAST = tl.constexpr(15)  # what the first tap is numbered; the t-th has t less
+_GROUPS = tl.constexpr(4)  # of rows of the map, each in threads of its own
+_SHIFTED = tl.constexpr(2**20 if INTERPRET else 1)  # what the interpreter gathers at once
+
+
+def supports(
+    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, device: Device, layout: str
+) -> bool:
+    """Whether the kernel takes a convolution and the pooling of its map, in any layout."""
+    if g.groups != 1 or g.C > _FEW or dtype == torch.float64 or device.backend == "hip":
+        return False
+    if pool.stride != (2, 2) or pool.dilation != (1, 1) or not {*pool.kernel} <= {2, 3}:
+        return False
+    return _segment(g, 0) <= _DEEPEST
+
+
+def choose_tile(
+    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, device: Device
+) -> Tile:
+    """A tile of pixels of the map by filters; ``box`` is how the pixels lie in n, p and q."""
+    depth = max(16, _segment(g, 0))
+    if device.backend != "interpreter":
+        # Hopper multiplies 64 rows at once, and keeps less in registers.
+        hopper = device.arch == 90
+        columns = max(16, min(64 if hopper and dtype.itemsize == 2 else 32, power_of_2(g.K)))
+        warps = 8 if hopper or depth < _DEEPEST else 4
+        return Tile(256, columns, depth, warps=warps, stages=3, box=(1, 16, 16))
+    columns = max(16, min(64, power_of_2(g.K)))
+    depth = max(16, power_of_2(g.R) * _segment(g, 0))
+    limit = INTERPRETER_ELEMENTS // max(columns, depth)
+    p, q = (
+        2 * max(_GROUPS.value, min(16, power_of_2(places + kernel - 2)))
+        for places, kernel in zip((pool.P, pool.Q), pool.kernel, strict=True)
+    )
+    box = max(1, min(power_of_2(g.N), limit // (p * q))), p, q
+    return Tile(box[0] * p * q, columns, depth, box=box)
+
+
+class _Run(NamedTuple):
+    """The elements of x in one row that two neighbouring outputs see, as a row of the product."""
+
+    segment: int  # what they are padded to
+    columns: int  # of x, that the two windows cover together
+    lead: int  # elements before them
+    unit: int  # what divides the place of each run's first element in its row of x
+
+
+def _columns(g: Conv2dGeometry) -> int:
+    return (g.S - 1) * g.dilation[1] + 1 + g.stride[1]
+
+
+def _segment(g: Conv2dGeometry, lead: int) -> int:
+    return power_of_2(lead + _columns(g) * g.C)
+
+
+@lru_cache(maxsize=4096)
+def _run(g: Conv2dGeometry, pool: Pool2dGeometry, flat: bool, itemsize: int) -> _Run:
+    """``flat``: the elements lie side by side, and start earlier if that makes loads wider."""
+    step = 2 * g.stride[1] * g.C
+    first = -((pool.padding[1] + pool.kernel[1] - 2) * g.stride[1] + g.padding[1][0]) * g.C
+    unit = 16 // itemsize if flat else 1
+    while step % unit or _segment(g, first % unit) > _segment(g, 0):
+        unit //= 2
+    return _Run(_segment(g, 0), _columns(g), first % unit, unit)
+
+
+@triton.jit
+def run_element(j, C: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr):
+    """(c, column) of the j-th element of a run, c fastest if it is flat."""
+    if FLAT:
+        column = j // C
+        c = j - column * C
+    else:
+        c = j // COLUMNS
+        column = j - c * COLUMNS
+    return c, column
+
+
+@triton.jit
+def window_tap(column, half, FILTERS: tl.constexpr):
+    """(s, inside): the tap of the first or second output at a column of their run, if any."""
+    reach = column - half * FILTERS[6]
+    s = reach // FILTERS[7]
+    return s, (reach >= 0) & (s < FILTERS[3]) & (s * FILTERS[7] == reach)
+
+
+@triton.jit
+def pack_kernel(
+    w_ptr,  # [K, C, R, S]
+    packed_ptr,  # [tiles of filters, turns, COLUMNS / 8, 2, 8, DEPTH]
+    w_strides,  # k, c, r, s
+    FILTERS: tl.constexpr,  # K, C, R, S, strides and steps
+    RUN: tl.constexpr,  # segment, columns, lead, whether it is flat
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """packed[..., half, k, (r, j)] = w[k, c, r, s] for the tap s of output ``half`` at element j.
+
+    One program writes what one turn of the loop multiplies: zeros where a window does not reach.
+    """
+    TURNS: tl.constexpr = (FILTERS[2] * RUN[0] + DEPTH - 1) // DEPTH
+    pid = tl.program_id(0)
+    depth = tl.arange(0, DEPTH)
+    d = pid % TURNS * DEPTH + depth
+    j = d % RUN[0] - RUN[2]
+    r = d // RUN[0]
+    c, column = run_element(j, FILTERS[1], RUN[1], RUN[3])
+    m = tl.arange(0, 2 * COLUMNS)
+    k = pid // TURNS * COLUMNS + m // 16 * 8 + m % 8
+    s, inside = window_tap(column[None, :], (m // 8 % 2)[:, None], FILTERS)
+    inside &= ((j >= 0) & (c < FILTERS[1]) & (r < FILTERS[2]))[None, :]
+    inside &= (k < FILTERS[0])[:, None]
+    offsets = (k * w_strides[0])[:, None] + (c * w_strides[1] + r * w_strides[2])[None, :]
+    w = tl.load(w_ptr + offsets + s * w_strides[3], mask=inside, other=0.0)
+    packed_ptr += pid.to(tl.int64) * (2 * COLUMNS * DEPTH)
+    tl.store(packed_ptr + (m * DEPTH)[:, None] + depth[None, :], w)
+
+
+@triton.jit
+def halves(tile):
+    """(even, odd)[filters, pairs] of a tile[filters in eights, each twice; pairs]."""
+    M: tl.constexpr = tile.shape[0]
+    PAIRS: tl.constexpr = tile.shape[1]
+    tile = tile.reshape(M // 16, 2, 8, PAIRS).trans(0, 2, 3, 1)
+    return tile.reshape(M // 2, PAIRS, 2).split()
+
+
+@triton.jit
+def convolve(
+    x_ptr,
+    packed_ptr,
+    at,  # n_mask, h, w of each pair's first output and tap, that row's place in x, the next tap's
+    x_strides,
+    sizes,  # H, W
+    FILTERS: tl.constexpr,
+    RUN: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[filters, pairs] in float32: one output of each pair, or both where HALF is None.
+
+    With both, an output's products with what its neighbour alone sees are zero times x: an infinity
+    or NaN there makes it NaN.
+    """
+    C: tl.constexpr = FILTERS[1]
+    R: tl.constexpr = FILTERS[2]
+    SEGMENT: tl.constexpr = RUN[0]
+    UNIT: tl.constexpr = RUN[4]
+    LINES: tl.constexpr = DEPTH // SEGMENT
+    n_mask, h0, w0, x_rows, x_step = at
+    H, W = sizes
+    depth = tl.arange(0, DEPTH)
+    place = depth % SEGMENT + x_step * 0  # as wide as the offsets
+    j = place - RUN[2]
+    c, column = run_element(j, C, RUN[1], RUN[3])
+    if RUN[3]:
+        # Both ends of a row are multiples of the unit, as is the start of a run.
+        start = tl.multiple_of(w0 * C - RUN[2], UNIT)
+        i = start[:, None] + place[None, :]
+        x_mask = (i >= 0) & (i < tl.multiple_of(W * C, UNIT))
+        x_offsets = tl.multiple_of(x_rows + start, UNIT)[:, None] + place[None, :]
+    else:
+        w = w0[:, None] + column[None, :]
+        x_mask = within(w, W) & (c < C)[None, :]
+        x_offsets = (x_rows + w0 * x_strides[3])[:, None]
+        x_offsets += (c * x_strides[1] + column * x_strides[3])[None, :]
+    x_mask &= n_mask[:, None]
+    line = depth // SEGMENT
+    if LINES > 1:
+        x_offsets += (line * x_step)[None, :]
+
+    m = tl.arange(0, 2 * COLUMNS if HALF is None else COLUMNS)
+    if HALF is not None:
+        m = m // 8 * 16 + HALF * 8 + m % 8
+        _, seen = window_tap(column, HALF, FILTERS)
+        seen &= j >= 0
+    acc = tl.zeros((m.shape[0], h0.shape[0]), tl.float32)
+    for i in tl.range((R + LINES - 1) // LINES, num_stages=None if HALF is None else 1):
+        if LINES == 1:
+            mask = x_mask & within(h0 + i * FILTERS[5], H)[:, None]
+        else:
+            r = i * LINES + line
+            mask = x_mask & within(h0[:, None] + (r * FILTERS[5])[None, :], H) & (r < R)[None, :]
+        x_at = x_offsets + tl.multiple_of(i * (LINES * x_step), UNIT)
+        x = tl.load(x_ptr + x_at, mask=mask, other=0.0)
+        if HALF is not None:
+            x = tl.where(seen[None, :], x, 0.0)
+        w_at = i * (2 * COLUMNS * DEPTH) + (m * DEPTH)[:, None] + depth[None, :]
+        acc = dot(tl.load(packed_ptr + w_at), tl.trans(x), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def keys(values, bias, inside, TAP: tl.constexpr, DTYPE: tl.constexpr):
+    """(values + bias)[channels, pixels] above the number of their tap; negative if not inside."""
+    values += bias[:, None]
+    if _INTERPRET:
+        # A GPU's own sums give NaN without a sign.
+        values = tl.where(values != values, float("nan"), values)
+    values = narrow(values, DTYPE)
+    if DTYPE == tl.float32:
+        bits = values.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    else:
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return tl.where(inside[None, :], bits | (_LAST - TAP), -_LAST)
+
+
+@triton.jit
+def before(tile, END: tl.constexpr):
+    """tile[i - 1] at i along the last axis; what i = 0 gets is never asked for.
+
+    The axis is taken apart as long as it lies in registers, which costs nothing.
+    """
+    SIZE: tl.constexpr = tile.shape[1]
+    ROWS: tl.constexpr = tile.shape[0]
+    if SIZE == 1:
+        shifted = tile
+    elif SIZE <= END:
+        i = tl.maximum(tl.arange(0, SIZE) - 1, 0)
+        shifted = tl.gather(tile, tl.broadcast_to(i[None, :], tile.shape), 1)
+    else:
+        even, odd = tile.reshape(ROWS, SIZE // 2, 2).split()
+        shifted = tl.join(before(odd, END), even).reshape(ROWS, SIZE)
+    return shifted
+
+
+@triton.jit
+def before_column(key, POINTS: tl.constexpr):
+    """The key of the column pair to the left, of keys[channels, column pairs of POINTS rows]."""
+    CHANNELS: tl.constexpr = key.shape[0]
+    ACROSS: tl.constexpr = key.shape[1] // POINTS
+    key = key.reshape(CHANNELS, ACROSS, POINTS).trans(0, 2, 1).reshape(CHANNELS * POINTS, ACROSS)
+    key = before(key, _SHIFTED).reshape(CHANNELS, POINTS, ACROSS).trans(0, 2, 1)
+    return key.reshape(CHANNELS, ACROSS * POINTS)
+
+
+@triton.jit
+def before_row(key, DOWN: tl.constexpr):
+    """The key of the row pair above, of keys[channels, DOWN pairs of each of GROUPS last]."""
+    LINES: tl.constexpr = key.shape[0] * key.shape[1] // (DOWN * _GROUPS)
+    shape: tl.constexpr = key.shape
+    key = key.reshape(LINES, DOWN, _GROUPS).trans(0, 2, 1).reshape(LINES, _GROUPS * DOWN)
+    key = before(key, _GROUPS).reshape(LINES, _GROUPS, DOWN).trans(0, 2, 1)
+    return key.reshape(shape)
+
+
+@triton.jit
+def pooled(even, odd, bias, at, sizes, POOL: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr):
+    """The largest key of each window[channels, windows], at least 0.
+
+    ``at`` is where in the map the last two rows and columns of each window start.
+    """
+    S: tl.constexpr = POOL[1]
+    TAP: tl.constexpr = (POOL[0] - 2) * S + S - 2
+    CHANNELS: tl.constexpr = even.shape[0]
+    WINDOWS: tl.constexpr = even.shape[1] // 2
+    even_left, odd_left = even.reshape(CHANNELS, WINDOWS, 2).split()
+    even_right, odd_right = odd.reshape(CHANNELS, WINDOWS, 2).split()
+    p, q = at
+    even_row = within(p, sizes[0])
+    odd_row = within(p + 1, sizes[0])
+    left = within(q, sizes[1])
+    right = within(q + 1, sizes[1])
+    even_right = keys(even_right, bias, even_row & right, TAP + 1, DTYPE)
+    odd_right = keys(odd_right, bias, odd_row & right, TAP + S + 1, DTYPE)
+    even = tl.maximum(keys(even_left, bias, even_row & left, TAP, DTYPE), even_right)
+    odd = tl.maximum(keys(odd_left, bias, odd_row & left, TAP + S, DTYPE), odd_right)
+    if S == 3:
+        even = tl.maximum(even, before_column(even_right, DOWN * _GROUPS) + 2)
+        odd = tl.maximum(odd, before_column(odd_right, DOWN * _GROUPS) + 2)
+    best = tl.maximum(even, odd)
+    if POOL[0] == 3:
+        best = tl.maximum(best, before_row(odd, DOWN) + 2 * S)
+    return tl.maximum(best, 0)
+
+
+@triton.jit
+def windows(pid, sizes, K: tl.constexpr, POOL: tl.constexpr, TILE: tl.constexpr):
+    """(k_tile, n, p, q, owned) of the windows of a program's tile; not owned are those before it.
+
+    By image, pair of columns, pair of rows in a group, and group: what lies in one thread or in
+    neighbouring ones can be compared at little cost.
+    """
+    DOWN: tl.constexpr = TILE[1] // 2
+    ACROSS: tl.constexpr = TILE[2] // 2
+    K_TILES: tl.constexpr = (K + TILE[3] - 1) // TILE[3]
+    tile = pid // K_TILES
+    q_tiles = tl.cdiv(sizes[1], ACROSS - POOL[1] + 2)
+    p_tiles = tl.cdiv(sizes[0], DOWN - POOL[0] + 2)
+    row = tile // q_tiles
+    image = row // p_tiles
+    p0 = (row - image * p_tiles) * (DOWN - POOL[0] + 2) - POOL[0] + 2
+    q0 = (tile - row * q_tiles) * (ACROSS - POOL[1] + 2) - POOL[1] + 2
+    i = tl.arange(0, TILE[0] * ACROSS * DOWN)
+    p = i % _GROUPS * (DOWN // _GROUPS) + i // _GROUPS % (DOWN // _GROUPS)
+    q = i // DOWN % ACROSS
+    owned = (p >= POOL[0] - 2) & (q >= POOL[1] - 2)
+    return pid % K_TILES, image * TILE[0] + i // (ACROSS * DOWN), p0 + p, q0 + q, owned
+
+
+@triton.jit
+def tile_keys(
+    pid,
+    x_ptr,
+    packed_ptr,
+    bias_ptr,
+    x_strides,
+    sizes,
+    origin,
+    FILTERS: tl.constexpr,
+    POOL: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The keys of a tile's windows[filters, windows]."""
+    COLUMNS: tl.constexpr = TILE[3]
+    DEPTH: tl.constexpr = TILE[4]
+    TURNS: tl.constexpr = (FILTERS[2] * RUN[0] + DEPTH - 1) // DEPTH
+    N, H, W, P, Q, PP, PQ = plain(sizes)
+    x_strides = plain_strides(x_strides)
+    k_tile, n, p, q, _ = windows(pid, (PP, PQ), FILTERS[0], POOL, TILE)
+    # Where in the map the last two rows and columns of each window start.
+    p = 2 * p + POOL[0] - 2 - POOL[2]
+    q = 2 * q + POOL[1] - 2 - POOL[3]
+    h = p * FILTERS[4] + origin[0]
+    w = q * FILTERS[6] + origin[1]
+
+    # Each window's two rows, side by side
+    h = tl.join(h, h + FILTERS[4]).reshape(2 * h.shape[0])
+    w = tl.join(w, w).reshape(h.shape)
+    n = tl.join(n, n).reshape(h.shape)
+    x_step = (pid * 0 + FILTERS[5]) * x_strides[2]
+    x_at = (n < N, h, w, n * x_strides[0] + h * x_strides[2], x_step)
+    packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
+    if EXACT:
+        even = convolve(
+            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(FILTERS, RUN, DEPTH, COLUMNS, 0, PRECISION),
+        )
+        odd = convolve(
+            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(FILTERS, RUN, DEPTH, COLUMNS, 1, PRECISION),
+        )
+    else:
+        both = convolve(
+            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(FILTERS, RUN, DEPTH, COLUMNS, None, PRECISION),
+        )
+        even, odd = halves(both)
+    bias = tl.zeros((COLUMNS,), tl.float32)
+    if bias_ptr is not None:
+        k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
+        bias = widen(tl.load(bias_ptr + k, mask=k < FILTERS[0], other=0.0), tl.float32)
+    return pooled(even, odd, bias, (p, q), (P, Q), POOL, TILE[1] // (2 * _GROUPS), DTYPE)
+
+
+@triton.jit
+def stem_pool_kernel(
+    x_ptr,  # [N, C, H, W]
+    packed_ptr,  # as pack_kernel writes it
+    bias_ptr,  # [K] or None
+    y_ptr,  # [N, K, PP, PQ]
+    offsets_ptr,  # like y, or None
+    x_strides,  # n, c, h, w, unspecialised
+    y_strides,  # n, k, p, q, unspecialised; so are those of offsets
+    offsets_strides,
+    sizes,  # N, H, W, P, Q, PP, PQ, unspecialised
+    origin,  # of the walk along the height and the width
+    FILTERS: tl.constexpr,  # K, C, R, S; stride and step of the height, then of the width
+    POOL: tl.constexpr,  # kernel and padding, each of the height and the width
+    RUN: tl.constexpr,  # segment, columns, lead, whether it is flat, unit
+    TILE: tl.constexpr,  # images, rows, columns of the map; filters, depth
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y[n,k,p,q] = max over a window of relu(conv(x, w) + bias), and the tap that won.
+
+    A tap is r * S + s in the pooling's window, 255 where y is zero and no gradient flows. One
+    program makes one tile of the map, accumulated in float32, and pools it. Where windows overlap,
+    the tile starts with a pair of rows and one of columns that the windows before share.
+    """
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    BITS: tl.constexpr = 32 if DTYPE == tl.float32 else 16
+    HALF_INFINITY: tl.constexpr = 0x7C00 if DTYPE == tl.float16 else 0x7F80
+    INFINITY: tl.constexpr = 0x7F800000 if DTYPE == tl.float32 else HALF_INFINITY
+    pid = program(WIDE)
+    key = tile_keys(
+        *(pid, x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin),
+        *(FILTERS, POOL, RUN, TILE, False, PRECISION, DTYPE),
+    )
+    largest = key.max()
+    if largest >> BITS > INFINITY:
+        # A NaN, perhaps of what a neighbour alone sees. Nothing for this rare case stays in
+        # registers: zero is added, which the compiler cannot know.
+        key = tile_keys(
+            *(pid + (largest >> (2 * BITS - 1)), x_ptr, packed_ptr, bias_ptr, x_strides, sizes),
+            *(origin, FILTERS, POOL, RUN, TILE, True, PRECISION, DTYPE),
+        )
+
+    N, _, _, _, _, PP, PQ = plain(sizes)
+    k_tile, n, p, q, owned = windows(pid, (PP, PQ), FILTERS[0], POOL, TILE)
+    k = k_tile * TILE[3] + tl.arange(0, TILE[3])
+    mask = (k < FILTERS[0])[:, None] & (owned & (n < N) & (p < PP) & (q < PQ))[None, :]
+    INTEGER: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
+    y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
+    y_strides = plain_strides(y_strides)
+    places = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
+    tl.store(y_ptr + ((k * y_strides[1])[:, None] + places[None, :]), y, mask=mask)
+    if offsets_ptr is not None:
+        tap = tl.where(key >> BITS > 0, _LAST - (key & _LAST), 255).to(tl.uint8)
+        offsets_strides = plain_strides(offsets_strides)
+        places = n * offsets_strides[0] + p * offsets_strides[2] + q * offsets_strides[3]
+        places = (k * offsets_strides[1])[:, None] + places[None, :]
+        tl.store(offsets_ptr + places, tap, mask=mask)
+
+
+class _Launch(NamedTuple):
+    """What of a launch follows from its geometry alone."""
+
+    programs: int
+    packed: tuple[int, int, int]  # tiles of filters, turns, elements of a turn
+    sizes: tuple[int, ...]
+    filters: tuple[int, ...]
+    origin: Pair
+    window: tuple[int, int, int, int]
+
+
+@lru_cache(maxsize=4096)
+def _launch(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> _Launch:
+    images, rows, columns = tile.box or (1, 0, 0)
+    k_tiles = cdiv(g.K, tile.columns)
+    windows = (
+        cdiv(places, size // 2 - (kernel - 2))
+        for places, size, kernel in zip((pool.P, pool.Q), (rows, columns), pool.kernel, strict=True)
+    )
+    p_tiles, q_tiles = windows
+    turns = cdiv(g.R * _segment(g, 0), tile.depth)
+    return _Launch(
+        cdiv(g.N, images) * p_tiles * q_tiles * k_tiles,
+        (k_tiles, turns, tile.depth * 2 * tile.columns),
+        unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
+        (g.K, g.C, g.R, g.S, g.stride[0], g.dilation[0], g.stride[1], g.dilation[1]),
+        (-g.padding[0][0], -g.padding[1][0]),
+        (*pool.kernel, *pool.padding),
+    )
+
+
+def conv2d_relu_max_pool2d(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    offsets: Tensor | None,
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+) -> None:
+    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)).
+
+    offsets[N,K,PP,PQ], uint8, are the taps that won, r * S + s in the pooling's window, and 255
+    where y is zero: there no gradient flows. None are not wanted.
+    """
+    programs, packed, sizes, filters, origin, window = _launch(g, pool, tile)
+    n, c, h, w_stride = x.stride()
+    flat = w_stride == g.C and (c == 1 or g.C == 1)
+    run = _run(g, pool, flat, x.element_size())
+    aligned = (n | h | g.W * g.C) % run.unit == 0 and x.data_ptr() % 16 == 0
+    packed_filters = torch.empty(packed, dtype=w.dtype, device=w.device)
+    device.launch(
+        pack_kernel,
+        (packed[0] * packed[1],),
+        *(w, packed_filters, w.stride(), filters, (*run[:3], flat), tile.depth, tile.columns),
+        device=x.device,
+    )
+    y_strides = unspecialised_strides(y)
+    device.launch(
+        stem_pool_kernel,
+        (programs,),
+        *(x, packed_filters, bias, y, offsets, unspecialised_strides(x), y_strides),
+        y_strides if offsets is None else unspecialised_strides(offsets),
+        *(sizes, origin, filters, window, (*run[:3], flat, run.unit if aligned else 1)),
+        *((*(tile.box or ()), tile.columns, tile.depth), precision),
+        device.wide(g.N * g.P * g.Q, x, y),
+        device=x.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
