@@ -85,9 +85,10 @@ def channel_sum(dy):
     return dy.sum((0, 2, 3))
 
 
-def relu_backward(dy, y):
+def relu_backward(dy, y, bias):
     dz = torch.where(y <= 0, 0, dy)
-    return y.new_empty_strided(y.shape, dense_strides(y.shape, y.stride())).copy_(dz)
+    result = y.new_empty_strided(y.shape, dense_strides(y.shape, y.stride())).copy_(dz)
+    return result, channel_sum(dz) if bias else y.new_empty(0)
 
 
 def _geometry(x_shape, kernel, stride, padding, dilation, ceil_mode) -> Pool2dGeometry:

@@ -49,21 +49,27 @@ def _apply(function: type[Function], *args: Any) -> Any:
 
 
 class ReluBackward(Function):
-    """dz = dy where y > 0, through which y itself gets no gradient."""
+    """dz = dy where y > 0, through which y itself gets no gradient, and with ``bias`` its channel
+    sum db.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy, y):
-        return _relu_backward(dy, y)
+    def forward(dy, y, bias):
+        return _relu_backward(dy, y, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        ctx.save_for_backward(inputs[1])
+        _, y, ctx.bias = inputs
+        ctx.save_for_backward(y)
 
     @staticmethod
-    def backward(ctx: Any, ddz):
-        return _apply(ReluBackward, ddz, *ctx.saved_tensors), None
+    def backward(ctx: Any, ddz, ddb):
+        (y,) = ctx.saved_tensors
+        if ctx.bias:
+            ddz = ddz + ddb[:, None, None]
+        return _apply(ReluBackward, ddz, y, False)[0], None, None
 
 
 class ChannelSum(Function):
@@ -127,15 +133,17 @@ class Conv2d(Function):
     def backward(ctx: Any, dy):
         (x, w, y), call = ctx.saved_tensors, ctx.call
         need_dx, need_dw, need_db, need_residual, *others = ctx.needs_input_grad
-        if y is not None:
-            dy = _apply(ReluBackward, dy, y)
         dx = dw = db = None
+        if y is not None:
+            dy, db = _apply(ReluBackward, dy, y, need_db)
         if need_dx:
             dx = _apply(Conv2dDgrad, dy, w, None, call.x_size, *call.geometry, call.channels_last)
+        unsummed = need_db and y is None
         if need_dw:
             sizes = call.w_size, call.w_strides
-            dw, db = _apply(Conv2dWgrad, x, dy, *sizes, *call.geometry, need_db)
-        elif need_db:
+            dw, sums = _apply(Conv2dWgrad, x, dy, *sizes, *call.geometry, unsummed)
+            db = sums if unsummed else db
+        elif unsummed:
             db = _apply(ChannelSum, dy)
         dy = dy if need_residual else None
         return dx, dw, db if need_db else None, dy, *[None] * len(others)

@@ -365,14 +365,15 @@ def _channel_sum(dy: Tensor) -> Tensor:
     return db
 
 
-def _relu_backward_empty(dy: Tensor, y: Tensor) -> Tensor:
-    return y.new_empty_strided(y.shape, dense_strides(y.shape, y.stride()))
+def _relu_backward_empty(dy: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    dz = y.new_empty_strided(y.shape, dense_strides(y.shape, y.stride()))
+    return dz, y.new_empty(y.shape[1] if bias else 0)
 
 
-def _relu_backward(dy: Tensor, y: Tensor) -> Tensor:
-    dz = _relu_backward_empty(dy, y)
-    epilogue.relu_backward(dy, y, dz)
-    return dz
+def _relu_backward(dy: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
+    dz, db = _relu_backward_empty(dy, y, bias)
+    epilogue.relu_backward(dy, y, dz, db if bias else None)
+    return dz, db
 
 
 _define(
@@ -404,7 +405,7 @@ _define(
 )
 _define("channel_sum(Tensor dy) -> Tensor", _channel_sum, aten.channel_sum, _channel_sum_empty)
 _define(
-    "relu_backward(Tensor dy, Tensor y) -> Tensor",
+    "relu_backward(Tensor dy, Tensor y, bool bias) -> (Tensor, Tensor)",
     _relu_backward,
     aten.relu_backward,
     _relu_backward_empty,

@@ -67,6 +67,16 @@ def _channel_sum(info, in_dims, dy):
     return _unfold(_ops.channel_sum(folded), info.batch_size, 0), 0
 
 
+def _relu_backward(info, in_dims, dy, y, bias):
+    size, axis = info.batch_size, _CHANNELS if bias else _BATCH
+    dy, y = (_fold(t, dim, size, axis) for t, dim in zip((dy, y), in_dims[:2], strict=True))
+    dz, db = _ops.relu_backward(dy, y, bias)
+    return (_unfold(dz, size, axis), _unfold(db, size, 0) if bias else db), (
+        axis,
+        0 if bias else None,
+    )
+
+
 def _max_pool2d(info, in_dims, x, *window):
     results = _ops.max_pool2d(_fold(x, in_dims[0], info.batch_size, _BATCH), *window)
     wanted = (True, *window[-2:])
@@ -131,12 +141,12 @@ def register(library: torch.library.Library) -> None:
         "conv2d_dgrad": _dgrad,
         "conv2d_wgrad": _wgrad,
         "channel_sum": _channel_sum,
+        "relu_backward": _relu_backward,
         "conv2d_relu_max_pool2d": _conv_pool,
         "conv2d_relu_max_pool2d_backward": _conv_pool_backward,
         "max_pool2d": _max_pool2d,
     }
     for name in (
-        "relu_backward",
         "max_pool2d_backward",
         "max_pool2d_gather",
         "max_unpool2d",

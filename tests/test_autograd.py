@@ -326,7 +326,7 @@ def operator_samples(device, dtype):
         "max_pool2d_gather": [(x, offsets, *pool)],
         "max_unpool2d": [(values, indices, [5, 7])],
         "max_unpool2d_backward": [(unpooled, indices)],
-        "relu_backward": [(y, (y - 0.5).detach())],
+        "relu_backward": [(y, (y - 0.5).detach(), True), (y, (y - 0.5).detach(), False)],
     }
 
 
