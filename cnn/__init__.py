@@ -14,6 +14,7 @@ from .layers import (
     ConvTranspose2d,
     MaxPool2d,
     MaxUnpool2d,
+    fold_batch_norm,
 )
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MaxPool2d",
     "MaxUnpool2d",
     "autotune",
+    "fold_batch_norm",
     "functional",
     "models",
     "warm_up",

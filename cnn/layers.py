@@ -5,6 +5,7 @@ Constructors, ``state_dict`` and ``isinstance`` are those of ``torch.nn``.
 
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
@@ -150,3 +151,68 @@ class MaxUnpool2d(nn.MaxUnpool2d):
         return F.max_unpool2d(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )
+
+
+@torch.no_grad()
+def fold_batch_norm(
+    convolution: nn.Conv2d, norm: nn.BatchNorm2d, *following: nn.ReLU | nn.MaxPool2d
+) -> Conv2d:
+    """One module for inference that does what the given ones do one after another.
+
+    The normalisation, by its running statistics, goes into weight and bias (Jacob et al.,
+    "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
+    2018, section 3.2), computed in float64 and rounded once to the weight's dtype.
+
+    Args:
+        convolution: torch's or ours; its memory format, dtype and device are kept.
+        norm: of the convolution's filters, with running statistics.
+        following: nothing, a ReLU, or a ReLU and a MaxPool2d without dilation, ceil_mode or
+            return_indices.
+
+    Returns a Conv2d, a ConvReLU2d or a ConvReLUMaxPool2d with parameters of its own, in eval mode.
+    Raises ValueError where the modules do not fit together.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"norm must have running statistics, got norm={norm}")
+    if norm.num_features != convolution.out_channels:
+        raise ValueError(
+            f"norm must have {convolution.out_channels} features, got norm={norm} after "
+            f"convolution={convolution}"
+        )
+    kinds = [type(module) for module in following]
+    pool: Any = following[-1] if len(following) == 2 else None
+    if len(kinds) > 2 or not all(map(issubclass, kinds, (nn.ReLU, nn.MaxPool2d))):
+        raise ValueError(f"a ReLU and a MaxPool2d may follow, got following={following}")
+    if pool and (pool.return_indices or pool.ceil_mode or _pair(pool.dilation) != (1, 1)):
+        raise ValueError(f"no fused module pools as {pool} does")
+    window = {}
+    if pool:
+        window = {
+            "pool_kernel_size": pool.kernel_size,
+            "pool_stride": pool.stride,
+            "pool_padding": pool.padding,
+        }
+    weight, bias = convolution.weight, convolution.bias
+    folded = (Conv2d, ConvReLU2d, ConvReLUMaxPool2d)[len(following)](
+        convolution.in_channels,
+        convolution.out_channels,
+        convolution.kernel_size,
+        convolution.stride,
+        convolution.padding,
+        convolution.dilation,
+        convolution.groups,
+        padding_mode=convolution.padding_mode,  # type: ignore[arg-type]
+        device=weight.device,
+        dtype=weight.dtype,
+        **window,
+    )
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    shift = -norm.running_mean.double() if bias is None else bias - norm.running_mean.double()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    folded.weight = nn.Parameter((weight * scale[:, None, None, None]).to(weight))
+    folded.bias = nn.Parameter(shift.to(weight))
+    return folded.eval()

@@ -184,3 +184,64 @@ def test_copies(clone, device):
     copied = clone(net)
     assert str(copied) == str(net)
     assert_close(copied(x), net(x), rtol=0, atol=0)
+
+
+def trained_norm(channels, dtype, affine=True):
+    norm = nn.BatchNorm2d(channels, affine=affine, dtype=dtype).eval()
+    for t in (norm.running_mean, norm.weight, norm.bias):
+        if t is not None:
+            nn.init.normal_(t)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    return norm
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize(
+    ("following", "kind"),
+    [
+        ((), cnn.Conv2d),
+        ((nn.ReLU(),), cnn.ConvReLU2d),
+        ((nn.ReLU(True), nn.MaxPool2d(3, 2, 1)), cnn.ConvReLUMaxPool2d),
+    ],
+    ids=["alone", "relu", "pool"],
+)
+def test_batch_norm_is_folded_to_rounding(following, kind, bias, affine, device):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=bias, padding_mode="reflect")
+    layer = layer.double().to(memory_format=torch.channels_last)
+    norm = trained_norm(6, torch.float64, affine)
+    x = torch.randn(2, 4, 11, 12, dtype=torch.float64)
+    right = nn.Sequential(layer, norm, *following)(x)
+    folded = cnn.fold_batch_norm(layer, norm, *following)
+    assert type(folded) is kind
+    assert not folded.training
+    assert folded.weight.is_contiguous(memory_format=torch.channels_last)
+    assert_close(folded.to(device)(x.to(device)).cpu(), right, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_is_folded_with_one_rounding():
+    torch.manual_seed(0)
+    layer, norm = nn.Conv2d(3, 5, 3).bfloat16(), trained_norm(5, torch.float32)
+    folded = cnn.fold_batch_norm(layer, norm)
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    exact = layer.weight.double() * scale[:, None, None, None]
+    assert folded.weight.dtype == torch.bfloat16
+    assert torch.equal(folded.weight, exact.bfloat16())
+    assert all(p.requires_grad for p in folded.parameters())
+
+
+@pytest.mark.parametrize(
+    ("norm", "following"),
+    [
+        (nn.BatchNorm2d(5), ()),
+        (nn.BatchNorm2d(6, track_running_stats=False), ()),
+        (nn.BatchNorm2d(6), (nn.MaxPool2d(2),)),
+        (nn.BatchNorm2d(6), (nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True))),
+        (nn.BatchNorm2d(6), (nn.ReLU(), nn.MaxPool2d(2), nn.ReLU())),
+    ],
+    ids=["features", "statistics", "pool alone", "ceil_mode", "three"],
+)
+def test_modules_that_do_not_fold_are_refused(norm, following):
+    with pytest.raises(ValueError, match=r"norm|follow|pools"):
+        cnn.fold_batch_norm(nn.Conv2d(4, 6, 3), norm, *following)

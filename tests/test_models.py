@@ -59,6 +59,25 @@ def test_logits_and_gradients_are_those_of_torch(device):
         torch.testing.assert_close(ours.grad.cpu().double(), theirs.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_it_trains_as_unfused(device):
+    """A few steps of SGD: the losses are equal to rounding."""
+    torch.manual_seed(0)
+    fused = cnn.models.lenet5().to(device)
+    unfused = reference(fused).float().to(device)
+    x, labels = torch.randn(4, 1, 32, 32, device=device), torch.tensor([1, 7, 4, 0], device=device)
+    losses = []
+    for model in (fused, unfused):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), labels)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
+    assert losses[3] < losses[0]
+
+
 def test_one_image_without_a_batch(device):
     model = cnn.models.lenet5().to(device)
     x = torch.randn(1, 32, 32, device=device)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ..layers import ConvReLU2d, MaxPool2d
+from ..layers import ConvReLUMaxPool2d
 
 
 class LeNet5(nn.Module):
@@ -18,12 +18,10 @@ class LeNet5(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1):
         super().__init__()
-        self.features = nn.Sequential(
-            ConvReLU2d(in_channels, 6, 5),
-            MaxPool2d(2),
-            ConvReLU2d(6, 16, 5),
-            MaxPool2d(2),
-        )
+        # Numbered as if the poolings stood apart, as checkpoints have it.
+        self.features = nn.Sequential()
+        self.features.add_module("0", ConvReLUMaxPool2d(in_channels, 6, 5, pool_kernel_size=2))
+        self.features.add_module("2", ConvReLUMaxPool2d(6, 16, 5, pool_kernel_size=2))
         self.classifier = nn.Sequential(
             nn.Linear(16 * 5 * 5, 120),
             nn.ReLU(),
