@@ -130,7 +130,8 @@ class _Taps(NamedTuple):
             )
         width = columns[1] - columns[0]
         count = (rows[1] - rows[0]) * width
-        return cls((rows[0], columns[0]), width, count, count if count <= _UNROLLED else 1)
+        unroll = count if count <= _UNROLLED else min(width, 8)
+        return cls((rows[0], columns[0]), width, count, unroll)
 
 
 def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
@@ -488,7 +489,7 @@ def max_pool2d_far_backward_kernel(
         row_mask = row_mask & (r % WINDOW.dilation[0] == 0) & (r // WINDOW.dilation[0] < R)
         dy_rows = dy_planes + p * dy_strides[2]
         offsets_rows = offsets_planes + p * offsets_strides[2]
-        for j in tl.range(0, WINDOWS[1]):
+        for j in tl.range(0, WINDOWS[1], loop_unroll_factor=min(WINDOWS[1], 8)):
             q = q0 + j
             s = w0 - q * WINDOW.stride[1]
             covers = row_mask & within(q, Q)
