@@ -73,8 +73,9 @@ def choose_tile(
 def _tile(places: int, channels: int, channels_last: bool, device: Device) -> Tile:
     """A tile that lies along the axis of a tensor that is contiguous.
 
-    Eight channels for each thread are one load of 16 bytes in 16 bits; pixels are loaded one by
-    one. The interpreter takes its time by the program, not by the element.
+    Eight channels for each thread are one load of 16 bytes in 16 bits. Where pixels lie side by
+    side a thread has one of them in four channels, which share its addresses. The interpreter
+    takes its time by the program, not by the element.
     """
     columns = power_of_2(channels)
     if device.backend == "interpreter":
@@ -211,47 +212,37 @@ class _Launch(NamedTuple):
     """One launch without its tensors."""
 
     grid: tuple[int]
-    arguments: tuple[Any, ...]  # of the kernel: strides, walk, then its own, then the tile
+    arguments: tuple[Any, ...]  # strides, walk, those of the kernel alone, tile
 
-    @classmethod
-    def over(
-        cls,
-        places: tuple[int, int, int],
-        C: int,
-        itemsize: int,
-        tile: Tile,
-        *layouts: tuple[Sequence[int], Strides],
-    ) -> "_Launch":
-        """A walk over places (n, p, q) by C channels of tensors of these shapes and strides.
 
-        Its tile is rows, columns, unit, and whether offsets need 64 bits. Where channels lie side
-        by side C and the other strides are multiples of the unit, which makes aligned loads; in
-        dense tensors it depends on C alone.
-        """
-        N, P, Q = places
-        rows = [_row_strides(*layout) for layout in layouts]
-        unit = 1
-        if all(strides[1] == 1 for _, strides in layouts) and max(map(max, rows)) < 2**31:
-            unit = gcd(_VECTOR // itemsize, C, *(stride for strides in rows for stride in strides))
-        column_tiles = cdiv(C, tile.columns)
-        walk = unspecialised((N, P, Q, C // unit, column_tiles))
-        wide = device.wide(max(N * P * Q, *(largest_offset(*layout) for layout in layouts)))
-        strides = tuple(
-            (2 * (n // unit) - 1, 2 * layout[1][1] - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
-            for layout, (n, h, w) in zip(layouts, rows, strict=True)
-        )
-        return cls(
-            (cdiv(N * P * Q, tile.rows) * column_tiles,),
-            (
-                strides,
-                walk + divisors(P, Q, column_tiles),
-                _Tile(tile.rows, tile.columns, unit, wide, layouts[-1][1][1] == 1),
-            ),
-        )
+def _launch(
+    places: tuple[int, int, int],
+    C: int,
+    itemsize: int,
+    tile: Tile,
+    layouts: Sequence[tuple[Sequence[int], Strides]],
+    *own: Any,
+) -> _Launch:
+    """A walk over places (n, p, q) by C channels of tensors of these shapes and strides.
 
-    def between(self, *own: Any) -> "_Launch":
-        """With the kernel's own arguments, before the tile."""
-        return self._replace(arguments=(*self.arguments[:-1], *own, self.arguments[-1]))
+    Where channels lie side by side the unit is what C and the strides of dense tensors have in
+    common, up to a vector: it makes aligned loads, and depends neither on the batch nor the image.
+    """
+    N, P, Q = places
+    rows = [_row_strides(*layout) for layout in layouts]
+    unit = 1
+    channels = [strides[1] for _, strides in layouts]
+    if set(channels) == {1} and max(map(max, rows)) < 2**31:
+        unit = gcd(_VECTOR // itemsize, C, *(stride for strides in rows for stride in strides))
+    column_tiles = cdiv(C, tile.columns)
+    walk = unspecialised((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
+    wide = device.wide(max(N * P * Q, *(largest_offset(*layout) for layout in layouts)))
+    strides = tuple(
+        (2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
+        for (n, h, w), c in zip(rows, channels, strict=True)
+    )
+    block = _Tile(tile.rows, tile.columns, unit, wide, channels[-1] == 1)
+    return _Launch((cdiv(N * P * Q, tile.rows) * column_tiles,), (strides, walk, *own, block))
 
 
 def _row_strides(shape: Sequence[int], strides: Strides) -> tuple[int, int, int]:
@@ -400,8 +391,8 @@ def _forward(
     g: Pool2dGeometry, tile: Tile, itemsize: int, x: Strides, y: Strides, *others: Strides | None
 ) -> _Launch:
     results = [(g.y_shape, strides or y) for strides in (y, *others)]
-    launch = _Launch.over((g.N, g.P, g.Q), g.C, itemsize, tile, (g.x_shape, x), *results)
-    return launch.between(unspecialised((g.H, g.W)), _Window.of(g), _Taps.of(g))
+    own = unspecialised((g.H, g.W)), _Window.of(g), _Taps.of(g)
+    return _launch((g.N, g.P, g.Q), g.C, itemsize, tile, [(g.x_shape, x), *results], *own)
 
 
 @triton.jit
@@ -523,12 +514,12 @@ def _backward(
     g: Pool2dGeometry, tile: Tile, itemsize: int, dy: Strides, offsets: Strides, dx: Strides
 ) -> tuple[Any, _Launch]:
     layouts = (g.y_shape, dy), (g.y_shape, offsets), (g.x_shape, dx)
-    launch = _Launch.over((g.N, *_cells(g)), g.C, itemsize, tile, *layouts)
+    kernel: Any = max_pool2d_far_backward_kernel
+    own: tuple = unspecialised((g.P, g.Q)), _Window.of(g), g.covering
     if _by_cells(g):
-        sizes = unspecialised((g.H, g.W, g.P, g.Q))
-        return max_pool2d_backward_kernel, launch.between(sizes, _Cell.of(g))
-    arguments = unspecialised((g.P, g.Q)), _Window.of(g), g.covering
-    return max_pool2d_far_backward_kernel, launch.between(*arguments)
+        kernel = max_pool2d_backward_kernel
+        own = unspecialised((g.H, g.W, g.P, g.Q)), _Cell.of(g)
+    return kernel, _launch((g.N, *_cells(g)), g.C, itemsize, tile, layouts, *own)
 
 
 @triton.jit
@@ -577,7 +568,7 @@ def _gather(
     g: Pool2dGeometry, tile: Tile, itemsize: int, ddx: Strides, offsets: Strides, ddy: Strides
 ) -> _Launch:
     layouts = (g.x_shape, ddx), (g.y_shape, offsets), (g.y_shape, ddy)
-    return _Launch.over((g.N, g.P, g.Q), g.C, itemsize, tile, *layouts).between(_Window.of(g))
+    return _launch((g.N, g.P, g.Q), g.C, itemsize, tile, layouts, _Window.of(g))
 
 
 @triton.jit
@@ -705,10 +696,9 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     N, C, H, W = dy.shape
     P, Q = dx.shape[2:]
     tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
-    layouts = ((t.shape, t.stride()) for t in (dy, indices, dx))
-    launch = _Launch.over((N, P, Q), C, dy.element_size(), tile, *layouts).between(
-        unspecialised((H * W, W))
-    )
+    layouts = [(t.shape, t.stride()) for t in (dy, indices, dx)]
+    sizes = unspecialised((H * W, W))
+    launch = _launch((N, P, Q), C, dy.element_size(), tile, layouts, sizes)
     device.launch(
         max_unpool2d_backward_kernel,
         launch.grid,
