@@ -435,8 +435,9 @@ def max_pool2d_backward_kernel(
         for j in tl.static_range(len(CELL.pixels[i])):
             won = offsets[CELL.pixels[i][j][0]] == CELL.pixels[i][j][1]
             dx += tl.where(won, widen(dys[CELL.pixels[i][j][0]], ACC), 0.0)
-        row = CELL.first[0] + i // CELL.size[1]
-        column = CELL.first[1] + i % CELL.size[1]
+        # As wide as u and v, as a stride's multiple may not fit into 32 bits.
+        row = u * 0 + (CELL.first[0] + i // CELL.size[1])
+        column = v * 0 + (CELL.first[1] + i % CELL.size[1])
         inside = mask & within(u * CELL.size[0] + row, H) & within(v * CELL.size[1] + column, W)
         dx_at = dx_cells + (row * dx_strides[2] + column * dx_strides[3])
         tl.store(dx_at, narrow(dx, DTYPE), mask=inside)
