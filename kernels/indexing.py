@@ -134,7 +134,7 @@ within = _interpreted_within if INTERPRET else _compiled_within
 """Whether 0 <= i < size, in one comparison: as an unsigned number a negative one is large."""
 
 quotient = _interpreted_quotient if INTERPRET else _compiled_quotient
-"""i // size, for i >= 0, by what ``divisors`` made of the size: a third of the instructions."""
+"""i // size, for i >= 0, by what ``divisors`` made of the size: a shift, a product, a shift."""
 
 
 def fprop_walk(g: Conv2dGeometry) -> tuple[int, ...]:

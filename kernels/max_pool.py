@@ -73,8 +73,9 @@ def choose_tile(
 def _tile(places: int, channels: int, channels_last: bool, device: Device) -> Tile:
     """A tile that lies along the axis of a tensor that is contiguous.
 
-    Eight channels for each thread are one load of 16 bytes in 16 bits; pixels are loaded one by
-    one. The interpreter takes its time by the program, not by the element.
+    Eight channels for each thread are one load of 16 bytes in 16 bits. Where pixels lie side by
+    side a thread has one of them in four channels, which share its addresses. The interpreter
+    takes its time by the program, not by the element.
     """
     columns = power_of_2(channels)
     if device.backend == "interpreter":
@@ -130,7 +131,8 @@ class _Taps(NamedTuple):
             )
         width = columns[1] - columns[0]
         count = (rows[1] - rows[0]) * width
-        return cls((rows[0], columns[0]), width, count, count if count <= _UNROLLED else 1)
+        unroll = count if count <= _UNROLLED else min(width, 8)
+        return cls((rows[0], columns[0]), width, count, unroll)
 
 
 def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
@@ -210,47 +212,37 @@ class _Launch(NamedTuple):
     """One launch without its tensors."""
 
     grid: tuple[int]
-    arguments: tuple[Any, ...]  # of the kernel: strides, walk, then its own, then the tile
+    arguments: tuple[Any, ...]  # strides, walk, those of the kernel alone, tile
 
-    @classmethod
-    def over(
-        cls,
-        places: tuple[int, int, int],
-        C: int,
-        itemsize: int,
-        tile: Tile,
-        *layouts: tuple[Sequence[int], Strides],
-    ) -> "_Launch":
-        """A walk over places (n, p, q) by C channels of tensors of these shapes and strides.
 
-        Its tile is rows, columns, unit, and whether offsets need 64 bits. Where channels lie side
-        by side C and the other strides are multiples of the unit, which makes aligned loads; in
-        dense tensors it depends on C alone.
-        """
-        N, P, Q = places
-        rows = [_row_strides(*layout) for layout in layouts]
-        unit = 1
-        if all(strides[1] == 1 for _, strides in layouts) and max(map(max, rows)) < 2**31:
-            unit = gcd(_VECTOR // itemsize, C, *(stride for strides in rows for stride in strides))
-        column_tiles = cdiv(C, tile.columns)
-        walk = unspecialised((N, P, Q, C // unit, column_tiles))
-        wide = device.wide(max(N * P * Q, *(largest_offset(*layout) for layout in layouts)))
-        strides = tuple(
-            (2 * (n // unit) - 1, 2 * layout[1][1] - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
-            for layout, (n, h, w) in zip(layouts, rows, strict=True)
-        )
-        return cls(
-            (cdiv(N * P * Q, tile.rows) * column_tiles,),
-            (
-                strides,
-                walk + divisors(P, Q, column_tiles),
-                _Tile(tile.rows, tile.columns, unit, wide, layouts[-1][1][1] == 1),
-            ),
-        )
+def _launch(
+    places: tuple[int, int, int],
+    C: int,
+    itemsize: int,
+    tile: Tile,
+    layouts: Sequence[tuple[Sequence[int], Strides]],
+    *own: Any,
+) -> _Launch:
+    """A walk over places (n, p, q) by C channels of tensors of these shapes and strides.
 
-    def between(self, *own: Any) -> "_Launch":
-        """With the kernel's own arguments, before the tile."""
-        return self._replace(arguments=(*self.arguments[:-1], *own, self.arguments[-1]))
+    Where channels lie side by side the unit is what C and the strides of dense tensors have in
+    common, up to a vector: it makes aligned loads, and depends neither on the batch nor the image.
+    """
+    N, P, Q = places
+    rows = [_row_strides(*layout) for layout in layouts]
+    unit = 1
+    channels = [strides[1] for _, strides in layouts]
+    if set(channels) == {1} and max(map(max, rows)) < 2**31:
+        unit = gcd(_VECTOR // itemsize, C, *(stride for strides in rows for stride in strides))
+    column_tiles = cdiv(C, tile.columns)
+    walk = unspecialised((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
+    wide = device.wide(max(N * P * Q, *(largest_offset(*layout) for layout in layouts)))
+    strides = tuple(
+        (2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
+        for (n, h, w), c in zip(rows, channels, strict=True)
+    )
+    block = _Tile(tile.rows, tile.columns, unit, wide, channels[-1] == 1)
+    return _Launch((cdiv(N * P * Q, tile.rows) * column_tiles,), (strides, walk, *own, block))
 
 
 def _row_strides(shape: Sequence[int], strides: Strides) -> tuple[int, int, int]:
@@ -399,8 +391,8 @@ def _forward(
     g: Pool2dGeometry, tile: Tile, itemsize: int, x: Strides, y: Strides, *others: Strides | None
 ) -> _Launch:
     results = [(g.y_shape, strides or y) for strides in (y, *others)]
-    launch = _Launch.over((g.N, g.P, g.Q), g.C, itemsize, tile, (g.x_shape, x), *results)
-    return launch.between(unspecialised((g.H, g.W)), _Window.of(g), _Taps.of(g))
+    own = unspecialised((g.H, g.W)), _Window.of(g), _Taps.of(g)
+    return _launch((g.N, g.P, g.Q), g.C, itemsize, tile, [(g.x_shape, x), *results], *own)
 
 
 @triton.jit
@@ -443,8 +435,9 @@ def max_pool2d_backward_kernel(
         for j in tl.static_range(len(CELL.pixels[i])):
             won = offsets[CELL.pixels[i][j][0]] == CELL.pixels[i][j][1]
             dx += tl.where(won, widen(dys[CELL.pixels[i][j][0]], ACC), 0.0)
-        row = CELL.first[0] + i // CELL.size[1]
-        column = CELL.first[1] + i % CELL.size[1]
+        # As wide as u and v, as a stride's multiple may not fit into 32 bits.
+        row = u * 0 + (CELL.first[0] + i // CELL.size[1])
+        column = v * 0 + (CELL.first[1] + i % CELL.size[1])
         inside = mask & within(u * CELL.size[0] + row, H) & within(v * CELL.size[1] + column, W)
         dx_at = dx_cells + (row * dx_strides[2] + column * dx_strides[3])
         tl.store(dx_at, narrow(dx, DTYPE), mask=inside)
@@ -488,7 +481,7 @@ def max_pool2d_far_backward_kernel(
         row_mask = row_mask & (r % WINDOW.dilation[0] == 0) & (r // WINDOW.dilation[0] < R)
         dy_rows = dy_planes + p * dy_strides[2]
         offsets_rows = offsets_planes + p * offsets_strides[2]
-        for j in tl.range(0, WINDOWS[1]):
+        for j in tl.range(0, WINDOWS[1], loop_unroll_factor=min(WINDOWS[1], 8)):
             q = q0 + j
             s = w0 - q * WINDOW.stride[1]
             covers = row_mask & within(q, Q)
@@ -522,12 +515,12 @@ def _backward(
     g: Pool2dGeometry, tile: Tile, itemsize: int, dy: Strides, offsets: Strides, dx: Strides
 ) -> tuple[Any, _Launch]:
     layouts = (g.y_shape, dy), (g.y_shape, offsets), (g.x_shape, dx)
-    launch = _Launch.over((g.N, *_cells(g)), g.C, itemsize, tile, *layouts)
+    kernel: Any = max_pool2d_far_backward_kernel
+    own: tuple = unspecialised((g.P, g.Q)), _Window.of(g), g.covering
     if _by_cells(g):
-        sizes = unspecialised((g.H, g.W, g.P, g.Q))
-        return max_pool2d_backward_kernel, launch.between(sizes, _Cell.of(g))
-    arguments = unspecialised((g.P, g.Q)), _Window.of(g), g.covering
-    return max_pool2d_far_backward_kernel, launch.between(*arguments)
+        kernel = max_pool2d_backward_kernel
+        own = unspecialised((g.H, g.W, g.P, g.Q)), _Cell.of(g)
+    return kernel, _launch((g.N, *_cells(g)), g.C, itemsize, tile, layouts, *own)
 
 
 @triton.jit
@@ -576,7 +569,7 @@ def _gather(
     g: Pool2dGeometry, tile: Tile, itemsize: int, ddx: Strides, offsets: Strides, ddy: Strides
 ) -> _Launch:
     layouts = (g.x_shape, ddx), (g.y_shape, offsets), (g.y_shape, ddy)
-    return _Launch.over((g.N, g.P, g.Q), g.C, itemsize, tile, *layouts).between(_Window.of(g))
+    return _launch((g.N, g.P, g.Q), g.C, itemsize, tile, layouts, _Window.of(g))
 
 
 @triton.jit
@@ -704,10 +697,9 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     N, C, H, W = dy.shape
     P, Q = dx.shape[2:]
     tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
-    layouts = ((t.shape, t.stride()) for t in (dy, indices, dx))
-    launch = _Launch.over((N, P, Q), C, dy.element_size(), tile, *layouts).between(
-        unspecialised((H * W, W))
-    )
+    layouts = [(t.shape, t.stride()) for t in (dy, indices, dx)]
+    sizes = unspecialised((H * W, W))
+    launch = _launch((N, P, Q), C, dy.element_size(), tile, layouts, sizes)
     device.launch(
         max_unpool2d_backward_kernel,
         launch.grid,
