@@ -83,42 +83,39 @@ def _next_columns(tile):
     return tl.gather(tile, tl.broadcast_to(column[None, None, :], tile.shape), 2)
 
 
+# Of a window's taps the last comes first: one instruction adds to a key and takes the maximum.
+
+
 @triton.jit
-def _pool_rows(key, R: tl.constexpr, STRIDE: tl.constexpr):
-    """The maxima of R rows of key[a, row, b] from each STRIDE-th on."""
+def _pool_rows(key, R: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr):
+    """The maxima of R rows of key[a, row, b] from each STRIDE-th on; tags fall by STEP a row."""
     if STRIDE == 2:
-        first, second = _in_pairs(key)
-        best = tl.maximum(first, second)
-        if R == 3:
-            best = tl.maximum(best, _next_rows(first))
+        first, best = _in_pairs(key)
     else:
-        second = _next_rows(key)
-        best = tl.maximum(key, second)
-        if R == 3:
-            best = tl.maximum(best, _next_rows(second))
-    return best
+        first = key
+        best = _next_rows(key)
+    if R == 3:
+        best = tl.maximum(best + STEP, _next_rows(first if STRIDE == 2 else best))
+    return tl.maximum(first + (R - 1) * STEP, best)
 
 
 @triton.jit
 def _pool_columns(key, S: tl.constexpr, STRIDE: tl.constexpr):
-    """The maxima of S columns of key[a, b, column] from each STRIDE-th on.
-
-    Tap s adds S - 1 - s to the tag.
-    """
+    """The maxima of S columns of key[a, b, column] from each STRIDE-th on; tags fall by one."""
     A: tl.constexpr = key.shape[0]
     B: tl.constexpr = key.shape[1]
     COLUMNS: tl.constexpr = key.shape[2]
     even, odd = tl.split(key.reshape(A, B, COLUMNS // 2, 2))
-    best = tl.maximum(even + (S - 1), odd + (S - 2))
+    best = odd
     if S == 3 or STRIDE == 1:
         third = _next_columns(even)
         if S == 3:
-            best = tl.maximum(best, third)
-        if STRIDE == 1:
-            odd_best = tl.maximum(odd + (S - 1), third + (S - 2))
-            if S == 3:
-                odd_best = tl.maximum(odd_best, _next_columns(odd))
-            best = tl.join(best, odd_best).reshape(A, B, COLUMNS)
+            best = tl.maximum(odd + 1, third)
+    best = tl.maximum(even + (S - 1), best)
+    if STRIDE == 1:
+        if S == 3:
+            third = tl.maximum(third + 1, _next_columns(odd))
+        best = tl.join(best, tl.maximum(odd + (S - 1), third)).reshape(A, B, COLUMNS)
     return best
 
 
@@ -178,12 +175,11 @@ def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
     STRIDE_Q: tl.constexpr = WINDOW.stride[1]
     key = _keys(acc.reshape(K, ROWS, N * COLUMNS), DTYPE)
     LEAST: tl.constexpr = -(2 ** (key.dtype.primitive_bitwidth - 1))
-    # What lies outside is negative; a column so far is not, as one of its rows is inside.
-    tag = ((tl.arange(0, ROWS) - (ROWS - 1)) * -S).to(key.dtype)
+    # What lies outside becomes negative, as no key is; nor is a column's, which has rows inside.
     if WINDOW.padding[0] > 0:
-        tag = tl.where(_inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P), tag, LEAST)
-    key = _pool_rows(key | tag[None, :, None], R, STRIDE_P)
-    key = key.reshape(K, ROWS // STRIDE_P * N, COLUMNS)
+        inside = _inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P)
+        key += tl.where(inside, 0, LEAST).to(key.dtype)[None, :, None]
+    key = _pool_rows(key, R, STRIDE_P, S).reshape(K, ROWS // STRIDE_P * N, COLUMNS)
     if WINDOW.padding[1] > 0:
         inside = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
         key += tl.where(inside, 0, LEAST).to(key.dtype)[None, None, :]
@@ -275,8 +271,7 @@ def pooled_product_kernel(
 
         # The first tap's tag becomes 255, the next one's 254: each is its offset, all bits turned.
         # Zero comes out at 0, as above every key without a value.
-        first_tag = (row * WINDOW.stride[0] - BOX_P) * -S - 1
-        key = tl.maximum(key + (255 - first_tag).to(key.dtype)[None, :], 256)
+        key = tl.maximum(key + (256 - WINDOW.kernel[0] * WINDOW.kernel[1]), 256)
         y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
         tl.store(y_ptr + places, y.T, mask=mask)
         if offsets_ptr is not None:
