@@ -1,8 +1,8 @@
 """Convolution, bias, ReLU and max-pool in one kernel, through tensor descriptors.
 
 The map before the pool is never written: a program pools its box of it in registers. A value and
-where it is are one integer, a *key*: the bits of relu(value), which rise with it, above a tag,
-which falls from tap to tap. The maximum of keys is that of values, and of equal values the first.
+its tap in a window are one integer, a *key*: the bits of relu(value), which rise with it, above a
+tag that falls from tap to tap. The largest key has the largest value, of equal ones the first.
 
 Tensor cores leave a thread pairs of neighbouring pixels, eight apart, of a row of the product
 filters x pixels. With the box's rows first in the pixels' order, a thread has whole columns of the
@@ -83,42 +83,39 @@ def _next_columns(tile):
     return tl.gather(tile, tl.broadcast_to(column[None, None, :], tile.shape), 2)
 
 
+# Of a window's taps the last comes first: one instruction adds to a key and takes the maximum.
+
+
 @triton.jit
-def _pool_rows(key, R: tl.constexpr, STRIDE: tl.constexpr):
-    """The maxima of R rows of key[a, row, b] from each STRIDE-th on."""
+def _pool_rows(key, R: tl.constexpr, STRIDE: tl.constexpr, STEP: tl.constexpr):
+    """The maxima of R rows of key[a, row, b] from each STRIDE-th on; tags fall by STEP a row."""
     if STRIDE == 2:
-        first, second = _in_pairs(key)
-        best = tl.maximum(first, second)
-        if R == 3:
-            best = tl.maximum(best, _next_rows(first))
+        first, best = _in_pairs(key)
     else:
-        second = _next_rows(key)
-        best = tl.maximum(key, second)
-        if R == 3:
-            best = tl.maximum(best, _next_rows(second))
-    return best
+        first = key
+        best = _next_rows(key)
+    if R == 3:
+        best = tl.maximum(best + STEP, _next_rows(first if STRIDE == 2 else best))
+    return tl.maximum(first + (R - 1) * STEP, best)
 
 
 @triton.jit
 def _pool_columns(key, S: tl.constexpr, STRIDE: tl.constexpr):
-    """The maxima of S columns of key[a, b, column] from each STRIDE-th on.
-
-    Tap s adds S - 1 - s to the tag.
-    """
+    """The maxima of S columns of key[a, b, column] from each STRIDE-th on; tags fall by one."""
     A: tl.constexpr = key.shape[0]
     B: tl.constexpr = key.shape[1]
     COLUMNS: tl.constexpr = key.shape[2]
     even, odd = tl.split(key.reshape(A, B, COLUMNS // 2, 2))
-    best = tl.maximum(even + (S - 1), odd + (S - 2))
+    best = odd
     if S == 3 or STRIDE == 1:
         third = _next_columns(even)
         if S == 3:
-            best = tl.maximum(best, third)
-        if STRIDE == 1:
-            odd_best = tl.maximum(odd + (S - 1), third + (S - 2))
-            if S == 3:
-                odd_best = tl.maximum(odd_best, _next_columns(odd))
-            best = tl.join(best, odd_best).reshape(A, B, COLUMNS)
+            best = tl.maximum(odd + 1, third)
+    best = tl.maximum(even + (S - 1), best)
+    if STRIDE == 1:
+        if S == 3:
+            third = tl.maximum(third + 1, _next_columns(odd))
+        best = tl.join(best, tl.maximum(odd + (S - 1), third)).reshape(A, B, COLUMNS)
     return best
 
 
@@ -164,7 +161,9 @@ def _inside(first, size, COUNT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.c
 
 @triton.jit
 def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys [k, rows of windows * n, columns of windows] of relu(acc[k, row, n, column]).
+    """Keys [k, row, n, column] of windows of relu(acc[k, row, n, column]).
+
+    Windows that do not lie in the box, the last of overlapping ones, are any.
 
     ``corner`` is the row and the column of the map where the box begins, which may lie outside.
     """
@@ -178,16 +177,58 @@ def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
     STRIDE_Q: tl.constexpr = WINDOW.stride[1]
     key = _keys(acc.reshape(K, ROWS, N * COLUMNS), DTYPE)
     LEAST: tl.constexpr = -(2 ** (key.dtype.primitive_bitwidth - 1))
-    # What lies outside is negative; a column so far is not, as one of its rows is inside.
-    tag = ((tl.arange(0, ROWS) - (ROWS - 1)) * -S).to(key.dtype)
+    # Outside the map keys turn negative, below all others. Each window has a row inside: its
+    # columns are not negative yet when their turn comes.
     if WINDOW.padding[0] > 0:
-        tag = tl.where(_inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P), tag, LEAST)
-    key = _pool_rows(key | tag[None, :, None], R, STRIDE_P)
-    key = key.reshape(K, ROWS // STRIDE_P * N, COLUMNS)
+        inside = _inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P)
+        key += tl.where(inside, 0, LEAST).to(key.dtype)[None, :, None]
+    key = _pool_rows(key, R, STRIDE_P, S).reshape(K, ROWS // STRIDE_P * N, COLUMNS)
     if WINDOW.padding[1] > 0:
         inside = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
         key += tl.where(inside, 0, LEAST).to(key.dtype)[None, None, :]
-    return _pool_columns(key, S, STRIDE_Q)
+    return _pool_columns(key, S, STRIDE_Q).reshape(K, ROWS // STRIDE_P, N, COLUMNS // STRIDE_Q)
+
+
+@triton.jit
+def _store(
+    key,  # [k, p, n, q]
+    y_ptr,
+    offsets_ptr,
+    strides,  # of both: n, k, p, q
+    first,  # n, p, q, k of the first key
+    sizes,  # N, P, Q, K of y
+    WINDOWS: tl.constexpr,  # rows and columns of keys that are of windows
+    TAPS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Store the values of keys to y, and the taps that won."""
+    FILTERS: tl.constexpr = key.shape[0]
+    ROWS: tl.constexpr = key.shape[1]
+    IMAGES: tl.constexpr = key.shape[2]
+    COLUMNS: tl.constexpr = key.shape[3]
+    i = tl.arange(0, ROWS * IMAGES * COLUMNS)
+    row = i // (IMAGES * COLUMNS)
+    column = i % COLUMNS
+    n = first[0] + i // COLUMNS % IMAGES
+    p = first[1] + row
+    q = first[2] + column
+    k = first[3] + tl.arange(0, FILTERS)
+    mask = (row < WINDOWS[0]) & (column < WINDOWS[1]) & (n < sizes[0])
+    mask = (mask & (p < sizes[1]) & (q < sizes[2]))[:, None] & (k < sizes[3])[None, :]
+    if WIDE:
+        n, p, k = n.to(tl.int64), p.to(tl.int64), k.to(tl.int64)
+    places = (n * strides[0] + p * strides[2] + q * strides[3])[:, None]
+    places = places + (k * strides[1])[None, :]
+
+    # The first tap's tag becomes 255, the next one's 254: each is its offset, all bits turned.
+    # Zero comes out at 0, as above every key without a value.
+    key = tl.maximum(key.reshape(FILTERS, ROWS * IMAGES * COLUMNS) + (256 - TAPS), 256).T
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    tl.store(y_ptr + places, (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True), mask=mask)
+    if offsets_ptr is not None:
+        tl.store(offsets_ptr + places, (~key).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -220,15 +261,9 @@ def pooled_product_kernel(
     BOX_Q: tl.constexpr = TILE[2]
     COLUMNS: tl.constexpr = TILE[3]
     DEPTH: tl.constexpr = TILE[4]
-    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    BITS: tl.constexpr = DTYPE.primitive_bitwidth
-    INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
-    S: tl.constexpr = WINDOW.kernel[1]
-    # Windows of a box, and their number in a tile, where halos leave some over.
+    TAPS: tl.constexpr = WINDOW.kernel[0] * WINDOW.kernel[1]
     WINDOWS_P: tl.constexpr = (BOX_P - WINDOW.kernel[0]) // WINDOW.stride[0] + 1
-    WINDOWS_Q: tl.constexpr = (BOX_Q - S) // WINDOW.stride[1] + 1
-    TILE_P: tl.constexpr = BOX_P // WINDOW.stride[0]
-    TILE_Q: tl.constexpr = BOX_Q // WINDOW.stride[1]
+    WINDOWS_Q: tl.constexpr = (BOX_Q - WINDOW.kernel[1]) // WINDOW.stride[1] + 1
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
     N, P, Q, pooled_P, pooled_Q, tiles_p, tiles_q, column_tiles, groups, C = plain(sizes)
     strides = plain_strides(strides)
@@ -243,11 +278,10 @@ def pooled_product_kernel(
         p = top * WINDOW.stride[0] - WINDOW.padding[0]
         q = left * WINDOW.stride[1] - WINDOW.padding[1]
 
-        channels = k + tl.arange(0, COLUMNS)
-        channels_mask = channels < groups * K
         acc = tl.zeros((COLUMNS, BOX_P * BOX_N * BOX_Q), tl.float32)
         if bias_ptr is not None:
-            bias = tl.load(bias_ptr + channels, mask=channels_mask, other=0.0)
+            channels = k + tl.arange(0, COLUMNS)
+            bias = tl.load(bias_ptr + channels, mask=channels < groups * K, other=0.0)
             acc += widen(bias, tl.float32)[:, None]
         for i in tl.static_range(len(walks)):
             x = x_descs[i]
@@ -256,31 +290,11 @@ def pooled_product_kernel(
                 acc, x, w_desc, (n, p, q), first, C, walks[i], False, PRECISION, DEPTH, True
             )
         acc = acc.reshape(COLUMNS, BOX_P, BOX_N, BOX_Q)
-        key = _pool(acc, (p, q), (P, Q), DTYPE, WINDOW)
-        key = key.reshape(COLUMNS, TILE_P * BOX_N * TILE_Q)
-
-        i = tl.arange(0, TILE_P * BOX_N * TILE_Q)
-        row = i // (BOX_N * TILE_Q)
-        column = i % TILE_Q
-        image = n + i // TILE_Q % BOX_N
-        mask = (row < WINDOWS_P) & (column < WINDOWS_Q)
-        mask &= (image < N) & (top + row < pooled_P) & (left + column < pooled_Q)
-        mask = mask[:, None] & channels_mask[None, :]
-        if WIDE:
-            image = image.to(tl.int64)
-            row = row.to(tl.int64)
-            channels = channels.to(tl.int64)
-        places = image * strides[0] + (top + row) * strides[2] + (left + column) * strides[3]
-        places = places[:, None] + (channels * strides[1])[None, :]
-
-        # The first tap's tag becomes 255, the next one's 254: each is its offset, all bits turned.
-        # Zero comes out at 0, as above every key without a value.
-        first_tag = (row * WINDOW.stride[0] - BOX_P) * -S - 1
-        key = tl.maximum(key + (255 - first_tag).to(key.dtype)[None, :], 256)
-        y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
-        tl.store(y_ptr + places, y.T, mask=mask)
-        if offsets_ptr is not None:
-            tl.store(offsets_ptr + places, (~key).to(tl.uint8).T, mask=mask)
+        key = _pool(acc, (p, q), (P, Q), y_ptr.dtype.element_ty, WINDOW)
+        first = (n, top, left, k)
+        limits = (N, pooled_P, pooled_Q, groups * K)
+        windows: tl.constexpr = (WINDOWS_P, WINDOWS_Q)
+        _store(key, y_ptr, offsets_ptr, strides, first, limits, windows, TAPS, WIDE)
 
 
 class _Window(NamedTuple):
