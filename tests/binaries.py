@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import suites
-from kernels import device, direct_conv, epilogue, implicit_gemm, library, max_pool
+from kernels import device, direct_conv, epilogue, expansion, implicit_gemm, library, max_pool
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
 from kernels.tile import Tile
 
@@ -100,7 +100,7 @@ def launch_convolution(direction: str, g: Conv2dGeometry, channels_last: bool) -
 
 
 def launch_pool(direction: str, g: Pool2dGeometry, channels_last: bool) -> None:
-    """All kernels of a direction, and with the gradients a ReLU's."""
+    """All kernels of a direction, and with the gradients a ReLU's and an expansion."""
     x, y = empty(g.x_shape, channels_last), empty(g.y_shape, channels_last)
     offsets = empty(g.y_shape, channels_last, max_pool.offset_dtype(g))
     indices = empty(g.y_shape, channels_last, torch.int64)
@@ -114,7 +114,9 @@ def launch_pool(direction: str, g: Pool2dGeometry, channels_last: bool) -> None:
         max_pool.max_pool2d_backward(y, offsets, x, g, backward)
         max_pool.max_pool2d_gather(x, offsets, y, g, forward)
         max_pool.max_unpool2d_backward(x, indices, y)
-        epilogue.relu_backward(y, y, y)
+        bias = torch.empty(g.C, dtype=x.dtype, device="meta")
+        epilogue.relu_backward(y, y, y, bias)
+        expansion.expand(y, offsets, x, bias, g)
 
 
 def sizes() -> Iterator[tuple[int, int, int]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import compiled, selection
-from kernels import descriptor_pool, device, epilogue, max_pool, planner, stem_pool
+from kernels import descriptor_pool, device, epilogue, expansion, max_pool, planner, stem_pool
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
 
 ONE = ((1, 1), (1, 1))
@@ -23,6 +23,7 @@ LAYERS = {
     "3x3": Conv2dGeometry(32, 64, 56, 56, 64, 3, 3, padding=ONE),
     "3x3/2": Conv2dGeometry(32, 128, 56, 56, 128, 3, 3, (2, 2), ONE),
     "1x1": Conv2dGeometry(32, 256, 56, 56, 64, 1, 1),
+    "vgg16 conv1": Conv2dGeometry(8, 3, 224, 224, 64, 3, 3, padding=ONE),
     "vgg16 conv5": Conv2dGeometry(8, 512, 14, 14, 512, 3, 3, padding=ONE),
     "resnext50 grouped": Conv2dGeometry(8, 128, 56, 56, 128, 3, 3, (1, 1), ONE, (1, 1), 32),
     "regnet grouped": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ONE, (1, 1), 4),
@@ -71,6 +72,13 @@ STEMS = (
     ("stem", (3, 3), (1, 1), torch.float32, "tf32", True),
     ("alexnet conv1", (3, 3), (0, 0), torch.bfloat16, "ieee", True),
     ("lenet5 conv1", (2, 2), (0, 0), torch.bfloat16, "ieee", True),
+)
+# Layers whose gradient is expanded in loads where 2 x 2 pools follow.
+EXPANDED = (
+    ("1x1", "dgrad", "channels_last"),
+    ("1x1", "wgrad", "channels_last"),
+    ("lenet5 conv1", "wgrad", "scattered"),
+    ("vgg16 conv1", "wgrad", "channels_last"),
 )
 
 Kernels = dict[str, tuple[str, str, Any]]  # where from, dtype, compiled kernel; by Triton's hash
@@ -128,11 +136,9 @@ def poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
 def launch_pool(
     g: Pool2dGeometry, dtype: torch.dtype, channels_last: bool, gpu: device.Device
 ) -> None:
-    def meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return _meta(shape, dtype, channels_last)
-
-    x, y = meta(g.x_shape, dtype), meta(g.y_shape, dtype)
-    offsets, indices = meta(g.y_shape, max_pool.offset_dtype(g)), meta(g.y_shape, torch.int64)
+    x, y = _meta(g.x_shape, dtype, channels_last), _meta(g.y_shape, dtype, channels_last)
+    offsets = _meta(g.y_shape, max_pool.offset_dtype(g), channels_last)
+    indices = _meta(g.y_shape, torch.int64, channels_last)
     forward, backward = (
         max_pool.choose_tile(direction, g, channels_last, gpu)
         for direction in ("forward", "backward")
@@ -143,6 +149,35 @@ def launch_pool(
     max_pool.max_unpool2d(y, indices, x)
     max_pool.max_unpool2d_backward(x, indices, y)
     epilogue.relu_backward(y, y, y)
+
+
+def expansions(gpu: device.Device, launched: list[Any]) -> Kernels:
+    """Gradients of pooled results: written out, and where that is dearer expanded in loads."""
+    found: Kernels = {}
+    for g, dtype, channels_last in POOLS:
+        launched.clear()
+        dz = _meta(g.x_shape, dtype, channels_last)
+        dy = _meta(g.y_shape, dtype, channels_last)
+        offsets = _meta(g.y_shape, torch.uint8, channels_last)
+        db = dz.new_empty(g.C)
+        expansion.expand(dy, offsets, dz, db, g)
+        epilogue.relu_backward(dz, dz, dz, db)
+        found = _found(f"{g.kernel} channels_last={channels_last}", dtype, launched) | found
+    for layer, direction, layout in EXPANDED:
+        launched.clear()
+        g, dtype, channels_last = LAYERS[layer], torch.bfloat16, layout != "scattered"
+        pool = Pool2dGeometry(g.N, g.K, g.P, g.Q, (2, 2), (2, 2))
+        x, w, _ = selection.operands(g, dtype, channels_last)
+        dy = _meta(pool.y_shape, dtype, channels_last)
+        offsets = _meta(pool.y_shape, torch.uint8, channels_last)
+        options = {"precision": "ieee", "pool": pool, "offsets": offsets}
+        engine, tile, *_ = planner.plan(direction, g, dtype, "ieee", gpu, layout)
+        if direction == "dgrad":
+            engine.dgrad(dy, w, None, x, g, tile, **options)
+        else:
+            engine.wgrad(x, dy, w, dy.new_empty(g.K), g, tile, **options)
+        found = _found(f"{layer} {direction} {layout} pooled", dtype, launched) | found
+    return found
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
@@ -193,6 +228,7 @@ def entry(where: str, dtype: str, kernel: Any) -> dict[str, Any]:
 def main(arch: str) -> None:
     with selection.compiling(arch) as (gpu, launched), compiled.timing():
         found = convolutions(gpu, launched) | poolings(gpu, launched)
+        found |= expansions(gpu, launched)
         found |= fused_poolings(gpu, launched) | stems(gpu, launched)
         json.dump([entry(*kernel) for kernel in found.values()], sys.stdout, indent=1)
 

@@ -46,6 +46,7 @@ OTHERS = {
     ("direct_conv", "depthwise_kernel"),
     ("direct_conv", "depthwise_wgrad_kernel"),
     ("epilogue", "relu_backward_kernel"),
+    ("expansion", "expand_kernel"),
     ("max_pool", "max_pool2d_kernel"),
     ("max_pool", "max_pool2d_backward_kernel"),
     ("max_pool", "max_pool2d_far_backward_kernel"),
