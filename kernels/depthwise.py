@@ -62,13 +62,6 @@ def tap_at(lines, place, h, w):
 
 
 @triton.constexpr_function
-def place_at(lines, tap, h, w):
-    """The place of a patch that meets the patch's pixel (h, w) at a tap; -1 for none."""
-    places = range(lines[0][0] * lines[1][0])
-    return next((i for i in places if tap_at(lines, i, h, w) == tap), -1)
-
-
-@triton.constexpr_function
 def is_met(lines, h, w):
     """Whether any place of a patch meets the patch's pixel (h, w)."""
     return any(tap_at(lines, i, h, w) >= 0 for i in range(lines[0][0] * lines[1][0]))
@@ -117,13 +110,10 @@ def add_products(
                 offsets = h * x_strides[0] + w * x_strides[1]
                 x = tl.load(x_ptr + offsets, mask=row_mask & within(w, sizes[1]), other=0.0)
                 x = widen(x, ACC)
-                more = ()
                 for place in tl.static_range(PLACES):
                     if tap_at(LINES, place, i, j) >= 0:
-                        more += (sums[place] + x * taps[tap_at(LINES, place, i, j)],)
-                    else:
-                        more += (sums[place],)
-                sums = more
+                        added = sums[place] + x * taps[tap_at(LINES, place, i, j)]
+                        sums = sums[:place] + (added,) + sums[place + 1 :]
     return sums
 
 
@@ -300,15 +290,17 @@ def depthwise_wgrad_kernel(
                             offsets = n * x_strides[0] + h * x_strides[2] + w * x_strides[3]
                             x_mask = mask & within(h, H) & within(w, W)
                             x = widen(tl.load(x_ptr + offsets, mask=x_mask, other=0.0), ACC)
-                            more = ()
-                            for tap in tl.static_range(TAPS):
-                                if place_at(LINES, tap, i, j) >= 0:
-                                    q = q0 + place_at(LINES, tap, i, j) * walk[7]
-                                    added = dw[tap] + x * dys[place_at(LINES, tap, i, j)]
-                                    more += (tl.where(q < Q, added, dw[tap]),)
-                                else:
-                                    more += (dw[tap],)
-                            dw = more
+                            for place in tl.static_range(PLACES):
+                                if tap_at(LINES, place, i, j) >= 0:
+                                    valid = q0 + place * walk[7] < Q
+                                    added = dw[tap_at(LINES, place, i, j)] + x * dys[place]
+                                    # Else the zero of a place outside y would meet an infinity.
+                                    added = tl.where(valid, added, dw[tap_at(LINES, place, i, j)])
+                                    dw = (
+                                        dw[: tap_at(LINES, place, i, j)]
+                                        + (added,)
+                                        + dw[tap_at(LINES, place, i, j) + 1 :]
+                                    )
 
     if db_ptr is not None and part == 0:
         total = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
@@ -362,14 +354,16 @@ def _parity_axis(taps: Taps, size: int) -> _Axis:
 
 
 _HELD = 96  # registers of a thread that hold taps
+_MOST = 25  # taps of a turn: each takes its time to compile
 
 
 def _turn_taps(R: int, S: int, tile: Tile, itemsize: int) -> Pair:
     """How many of R x S taps one turn takes: all, a row or one, as registers allow."""
     elements = min(8, cdiv(tile.rows * tile.columns, 32 * tile.warps)) * cdiv(itemsize, 4)
-    if R * S * elements <= _HELD:
+    most = min(_MOST, _HELD // elements)
+    if R * S <= most:
         return max(1, R), max(1, S)
-    return 1, S if S * elements <= _HELD else 1
+    return 1, S if S <= most else 1
 
 
 def _axes(
@@ -588,19 +582,25 @@ def _tile(
 ) -> Tile:
     """Each thread has one patch of 16 bytes of channels, or of one channel where they are apart.
 
-    The patch is as large as registers allow. It lies across the axis that is contiguous, so that
-    neighbouring threads store side by side.
+    The patch is as large as registers allow. Where channels are apart it is tall, so that threads
+    side by side store side by side, as long as that is what takes the time.
     """
-    if not channels_last:
-        return Tile(128, 1, patch=(1, 4) if direction == "wgrad" else (8, 1))
-    vector = max(1, 16 // itemsize)
+    vector = max(1, 16 // itemsize) if channels_last else 1
     if g.K != g.C or channels % vector:
         vector = 1
     # Of 128 and 64 bytes of channels, those that pad the channels less.
     columns = min((8 * vector, 4 * vector), key=lambda size: cdiv(channels, size) * size)
+    columns = columns if channels_last else 1
     tile = Tile(128 * vector // columns, columns)
+    strided = max(g.stride) > 1
     if _turn_taps(*g.kernel, tile, itemsize) != g.kernel:
-        return replace(tile, patch=(1, 8) if max(g.stride) == 1 else (1, 4))
-    if direction == "wgrad":
-        return replace(tile, patch=(1, 4) if max(g.stride) == 1 else (1, 2))
-    return replace(tile, patch=(2, 4) if direction == "dgrad" or max(g.stride) == 1 else (2, 2))
+        patch = (1, 4 if strided or g.S > 7 else 8)
+    elif direction == "wgrad":
+        patch = (1, 2 if strided and channels_last else 4)
+    elif direction == "dgrad" and strided:
+        patch = (2, 4) if channels_last else (4, 2)
+    elif channels_last:
+        patch = (2, 2 if strided else 4)
+    else:
+        patch = (4 if g.R * g.S > 9 else 8, 1)
+    return replace(tile, patch=patch)

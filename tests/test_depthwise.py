@@ -4,10 +4,11 @@ Results are filled with NaN before each launch, so an element that no program wr
 """
 
 from dataclasses import replace
+from itertools import cycle, product
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, conv_case, operands, params, random, sliced
+from cases import DTYPES, LAYOUTS, case_id, conv_case, operands, params, random, sliced
 from tolerance import (
     assert_close,
     assert_operator_close,
@@ -21,6 +22,7 @@ from kernels import depthwise
 from kernels import device as kernel_device
 from kernels.device import Device
 from kernels.geometry import output_strides
+from kernels.indexing import power_of_2
 from kernels.tile import Tile, is_valid
 
 SAME = conv_case(2, 20, (6, 7), 20, (3, 3), padding=(1, 1, 1, 1), groups=20)
@@ -49,18 +51,17 @@ DIRECTIONS = ("fprop", "dgrad", "wgrad")
 def chosen(g, dtype, device, channels_last=True):
     """What the engine would launch, by direction."""
     here = kernel_device.describe(device)
-    return {
-        name: depthwise.choose_tile(name, g, dtype, here, channels_last) for name in DIRECTIONS
-    }
+    return {name: depthwise.choose_tile(name, g, dtype, here, channels_last) for name in DIRECTIONS}
 
 
-def patched(rows, columns, patch, splits=3):
-    """Tiles of several programs along each axis, in which a row is a patch of places."""
-    tile = Tile(rows, columns, patch=patch)
+def patched(g, patch):
+    """Tiles of two programs or more, in which a row is a patch of places."""
+    rows = 32 // (patch[0] * patch[1]) * g.N
+    tile = Tile(max(1, power_of_2(rows) // 2), 8, patch=patch)
     return {
         "fprop": tile,
         "dgrad": tile,
-        "wgrad": replace(tile, patch=(1, patch[1]), splits=splits),
+        "wgrad": replace(tile, patch=(1, patch[1]), splits=3),
     }
 
 
@@ -121,27 +122,197 @@ def check(g, t, tiles, relu=False, inputs=None):
     )
 
 
-@pytest.mark.parametrize(("g", "dtype"), params(CASES, DTYPES))
+@pytest.mark.parametrize(("g", "dtype"), params(CASES, SOME_DTYPES))
 def test_chosen_tiles(g, dtype, device):
     check(g, operands(g, dtype, device, "channels_last"), chosen(g, dtype, device))
 
 
-PATCHES = ((2, 4), (2, 2), (1, 8), (8, 1), (3, 5))
+@pytest.mark.parametrize(("g", "dtype"), params(TYPICAL, (torch.float16, torch.float64)))
+def test_other_dtypes(g, dtype, device):
+    check(g, operands(g, dtype, device), chosen(g, dtype, device, channels_last=False))
 
 
-@pytest.mark.parametrize(("g", "patch"), params(CASES, PATCHES[:2]))
+# As the planner has them on a GPU, and one that no axis of a case is a multiple of; with tails of
+# rows, of channels and of patches along both axes.
+PATCHES = ((2, 4), (2, 2), (1, 8), (1, 4), (4, 2), (4, 1), (3, 5))
+
+
+@pytest.mark.parametrize(
+    ("g", "patch"),
+    [
+        *params(TYPICAL, PATCHES[:2]),
+        *(
+            pytest.param(g, patch, id=f"{case_id(g)}-{patch}")
+            for g, patch in zip(cycle(TYPICAL), PATCHES[2:])
+        ),
+        *params(CASES[len(TYPICAL) :], PATCHES[:1]),
+    ],
+)
 def test_patches(g, patch, device):
-    """With tails along both axes, rows that are not aligned among them."""
-    t = operands(g, torch.bfloat16, device, "channels_last")
-    check(g, t, patched(16, 8, patch))
-
-
-@pytest.mark.parametrize(("g", "patch"), params(TYPICAL, PATCHES[2:]))
-def test_other_patches(g, patch, device):
-    check(g, operands(g, torch.float32, device), patched(32, 1, patch))
+    check(g, operands(g, torch.bfloat16, device, "channels_last"), patched(g, patch))
 
 
 @pytest.mark.parametrize(("g", "layout"), params(TYPICAL, LAYOUTS))
 def test_layouts(g, layout, device):
     """Filters in either format, views between NaN, and tensors expanded with stride 0."""
-    check(g, operands(g, torch.float32, device, layout), patched(64, 8, (2, 4)))
+    check(g, operands(g, torch.float32, device, layout), chosen(g, torch.float32, device))
+
+
+@pytest.mark.parametrize(("g", "splits"), params(TYPICAL[:2], (1, 2, 9)))
+def test_splits(g, splits, device):
+    """One part, parts of several blocks, and more parts than blocks, so that some are empty."""
+    tiles = patched(g, (1, 4))
+    tiles["wgrad"] = replace(tiles["wgrad"], splits=splits)
+    check(g, operands(g, torch.float16, device), tiles)
+
+
+@pytest.mark.parametrize(
+    ("g", "bias", "residual"),
+    [
+        (SAME, False, True),
+        (STRIDED, True, False),
+        (DILATED, False, False),
+        (MULTIPLIED, True, True),
+    ],
+    ids=lambda value: case_id(value) if not isinstance(value, bool) else str(value),
+)
+def test_epilogue(g, bias, residual, device):
+    t = operands(g, torch.bfloat16, device, "channels_last")
+    inputs = (t.x, t.w, t.bias if bias else None, t.residual if residual else None)
+    y, _ = check(g, t, patched(g, (2, 4)), relu=True, inputs=inputs)
+    assert (y == 0).any()
+
+
+@pytest.mark.parametrize("g", params(CASES))
+def test_dgrad_adds_the_bias_of_a_transposed_convolution(g, device):
+    t = operands(g, torch.float32, device)
+    inputs = (t.dy, t.w, random((g.C,), torch.float32, device, seed=9))
+    exact = [double(v) for v in inputs]
+    same_dtype, reference, magnitude = (
+        torch_conv_transpose2d(g)(*tensors) for tensors in (inputs, exact, [v.abs() for v in exact])
+    )
+    ours = dgrad(*inputs, g, chosen(g, torch.float32, device))
+    assert_close(ours, reference, same_dtype, magnitude)
+
+
+@pytest.mark.parametrize("g", params(TYPICAL))
+def test_a_gradient_alone_is_the_same(g, device):
+    t = operands(g, torch.float32, device)
+    tiles = patched(g, (1, 4))
+    both = wgrad(t.x, t.dy, t.w, g, tiles)
+    only_dw, nothing = wgrad(t.x, t.dy, t.w, g, tiles, db=False)
+    assert nothing is None
+    assert torch.equal(only_dw, both[0])
+    nothing, only_db = wgrad(t.x, t.dy, t.w, g, tiles, dw=False)
+    assert nothing is None
+    assert torch.equal(only_db, both[1])
+
+
+def results(g, t, tiles):
+    y, gradients = evaluate(conv(g, tiles), t.inputs, t.dy)
+    return y, *gradients
+
+
+@pytest.mark.parametrize("g", params(TYPICAL))
+def test_neither_a_repeat_nor_a_patch_changes_a_bit(g, device):
+    """wgrad alone adds in an order of its tile."""
+    t = operands(g, torch.float32, device, "channels_last")
+    first = results(g, t, chosen(g, torch.float32, device))
+    tiles = patched(g, (2, 4))
+    second = results(g, t, tiles)
+    assert all(map(torch.equal, first[:2], second[:2]))
+    assert all(map(torch.equal, second, results(g, t, tiles)))
+
+
+@pytest.mark.parametrize("g", params(TYPICAL))
+def test_an_image_does_not_depend_on_its_neighbours(g, device):
+    many, one = replace(g, N=5), replace(g, N=1)
+    t = operands(many, torch.bfloat16, device)
+    for i in range(5):
+        t.x[i], t.dy[i] = (torch.nan, torch.nan) if i != 3 else (t.x[3], t.dy[3])
+    y, dx, *_ = results(many, t, patched(many, (2, 4)))
+    alone = replace(t, x=t.x[3:4], residual=t.residual[3:4], dy=t.dy[3:4])
+    y_alone, dx_alone, *_ = results(one, alone, chosen(one, torch.bfloat16, device))
+    assert y_alone.isfinite().all()
+    assert torch.equal(y[3:4], y_alone)
+    assert torch.equal(dx[3:4], dx_alone)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("patch", [(1, 1), (2, 4)])
+def test_what_no_window_holds_takes_no_part(patch, value, device):
+    """All windows are surrounded by ``value``: they lie at 0, 1 and 3, 4 of 5 rows and columns."""
+    g = conv_case(1, 3, (6, 6), 3, (2, 2), stride=(3, 3), groups=3)
+    t = operands(g, torch.float32, device)
+    for i in (2, 5):
+        t.x[:, :, i], t.x[:, :, :, i] = value, value
+    y, (dx, dw, db, _) = check(g, t, patched(g, patch))
+    assert all(result.isfinite().all() for result in (y, dx, dw, db))
+    assert (dx[:, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize("g", params(TYPICAL))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_spreads_to_its_own_windows(g, value, device):
+    """Pixels that a patch loads for places outside y among them."""
+    t = operands(g, torch.float64, device)
+    t.x[1, 1, 2, 3] = value
+    t.x[0, 0, -1, -1] = value
+    t.dy[0, 3, 1, 0] = value
+    y, (dx, *_) = check(g, t, patched(g, (2, 4)))
+    for result in (y, dx):
+        assert 0 < result.isfinite().sum() < result.numel()
+
+
+@pytest.mark.parametrize("g", params(TYPICAL[:2]))
+def test_64_bit_offsets_change_nothing(g, device, monkeypatch):
+    t = operands(g, torch.float32, device)
+    tiles = patched(g, (2, 2))
+    narrow = results(g, t, tiles)
+    monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+    assert all(map(torch.equal, narrow, results(g, t, tiles)))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_no_images(splits, device):
+    g = replace(SAME, N=0)
+    t = operands(g, torch.float32, device)
+    tiles = chosen(g, torch.float32, device)
+    tiles["wgrad"] = replace(tiles["wgrad"], splits=splits)
+    y, dx, dw, db, _ = results(g, t, tiles)
+    assert (y.shape, dx.shape) == (g.y_shape, g.x_shape)
+    assert torch.equal(dw, torch.zeros_like(t.w))
+    assert torch.equal(db, torch.zeros_like(t.bias))
+
+
+DEVICES = (
+    Device("interpreter", "numpy", multiprocessors=1, shared_memory=1 << 40),
+    Device("cuda", 80, multiprocessors=108, shared_memory=163 << 10),
+    Device("cuda", 90, multiprocessors=132, shared_memory=227 << 10),
+    Device("hip", "gfx942", multiprocessors=304, shared_memory=64 << 10),
+)
+LAYERS = (
+    *CASES,
+    conv_case(0, 2, (1, 1), 2, (1, 1), groups=2),
+    conv_case(256, 960, (7, 7), 960, (3, 3), padding="same", groups=960),
+    conv_case(64, 2048, (7, 7), 2048, (31, 31), padding="same", groups=2048),
+)
+
+
+@pytest.mark.parametrize("target", DEVICES, ids=lambda target: f"{target.backend}-{target.arch}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tiles_are_valid_and_their_patches_ignore_the_batch(dtype, target):
+    for g, direction, channels_last in product(LAYERS, DIRECTIONS, (False, True)):
+        tile = depthwise.choose_tile(direction, g, dtype, target, channels_last)
+        assert is_valid(tile, dtype.itemsize, target), (g, direction, tile)
+        assert direction != "wgrad" or tile.patch[0] == 1
+        more = replace(g, N=7 * g.N + 1)
+        other = depthwise.choose_tile(direction, more, dtype, target, channels_last)
+        assert replace(other, rows=tile.rows, splits=tile.splits) == tile, (g, direction)
+
+
+def test_what_is_supported():
+    for g in CASES:
+        assert depthwise.supports(g)
+    assert not depthwise.supports(conv_case(1, 1, (3, 3), 4, (1, 1)))
+    assert not depthwise.supports(conv_case(1, 6, (3, 3), 6, (1, 1), groups=3))
