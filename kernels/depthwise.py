@@ -594,7 +594,8 @@ def _tile(
     tile = Tile(128 * vector // columns, columns)
     strided = max(g.stride) > 1
     if _turn_taps(*g.kernel, tile, itemsize) != g.kernel:
-        patch = (1, 4 if strided or g.S > 7 else 8)
+        sums = 4 if strided or g.S > 7 else 6
+        patch = (1, 2 if direction == "wgrad" and g.S > 7 else sums)
     elif direction == "wgrad":
         patch = (1, 2 if strided and channels_last else 4)
     elif direction == "dgrad" and strided:
