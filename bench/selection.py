@@ -134,7 +134,7 @@ def plan(
 
 
 def engine_name(plan: planner.Plan) -> str:
-    """descriptor_gemm, implicit_gemm or direct_conv."""
+    """descriptor_gemm, implicit_gemm, direct_conv or depthwise."""
     return plan.engine.__name__.rpartition(".")[2]
 
 

@@ -1,10 +1,9 @@
-"""Engine 3: direct convolution, for few input channels (C / groups <= 4) and for depthwise.
+"""Engine 3: direct convolution, for few input channels (C / groups <= 4).
 
 With few channels, a row of the filter is one run of S x C elements that lie together in x as well,
 c fastest in channels_last and s fastest in NCHW: it becomes one segment of the product's depth,
-cut into (c, s) once, outside the loop over the rows. Depthwise there is nothing to multiply
-matrices with: each output walks its own taps. dgrad runs on parts of dx and w, one for each parity
-of the stride, as in engine 1. Sizes and strides are in elements.
+cut into (c, s) once, outside the loop over the rows. dgrad runs on parts of dx and w, one for each
+parity of the stride, as in engine 1. Sizes and strides are in elements.
 """
 
 from dataclasses import replace
@@ -43,11 +42,6 @@ from .split_sum import parts_like, split_sum
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 _FEW = 4
-
-
-def is_depthwise(g: Conv2dGeometry) -> bool:
-    """Whether each group has one channel, of several; a single channel makes a matrix product."""
-    return g.groups == g.C > 1
 
 
 def supports(g: Conv2dGeometry) -> bool:
@@ -366,161 +360,6 @@ def few_channel_wgrad_kernel(
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
 
-@triton.jit
-def depthwise_kernel(
-    x_ptr,  # [N, channels, H, W]
-    w_ptr,  # [filters, 1, R, S]
-    bias_ptr,  # [K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [N, K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
-    w_strides,  # filter, 1, r, s; then where the first tap is
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, unspecialised
-    reduction,  # K, REPEAT, FOLD, R, S
-    walk,  # of h, then w: stride, origin, step; then step and first of y
-    RELU: tl.constexpr,
-    WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, taps unrolled (a divisor of S)
-):
-    """y[n,k,p,q] = relu?(sum over m,r,s of x[n,c,h,w] * w[f,r,s] + bias[k] + residual[n,k,p,q]).
-
-    m runs to FOLD, c = k // REPEAT * FOLD + m and f = k * FOLD + m: fprop repeats each channel of
-    x for several filters, dgrad folds the filters of a channel together. h = p * stride + origin +
-    r * step, likewise w; x is zero outside. The p-th row is row p * step + first of y and of the
-    residual, likewise q. One program writes one pixels x channels tile, accumulated in float32
-    (float64 for float64).
-    """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    UNROLL: tl.constexpr = TILE[2]
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
-    K, REPEAT, FOLD, R, S = reduction
-    x_strides = plain_strides(x_strides)
-
-    pid = program(WIDE)
-    column_tiles = tl.cdiv(K, COLUMNS)
-    row = pid // column_tiles * ROWS + tl.arange(0, ROWS)
-    n, p, q = pixel(row, P, Q)
-    row_mask = n < N
-    k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    k_mask = k < K
-
-    h0 = p * walk[0] + walk[1]
-    w0 = q * walk[3] + walk[4]
-    parts = S // UNROLL
-    acc = tl.zeros((ROWS, COLUMNS), ACC)
-    for m in loop(FOLD):
-        x_columns = (k // REPEAT * FOLD + m) * x_strides[1]
-        w_columns = w_strides[4] + (k * FOLD + m) * w_strides[0]
-        for i in loop(R * parts):
-            r = pid * 0 + i // parts
-            h = h0 + r * walk[2]
-            h_mask = row_mask & within(h, H)
-            x_rows = n * x_strides[0] + h * x_strides[2]
-            for j in tl.static_range(UNROLL):
-                s = pid * 0 + i % parts * UNROLL + j
-                w = w0 + s * walk[5]
-                x_mask = (h_mask & within(w, W))[:, None] & k_mask[None, :]
-                x_offsets = (x_rows + w * x_strides[3])[:, None] + x_columns[None, :]
-                x = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
-                w_offsets = w_columns + (r * w_strides[2] + s * w_strides[3])
-                tap = tl.load(w_ptr + w_offsets, mask=k_mask, other=0.0)
-                acc += widen(x, ACC) * widen(tap, ACC)[None, :]
-
-    at = (n, p * walk[6] + walk[7], q * walk[8] + walk[9])
-    masks = (row_mask, k_mask)
-    store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def depthwise_wgrad_kernel(
-    x_ptr,  # [N, channels, H, W]
-    dy_ptr,  # [N, K, P, Q]
-    dw_ptr,  # [splits, K, 1, R, S] or None
-    db_ptr,  # [splits, K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
-    dw_strides,  # split, k, 1, r, s
-    sizes,  # N, H, W, P, Q, unspecialised
-    reduction,  # K, REPEAT, R, S
-    walk,  # stride, origin, step of the height, then of the width
-    splits,
-    WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, depth
-):
-    """dw[k,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,k // REPEAT,h,w]; db[k] = sum of dy[n,k,p,q].
-
-    One program writes a tile of filters k by taps (r, s), summed over one part of the pixels; each
-    lane adds up its own products, in float32 (float64 for float64), and the lanes are summed once.
-    The programs of one column of tiles more sum dy alone.
-    """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    DEPTH: tl.constexpr = TILE[2]
-    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
-    K, REPEAT, R, S = reduction
-    x_strides = plain_strides(x_strides)
-    dy_strides = plain_strides(dy_strides)
-
-    pid = program(WIDE)
-    column_tiles = 0
-    if dw_ptr is not None:
-        column_tiles = tl.cdiv(R * S, COLUMNS)
-    tiles = column_tiles
-    if db_ptr is not None:
-        tiles += 1
-    row_tiles = tl.cdiv(K, ROWS)
-    tile = pid % tiles
-    split = pid // (tiles * row_tiles)
-    k = pid // tiles % row_tiles * ROWS + tl.arange(0, ROWS)
-    k_mask = k < K
-    pixels = (pid * 0 + N) * P * Q  # as wide as the offsets
-    turns = tl.cdiv(tl.cdiv(pixels, DEPTH), splits)
-
-    if tile == column_tiles:
-        if db_ptr is not None:
-            places = (pixels, P, Q)
-            db = sum_pixels(dy_ptr, dy_strides, places, k, k_mask, split * turns, turns, DEPTH, ACC)
-            db = narrow(db, db_ptr.dtype.element_ty)
-            tl.store(db_ptr + split * K + k, db, mask=k_mask)
-    elif dw_ptr is not None:
-        tap = tile * COLUMNS + tl.arange(0, COLUMNS)
-        r = tap // S
-        s = tap % S
-        x_rows = k // REPEAT * x_strides[1]
-        x_taps = r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
-        acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
-        for i in loop(turns):
-            at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
-            n, p, q = pixel(at, P, Q)
-            at_mask = at < pixels
-            # [ROWS, DEPTH]
-            offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
-            offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
-            mask = k_mask[:, None] & at_mask[None, :]
-            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-            # [COLUMNS, DEPTH], then [ROWS, COLUMNS, DEPTH]
-            h0 = p * walk[0] + walk[1]
-            w0 = q * walk[3] + walk[4]
-            h = h0[None, :] + (r * walk[2])[:, None]
-            w = w0[None, :] + (s * walk[5])[:, None]
-            mask = (r < R)[:, None] & at_mask[None, :]
-            mask &= within(h, H) & within(w, W)
-            mask = k_mask[:, None, None] & mask[None, :, :]
-            offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
-            offsets = x_taps[:, None] + offsets[None, :]
-            offsets = x_rows[:, None, None] + offsets[None, :, :]
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
-            acc += widen(dy, ACC)[:, None, :] * widen(x, ACC)
-        offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None]
-        offsets += (r * dw_strides[3] + s * dw_strides[4])[None, :]
-        dw = narrow(tl.sum(acc, axis=2), dw_ptr.dtype.element_ty)
-        tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & (r < R)[None, :])
-
-
 def _segment(g: Conv2dGeometry, block: int) -> int:
     """What a row of the filter is padded to, in blocks that hold several rows or part of one."""
     return min(block, power_of_2(g.S * g.C // g.groups))
@@ -544,9 +383,6 @@ def fprop(
 ) -> None:
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
     part = _fprop_part(g, w.stride())
-    if is_depthwise(g):
-        _depthwise(x, w, bias, residual, y, (part,), tile, relu)
-        return
     groups, K = part.reduction[:2]
     device.launch(
         few_channel_fprop_kernel,
@@ -575,12 +411,11 @@ class _Part(NamedTuple):
 def _fprop_part(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> _Part:
     K, C = g.K // g.groups, g.C // g.groups
     P, Q = g.P, g.Q
-    channels = (g.K, K, 1) if is_depthwise(g) else (g.groups, K, C)
     return _Part(
         g.N * P * Q,
         (*w_strides, 0),
         unspecialised((g.N, g.H, g.W, P, Q)),
-        (*channels, g.R, g.S),
+        (g.groups, K, C, g.R, g.S),
         fprop_walk(g),
     )
 
@@ -590,43 +425,16 @@ def _dgrad_parts(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> tuple[_Part, 
     K, C = g.K // g.groups, g.C // g.groups
     P, Q = g.P, g.Q
     k, c, r, s = w_strides
-    channels = (g.C, 1, K) if is_depthwise(g) else (g.groups, K, C)
     return tuple(
         _Part(
             g.N * row.count * column.count,
             (k, c, r * row.tap_step, s * column.tap_step, r * row.tap + s * column.tap),
             unspecialised((g.N, P, Q, row.count, column.count)),
-            (*channels, row.taps, column.taps),
+            (g.groups, K, C, row.taps, column.taps),
             dgrad_walk(row, column),
         )
         for row, column in g.dgrad()
     )
-
-
-def _depthwise(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    parts: tuple[_Part, ...],
-    tile: Tile,
-    relu: bool,
-) -> None:
-    N, K, P, Q = y.shape
-    wide = device.wide(N * P * Q, x, w, residual, y)
-    x_strides, y_strides = unspecialised_strides(x), result_strides(residual, y)
-    for pixels, w_strides, sizes, reduction, walk in parts:
-        S = reduction[-1]
-        device.launch(
-            depthwise_kernel,
-            (cdiv(pixels, tile.rows) * cdiv(K, tile.columns),),
-            *(x, w, bias, residual, y, x_strides, w_strides, y_strides, sizes, reduction, walk),
-            *(relu, wide, (tile.rows, tile.columns, S if 0 < S <= tile.depth else 1)),
-            device=x.device,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
 
 
 def dgrad(
@@ -644,9 +452,6 @@ def dgrad(
     ``precision`` takes no part: the products are formed outside the tensor cores, in float32.
     """
     parts = _dgrad_parts(g, w.stride())
-    if is_depthwise(g):
-        _depthwise(dy, w, bias, None, dx, parts, tile, False)
-        return
     wide = device.wide(g.N * g.H * g.W, dy, w, dx)
     dy_strides, dx_strides = unspecialised_strides(dy), unspecialised_strides(dx)
     for pixels, w_strides, sizes, reduction, walk in parts:
@@ -676,31 +481,21 @@ def wgrad(
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
     The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. With
-    ``pool`` and its ``offsets``, dy is the gradient of the pooled result (see ``expansion``), which
-    depthwise kernels do not take.
+    ``pool`` and its ``offsets``, dy is the gradient of the pooled result: see ``expansion``.
     """
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
     K, C = g.K // g.groups, g.C // g.groups
-    P, Q = g.P, g.Q
-    wide = device.wide(g.N * P * Q, x, dy, dw_parts, offsets)
-    block = (tile.rows, tile.columns, tile.depth)
-    if is_depthwise(g):
-        assert pool is None, g
-        kernel, reduction = depthwise_wgrad_kernel, (g.K, K, g.R, g.S)
-        options = (wide, block)
-    else:
-        kernel, reduction = few_channel_wgrad_kernel, (g.groups, K, C, g.R, g.S)
-        options = (*pooled(pool, offsets), precision, wide)
-        options += ((*block, _segment(g, tile.columns), _channels_fastest(x)),)
+    wide = device.wide(g.N * g.P * g.Q, x, dy, dw_parts, offsets)
     column_tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
     device.launch(
-        kernel,
+        few_channel_wgrad_kernel,
         (column_tiles * _filter_tiles(g, tile) * tile.splits,),
         *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
-        *(unspecialised((g.N, g.H, g.W, P, Q)), reduction, g.walk),
-        *(tile.splits, *options),
+        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), (g.groups, K, C, g.R, g.S), g.walk),
+        *(tile.splits, *pooled(pool, offsets), precision, wide),
+        (tile.rows, tile.columns, tile.depth, _segment(g, tile.columns), _channels_fastest(x)),
         device=x.device,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -713,14 +508,11 @@ def wgrad(
 
 def _filter_tiles(g: Conv2dGeometry, tile: Tile) -> int:
     """How many tiles of rows wgrad cuts the filters into."""
-    groups = 1 if is_depthwise(g) else g.groups
-    return groups * cdiv(g.K // groups, tile.rows)
+    return g.groups * cdiv(g.K // g.groups, tile.rows)
 
 
 def _tap_tiles(g: Conv2dGeometry, tile: Tile) -> int:
     """How many tiles of columns wgrad cuts the taps into."""
-    if is_depthwise(g):
-        return cdiv(g.R * g.S, tile.columns)
     segment = _segment(g, tile.columns)
     parts = cdiv(g.S * g.C // g.groups, segment)
     return parts * cdiv(g.R, tile.columns // segment)
@@ -750,11 +542,6 @@ def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
     """Blocks that leave a thread enough registers for the addresses of what it gathers."""
     K, C = g.K // g.groups, g.C // g.groups
     half = itemsize == 2
-    if is_depthwise(g):
-        if direction == "wgrad":
-            return Tile(32, _power(g.R * g.S, 1, 16), 8 if half else 4)
-        columns = _power(g.K if direction == "fprop" else g.C, 1, 64)
-        return Tile(_power(1024 // columns, 1, 256), columns, 8)
     if direction == "dgrad":
         columns, depth = _power(C, 1, _FEW), _power(K, 1, 16)
         return Tile(_power((4096 if half else 2048) // (columns * depth), 1, 256), columns, depth)
@@ -779,12 +566,6 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
     pixels = g.N * g.P * g.Q
     if direction == "dgrad":
         pixels = g.N * cdiv(g.H, g.stride[0]) * cdiv(g.W, g.stride[1])
-    if is_depthwise(g):
-        if direction == "wgrad":
-            rows, columns = _power(g.K, 1, 256), _power(g.R * g.S, 1, 16)
-            return Tile(rows, columns, _power(pixels, 1, limit // (rows * columns)))
-        columns = _power(g.K if direction == "fprop" else g.C, 1, 1024)
-        return Tile(_power(pixels, 1, limit // columns), columns)
     if direction == "dgrad":
         columns = _power(C, 1, _FEW)
         reduction = K * cdiv(g.R, g.stride[0]) * cdiv(g.S, g.stride[1])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import (
     conv_pool,
+    depthwise,
     descriptor_gemm,
     descriptor_pool,
     direct_conv,
@@ -129,6 +130,9 @@ def candidates(
     are not right for its size.
     """
     arguments = (direction, g, dtype, precision, device)
+    if depthwise.supports(g):
+        tile = depthwise.choose_tile(direction, g, dtype, device, layout != "scattered")
+        return [Plan(depthwise, tile, *model.predict(*arguments, tile, direct=True))]
     if direct_conv.supports(g):
         tile = direct_conv.choose_tile(direction, g, dtype, device)
         return [Plan(direct_conv, tile, *model.predict(*arguments, tile, direct=True))]
@@ -175,7 +179,8 @@ def _preference(plan: Plan) -> float:
 def layout_of(images: Iterable[Tensor | None], filters: Iterable[Tensor]) -> Layout:
     """How the operands lie; ``images`` are x, y or residual, ``filters`` w."""
     found: Layout = "aligned"
-    for t in (*images, *filters):
+    # A filter of one channel has no neighbours to lie beside.
+    for t in (*images, *(w for w in filters if w.shape[1] > 1)):
         if t is not None and t.stride(1) != 1:
             return "scattered"
     if not all(t is None or _is_aligned(t, ordered=True) for t in images):

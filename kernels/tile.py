@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from .device import Device
+from .geometry import Pair
 
 INTERPRETER_ELEMENTS = 2**20  # Triton's limit on the elements of one block
 
@@ -18,7 +19,8 @@ class Tile:
     channels and taps. wgrad: rows are filters k, columns (c, r, s), depth pixels; its depth is cut
     into ``splits`` parts, added up in a second pass. ``packed`` runs the reduction over channels
     and taps together, for channels that do not fill a block; otherwise each turn has one tap.
-    Pooling and depthwise kernels have no depth: rows are pixels, columns channels.
+    Pooling and depthwise kernels have no depth: rows are pixels, columns channels; of depthwise
+    ones a row is a ``patch`` of pixels along p and q.
     ``box``: how a descriptor's block of pixels (rows, for wgrad depth) lies in n, p and q.
     """
 
@@ -30,6 +32,7 @@ class Tile:
     warps: int = 4
     stages: int = 2
     box: Box | None = None
+    patch: Pair = (1, 1)
 
 
 def shared_bytes(tile: Tile, itemsize: int) -> int:

@@ -23,7 +23,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import suites
-from kernels import device, direct_conv, epilogue, expansion, implicit_gemm, library, max_pool
+from kernels import (
+    depthwise,
+    device,
+    direct_conv,
+    epilogue,
+    expansion,
+    implicit_gemm,
+    library,
+    max_pool,
+)
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
 from kernels.tile import Tile
 
@@ -86,7 +95,10 @@ def launch_convolution(direction: str, g: Conv2dGeometry, channels_last: bool) -
     )
     bias = torch.empty(g.K, dtype=x.dtype, device="meta")
     engine, tile = implicit_gemm, Tile(64, 64, 32, packed=g.C // g.groups % 32 != 0)
-    if direct_conv.supports(g):
+    if depthwise.supports(g):
+        engine, here = depthwise, device.describe(x.device)
+        tile = depthwise.choose_tile(direction, g, x.dtype, here, channels_last)
+    elif direct_conv.supports(g):
         engine = direct_conv
         tile = direct_conv.choose_tile(direction, g, x.dtype, device.describe(x.device))
     if direction == "fprop":
@@ -166,6 +178,9 @@ def compiled() -> Iterator[tuple[str, list[int]]]:
         tile = max_pool.choose_tile("forward", g, True, device.describe(x.device))
         max_pool.max_pool2d(x, g, y, None, None, tile)
         epilogue.relu_backward(y, y, y)
+        g = replace(LAYERS["depthwise"], N=3, C=72, H=57, W=45, K=72, stride=(1, 1), groups=72)
+        for direction in ("fprop", "wgrad"):
+            launch_convolution(direction, g, True)
     for kernel in kernels:
         yield kernel.metadata.name, accesses(kernel.asm["ptx"])
 

@@ -43,8 +43,8 @@ DESCRIPTOR_PRODUCTS = {  # on Hopper and later
 OTHERS = {
     ("split_sum", "split_sum_kernel"),
     ("direct_conv", "few_channel_dgrad_kernel"),
-    ("direct_conv", "depthwise_kernel"),
-    ("direct_conv", "depthwise_wgrad_kernel"),
+    ("depthwise", "depthwise_kernel"),
+    ("depthwise", "depthwise_wgrad_kernel"),
     ("epilogue", "relu_backward_kernel"),
     ("expansion", "expand_kernel"),
     ("max_pool", "max_pool2d_kernel"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import suites
-from kernels import descriptor_gemm, direct_conv, implicit_gemm, model, planner
+from kernels import depthwise, descriptor_gemm, direct_conv, implicit_gemm, model, planner
 from kernels.device import Device
 from kernels.geometry import Conv2dGeometry
 from kernels.tile import Tile, is_valid
@@ -55,7 +55,7 @@ def test_each_candidate_is_valid_and_its_order_does_not_depend_on_the_batch(
         ("3x3", implicit_gemm),
         ("odd", implicit_gemm),
         ("grouped", implicit_gemm),
-        ("depthwise", direct_conv),
+        ("depthwise", depthwise),
     ],
 )
 def test_engine(name, engine):

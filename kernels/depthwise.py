@@ -1,0 +1,607 @@
+"""Engine 4: depthwise convolution, where each channel has filters of its own.
+
+There is nothing to multiply matrices with: the aim is to move each pixel once. A row of a tile is a
+*patch*, a few neighbouring places of the result along p and q. A pixel is loaded once for a patch,
+by 16 bytes of channels where they lie side by side, and goes from registers to each place that
+meets it. Along an axis all convolutions are alike: the i-th place of a patch meets its j-th pixel
+at tap ``every * j - apart * i``. Under dilation neighbours are as far apart as it takes for this;
+in dgrad, whose taps are flipped, ``every`` is the stride. Sizes and strides are in elements.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .device import Device, loop
+from .epilogue import finish, result_strides
+from .geometry import Conv2dGeometry, Direction, Pair, Taps
+from .indexing import (
+    cdiv,
+    narrow,
+    pixel,
+    plain,
+    plain_strides,
+    power_of_2,
+    program,
+    unspecialised,
+    unspecialised_strides,
+    widen,
+    within,
+)
+from .split_sum import parts_like, split_sum
+from .tile import INTERPRETER_ELEMENTS, Tile
+
+
+def supports(g: Conv2dGeometry) -> bool:
+    """Whether each group has one channel, of several; a single channel makes a matrix product."""
+    return g.groups == g.C > 1
+
+
+@triton.constexpr_function
+def pixels_of(line):
+    """How many pixels in a line the places of a patch reach."""
+    places, taps, apart, every = line
+    return (apart * (places - 1) + taps - 1) // every + 1
+
+
+@triton.constexpr_function
+def tap_at(lines, place, h, w):
+    """The tap at which a patch's place meets the patch's pixel (h, w); -1 for none."""
+    rows, columns = lines
+    R, S = rows[1], columns[1]
+    r = rows[3] * h - rows[2] * (place // columns[0])
+    s = columns[3] * w - columns[2] * (place % columns[0])
+    return r * S + s if 0 <= r < R and 0 <= s < S else -1
+
+
+@triton.constexpr_function
+def is_met(lines, h, w):
+    """Whether any place of a patch meets the patch's pixel (h, w)."""
+    return any(tap_at(lines, i, h, w) >= 0 for i in range(lines[0][0] * lines[1][0]))
+
+
+@triton.jit
+def aligned_strides(strides, UNIT: tl.constexpr):
+    """(n, c, h, w) of unspecialised strides; the compiler sees those that are multiples of UNIT."""
+    n, c, h, w = plain_strides(strides)
+    return n // UNIT * UNIT, c, h // UNIT * UNIT, w // UNIT * UNIT
+
+
+@triton.jit
+def load_taps(w_ptr, first, steps, filters, mask, LINES: tl.constexpr, ACC: tl.constexpr):
+    """The taps [1, COLUMNS] of one turn, those of a row side by side."""
+    R: tl.constexpr = LINES[0][1]
+    S: tl.constexpr = LINES[1][1]
+    taps = ()
+    for i in tl.static_range(R * S):
+        tap = first + (i // S * steps[0] + i % S * steps[1])
+        taps += (widen(tl.load(w_ptr + (tap * steps[2] + filters), mask=mask, other=0.0), ACC),)
+    return taps
+
+
+@triton.jit
+def add_products(
+    sums,
+    taps,
+    x_ptr,  # [1, COLUMNS]
+    x_strides,  # h, w
+    corner,  # h, w of the patch's first pixel, [ROWS, 1]
+    steps,  # between its pixels, along h and w
+    sizes,  # H, W
+    mask,
+    LINES: tl.constexpr,
+):
+    """sums[place] + x[pixel] * taps[tap] over all that meet; each pixel is loaded once."""
+    ACC: tl.constexpr = sums[0].dtype
+    PLACES: tl.constexpr = LINES[0][0] * LINES[1][0]
+    for i in tl.static_range(pixels_of(LINES[0])):
+        h = corner[0] + i * steps[0]
+        row_mask = mask & within(h, sizes[0])
+        for j in tl.static_range(pixels_of(LINES[1])):
+            if is_met(LINES, i, j):
+                w = corner[1] + j * steps[1]
+                offsets = h * x_strides[0] + w * x_strides[1]
+                x = tl.load(x_ptr + offsets, mask=row_mask & within(w, sizes[1]), other=0.0)
+                x = widen(x, ACC)
+                for place in tl.static_range(PLACES):
+                    if tap_at(LINES, place, i, j) >= 0:
+                        added = sums[place] + x * taps[tap_at(LINES, place, i, j)]
+                        sums = sums[:place] + (added,) + sums[place + 1 :]
+    return sums
+
+
+@triton.jit
+def depthwise_kernel(
+    x_ptr,  # [N, channels, H, W]
+    w_ptr,  # [taps, filters]
+    bias_ptr,  # [K] or None
+    residual_ptr,  # like y, or None
+    y_ptr,  # [N, K, P, Q]
+    x_strides,  # n, c, h, w, unspecialised
+    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
+    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; unspecialised
+    reduction,  # K, REPEAT, R, S; the first tap, and the steps between rows and columns
+    walk,  # of p, then q: spacing, shift, stride, origin, step; then step and first of y
+    RELU: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # rows, columns, unit, FOLD
+    LINES: tl.constexpr,  # of p, then q: places, taps of a turn, apart, every
+):
+    """y[n,k,p,q] = relu?(sum over m,r,s of x[n,c,h,w] * w[r,s,f] + bias[k] + residual[n,k,p,q]).
+
+    m runs to FOLD, c = k // REPEAT * FOLD + m and f = k * FOLD + m: fprop repeats each channel of
+    x for several filters, dgrad folds the filters of a channel together. h = (p * stride + origin)
+    / every + r * step, likewise w; x is zero outside. The p-th row is row p * step + first of y and
+    of the residual, likewise q. One program writes ``rows`` strips of patches, one below the other,
+    by a tile of channels, accumulated in float32 (float64 for float64).
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    UNIT: tl.constexpr = TILE[2]
+    FOLD: tl.constexpr = TILE[3]
+    ROW_PLACES: tl.constexpr = LINES[0][0]
+    COLUMN_PLACES: tl.constexpr = LINES[1][0]
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    N, H, W, P, Q, column_strips, row_strips, turns = plain(sizes)
+    K, REPEAT, R, S, first, r_step, s_step = reduction
+    K = K // UNIT * UNIT
+    x_strides = aligned_strides(x_strides, UNIT)
+    if residual_ptr is not None:
+        added = aligned_strides(y_strides[0], UNIT)
+    y_strides = aligned_strides(y_strides[1], UNIT)
+
+    pid = program(WIDE)
+    column_tiles = tl.cdiv(K, COLUMNS)
+    k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    k_mask = k < K
+    strip = pid // column_tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    n, strip, q0 = pixel(strip, column_strips, row_strips)
+    mask = (n < N) & k_mask
+    q0 = q0 // walk[7] * (walk[7] * COLUMN_PLACES) + q0 % walk[7] - walk[8]
+    w0 = (q0 * walk[9] + walk[10]) // LINES[1][3]
+    x_ptr += n * x_strides[0]
+    x_steps = x_strides[2], x_strides[3]
+    pixel_steps = walk[4], walk[11]
+    rows = R // LINES[0][1]
+    columns = S // LINES[1][1]
+    tap_steps = r_step, s_step, K * FOLD
+
+    start = tl.zeros((ROWS, COLUMNS), ACC)
+    if bias_ptr is not None:
+        start += widen(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
+    for turn in loop(turns):
+        p0 = strip * turns + turn
+        p0 = p0 // walk[0] * (walk[0] * ROW_PLACES) + p0 % walk[0] - walk[1]
+        h0 = (p0 * walk[2] + walk[3]) // LINES[0][3]
+        sums = ()
+        for _ in tl.static_range(ROW_PLACES * COLUMN_PLACES):
+            sums += (start,)
+        for part in loop(FOLD * rows * columns):
+            m = part // (rows * columns) if FOLD > 1 else 0
+            r = part // columns % rows * LINES[0][1]
+            s = part % columns * LINES[1][1]
+            tap = first + r * r_step + s * s_step
+            taps = load_taps(w_ptr, tap, tap_steps, k * FOLD + m, k_mask, LINES, ACC)
+            x_columns = x_ptr + (k // REPEAT * FOLD + m) * x_strides[1]
+            corner = h0 + r * walk[4], w0 + s * walk[11]
+            sums = add_products(
+                sums, taps, x_columns, x_steps, corner, pixel_steps, (H, W), mask, LINES
+            )
+        for i in tl.static_range(ROW_PLACES * COLUMN_PLACES):
+            p = p0 + i // COLUMN_PLACES * walk[0]
+            q = q0 + i % COLUMN_PLACES * walk[7]
+            y_mask = mask & within(p, P) & within(q, Q)
+            p = p * walk[5] + walk[6]
+            q = q * walk[12] + walk[13]
+            residual_at = 0
+            if residual_ptr is not None:
+                residual_at = k * added[1] + (n * added[0] + p * added[2] + q * added[3])
+            y = finish(sums[i], None, k, k_mask, residual_ptr, residual_at, y_mask, RELU, DTYPE)
+            y_at = k * y_strides[1] + (n * y_strides[0] + p * y_strides[2] + q * y_strides[3])
+            tl.store(y_ptr + y_at, y, mask=y_mask)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def depthwise_wgrad_kernel(
+    x_ptr,  # [N, channels, H, W]
+    dy_ptr,  # [N, K, P, Q]
+    dw_ptr,  # [splits, K, 1, R, S] or None
+    db_ptr,  # [splits, K] or None
+    x_strides,  # n, c, h, w, unspecialised
+    dy_strides,  # n, k, p, q, unspecialised
+    dw_strides,  # split, k, 1, r, s
+    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; unspecialised
+    reduction,  # K, REPEAT, R, S and what depthwise_kernel takes besides; so is walk
+    walk,
+    splits,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,  # rows, columns, unit
+    LINES: tl.constexpr,  # of p, then q: places, taps of a program, apart, every
+):
+    """dw[k,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,k // REPEAT,h,w]; db[k] = sum of dy[n,k,p,q].
+
+    One program writes a tile of channels by the taps of LINES, summed over one part of the strips;
+    each of its rows adds up its own products, in float32 (float64 for float64), and the rows are
+    summed once. The programs of the first taps sum dy as well.
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    UNIT: tl.constexpr = TILE[2]
+    R_TAPS: tl.constexpr = LINES[0][1]
+    S_TAPS: tl.constexpr = LINES[1][1]
+    PLACES: tl.constexpr = LINES[1][0]
+    TAPS: tl.constexpr = R_TAPS * S_TAPS if dw_ptr is not None else 0
+    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    N, H, W, P, Q, column_strips, row_strips, turns = plain(sizes)
+    K, REPEAT, R, S, _, _, _ = reduction
+    K = K // UNIT * UNIT
+    x_strides = aligned_strides(x_strides, UNIT)
+    dy_strides = aligned_strides(dy_strides, UNIT)
+
+    pid = program(WIDE)
+    column_tiles = tl.cdiv(K, COLUMNS)
+    parts = R // R_TAPS * (S // S_TAPS)
+    if dw_ptr is None:
+        parts = 1
+    k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    k_mask = k < K
+    part = pid // column_tiles % parts
+    r0 = part // (S // S_TAPS) * R_TAPS
+    s0 = part % (S // S_TAPS) * S_TAPS
+    split = pid // (column_tiles * parts)
+    blocks = tl.cdiv(tl.cdiv((pid * 0 + N) * column_strips * row_strips, ROWS), splits)
+    x_ptr += k // REPEAT * x_strides[1]
+    dy_ptr += k * dy_strides[1]
+
+    db = tl.zeros((ROWS, COLUMNS), ACC)
+    dw = ()
+    for _ in tl.static_range(TAPS):
+        dw += (db,)
+    for block in loop(blocks):
+        strip = (split * blocks + block) * ROWS + tl.arange(0, ROWS)[:, None]
+        n, strip, q0 = pixel(strip, column_strips, row_strips)
+        q0 = q0 // walk[7] * (walk[7] * PLACES) + q0 % walk[7]
+        w0 = q0 * walk[9] + walk[10] + s0 * walk[11]
+        for turn in loop(turns):
+            p = strip * turns + turn
+            h0 = p * walk[2] + walk[3] + r0 * walk[4]
+            mask = (n < N) & (p < P) & k_mask
+            dys = ()
+            for i in tl.static_range(PLACES):
+                q = q0 + i * walk[7]
+                offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+                dy = tl.load(dy_ptr + offsets, mask=mask & (q < Q), other=0.0)
+                dys += (widen(dy, ACC),)
+                db += dys[i]
+            if dw_ptr is not None:
+                for i in tl.static_range(pixels_of(LINES[0])):
+                    h = h0 + i * walk[4]
+                    for j in tl.static_range(pixels_of(LINES[1])):
+                        if is_met(LINES, i, j):
+                            w = w0 + j * walk[11]
+                            offsets = n * x_strides[0] + h * x_strides[2] + w * x_strides[3]
+                            x_mask = mask & within(h, H) & within(w, W)
+                            x = widen(tl.load(x_ptr + offsets, mask=x_mask, other=0.0), ACC)
+                            for place in tl.static_range(PLACES):
+                                if tap_at(LINES, place, i, j) >= 0:
+                                    valid = q0 + place * walk[7] < Q
+                                    added = dw[tap_at(LINES, place, i, j)] + x * dys[place]
+                                    # Else the zero of a place outside y would meet an infinity.
+                                    added = tl.where(valid, added, dw[tap_at(LINES, place, i, j)])
+                                    dw = (
+                                        dw[: tap_at(LINES, place, i, j)]
+                                        + (added,)
+                                        + dw[tap_at(LINES, place, i, j) + 1 :]
+                                    )
+
+    if db_ptr is not None and part == 0:
+        total = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
+        tl.store(db_ptr + split * K + k, total, mask=k_mask)
+    for tap in tl.static_range(TAPS):
+        total = narrow(tl.sum(dw[tap], axis=0, keep_dims=True), dw_ptr.dtype.element_ty)
+        offsets = (r0 + tap // S_TAPS) * dw_strides[3] + (s0 + tap % S_TAPS) * dw_strides[4]
+        offsets += split * dw_strides[0] + k * dw_strides[1]
+        tl.store(dw_ptr + offsets, total, mask=k_mask)
+
+
+class _Axis(NamedTuple):
+    """One axis of a launch: of a convolution of x into y, or of dy into (a parity of) dx."""
+
+    size: int  # of what is read
+    places: int  # of what is written
+    taps: int
+    first_tap: int
+    tap_step: int
+    apart: int
+    every: int
+    walk: tuple[int, int, int, int, int, int, int]  # as the kernel takes it
+
+
+def _forward_axis(g: Conv2dGeometry, axis: int) -> _Axis:
+    size, places = ((g.H, g.P), (g.W, g.Q))[axis]
+    stride, dilation, (before, _) = g.stride[axis], g.dilation[axis], g.padding[axis]
+    shared = gcd(stride, dilation)
+    walk = (dilation // shared, 0, stride, -before, dilation, 1, 0)
+    return _Axis(size, places, g.kernel[axis], 0, 1, stride // shared, 1, walk)
+
+
+def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
+    """All parities of dx together: place h meets p at the flipped tap stride * p - h - origin.
+
+    Patches start where origin + h is a multiple of the stride, the first of them before dx.
+    """
+    size, places = ((g.P, g.H), (g.Q, g.W))[axis]
+    taps, stride, (before, _) = g.kernel[axis], g.stride[axis], g.padding[axis]
+    origin = before - (taps - 1)
+    walk = (1, origin % stride, 1, origin, 1, 1, 0)
+    return _Axis(size, places, taps, taps - 1, -1, 1, stride, walk)
+
+
+def _parity_axis(taps: Taps, size: int) -> _Axis:
+    """One parity of dx: a convolution of stride 1 with taps of its own, flipped."""
+    last = taps.taps - 1
+    walk = (taps.step, 0, 1, taps.origin - last * taps.step, taps.step, taps.stride, taps.first)
+    first_tap = taps.tap + last * taps.tap_step
+    return _Axis(size, taps.count, taps.taps, first_tap, -taps.tap_step, 1, 1, walk)
+
+
+_HELD = 96  # registers of a thread that hold taps
+_MOST = 25  # taps of a turn: each takes its time to compile
+
+
+def _turn_taps(R: int, S: int, tile: Tile, itemsize: int) -> Pair:
+    """How many of R x S taps one turn takes: all, a row or one, as registers allow."""
+    elements = min(8, cdiv(tile.rows * tile.columns, 32 * tile.warps)) * cdiv(itemsize, 4)
+    most = min(_MOST, _HELD // elements)
+    if R * S <= most:
+        return max(1, R), max(1, S)
+    return 1, S if S <= most else 1
+
+
+def _axes(
+    direction: Direction, g: Conv2dGeometry, tile: Tile, itemsize: int
+) -> list[tuple[_Axis, _Axis]]:
+    """The launches of a direction, by height and width; dgrad's parities together if they can."""
+    if direction != "dgrad":
+        return [(_forward_axis(g, 0), _forward_axis(g, 1))]
+    whole = g.K == g.C and _turn_taps(*g.kernel, tile, itemsize) == g.kernel
+    even = all(places % stride == 0 for places, stride in zip(tile.patch, g.stride, strict=True))
+    if whole and even and g.dilation == (1, 1):
+        return [(_gathered_axis(g, 0), _gathered_axis(g, 1))]
+    return [(_parity_axis(row, g.P), _parity_axis(column, g.Q)) for row, column in g.dgrad()]
+
+
+Line = tuple[int, int, int, int]
+
+
+class _Walk(NamedTuple):
+    """What distinguishes one launch from another, besides its tensors; as the kernels take it."""
+
+    strips: int
+    sizes: tuple[int, ...]
+    reduction: tuple[int, ...]
+    walk: tuple[int, ...]
+    lines: tuple[Line, Line]
+
+
+_TURNS = 8  # patches of a strip, at most: they share rows of pixels through L1
+
+
+@lru_cache(maxsize=4096)
+def _walks(
+    direction: Direction, g: Conv2dGeometry, tile: Tile, itemsize: int, multiprocessors: int
+) -> tuple[_Walk, ...]:
+    K, repeat = (g.C, 1) if direction == "dgrad" else (g.K, g.K // g.C)
+    walks = []
+    for row, column in _axes(direction, g, tile, itemsize):
+        R, S = _turn_taps(row.taps, column.taps, tile, itemsize)
+        patches = _patches(row, tile.patch[0])
+        row_strips = _patches(column, tile.patch[1])
+        programs = cdiv(g.N * patches * row_strips, tile.rows) * cdiv(K, tile.columns)
+        turns = max(1, min(patches, _TURNS, programs // (8 * multiprocessors)))
+        column_strips = cdiv(patches, turns)
+        sizes = (g.N, row.size, column.size, row.places, column.places)
+        first_tap = row.first_tap * g.S + column.first_tap
+        tap_steps = row.tap_step * g.S, column.tap_step
+        walks.append(
+            _Walk(
+                g.N * column_strips * row_strips,
+                unspecialised((*sizes, column_strips, row_strips, turns)),
+                (K, repeat, row.taps, column.taps, first_tap, *tap_steps),
+                row.walk + column.walk,
+                (
+                    (tile.patch[0], R, row.apart, row.every),
+                    (tile.patch[1], S, column.apart, column.every),
+                ),
+            )
+        )
+    return tuple(walks)
+
+
+def _patches(axis: _Axis, places: int) -> int:
+    """How many patches cover an axis; where a patch's places lie apart, others lie between them."""
+    spacing, shift, *_ = axis.walk
+    return cdiv(axis.places + shift, places * spacing) * spacing
+
+
+def _unit(channels: int, *tensors: Tensor | None) -> int:
+    """How many channels side by side make 16 bytes, aligned in all tensors; else 1."""
+    unit = 1
+    for t in tensors:
+        if t is not None:
+            n, c, h, w = t.stride()
+            unit = max(1, 16 // t.element_size())
+            if c != 1 or (n | h | w | channels) % unit:
+                return 1
+    return unit
+
+
+def _convolve(
+    direction: Direction,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    g: Conv2dGeometry,
+    tile: Tile,
+    relu: bool,
+) -> None:
+    N, K, P, Q = y.shape
+    # Else the taps of neighbouring channels lie as far apart as a filter is large.
+    taps = w.reshape(g.K, g.R * g.S).t().contiguous()
+    wide = device.wide(N * P * Q, x, w, residual, y)
+    fold = g.K // g.C if direction == "dgrad" else 1
+    block = (tile.rows, tile.columns, _unit(K, x, residual, y), fold)
+    x_strides, y_strides = unspecialised_strides(x), result_strides(residual, y)
+    multiprocessors = device.describe(x.device).multiprocessors
+    for walk in _walks(direction, g, tile, x.element_size(), multiprocessors):
+        device.launch(
+            depthwise_kernel,
+            (cdiv(walk.strips, tile.rows) * cdiv(K, tile.columns),),
+            *(x, taps, bias, residual, y, x_strides, y_strides, walk.sizes, walk.reduction),
+            *(walk.walk, relu, wide, block, walk.lines),
+            device=x.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+
+def fprop(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    relu: bool,
+    precision: str,
+) -> None:
+    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual).
+
+    ``precision`` takes no part, here and below: products are formed outside the tensor cores.
+    """
+    _convolve("fprop", x, w, bias, residual, y, g, tile, relu)
+
+
+def dgrad(
+    dy: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    dx: Tensor,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+) -> None:
+    """dx[N,C,H,W], the gradient of x, plus bias[C] (for a transposed convolution)."""
+    _convolve("dgrad", dy, w, bias, None, dx, g, tile, False)
+
+
+def wgrad(
+    x: Tensor,
+    dy: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+) -> None:
+    """dw[K,1,R,S] and db[K], the gradients of weight and bias; None is not computed.
+
+    The strips are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
+    """
+    dw_parts = None if dw is None else parts_like(dw, tile.splits)
+    db_parts = None if db is None else parts_like(db, tile.splits)
+    _, K, P, Q = dy.shape
+    multiprocessors = device.describe(x.device).multiprocessors
+    (walk,) = _walks("wgrad", g, tile, x.element_size(), multiprocessors)
+    parts = 1 if dw is None else _tap_parts(g, walk)
+    device.launch(
+        depthwise_wgrad_kernel,
+        (cdiv(K, tile.columns) * parts * tile.splits,),
+        *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
+        (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
+        *(walk.sizes, walk.reduction, walk.walk, tile.splits),
+        device.wide(g.N * P * Q, x, dy, dw_parts),
+        (tile.rows, tile.columns, _unit(K, x, dy)),
+        walk.lines,
+        device=x.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if dw is not None and dw_parts is not None:
+        split_sum(dw_parts, dw)
+    if db is not None and db_parts is not None:
+        split_sum(db_parts, db)
+
+
+def _tap_parts(g: Conv2dGeometry, walk: _Walk) -> int:
+    """Among how many programs wgrad divides the taps."""
+    (_, R, *_), (_, S, *_) = walk.lines
+    return g.R // R * (g.S // S)
+
+
+def choose_tile(
+    direction: Direction,
+    g: Conv2dGeometry,
+    dtype: torch.dtype,
+    device: Device,
+    channels_last: bool,
+) -> Tile:
+    """A tile that suits the convolution; fprop's and dgrad's order of summation is always one."""
+    channels = g.C if direction == "dgrad" else g.K
+    if device.backend == "interpreter":
+        # A program costs far more than an element: few, large tiles.
+        columns = min(power_of_2(channels), 1024)
+        pixels = g.N * (g.H * g.W if direction == "dgrad" else g.P * g.Q)
+        return Tile(min(power_of_2(pixels), INTERPRETER_ELEMENTS // columns), columns)
+    tile = _tile(direction, g, dtype.itemsize, channels, channels_last)
+    if direction != "wgrad":
+        return tile
+    (walk,) = _walks("wgrad", g, tile, dtype.itemsize, device.multiprocessors)
+    programs = max(1, cdiv(g.K, tile.columns) * _tap_parts(g, walk))
+    # Four programs for each multiprocessor.
+    most = cdiv(walk.strips, tile.rows)
+    return replace(tile, splits=max(1, min(most, 4 * device.multiprocessors // programs)))
+
+
+def _tile(
+    direction: Direction, g: Conv2dGeometry, itemsize: int, channels: int, channels_last: bool
+) -> Tile:
+    """Each thread has one patch of 16 bytes of channels, or of one channel where they are apart.
+
+    The patch is as large as registers allow. Where channels are apart it is tall, so that threads
+    side by side store side by side, as long as that is what takes the time.
+    """
+    vector = max(1, 16 // itemsize) if channels_last else 1
+    if g.K != g.C or channels % vector:
+        vector = 1
+    # Of 128 and 64 bytes of channels, those that pad the channels less.
+    columns = min((8 * vector, 4 * vector), key=lambda size: cdiv(channels, size) * size)
+    columns = columns if channels_last else 1
+    tile = Tile(128 * vector // columns, columns)
+    strided = max(g.stride) > 1
+    if _turn_taps(*g.kernel, tile, itemsize) != g.kernel:
+        sums = 4 if strided or g.S > 7 else 6
+        patch = (1, 2 if direction == "wgrad" and g.S > 7 else sums)
+    elif direction == "wgrad":
+        patch = (1, 2 if strided and channels_last else 4)
+    elif direction == "dgrad" and strided:
+        patch = (2, 4) if channels_last else (4, 2)
+    elif channels_last:
+        patch = (2, 2 if strided else 4)
+    else:
+        patch = (4 if g.R * g.S > 9 else 8, 1)
+    return replace(tile, patch=patch)
