@@ -185,7 +185,8 @@ def expand(
     N, K, P, Q = dz.shape
     blocks_p = cdiv(P + pool.padding[0], pool.stride[0])
     blocks_q = cdiv(Q + pool.padding[1], pool.stride[1])
-    walk = channel_walk(dz, N * blocks_p * blocks_q, 2048, db is not None)
+    blocks = N * blocks_p * blocks_q
+    walk = channel_walk(dz, blocks, 2048, db is not None)
     expansion, window = pooled(pool, offsets)
     parts = None if db is None else parts_like(db, walk.parts)
     device.launch(
@@ -193,7 +194,7 @@ def expand(
         (walk.programs,),
         *(dy, dz, parts, unspecialised_strides(dy), unspecialised_strides(dz), expansion),
         *(unspecialised((N, P, Q, blocks_p, blocks_q)), K, walk.turns, window),
-        *(device.wide(N * (P + 1) * (Q + 1), dy, offsets, dz), walk.rows, walk.columns),
+        *(device.wide(blocks, dy, offsets, dz), walk.rows, walk.columns),
         device=dz.device,
         num_warps=walk.warps,
     )
