@@ -437,9 +437,10 @@ def _unit(channels: int, *tensors: Tensor | None) -> int:
     unit = 1
     for t in tensors:
         if t is not None:
-            n, c, h, w = t.stride()
+            (N, _, H, _), (n, c, h, w) = t.shape, t.stride()
             unit = max(1, 16 // t.element_size())
-            if c != 1 or (n | h | w | channels) % unit:
+            # The stride of an axis of one element may be anything.
+            if c != 1 or (n * (N > 1) | h * (H > 1) | w | channels) % unit:
                 return 1
     return unit
 
@@ -594,8 +595,7 @@ def _tile(
     tile = Tile(128 * vector // columns, columns)
     strided = max(g.stride) > 1
     if _turn_taps(*g.kernel, tile, itemsize) != g.kernel:
-        sums = 4 if strided or g.S > 7 else 6
-        patch = (1, 2 if direction == "wgrad" and g.S > 7 else sums)
+        patch = (1, 2 if g.S > 7 else 4 if strided or direction == "wgrad" else 6)
     elif direction == "wgrad":
         patch = (1, 2 if strided and channels_last else 4)
     elif direction == "dgrad" and strided:

@@ -106,16 +106,18 @@ def _pool_columns(key, S: tl.constexpr, STRIDE: tl.constexpr):
     B: tl.constexpr = key.shape[1]
     COLUMNS: tl.constexpr = key.shape[2]
     even, odd = tl.split(key.reshape(A, B, COLUMNS // 2, 2))
-    best = odd
-    if S == 3 or STRIDE == 1:
+    if S == 2 and STRIDE == 2:
+        best = tl.maximum(even + 1, odd)
+    else:
         third = _next_columns(even)
+        best = odd
         if S == 3:
             best = tl.maximum(odd + 1, third)
-    best = tl.maximum(even + (S - 1), best)
-    if STRIDE == 1:
-        if S == 3:
-            third = tl.maximum(third + 1, _next_columns(odd))
-        best = tl.join(best, tl.maximum(odd + (S - 1), third)).reshape(A, B, COLUMNS)
+        best = tl.maximum(even + (S - 1), best)
+        if STRIDE == 1:
+            if S == 3:
+                third = tl.maximum(third + 1, _next_columns(odd))
+            best = tl.join(best, tl.maximum(odd + (S - 1), third)).reshape(A, B, COLUMNS)
     return best
 
 

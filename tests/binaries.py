@@ -179,7 +179,7 @@ def compiled() -> Iterator[tuple[str, list[int]]]:
         max_pool.max_pool2d(x, g, y, None, None, tile)
         epilogue.relu_backward(y, y, y)
         g = replace(LAYERS["depthwise"], N=3, C=72, H=57, W=45, K=72, stride=(1, 1), groups=72)
-        for direction in ("fprop", "wgrad"):
+        for direction in ("fprop", "dgrad"):
             launch_convolution(direction, g, True)
     for kernel in kernels:
         yield kernel.metadata.name, accesses(kernel.asm["ptx"])
