@@ -154,8 +154,7 @@ def depthwise_kernel(
     K, REPEAT, R, S, first, r_step, s_step = reduction
     K = K // UNIT * UNIT
     x_strides = aligned_strides(x_strides, UNIT)
-    if residual_ptr is not None:
-        added = aligned_strides(y_strides[0], UNIT)
+    added = aligned_strides(y_strides[0], UNIT)
     y_strides = aligned_strides(y_strides[1], UNIT)
 
     pid = program(WIDE)
@@ -302,9 +301,10 @@ def depthwise_wgrad_kernel(
                                         + dw[tap_at(LINES, place, i, j) + 1 :]
                                     )
 
-    if db_ptr is not None and part == 0:
-        total = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
-        tl.store(db_ptr + split * K + k, total, mask=k_mask)
+    if db_ptr is not None:
+        if part == 0:
+            total = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
+            tl.store(db_ptr + split * K + k, total, mask=k_mask)
     for tap in tl.static_range(TAPS):
         total = narrow(tl.sum(dw[tap], axis=0, keep_dims=True), dw_ptr.dtype.element_ty)
         offsets = (r0 + tap // S_TAPS) * dw_strides[3] + (s0 + tap % S_TAPS) * dw_strides[4]

@@ -609,15 +609,32 @@ def _conv_pool_backward(
     channels_last,
     wanted,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The map's gradient is expanded from dy and offsets where it is read, or once, and freed."""
+    """The map's gradient is read from dy and offsets, or where that is dearer written out once."""
     geometry = stride, padding, dilation, groups
     need_dx, need_dw, need_db = wanted
     x_shape = dy.shape[0], w_size[1] * groups, *size
     g, pool = _conv_pool_geometries(x_shape, w_size, *geometry, kernel, step, margin)
+    dx, dw, db = _conv_pool_backward_empty(
+        *(dy, offsets, x, w, size, w_size, w_strides, *geometry, precision),
+        *(kernel, step, margin, channels_last, wanted),
+    )
+    here, kind = describe(dy.device), resolve_precision(precision, dy)
+    directions: list[Direction] = ["dgrad"] * need_dx + ["wgrad"] * (need_dw or need_db)
+    plans = {
+        direction: planner.plan_expanded(direction, g, pool, dy.dtype, kind, here)
+        for direction in directions
+    }
+    if 0 not in dy.shape and 0 not in x_shape and all(plans.values()):
+        options = {"precision": kind, "pool": pool, "offsets": offsets}
+        if need_dx:
+            engine, tile = plans["dgrad"]
+            engine.dgrad(dy, w, None, dx, g, tile, **options)
+        if need_dw or need_db:
+            engine, tile = plans["wgrad"]
+            results = dw if need_dw else None, db if need_db else None
+            engine.wgrad(dy if x is None else x, dy, *results, g, tile, **options)
+        return dx, dw, db
     dz = _new(dy, g.y_shape, _channels_last(dy))
-    dx, dw, db = (dy.new_empty(0) for _ in range(3))
-    if need_db:
-        db = dy.new_empty(g.K)
     expansion.expand(dy, offsets, dz, db if need_db else None, pool)
     if need_dx:
         dx = _conv2d_dgrad(dz, w, None, size, *geometry, precision, channels_last)

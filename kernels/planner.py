@@ -110,6 +110,25 @@ def plan_pooled(
     return conv_pool, min(tiles, key=lambda tile: _waste(g.K // g.groups, tile))
 
 
+@lru_cache(maxsize=4096)
+def plan_expanded(
+    direction: Direction,
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+) -> tuple[ModuleType, Tile] | None:
+    """The engine and tile of a gradient that expands a pooled one as it is read; None where it had
+    better be written out first. The pointer engines alone can.
+    """
+    if model.expands_first(direction, g, pool, dtype, device):
+        return None
+    engine, tile, *_ = plan(direction, g, dtype, precision, device, "scattered")
+    takes = engine is implicit_gemm or (engine is direct_conv and direction == "wgrad")
+    return (engine, tile) if takes else None
+
+
 def _waste(channels: int, tile: Tile) -> tuple[float, int]:
     """How much of a tile's columns is beyond the channels, then how small it is."""
     taken = -(-channels // tile.columns) * tile.columns
