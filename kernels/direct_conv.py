@@ -43,6 +43,9 @@ from .tile import INTERPRETER_ELEMENTS, Tile
 
 _FEW = 4
 
+Normalisation = tuple[Tensor, Tensor]
+"""scale[C] and shift[C], float32, that make of a byte x the value x * scale[c] + shift[c]."""
+
 
 def is_depthwise(g: Conv2dGeometry) -> bool:
     """Whether each group has one channel, of several; a single channel makes a matrix product."""
@@ -108,6 +111,30 @@ def sum_pixels(
 
 
 @triton.jit
+def load_normalised(x_ptr, offsets, mask, scale, shift, DTYPE: tl.constexpr):
+    """x, or of bytes x * scale + shift in DTYPE; zero where masked, as padding comes after it.
+
+    scale and shift are those of the offsets' last axis, in float32, or None.
+    """
+    x = tl.load(x_ptr + offsets, mask=mask, other=0)
+    if scale is not None:
+        x = narrow(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
+        x = tl.where(mask, x, 0.0)
+    return x
+
+
+@triton.jit
+def load_normalisation(normalise, c, mask):
+    """(scale, shift) of channels c, or (None, None)."""
+    if normalise is None:
+        scale, shift = None, None
+    else:
+        scale = tl.load(normalise[0] + c, mask=mask, other=0.0)
+        shift = tl.load(normalise[1] + c, mask=mask, other=0.0)
+    return scale, shift
+
+
+@triton.jit
 def few_channel_fprop_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups * K, C, R, S]
@@ -120,6 +147,7 @@ def few_channel_fprop_kernel(
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
+    normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -127,15 +155,16 @@ def few_channel_fprop_kernel(
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
-    h = p * stride + origin + r * step, likewise w; x is zero outside. One program writes one
-    rows x columns tile of one group, accumulated in float32 (float64 for float64). A turn's depth
-    is ``depth / segment`` rows of the filter, each padded to a segment.
+    h = p * stride + origin + r * step, likewise w; x is zero outside. x in bytes counts as
+    x * scale[c] + shift[c], rounded to w's dtype. One program writes one rows x columns tile of one
+    group, accumulated in float32 (float64 for float64). A turn's depth is ``depth / segment`` rows
+    of the filter, each padded to a segment.
     """
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
     DEPTH: tl.constexpr = TILE[2]
     SEGMENT: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ACC: tl.constexpr = tl.float64 if w_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
@@ -158,6 +187,7 @@ def few_channel_fprop_kernel(
     for part in loop(tl.cdiv(S * C, SEGMENT)):
         c, s, inside = row_element(part * SEGMENT + place, C, S, TILE[4])
         w = w0[:, None] + s * walk[5]
+        scale, shift = load_normalisation(normalise, group * C + c, inside)
         # [ROWS, DEPTH]
         along = (n * x_strides[0])[:, None] + (c * x_strides[1])[None, :] + w * x_strides[3]
         along_mask = (row_mask[:, None] & inside[None, :]) & within(w, W)
@@ -170,7 +200,8 @@ def few_channel_fprop_kernel(
             if DEPTH > SEGMENT:
                 x_mask &= (r < R)[None, :]
                 w_mask &= r < R
-            x_tile = tl.load(x_ptr + (along + h * x_strides[2]), mask=x_mask, other=0.0)
+            x_offsets = along + h * x_strides[2]
+            x_tile = load_normalised(x_ptr, x_offsets, x_mask, scale, shift, w_ptr.dtype.element_ty)
             # [DEPTH, COLUMNS]
             w_mask = w_mask[:, None] & k_mask[None, :]
             w_offsets = (w_along + r * w_strides[2])[:, None] + (k * w_strides[0])[None, :]
@@ -263,15 +294,17 @@ def few_channel_wgrad_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
     splits,
+    normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,  # rows, columns, depth, segment, whether c runs fastest
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
 
-    One program writes a tile of filters k by ``columns / segment`` rows of them, each padded to a
-    segment, summed over one part of the pixels in float32 (float64 for float64); the programs of
-    one column of tiles more sum dy alone.
+    x in bytes counts as x * scale[c] + shift[c], rounded to dy's dtype. One program writes a tile
+    of filters k by ``columns / segment`` rows of them, each padded to a segment, summed over one
+    part of the pixels in float32 (float64 for float64); the programs of one column of tiles more
+    sum dy alone.
     """
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
@@ -313,6 +346,7 @@ def few_channel_wgrad_kernel(
         r = tile // parts * (COLUMNS // SEGMENT) + line
         if COLUMNS > SEGMENT:
             inside &= r < R
+        scale, shift = load_normalisation(normalise, group * C + c, inside)
         x_columns = (group * C + c) * x_strides[1]
         x_columns += r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
         acc = tl.zeros((ROWS, COLUMNS), ACC)
@@ -333,7 +367,7 @@ def few_channel_wgrad_kernel(
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
             offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
             offsets = offsets[:, None] + x_columns[None, :]
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+            x = load_normalised(x_ptr, offsets, mask, scale, shift, dy_ptr.dtype.element_ty)
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
         offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]
@@ -516,8 +550,13 @@ def fprop(
     *,
     relu: bool,
     precision: str,
+    normalise: Normalisation | None = None,
 ) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
+    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual).
+
+    ``normalise``: x has bytes, which are normalised as they are loaded; not of depthwise filters.
+    """
+    assert normalise is None or not is_depthwise(g)
     part = _fprop_part(g, w.stride())
     if is_depthwise(g):
         _depthwise(x, w, bias, residual, y, (part,), tile, relu)
@@ -528,7 +567,7 @@ def fprop(
         (cdiv(part.pixels, tile.rows) * cdiv(K, tile.columns) * groups,),
         *(x, w, bias, residual, y, unspecialised_strides(x), w.stride()),
         *(result_strides(residual, y), part.sizes, part.reduction, g.walk),
-        *(relu, precision, device.wide(part.pixels, x, w, residual, y)),
+        *(normalise, relu, precision, device.wide(part.pixels, x, w, residual, y)),
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.depth), _channels_fastest(x)),
         device=x.device,
         num_warps=tile.warps,
@@ -645,11 +684,14 @@ def wgrad(
     tile: Tile,
     *,
     precision: str,
+    normalise: Normalisation | None = None,
 ) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
+    ``normalise``: as in ``fprop``.
     The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
     """
+    assert normalise is None or not is_depthwise(g)
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
     K, C = g.K // g.groups, g.C // g.groups
@@ -661,7 +703,12 @@ def wgrad(
         options = (wide, block)
     else:
         kernel, reduction = few_channel_wgrad_kernel, (g.groups, K, C, g.R, g.S)
-        options = (precision, wide, (*block, _segment(g, tile.columns), _channels_fastest(x)))
+        options = (
+            normalise,
+            precision,
+            wide,
+            (*block, _segment(g, tile.columns), _channels_fastest(x)),
+        )
     column_tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
     device.launch(
         kernel,

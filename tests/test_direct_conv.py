@@ -344,3 +344,32 @@ def test_what_is_supported():
     assert not direct_conv.supports(conv_case(1, 5, (3, 3), 4, (1, 1)))
     assert not direct_conv.supports(conv_case(1, 10, (3, 3), 4, (1, 1), groups=2))
     assert not direct_conv.is_depthwise(conv_case(1, 1, (3, 3), 4, (1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    list(zip(DTYPES, ("contiguous", "channels_last", "sliced", "x_channels_last"), strict=True)),
+)
+def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
+    """As if x * scale + shift, rounded, had been padded with zeros."""
+    grouped = replace(GROUPED, C=4, K=4)
+    for g, tiles in ((STEM, chosen(STEM, dtype, device)), (grouped, TINY)):
+        t = operands(g, dtype, device, layout)
+        x = (t.x.double() * 50 + 100).clamp(0, 255).to(torch.uint8)
+        # Multiples of 1/16 below 2**8: the value is exact before it is rounded.
+        scale = torch.arange(1, g.C + 1, device=device) / 16
+        shift = torch.arange(g.C, device=device) / 4 - 7
+        values = (x * scale[:, None, None] + shift[:, None, None]).to(dtype)
+        y, plain_y = (sliced(t.w.new_full(g.y_shape, torch.nan)) for _ in range(2))
+        dw, plain_dw = (torch.full_like(t.w, torch.nan) for _ in range(2))
+        options = {"precision": "ieee", "relu": False}
+        direct_conv.fprop(values, t.w, None, None, plain_y, g, tiles["fprop"], **options)
+        options["normalise"] = scale, shift
+        direct_conv.fprop(x, t.w, None, None, y, g, tiles["fprop"], **options)
+        assert torch.equal(y, plain_y)
+        direct_conv.wgrad(values, t.dy, plain_dw, None, g, tiles["wgrad"], precision="ieee")
+        direct_conv.wgrad(
+            *(x, t.dy, dw, None, g, tiles["wgrad"]), precision="ieee", normalise=(scale, shift)
+        )
+        assert torch.equal(dw, plain_dw)
+        assert y.isfinite().all()
