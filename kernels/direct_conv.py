@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, pair_conv
 from .device import Device, loop
 from .epilogue import result_strides, store_result
 from .geometry import Conv2dGeometry, Direction
@@ -38,13 +38,11 @@ from .indexing import (
     widen,
     within,
 )
+from .pair_conv import Normalisation, load_normalisation, load_normalised
 from .split_sum import parts_like, split_sum
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 _FEW = 4
-
-Normalisation = tuple[Tensor, Tensor]
-"""scale[C] and shift[C], float32, that make of a byte x the value x * scale[c] + shift[c]."""
 
 
 def is_depthwise(g: Conv2dGeometry) -> bool:
@@ -111,30 +109,6 @@ def sum_pixels(
 
 
 @triton.jit
-def load_normalised(x_ptr, offsets, mask, scale, shift, DTYPE: tl.constexpr):
-    """x, or of bytes x * scale + shift in DTYPE; zero where masked, as padding comes after it.
-
-    scale and shift are those of the offsets' last axis, in float32, or None.
-    """
-    x = tl.load(x_ptr + offsets, mask=mask, other=0)
-    if scale is not None:
-        x = narrow(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
-        x = tl.where(mask, x, 0.0)
-    return x
-
-
-@triton.jit
-def load_normalisation(normalise, c, mask):
-    """(scale, shift) of channels c, or (None, None)."""
-    if normalise is None:
-        scale, shift = None, None
-    else:
-        scale = tl.load(normalise[0] + c, mask=mask, other=0.0)
-        shift = tl.load(normalise[1] + c, mask=mask, other=0.0)
-    return scale, shift
-
-
-@triton.jit
 def few_channel_fprop_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups * K, C, R, S]
@@ -164,7 +138,8 @@ def few_channel_fprop_kernel(
     COLUMNS: tl.constexpr = TILE[1]
     DEPTH: tl.constexpr = TILE[2]
     SEGMENT: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = tl.float64 if w_ptr.dtype.element_ty == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
@@ -201,7 +176,7 @@ def few_channel_fprop_kernel(
                 x_mask &= (r < R)[None, :]
                 w_mask &= r < R
             x_offsets = along + h * x_strides[2]
-            x_tile = load_normalised(x_ptr, x_offsets, x_mask, scale, shift, w_ptr.dtype.element_ty)
+            x_tile = load_normalised(x_ptr, x_offsets, x_mask, normalise, scale, shift, DTYPE)
             # [DEPTH, COLUMNS]
             w_mask = w_mask[:, None] & k_mask[None, :]
             w_offsets = (w_along + r * w_strides[2])[:, None] + (k * w_strides[0])[None, :]
@@ -310,7 +285,8 @@ def few_channel_wgrad_kernel(
     COLUMNS: tl.constexpr = TILE[1]
     DEPTH: tl.constexpr = TILE[2]
     SEGMENT: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
@@ -367,7 +343,7 @@ def few_channel_wgrad_kernel(
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
             offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
             offsets = offsets[:, None] + x_columns[None, :]
-            x = load_normalised(x_ptr, offsets, mask, scale, shift, dy_ptr.dtype.element_ty)
+            x = load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE)
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
         offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]
@@ -557,6 +533,10 @@ def fprop(
     ``normalise``: x has bytes, which are normalised as they are loaded; not of depthwise filters.
     """
     assert normalise is None or not is_depthwise(g)
+    if tile.packed:
+        options = {"relu": relu, "precision": precision, "normalise": normalise}
+        pair_conv.fprop(x, w, bias, residual, y, g, tile, **options)
+        return
     part = _fprop_part(g, w.stride())
     if is_depthwise(g):
         _depthwise(x, w, bias, residual, y, (part,), tile, relu)
@@ -750,7 +730,12 @@ def _power(size: int, least: int, most: int) -> int:
 def choose_tile(
     direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, device: Device
 ) -> Tile:
-    """A tile that suits the convolution; fprop's and dgrad's order of summation ignores N."""
+    """A tile that suits the convolution; fprop's and dgrad's order of summation ignores N.
+
+    fprop's is packed where neighbouring outputs are multiplied in pairs.
+    """
+    if direction == "fprop" and pair_conv.supports(g, dtype):
+        return pair_conv.choose_tile(g, device)
     if device.backend == "interpreter":
         return _interpreter_tile(direction, g)
     tile = _gpu_tile(direction, g, dtype.itemsize)

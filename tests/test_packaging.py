@@ -19,7 +19,8 @@ kernels.geometry
 kernels.device
 kernels.tile kernels.indexing
 kernels.epilogue kernels.split_sum kernels.model kernels.descriptors
-kernels.implicit_gemm kernels.direct_conv kernels.stem_pool kernels.max_pool
+kernels.implicit_gemm kernels.pair_conv kernels.max_pool
+kernels.direct_conv kernels.stem_pool
 kernels.descriptor_gemm
 kernels.planner kernels.aten kernels.vmap kernels.winners
 kernels.autotune
