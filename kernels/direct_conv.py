@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, pair_conv
 from .device import Device, loop
 from .epilogue import result_strides, store_result
 from .expansion import load_expanded, pooled
@@ -38,6 +38,7 @@ from .indexing import (
     widen,
     within,
 )
+from .pair_conv import Normalisation, load_normalisation, load_normalised
 from .split_sum import parts_like, split_sum
 from .tile import INTERPRETER_ELEMENTS, Tile
 
@@ -130,6 +131,7 @@ def few_channel_fprop_kernel(
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # stride, origin, step of the height, then of the width
+    normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -137,15 +139,17 @@ def few_channel_fprop_kernel(
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
-    h = p * stride + origin + r * step, likewise w; x is zero outside. One program writes one
-    rows x columns tile of one group, accumulated in float32 (float64 for float64). A turn's depth
-    is ``depth / segment`` rows of the filter, each padded to a segment.
+    h = p * stride + origin + r * step, likewise w; x is zero outside. x in bytes counts as
+    x * scale[c] + shift[c], rounded to w's dtype. One program writes one rows x columns tile of one
+    group, accumulated in float32 (float64 for float64). A turn's depth is ``depth / segment`` rows
+    of the filter, each padded to a segment.
     """
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
     DEPTH: tl.constexpr = TILE[2]
     SEGMENT: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
@@ -168,6 +172,7 @@ def few_channel_fprop_kernel(
     for part in loop(tl.cdiv(S * C, SEGMENT)):
         c, s, inside = row_element(part * SEGMENT + place, C, S, TILE[4])
         w = w0[:, None] + s * walk[5]
+        scale, shift = load_normalisation(normalise, group * C + c, inside)
         # [ROWS, DEPTH]
         along = (n * x_strides[0])[:, None] + (c * x_strides[1])[None, :] + w * x_strides[3]
         along_mask = (row_mask[:, None] & inside[None, :]) & within(w, W)
@@ -180,7 +185,8 @@ def few_channel_fprop_kernel(
             if DEPTH > SEGMENT:
                 x_mask &= (r < R)[None, :]
                 w_mask &= r < R
-            x_tile = tl.load(x_ptr + (along + h * x_strides[2]), mask=x_mask, other=0.0)
+            x_offsets = along + h * x_strides[2]
+            x_tile = load_normalised(x_ptr, x_offsets, x_mask, normalise, scale, shift, DTYPE)
             # [DEPTH, COLUMNS]
             w_mask = w_mask[:, None] & k_mask[None, :]
             w_offsets = (w_along + r * w_strides[2])[:, None] + (k * w_strides[0])[None, :]
@@ -275,21 +281,24 @@ def few_channel_wgrad_kernel(
     splits,
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
+    normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,  # rows, columns, depth, segment, whether c runs fastest
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
 
-    One program writes a tile of filters k by ``columns / segment`` rows of them, each padded to a
-    segment, summed over one part of the pixels in float32 (float64 for float64); the programs of
-    one column of tiles more sum dy alone.
+    x in bytes counts as x * scale[c] + shift[c], rounded to dy's dtype. One program writes a tile
+    of filters k by ``columns / segment`` rows of them, each padded to a segment, summed over one
+    part of the pixels in float32 (float64 for float64); the programs of one column of tiles more
+    sum dy alone.
     """
     ROWS: tl.constexpr = TILE[0]
     COLUMNS: tl.constexpr = TILE[1]
     DEPTH: tl.constexpr = TILE[2]
     SEGMENT: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
@@ -328,6 +337,7 @@ def few_channel_wgrad_kernel(
         r = tile // parts * (COLUMNS // SEGMENT) + line
         if COLUMNS > SEGMENT:
             inside &= r < R
+        scale, shift = load_normalisation(normalise, group * C + c, inside)
         x_columns = (group * C + c) * x_strides[1]
         x_columns += r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
         acc = tl.zeros((ROWS, COLUMNS), ACC)
@@ -352,7 +362,7 @@ def few_channel_wgrad_kernel(
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
             offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
             offsets = offsets[:, None] + x_columns[None, :]
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+            x = load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE)
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
         offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]
@@ -380,8 +390,16 @@ def fprop(
     *,
     relu: bool,
     precision: str,
+    normalise: Normalisation | None = None,
 ) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
+    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual).
+
+    ``normalise``: x has bytes, which are normalised as they are loaded.
+    """
+    if tile.packed:
+        options = {"relu": relu, "precision": precision, "normalise": normalise}
+        pair_conv.fprop(x, w, bias, residual, y, g, tile, **options)
+        return
     part = _fprop_part(g, w.stride())
     groups, K = part.reduction[:2]
     device.launch(
@@ -389,7 +407,7 @@ def fprop(
         (cdiv(part.pixels, tile.rows) * cdiv(K, tile.columns) * groups,),
         *(x, w, bias, residual, y, unspecialised_strides(x), w.stride()),
         *(result_strides(residual, y), part.sizes, part.reduction, g.walk),
-        *(relu, precision, device.wide(part.pixels, x, w, residual, y)),
+        *(normalise, relu, precision, device.wide(part.pixels, x, w, residual, y)),
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.depth), _channels_fastest(x)),
         device=x.device,
         num_warps=tile.warps,
@@ -477,11 +495,13 @@ def wgrad(
     precision: str,
     pool: Pool2dGeometry | None = None,
     offsets: Tensor | None = None,
+    normalise: Normalisation | None = None,
 ) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
     The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. With
     ``pool`` and its ``offsets``, dy is the gradient of the pooled result: see ``expansion``.
+    ``normalise``: as in ``fprop``.
     """
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
@@ -494,7 +514,7 @@ def wgrad(
         *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
         *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), (g.groups, K, C, g.R, g.S), g.walk),
-        *(tile.splits, *pooled(pool, offsets), precision, wide),
+        *(tile.splits, *pooled(pool, offsets), normalise, precision, wide),
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.columns), _channels_fastest(x)),
         device=x.device,
         num_warps=tile.warps,
@@ -526,7 +546,12 @@ def _power(size: int, least: int, most: int) -> int:
 def choose_tile(
     direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, device: Device
 ) -> Tile:
-    """A tile that suits the convolution; fprop's and dgrad's order of summation ignores N."""
+    """A tile that suits the convolution; fprop's and dgrad's order of summation ignores N.
+
+    fprop's is packed where neighbouring outputs are multiplied in pairs.
+    """
+    if direction == "fprop" and pair_conv.supports(g, dtype):
+        return pair_conv.choose_tile(g, device)
     if device.backend == "interpreter":
         return _interpreter_tile(direction, g)
     tile = _gpu_tile(direction, g, dtype.itemsize)

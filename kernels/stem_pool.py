@@ -2,10 +2,9 @@
 
 The map between convolution and pooling is never written. Sizes and strides are in elements.
 
-*Two neighbouring outputs are one row of the product.* Their windows overlap in one short run of x,
-which is loaded once; the packed filters hold each filter twice, the second time shifted by the
-stride. So even and odd columns of the map come apart in the accumulator, even and odd rows by the
-order of its rows, and a window of two by two is four numbers of one thread.
+*Pairs.* Two neighbouring outputs are one row of the product, as in ``pair_conv``. So even and odd
+columns of the map come apart in the accumulator, even and odd rows by the order of its rows, and a
+window of two by two is four numbers of one thread.
 
 *Keys.* Each value, rounded to the result's dtype, becomes an integer: its bits, above a number that
 falls from tap to tap. One integer maximum then keeps value and switch, and of equal values the
@@ -25,7 +24,6 @@ from .device import INTERPRET, Device
 from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
-    dot,
     narrow,
     plain,
     plain_strides,
@@ -36,10 +34,10 @@ from .indexing import (
     widen,
     within,
 )
+from .pair_conv import DEEPEST, convolve, filters_of, halves, pack, run_of, segment
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 _FEW = 4  # channels
-_DEEPEST = 64  # elements of x in a row of the product
 _INTERPRET = tl.constexpr(INTERPRET)
 _LAST = tl.constexpr(15)  # what the first tap is numbered; the t-th has t less
 _GROUPS = tl.constexpr(4)  # of rows of the map, each in threads of its own
@@ -54,22 +52,22 @@ def supports(
         return False
     if pool.stride != (2, 2) or pool.dilation != (1, 1) or not {*pool.kernel} <= {2, 3}:
         return False
-    return _segment(g, 0) <= _DEEPEST
+    return segment(g) <= DEEPEST
 
 
 def choose_tile(
     g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, device: Device
 ) -> Tile:
     """A tile of pixels of the map by filters; ``box`` is how the pixels lie in n, p and q."""
-    depth = max(16, _segment(g, 0))
+    depth = max(16, segment(g))
     if device.backend != "interpreter":
         # Hopper multiplies 64 rows at once, and keeps less in registers.
         hopper = device.arch == 90
         columns = max(16, min(64 if hopper and dtype.itemsize == 2 else 32, power_of_2(g.K)))
-        warps = 8 if hopper or depth < _DEEPEST else 4
+        warps = 8 if hopper or depth < DEEPEST else 4
         return Tile(256, columns, depth, warps=warps, stages=3, box=(1, 16, 16))
     columns = max(16, min(64, power_of_2(g.K)))
-    depth = max(16, power_of_2(g.R) * _segment(g, 0))
+    depth = max(16, power_of_2(g.R) * segment(g))
     limit = INTERPRETER_ELEMENTS // max(columns, depth)
     p, q = (
         2 * max(_GROUPS.value, min(16, power_of_2(places + kernel - 2)))
@@ -77,162 +75,6 @@ def choose_tile(
     )
     box = max(1, min(power_of_2(g.N), limit // (p * q))), p, q
     return Tile(box[0] * p * q, columns, depth, box=box)
-
-
-class _Run(NamedTuple):
-    """The elements of x in one row that two neighbouring outputs see, as a row of the product."""
-
-    segment: int  # what they are padded to
-    columns: int  # of x, that the two windows cover together
-    lead: int  # elements before them
-    unit: int  # what divides the place of each run's first element in its row of x
-
-
-def _columns(g: Conv2dGeometry) -> int:
-    return (g.S - 1) * g.dilation[1] + 1 + g.stride[1]
-
-
-def _segment(g: Conv2dGeometry, lead: int) -> int:
-    return power_of_2(lead + _columns(g) * g.C)
-
-
-@lru_cache(maxsize=4096)
-def _run(g: Conv2dGeometry, pool: Pool2dGeometry, flat: bool, itemsize: int) -> _Run:
-    """``flat``: the elements lie side by side, and start earlier if that makes loads wider."""
-    step = 2 * g.stride[1] * g.C
-    first = -((pool.padding[1] + pool.kernel[1] - 2) * g.stride[1] + g.padding[1][0]) * g.C
-    unit = 16 // itemsize if flat else 1
-    while step % unit or _segment(g, first % unit) > _segment(g, 0):
-        unit //= 2
-    return _Run(_segment(g, 0), _columns(g), first % unit, unit)
-
-
-@triton.jit
-def run_element(j, C: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr):
-    """(c, column) of the j-th element of a run, c fastest if it is flat."""
-    if FLAT:
-        column = j // C
-        c = j - column * C
-    else:
-        c = j // COLUMNS
-        column = j - c * COLUMNS
-    return c, column
-
-
-@triton.jit
-def window_tap(column, half, FILTERS: tl.constexpr):
-    """(s, inside): the tap of the first or second output at a column of their run, if any."""
-    reach = column - half * FILTERS[6]
-    s = reach // FILTERS[7]
-    return s, (reach >= 0) & (s < FILTERS[3]) & (s * FILTERS[7] == reach)
-
-
-@triton.jit
-def pack_kernel(
-    w_ptr,  # [K, C, R, S]
-    packed_ptr,  # [tiles of filters, turns, COLUMNS / 8, 2, 8, DEPTH]
-    w_strides,  # k, c, r, s
-    FILTERS: tl.constexpr,  # K, C, R, S, strides and steps
-    RUN: tl.constexpr,  # segment, columns, lead, whether it is flat
-    DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """packed[..., half, k, (r, j)] = w[k, c, r, s] for the tap s of output ``half`` at element j.
-
-    One program writes what one turn of the loop multiplies: zeros where a window does not reach.
-    """
-    TURNS: tl.constexpr = (FILTERS[2] * RUN[0] + DEPTH - 1) // DEPTH
-    pid = tl.program_id(0)
-    depth = tl.arange(0, DEPTH)
-    d = pid % TURNS * DEPTH + depth
-    j = d % RUN[0] - RUN[2]
-    r = d // RUN[0]
-    c, column = run_element(j, FILTERS[1], RUN[1], RUN[3])
-    m = tl.arange(0, 2 * COLUMNS)
-    k = pid // TURNS * COLUMNS + m // 16 * 8 + m % 8
-    s, inside = window_tap(column[None, :], (m // 8 % 2)[:, None], FILTERS)
-    inside &= ((j >= 0) & (c < FILTERS[1]) & (r < FILTERS[2]))[None, :]
-    inside &= (k < FILTERS[0])[:, None]
-    offsets = (k * w_strides[0])[:, None] + (c * w_strides[1] + r * w_strides[2])[None, :]
-    w = tl.load(w_ptr + offsets + s * w_strides[3], mask=inside, other=0.0)
-    packed_ptr += pid.to(tl.int64) * (2 * COLUMNS * DEPTH)
-    tl.store(packed_ptr + (m * DEPTH)[:, None] + depth[None, :], w)
-
-
-@triton.jit
-def halves(tile):
-    """(even, odd)[filters, pairs] of a tile[filters in eights, each twice; pairs]."""
-    M: tl.constexpr = tile.shape[0]
-    PAIRS: tl.constexpr = tile.shape[1]
-    tile = tile.reshape(M // 16, 2, 8, PAIRS).trans(0, 2, 3, 1)
-    return tile.reshape(M // 2, PAIRS, 2).split()
-
-
-@triton.jit
-def convolve(
-    x_ptr,
-    packed_ptr,
-    at,  # n_mask, h, w of each pair's first output and tap, that row's place in x, the next tap's
-    x_strides,
-    sizes,  # H, W
-    FILTERS: tl.constexpr,
-    RUN: tl.constexpr,
-    DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HALF: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """[filters, pairs] in float32: one output of each pair, or both where HALF is None.
-
-    With both, an output's products with what its neighbour alone sees are zero times x: an infinity
-    or NaN there makes it NaN.
-    """
-    C: tl.constexpr = FILTERS[1]
-    R: tl.constexpr = FILTERS[2]
-    SEGMENT: tl.constexpr = RUN[0]
-    UNIT: tl.constexpr = RUN[4]
-    LINES: tl.constexpr = DEPTH // SEGMENT
-    n_mask, h0, w0, x_rows, x_step = at
-    H, W = sizes
-    depth = tl.arange(0, DEPTH)
-    place = depth % SEGMENT + x_step * 0  # as wide as the offsets
-    j = place - RUN[2]
-    c, column = run_element(j, C, RUN[1], RUN[3])
-    if RUN[3]:
-        # Both ends of a row are multiples of the unit, as is the start of a run.
-        start = tl.multiple_of(w0 * C - RUN[2], UNIT)
-        i = start[:, None] + place[None, :]
-        x_mask = (i >= 0) & (i < tl.multiple_of(W * C, UNIT))
-        x_offsets = tl.multiple_of(x_rows + start, UNIT)[:, None] + place[None, :]
-    else:
-        w = w0[:, None] + column[None, :]
-        x_mask = within(w, W) & (c < C)[None, :]
-        x_offsets = (x_rows + w0 * x_strides[3])[:, None]
-        x_offsets += (c * x_strides[1] + column * x_strides[3])[None, :]
-    x_mask &= n_mask[:, None]
-    line = depth // SEGMENT
-    if LINES > 1:
-        x_offsets += (line * x_step)[None, :]
-
-    m = tl.arange(0, 2 * COLUMNS if HALF is None else COLUMNS)
-    if HALF is not None:
-        m = m // 8 * 16 + HALF * 8 + m % 8
-        _, seen = window_tap(column, HALF, FILTERS)
-        seen &= j >= 0
-    acc = tl.zeros((m.shape[0], h0.shape[0]), tl.float32)
-    for i in tl.range((R + LINES - 1) // LINES, num_stages=None if HALF is None else 1):
-        if LINES == 1:
-            mask = x_mask & within(h0 + i * FILTERS[5], H)[:, None]
-        else:
-            r = i * LINES + line
-            mask = x_mask & within(h0[:, None] + (r * FILTERS[5])[None, :], H) & (r < R)[None, :]
-        x_at = x_offsets + tl.multiple_of(i * (LINES * x_step), UNIT)
-        x = tl.load(x_ptr + x_at, mask=mask, other=0.0)
-        if HALF is not None:
-            x = tl.where(seen[None, :], x, 0.0)
-        w_at = i * (2 * COLUMNS * DEPTH) + (m * DEPTH)[:, None] + depth[None, :]
-        acc = dot(tl.load(packed_ptr + w_at), tl.trans(x), acc, PRECISION)
-    return acc
 
 
 @triton.jit
@@ -363,7 +205,7 @@ def tile_keys(
     """The keys of a tile's windows[filters, windows]."""
     COLUMNS: tl.constexpr = TILE[3]
     DEPTH: tl.constexpr = TILE[4]
-    TURNS: tl.constexpr = (FILTERS[2] * RUN[0] + DEPTH - 1) // DEPTH
+    TURNS: tl.constexpr = (FILTERS[2] * RUN.segment + DEPTH - 1) // DEPTH
     N, H, W, P, Q, PP, PQ = plain(sizes)
     x_strides = plain_strides(x_strides)
     k_tile, n, p, q, _ = windows(pid, (PP, PQ), FILTERS[0], POOL, TILE)
@@ -382,16 +224,16 @@ def tile_keys(
     packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
     if EXACT:
         even = convolve(
-            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(x_ptr, packed_ptr, None, x_at, x_strides, (H, W)),
             *(FILTERS, RUN, DEPTH, COLUMNS, 0, PRECISION),
         )
         odd = convolve(
-            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(x_ptr, packed_ptr, None, x_at, x_strides, (H, W)),
             *(FILTERS, RUN, DEPTH, COLUMNS, 1, PRECISION),
         )
     else:
         both = convolve(
-            *(x_ptr, packed_ptr, x_at, x_strides, (H, W)),
+            *(x_ptr, packed_ptr, None, x_at, x_strides, (H, W)),
             *(FILTERS, RUN, DEPTH, COLUMNS, None, PRECISION),
         )
         even, odd = halves(both)
@@ -414,9 +256,9 @@ def stem_pool_kernel(
     offsets_strides,
     sizes,  # N, H, W, P, Q, PP, PQ, unspecialised
     origin,  # of the walk along the height and the width
-    FILTERS: tl.constexpr,  # K, C, R, S; stride and step of the height, then of the width
+    FILTERS: tl.constexpr,  # as filters_of gives them
     POOL: tl.constexpr,  # kernel and padding, each of the height and the width
-    RUN: tl.constexpr,  # segment, columns, lead, whether it is flat, unit
+    RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # images, rows, columns of the map; filters, depth
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -466,9 +308,7 @@ class _Launch(NamedTuple):
     """What of a launch follows from its geometry alone."""
 
     programs: int
-    packed: tuple[int, int, int]  # tiles of filters, turns, elements of a turn
     sizes: tuple[int, ...]
-    filters: tuple[int, ...]
     origin: Pair
     window: tuple[int, int, int, int]
 
@@ -482,12 +322,9 @@ def _launch(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> _Launch:
         for places, size, kernel in zip((pool.P, pool.Q), (rows, columns), pool.kernel, strict=True)
     )
     p_tiles, q_tiles = windows
-    turns = cdiv(g.R * _segment(g, 0), tile.depth)
     return _Launch(
         cdiv(g.N, images) * p_tiles * q_tiles * k_tiles,
-        (k_tiles, turns, tile.depth * 2 * tile.columns),
         unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
-        (g.K, g.C, g.R, g.S, g.stride[0], g.dilation[0], g.stride[1], g.dilation[1]),
         (-g.padding[0][0], -g.padding[1][0]),
         (*pool.kernel, *pool.padding),
     )
@@ -510,25 +347,16 @@ def conv2d_relu_max_pool2d(
     offsets[N,K,PP,PQ], uint8, are the taps that won, r * S + s in the pooling's window, and 255
     where y is zero: there no gradient flows. None are not wanted.
     """
-    programs, packed, sizes, filters, origin, window = _launch(g, pool, tile)
-    n, c, h, w_stride = x.stride()
-    flat = w_stride == g.C and (c == 1 or g.C == 1)
-    run = _run(g, pool, flat, x.element_size())
-    aligned = (n | h | g.W * g.C) % run.unit == 0 and x.data_ptr() % 16 == 0
-    packed_filters = torch.empty(packed, dtype=w.dtype, device=w.device)
-    device.launch(
-        pack_kernel,
-        (packed[0] * packed[1],),
-        *(w, packed_filters, w.stride(), filters, (*run[:3], flat), tile.depth, tile.columns),
-        device=x.device,
-    )
+    programs, sizes, origin, window = _launch(g, pool, tile)
+    run = run_of(x, g, 2 - pool.kernel[1] - pool.padding[1])
+    packed = pack(w, g, tile, run)
     y_strides = unspecialised_strides(y)
     device.launch(
         stem_pool_kernel,
         (programs,),
-        *(x, packed_filters, bias, y, offsets, unspecialised_strides(x), y_strides),
+        *(x, packed, bias, y, offsets, unspecialised_strides(x), y_strides),
         y_strides if offsets is None else unspecialised_strides(offsets),
-        *(sizes, origin, filters, window, (*run[:3], flat, run.unit if aligned else 1)),
+        *(sizes, origin, filters_of(g), window, run),
         *((*(tile.box or ()), tile.columns, tile.depth), precision),
         device.wide(g.N * g.P * g.Q, x, y),
         device=x.device,

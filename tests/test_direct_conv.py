@@ -19,7 +19,7 @@ from tolerance import (
 )
 
 from kernels import device as kernel_device
-from kernels import direct_conv
+from kernels import direct_conv, pair_conv
 from kernels.device import Device
 from kernels.geometry import output_strides
 from kernels.tile import INTERPRETER_ELEMENTS, Tile, is_valid
@@ -317,3 +317,93 @@ def test_what_is_supported():
         assert direct_conv.supports(g)
     assert not direct_conv.supports(conv_case(1, 5, (3, 3), 4, (1, 1)))
     assert not direct_conv.supports(conv_case(1, 10, (3, 3), 4, (1, 1), groups=2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    list(zip(DTYPES, ("contiguous", "channels_last", "sliced", "x_channels_last"), strict=True)),
+)
+def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
+    """As if x * scale + shift, rounded, had been padded with zeros."""
+    grouped = replace(GROUPED, C=4, K=4)
+    for g, tiles in ((STEM, chosen(STEM, dtype, device)), (grouped, TINY)):
+        t = operands(g, dtype, device, layout)
+        x = (t.x.double() * 50 + 100).clamp(0, 255).to(torch.uint8)
+        # Multiples of 1/16 below 2**8: the value is exact before it is rounded.
+        scale = torch.arange(1, g.C + 1, device=device) / 16
+        shift = torch.arange(g.C, device=device) / 4 - 7
+        values = (x * scale[:, None, None] + shift[:, None, None]).to(dtype)
+        y, plain_y = (sliced(t.w.new_full(g.y_shape, torch.nan)) for _ in range(2))
+        dw, plain_dw = (torch.full_like(t.w, torch.nan) for _ in range(2))
+        options = {"precision": "ieee", "relu": False}
+        direct_conv.fprop(values, t.w, None, None, plain_y, g, tiles["fprop"], **options)
+        options["normalise"] = scale, shift
+        direct_conv.fprop(x, t.w, None, None, y, g, tiles["fprop"], **options)
+        assert torch.equal(y, plain_y)
+        direct_conv.wgrad(values, t.dy, plain_dw, None, g, tiles["wgrad"], precision="ieee")
+        direct_conv.wgrad(
+            *(x, t.dy, dw, None, g, tiles["wgrad"]), precision="ieee", normalise=(scale, shift)
+        )
+        assert torch.equal(dw, plain_dw)
+        assert y.isfinite().all()
+
+
+PAIRED_CASES = tuple(g for g in CASES if pair_conv.supports(g, torch.float16))
+
+
+def integers(g, dtype, device, layout, value=None):
+    """Operands of small integers, whose sums are exact in any order; ``value`` is among x."""
+    t = operands(g, dtype, device, layout)
+    x, w, bias, residual = (v.mul_(2).round_() for v in (t.x.clone(), t.w, t.bias, t.residual))
+    if value is not None:
+        x[0, 0, g.H // 2, g.W // 2] = x[-1, -1, -1, -1] = value
+    return x if layout != "sliced" else sliced(x), w, bias.contiguous(), residual
+
+
+def fprop(g, inputs, tile):
+    y = sliced(inputs[1].new_full(g.y_shape, torch.nan))
+    direct_conv.fprop(*inputs, y, g, tile, relu=True, precision="ieee")
+    return y
+
+
+@pytest.mark.parametrize("g", params(PAIRED_CASES))
+def test_pairs_of_outputs(g, device):
+    """Exactly what each output by itself gives, in any layout, with large and with tiny tiles."""
+    depth = max(16, pair_conv.segment(g))
+    for layout in ("contiguous", "channels_last", "sliced"):
+        inputs = integers(g, torch.float16, device, layout)
+        alone = fprop(g, inputs, TINY["fprop"])
+        assert alone.isfinite().all()
+        for tile in (chosen(g, torch.float16, device)["fprop"], Tile(64, 16, depth, packed=True)):
+            assert tile.packed
+            assert torch.equal(fprop(g, inputs, tile), alone)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("g", params(PAIRED_CASES[::3]))
+def test_what_is_not_finite_does_not_spread_within_a_pair(g, value, device):
+    for layout in ("contiguous", "channels_last"):
+        inputs = integers(g, torch.bfloat16, device, layout, value)
+        alone = fprop(g, inputs, TINY["fprop"])
+        paired = fprop(g, inputs, chosen(g, torch.bfloat16, device)["fprop"])
+        assert not alone.isfinite().all() or value < 0
+        assert paired.equal(alone) or torch.allclose(paired, alone, 0, 0, equal_nan=True)
+
+
+def test_pairs_with_64_bit_offsets(device, monkeypatch):
+    inputs = integers(STEM, torch.float16, device, "channels_last")
+    tile = chosen(STEM, torch.float16, device)["fprop"]
+    narrow = fprop(STEM, inputs, tile)
+    monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+    assert torch.equal(fprop(STEM, inputs, tile), narrow)
+
+
+def test_an_image_of_a_batch_in_pairs(device):
+    many, one = replace(STEM, N=5), replace(STEM, N=1)
+    x, w, bias, residual = operands(many, torch.float16, device, "channels_last").inputs
+    alone = (x[2:3], w, bias, residual[2:3])
+    y = fprop(one, alone, chosen(one, x.dtype, device)["fprop"])
+    x[:2] = x[3:] = torch.nan
+    assert torch.equal(
+        fprop(many, (x, w, bias, residual), chosen(many, x.dtype, device)["fprop"])[2:3], y
+    )

@@ -20,8 +20,8 @@ kernels.device
 kernels.tile kernels.indexing
 kernels.split_sum kernels.model kernels.descriptors
 kernels.epilogue kernels.expansion
-kernels.implicit_gemm kernels.direct_conv kernels.depthwise kernels.stem_pool kernels.max_pool
-kernels.conv_pool
+kernels.implicit_gemm kernels.pair_conv kernels.depthwise kernels.max_pool kernels.conv_pool
+kernels.direct_conv kernels.stem_pool
 kernels.descriptor_gemm
 kernels.descriptor_pool
 kernels.planner kernels.aten kernels.vmap kernels.winners

@@ -1,0 +1,381 @@
+"""Convolution of few channels where two neighbouring outputs are one row of the product.
+
+Their windows overlap in one short run of x, which is loaded once, by wide words where the channels
+lie side by side. The packed filters hold each filter twice, the second time shifted by the stride:
+for a run padded to a power of two that often is no product more than one output alone would take.
+Sizes and strides are in elements.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import device
+from .device import Device
+from .epilogue import result_strides, store_result
+from .geometry import Conv2dGeometry
+from .indexing import (
+    cdiv,
+    dot,
+    narrow,
+    pixel,
+    plain,
+    plain_strides,
+    power_of_2,
+    program,
+    unspecialised,
+    unspecialised_strides,
+    within,
+)
+from .tile import INTERPRETER_ELEMENTS, Tile
+
+Normalisation = tuple[Tensor, Tensor]
+"""scale[C] and shift[C], float32, that make of a byte x the value x * scale[c] + shift[c]."""
+
+DEEPEST = 64
+"""Elements of x in a row of the product, at most."""
+
+
+class Run(NamedTuple):
+    """The elements of x in one row that two neighbouring outputs see, as a row of the product."""
+
+    segment: int  # what they are padded to
+    columns: int  # of x, that the two windows cover together
+    lead: int  # elements before them
+    flat: bool  # they lie side by side in x
+    unit: int  # what divides the place of each run's first element in its row of x
+
+
+def _columns(g: Conv2dGeometry) -> int:
+    return (g.S - 1) * g.dilation[1] + 1 + g.stride[1]
+
+
+def segment(g: Conv2dGeometry, lead: int = 0) -> int:
+    """What a run and the elements before it are padded to."""
+    return power_of_2(lead + _columns(g) * g.C)
+
+
+@lru_cache(maxsize=4096)
+def _run(g: Conv2dGeometry, first: int, flat: bool, itemsize: int) -> Run:
+    step = 2 * g.stride[1] * g.C
+    first = (first * g.stride[1] - g.padding[1][0]) * g.C
+    unit = 16 // itemsize if flat else 1
+    while step % unit or segment(g, first % unit) > segment(g):
+        unit //= 2
+    return Run(segment(g), _columns(g), first % unit, flat, unit)
+
+
+def run_of(x: Tensor, g: Conv2dGeometry, first: int = 0) -> Run:
+    """The run of pairs that start at column ``first`` of y, and at each second one from there.
+
+    Elements that lie side by side start earlier if that makes loads wider; whether it does depends
+    on where the rows of x start, but the products and their order do not.
+    """
+    n, c, h, w = x.stride()
+    flat = w == g.C and (c == 1 or g.C == 1)
+    run = _run(g, first, flat, x.element_size())
+    aligned = (n | h | g.W * g.C) % run.unit == 0 and x.data_ptr() % 16 == 0
+    return run if aligned else run._replace(unit=1)
+
+
+def filters_of(g: Conv2dGeometry) -> tuple[int, ...]:
+    """K, C, R, S; stride and step of the height, then of the width."""
+    return g.K, g.C, g.R, g.S, g.stride[0], g.dilation[0], g.stride[1], g.dilation[1]
+
+
+def supports(g: Conv2dGeometry, dtype: torch.dtype) -> bool:
+    """Whether ``fprop`` takes the convolution, in any layout."""
+    return dtype.itemsize == 2 and g.groups == 1 and g.C > 0 and segment(g) <= DEEPEST
+
+
+def choose_tile(g: Conv2dGeometry, device: Device) -> Tile:
+    """A tile of pixels by filters, packed; its depth holds whole runs."""
+    if device.backend == "interpreter":
+        columns = max(16, min(1024, power_of_2(g.K)))
+        depth = max(16, min(1024, power_of_2(g.R) * segment(g)))
+        rows = min(power_of_2(2 * g.N * g.P * g.Q), INTERPRETER_ELEMENTS // max(columns, depth))
+        return Tile(max(32, rows), columns, depth, packed=True)
+    # Hopper multiplies 64 rows at once, the filters, each twice, and keeps less in registers.
+    hopper = device.arch == 90
+    columns = max(16, min(64 if hopper else 32, power_of_2(g.K)))
+    depth = max(16, segment(g))
+    rows = 256 if hopper or depth < DEEPEST else 128
+    return Tile(rows, columns, depth, packed=True, warps=8, stages=3)
+
+
+@triton.jit
+def load_normalisation(normalise, c, mask):
+    """(scale, shift) of channels c; of no normalisation, anything."""
+    if normalise is None:
+        scale = c
+        shift = c
+    else:
+        scale = tl.load(normalise[0] + c, mask=mask, other=0.0)
+        shift = tl.load(normalise[1] + c, mask=mask, other=0.0)
+    return scale, shift
+
+
+@triton.jit
+def load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE: tl.constexpr):
+    """x, or of bytes x * scale + shift in DTYPE; zero where masked, as padding comes after it.
+
+    scale and shift are those of the offsets' last axis, in float32.
+    """
+    x = tl.load(x_ptr + offsets, mask=mask, other=0)
+    if normalise is not None:
+        x = narrow(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
+        x = tl.where(mask, x, 0.0)
+    return x
+
+
+@triton.jit
+def run_element(j, C: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr):
+    """(c, column) of the j-th element of a run, c fastest if it is flat."""
+    if FLAT:
+        column = j // C
+        c = j - column * C
+    else:
+        c = j // COLUMNS
+        column = j - c * COLUMNS
+    return c, column
+
+
+@triton.jit
+def window_tap(column, half, FILTERS: tl.constexpr):
+    """(s, inside): the tap of the first or second output at a column of their run, if any."""
+    reach = column - half * FILTERS[6]
+    s = reach // FILTERS[7]
+    return s, (reach >= 0) & (s < FILTERS[3]) & (s * FILTERS[7] == reach)
+
+
+@triton.jit
+def pack_kernel(
+    w_ptr,  # [K, C, R, S]
+    packed_ptr,  # [tiles of filters, turns, COLUMNS / 8, 2, 8, DEPTH]
+    w_strides,  # k, c, r, s
+    FILTERS: tl.constexpr,  # K, C, R, S, strides and steps
+    RUN: tl.constexpr,  # a Run
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """packed[..., half, k, (r, j)] = w[k, c, r, s] for the tap s of output ``half`` at element j.
+
+    One program writes what one turn of the loop multiplies: zeros where a window does not reach.
+    """
+    TURNS: tl.constexpr = (FILTERS[2] * RUN.segment + DEPTH - 1) // DEPTH
+    pid = tl.program_id(0)
+    depth = tl.arange(0, DEPTH)
+    d = pid % TURNS * DEPTH + depth
+    j = d % RUN.segment - RUN.lead
+    r = d // RUN.segment
+    c, column = run_element(j, FILTERS[1], RUN.columns, RUN.flat)
+    m = tl.arange(0, 2 * COLUMNS)
+    k = pid // TURNS * COLUMNS + m // 16 * 8 + m % 8
+    s, inside = window_tap(column[None, :], (m // 8 % 2)[:, None], FILTERS)
+    inside &= ((j >= 0) & (c < FILTERS[1]) & (r < FILTERS[2]))[None, :]
+    inside &= (k < FILTERS[0])[:, None]
+    offsets = (k * w_strides[0])[:, None] + (c * w_strides[1] + r * w_strides[2])[None, :]
+    w = tl.load(w_ptr + offsets + s * w_strides[3], mask=inside, other=0.0)
+    packed_ptr += pid.to(tl.int64) * (2 * COLUMNS * DEPTH)
+    tl.store(packed_ptr + (m * DEPTH)[:, None] + depth[None, :], w)
+
+
+def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
+    """The filters as ``convolve`` takes them."""
+    k_tiles, turns = cdiv(g.K, tile.columns), cdiv(g.R * run.segment, tile.depth)
+    shape = k_tiles, turns, 2 * tile.columns, tile.depth
+    packed = torch.empty(shape, dtype=w.dtype, device=w.device)
+    device.launch(
+        pack_kernel,
+        (k_tiles * turns,),
+        *(w, packed, w.stride(), filters_of(g), run, tile.depth, tile.columns),
+        device=w.device,
+    )
+    return packed
+
+
+@triton.jit
+def halves(tile):
+    """(even, odd)[filters, pairs] of a tile[filters in eights, each twice; pairs]."""
+    M: tl.constexpr = tile.shape[0]
+    PAIRS: tl.constexpr = tile.shape[1]
+    tile = tile.reshape(M // 16, 2, 8, PAIRS).trans(0, 2, 3, 1)
+    return tile.reshape(M // 2, PAIRS, 2).split()
+
+
+@triton.jit
+def convolve(
+    x_ptr,
+    packed_ptr,
+    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    at,  # n_mask, h, w of each pair's first output and tap, that row's place in x, the next tap's
+    x_strides,
+    sizes,  # H, W
+    FILTERS: tl.constexpr,  # as filters_of gives them
+    RUN: tl.constexpr,  # a Run
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HALF: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[filters, pairs] in float32: one output of each pair, or both where HALF is None.
+
+    With both, an output's products with what its neighbour alone sees are zero times x: an infinity
+    or NaN there makes it NaN.
+    """
+    C: tl.constexpr = FILTERS[1]
+    R: tl.constexpr = FILTERS[2]
+    SEGMENT: tl.constexpr = RUN.segment
+    UNIT: tl.constexpr = RUN.unit
+    LINES: tl.constexpr = DEPTH // SEGMENT
+    DTYPE: tl.constexpr = packed_ptr.dtype.element_ty
+    n_mask, h0, w0, x_rows, x_step = at
+    H, W = sizes
+    depth = tl.arange(0, DEPTH)
+    place = depth % SEGMENT + x_step * 0  # as wide as the offsets
+    j = place - RUN.lead
+    c, column = run_element(j, C, RUN.columns, RUN.flat)
+    if RUN.flat:
+        # Both ends of a row are multiples of the unit, as is the start of a run.
+        start = tl.multiple_of(w0 * C - RUN.lead, UNIT)
+        i = start[:, None] + place[None, :]
+        x_mask = (i >= 0) & (i < tl.multiple_of(W * C, UNIT))
+        x_offsets = tl.multiple_of(x_rows + start, UNIT)[:, None] + place[None, :]
+    else:
+        w = w0[:, None] + column[None, :]
+        x_mask = within(w, W) & (c < C)[None, :]
+        x_offsets = (x_rows + w0 * x_strides[3])[:, None]
+        x_offsets += (c * x_strides[1] + column * x_strides[3])[None, :]
+    x_mask &= n_mask[:, None]
+    scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
+    line = depth // SEGMENT
+    if LINES > 1:
+        x_offsets += (line * x_step)[None, :]
+
+    m = tl.arange(0, 2 * COLUMNS if HALF is None else COLUMNS)
+    if HALF is not None:
+        m = m // 8 * 16 + HALF * 8 + m % 8
+        _, seen = window_tap(column, HALF, FILTERS)
+        seen &= j >= 0
+    acc = tl.zeros((m.shape[0], h0.shape[0]), tl.float32)
+    for i in tl.range((R + LINES - 1) // LINES, num_stages=None if HALF is None else 1):
+        if LINES == 1:
+            mask = x_mask & within(h0 + i * FILTERS[5], H)[:, None]
+        else:
+            r = i * LINES + line
+            mask = x_mask & within(h0[:, None] + (r * FILTERS[5])[None, :], H) & (r < R)[None, :]
+        x_at = x_offsets + tl.multiple_of(i * (LINES * x_step), UNIT)
+        x = load_normalised(x_ptr, x_at, mask, normalise, scale, shift, DTYPE)
+        if HALF is not None:
+            x = tl.where(seen[None, :], x, 0.0)
+        w_at = i * (2 * COLUMNS * DEPTH) + (m * DEPTH)[:, None] + depth[None, :]
+        acc = dot(tl.load(packed_ptr + w_at), tl.trans(x), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def pair_fprop_kernel(
+    x_ptr,  # [N, C, H, W]
+    packed_ptr,  # as pack_kernel writes it
+    bias_ptr,  # [K] or None
+    residual_ptr,  # like y, or None
+    y_ptr,  # [N, K, P, Q]
+    x_strides,  # n, c, h, w, unspecialised
+    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
+    sizes,  # N, H, W, P, Q, unspecialised
+    origin,  # of the walk along the height and the width
+    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    FILTERS: tl.constexpr,  # as filters_of gives them
+    RUN: tl.constexpr,  # a Run
+    TILE: tl.constexpr,  # rows, columns, depth
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
+
+    One program writes a tile of ``rows`` pixels by ``columns`` filters, accumulated in float32.
+    """
+    PAIRS: tl.constexpr = TILE[0] // 2
+    COLUMNS: tl.constexpr = TILE[1]
+    DEPTH: tl.constexpr = TILE[2]
+    K: tl.constexpr = FILTERS[0]
+    K_TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    TURNS: tl.constexpr = (FILTERS[2] * RUN.segment + DEPTH - 1) // DEPTH
+    N, H, W, P, Q = plain(sizes)
+    strides = plain_strides(x_strides)
+    pid = program(WIDE)
+    k_tile = pid % K_TILES
+    n, p, q = pixel(pid // K_TILES * PAIRS + tl.arange(0, PAIRS), P, (Q + 1) // 2)
+    h = p * FILTERS[4] + origin[0]
+    w = 2 * q * FILTERS[6] + origin[1]
+    x_step = (pid * 0 + FILTERS[5]) * strides[2]
+    at = (n < N, h, w, n * strides[0] + h * strides[2], x_step)
+    packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
+    both = convolve(
+        *(x_ptr, packed_ptr, normalise, at, strides, (H, W)),
+        *(FILTERS, RUN, DEPTH, COLUMNS, None, PRECISION),
+    )
+    even, odd = halves(both)
+    total = tl.sum(both)
+    if total != total:
+        # A NaN, perhaps of what a neighbour alone sees.
+        even = convolve(
+            *(x_ptr, packed_ptr, normalise, at, strides, (H, W)),
+            *(FILTERS, RUN, DEPTH, COLUMNS, 0, PRECISION),
+        )
+        odd = convolve(
+            *(x_ptr, packed_ptr, normalise, at, strides, (H, W)),
+            *(FILTERS, RUN, DEPTH, COLUMNS, 1, PRECISION),
+        )
+
+    acc = tl.join(even, odd).reshape(COLUMNS, 2 * PAIRS).trans()
+    i = tl.arange(0, 2 * PAIRS)
+    n, p, q = pixel(pid // K_TILES * PAIRS + i // 2, P, (Q + 1) // 2)
+    q = 2 * q + i % 2
+    k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
+    masks = ((n < N) & (q < Q), k < K)
+    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
+
+
+def fprop(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    relu: bool,
+    precision: str,
+    normalise: Normalisation | None = None,
+) -> None:
+    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual), of one group.
+
+    ``normalise``: x has bytes, which are normalised as they are loaded.
+    """
+    run = run_of(x, g)
+    packed = pack(w, g, tile, run)
+    pairs = g.N * g.P * cdiv(g.Q, 2)
+    arguments = (
+        *(x, packed, bias, residual, y, unspecialised_strides(x), result_strides(residual, y)),
+        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), (-g.padding[0][0], -g.padding[1][0])),
+        *(normalise, filters_of(g)),
+    )
+    # Another image may have rows that start elsewhere.
+    for known in {run, run._replace(unit=1)} if device.is_warming_up() else (run,):
+        device.launch(
+            pair_fprop_kernel,
+            (cdiv(pairs, tile.rows // 2) * cdiv(g.K, tile.columns),),
+            *arguments,
+            *(known, (tile.rows, tile.columns, tile.depth), relu, precision),
+            device.wide(2 * pairs, x, residual, y),
+            device=x.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
