@@ -329,6 +329,7 @@ def supports(
 ) -> bool:
     """Whether this kernel takes a convolution and the pooling of its result, and is worth it.
 
+    Windows are of two or three pixels along each axis, every one or two, padded by one at most.
     ``layout`` is the planner's. Float32 goes through tensor cores alone.
     """
     if layout != "aligned" or not (device.descriptors or device.backend == "interpreter"):
@@ -348,7 +349,7 @@ def supports(
 def tiles(
     g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, precision: str, device: Device
 ) -> list[Tile]:
-    """All tiles of the family that suit a layer, best first by the products they take."""
+    """All tiles of the family that suit a layer, best first."""
     found = [
         tile
         for tile in _family(g, pool, dtype, device)
@@ -380,7 +381,9 @@ def _family(
         if columns > 64 and (K <= columns // 2 or (g.groups > 1 and K % columns)):
             continue
         # Shifted keys take registers: of every second column, or with stride 1 of all.
-        if (overlapping and warps == 8) or (1 in pool.stride and rows * columns > 2**13):
+        if (overlapping and warps == 8) or (
+            1 in pool.stride and rows * columns * dtype.itemsize > 2**14
+        ):
             continue
         for box in _BOXES[rows]:
             if not overlapping or box[2] >= 8:  # a smaller box is halo for the most part
