@@ -154,8 +154,7 @@ def depthwise_kernel(
     K, REPEAT, R, S, first, r_step, s_step = reduction
     K = K // UNIT * UNIT
     x_strides = aligned_strides(x_strides, UNIT)
-    if residual_ptr is not None:
-        added = aligned_strides(y_strides[0], UNIT)
+    added = aligned_strides(y_strides[0], UNIT)
     y_strides = aligned_strides(y_strides[1], UNIT)
 
     pid = program(WIDE)
@@ -207,6 +206,23 @@ def depthwise_kernel(
             y = finish(sums[i], None, k, k_mask, residual_ptr, residual_at, y_mask, RELU, DTYPE)
             y_at = k * y_strides[1] + (n * y_strides[0] + p * y_strides[2] + q * y_strides[3])
             tl.store(y_ptr + y_at, y, mask=y_mask)
+
+
+@triton.constexpr_function
+def about_root(size):
+    """A power of two near the square root of another."""
+    return 1 << size.bit_length() // 2
+
+
+@triton.jit
+def sum_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sums [1, COLUMNS] of a tile's rows, in two steps.
+
+    The interpreter adds one after the other: many at once would gather too many roundings.
+    """
+    PARTS: tl.constexpr = about_root(ROWS)
+    tile = tl.reshape(tile, (PARTS, ROWS // PARTS, COLUMNS))
+    return tl.sum(tl.sum(tile, axis=1), axis=0)[None, :]
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -303,13 +319,14 @@ def depthwise_wgrad_kernel(
                                     )
 
     if db_ptr is not None and part == 0:
-        total = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
+        total = narrow(sum_rows(db, ROWS, COLUMNS), db_ptr.dtype.element_ty)
         tl.store(db_ptr + split * K + k, total, mask=k_mask)
-    for tap in tl.static_range(TAPS):
-        total = narrow(tl.sum(dw[tap], axis=0, keep_dims=True), dw_ptr.dtype.element_ty)
-        offsets = (r0 + tap // S_TAPS) * dw_strides[3] + (s0 + tap % S_TAPS) * dw_strides[4]
-        offsets += split * dw_strides[0] + k * dw_strides[1]
-        tl.store(dw_ptr + offsets, total, mask=k_mask)
+    if dw_ptr is not None:
+        dw_ptr += split * dw_strides[0] + k * dw_strides[1]
+        for tap in tl.static_range(TAPS):
+            total = narrow(sum_rows(dw[tap], ROWS, COLUMNS), dw_ptr.dtype.element_ty)
+            offset = (r0 + tap // S_TAPS) * dw_strides[3] + (s0 + tap % S_TAPS) * dw_strides[4]
+            tl.store(dw_ptr + offset, total, mask=k_mask)
 
 
 class _Axis(NamedTuple):
