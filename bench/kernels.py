@@ -221,11 +221,11 @@ def _cases(args: argparse.Namespace) -> list[suites.Case]:
         if name not in known:
             raise Refusal(f"no suite {name!r}; there are {', '.join(known)}")
     layers = [layer for name in chosen for layer in layers if layer.suite == name]
-    if args.device == "cpu":
-        layers = [suites.shrink(layer) for layer in layers]
     found = suites.cases(layers, _flat(args.op), _flat(args.dtype))
     if not found:
         raise Refusal(f"no layer of {', '.join(chosen)} has {', '.join(_flat(args.op))}")
+    if args.device == "cpu":
+        return [case._replace(layer=suites.shrink(case.layer)) for case in found]
     return found
 
 

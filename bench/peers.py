@@ -21,7 +21,7 @@ from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.max_pool import offset_dtype
 
 from .measure import DTYPES
-from .suites import DEPTHWISE, Case
+from .suites import NAMED, Block, Case
 
 PEERS = ("cudnn", "cudnn_nchw", "inductor", "flaggems")
 Inputs = tuple[Tensor, ...]
@@ -233,15 +233,108 @@ class MaxPool:
         ).nchw()
 
 
-Problem = Convolution | MaxPool
+class ConvPool:
+    """Convolution, bias, ReLU and max-pooling: forward as a training step needs it, and backward to
+    bias, weight and, but for an image's channels, x.
+    """
+
+    def __init__(self, op: str, block: Block, precision: str):
+        self.op, self.block = op, block
+        g, pool = block
+        (top, bottom), (left, right) = g.padding
+        self._ours = (g.stride, (top, bottom, left, right), g.dilation, g.groups, precision)
+        self._torch = (g.stride, (top, left), g.dilation, g.groups)
+        self._window = (pool.kernel, pool.stride, pool.padding)
+        self._wanted = (g.C > 4, True, True)
+
+    def work(self, itemsize: int) -> tuple[int, int]:
+        """Floating-point operations, and the least bytes: x, w, the result and its offsets, once
+        each and their gradients.
+        """
+        g, pool = self.block
+        ends = itemsize * (prod(g.x_shape) + prod(g.w_shape))
+        result = (itemsize + 1) * prod(pool.y_shape)
+        if self.op == "conv_relu_max_pool":
+            return g.flops, ends + result
+        return g.flops * sum(self._wanted[:2]), ends * sum(self._wanted[:2]) + result
+
+    def inputs(self, draw: Draw) -> Inputs:
+        """x, w, bias and, for the backward pass, dy."""
+        g, pool = self.block
+        x, w, bias = draw(g.x_shape), draw(g.w_shape), draw((g.K,))
+        w *= 1 / sqrt(prod(g.w_shape[1:]))
+        forward = self.op == "conv_relu_max_pool"
+        return (x, w, bias) if forward else (x, w, bias, draw(pool.y_shape))
+
+    def predicted(self, *_: Tensor) -> None:
+        """Nothing: the model of a fused block predicts an order, not a time."""
+
+    def ours(self) -> Contender:
+        """One kernel forward; backward as the planner has it."""
+        ops, g, numbers, window = torch.ops.triton_cnn, self.block.conv, self._ours, self._window
+
+        def forward(x: Tensor, w: Tensor, bias: Tensor) -> Inputs:
+            return ops.conv2d_relu_max_pool2d(x, w, bias, *numbers, *window, True)
+
+        def backward(dy: Tensor, offsets: Tensor, x: Tensor, w: Tensor) -> Tensor:
+            about = (g.H, g.W), w.shape, w.stride(), *numbers, *window, True, self._wanted
+            return ops.conv2d_relu_max_pool2d_backward(dy, offsets, x, w, *about)[1]
+
+        if self.op == "conv_relu_max_pool":
+            return Contender(forward)
+        return Contender(backward, lambda x, w, b, dy: (dy, forward(x, w, b)[1], x, w))
+
+    def eager(self) -> Contender:
+        """cuDNN's convolution, ATen's ReLU in place and its max-pooling with int64 indices."""
+        aten, numbers, window = torch.ops.aten, self._torch, (*self._window, (1, 1), False)
+
+        def forward(x: Tensor, w: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            z = torch.conv2d(x, w, bias, *numbers).relu_()
+            return *aten.max_pool2d_with_indices(z, *window), z
+
+        def backward(dy: Tensor, indices: Tensor, z: Tensor, x: Tensor, w: Tensor) -> Tensor:
+            *geometry, groups = numbers
+            dz = aten.max_pool2d_with_indices_backward(dy, z, *window, indices)
+            dz = aten.threshold_backward(dz, z, 0)
+            return aten.convolution_backward(
+                *(dz, x, w, [w.shape[0]], *geometry, False, (0, 0), groups, list(self._wanted))
+            )[1]
+
+        if self.op == "conv_relu_max_pool":
+            return Contender(forward)
+        return Contender(backward, lambda x, w, b, dy: (dy, *forward(x, w, b)[1:], x, w))
+
+    def inductor(self) -> Contender:
+        """The eager calls, compiled."""
+        return self.eager().compiled()
+
+    def flaggems(self) -> Contender:
+        """Its kernels one after another, forward; backward as of Convolution."""
+        import flag_gems
+
+        ops, numbers, window = flag_gems.ops, self._torch, (*self._window, (1, 1), False)
+
+        def forward(x: Tensor, w: Tensor, bias: Tensor) -> Any:
+            z = ops.conv2d(x, w, bias, *numbers).relu_()
+            return ops.max_pool2d_with_indices(z, *window)
+
+        if self.op == "conv_relu_max_pool":
+            return Contender(forward).nchw()
+        raise NotImplementedError("FlagGems computes both gradients of a convolution together")
+
+
+Problem = Convolution | MaxPool | ConvPool
 
 
 def problem(case: Case) -> Problem:
     """The operator of a case on its layer."""
     g = case.layer.geometry
+    precision = DTYPES[case.dtype].precision
+    if isinstance(g, Block):
+        return ConvPool(case.op, g, precision)
     if isinstance(g, Pool2dGeometry):
         return MaxPool(case.op, g)
-    return Convolution(DEPTHWISE.get(case.op, case.op), g, DTYPES[case.dtype].precision)
+    return Convolution(NAMED.get(case.op, case.op), g, precision)
 
 
 def contender(name: str, of: Problem) -> Contender:

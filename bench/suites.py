@@ -4,7 +4,8 @@ Shapes are read from JSON, a list of rows. A convolution's row has ``suite``, ``
 ``C``, ``H``, ``W``, ``K``, ``R``, ``S`` and may have ``stride``, ``padding``, ``dilation`` (a
 number, or [height, width]), ``groups``, ``count`` (how often the network has the layer) and its
 output size ``P``, ``Q``, which is then checked. A pooling's row has ``kernel`` in place of K, R, S
-and may have ``ceil_mode``. Other keys are ignored.
+and may have ``ceil_mode``. A convolution that is pooled after its ReLU is a block: its row has
+``pool`` as well, an object of ``kernel``, ``stride`` and ``padding``. Other keys are ignored.
 """
 
 import json
@@ -18,11 +19,25 @@ from kernels.geometry import Conv2dGeometry, Pair, Pool2dGeometry
 
 CASES = Path(__file__).parent / "cases"
 
-# Operators on every convolution, and those on depthwise ones alone, by what they compute.
+# Operators on every convolution; those on depthwise ones and on first layers alone, by what they
+# compute; on poolings; on blocks.
 CONVOLUTIONS = ("fprop", "dgrad", "wgrad", "conv_relu")
 DEPTHWISE = {"depthwise": "fprop", "depthwise_dgrad": "dgrad", "depthwise_wgrad": "wgrad"}
+FIRST = {"first_layer": "fprop", "first_layer_wgrad": "wgrad"}
 POOLINGS = ("max_pool", "max_pool_backward")
-OPS = (*CONVOLUTIONS, *DEPTHWISE, *POOLINGS)
+BLOCKS = ("conv_relu_max_pool", "conv_relu_max_pool_backward")
+OPS = (*CONVOLUTIONS, *DEPTHWISE, *FIRST, *POOLINGS, *BLOCKS)
+NAMED = DEPTHWISE | FIRST  # operators of CONVOLUTIONS under names of their own
+
+
+class Block(NamedTuple):
+    """A convolution with bias and ReLU, and the max-pooling of its result."""
+
+    conv: Conv2dGeometry
+    pool: Pool2dGeometry
+
+
+Geometry = Conv2dGeometry | Pool2dGeometry | Block
 
 
 class Layer(NamedTuple):
@@ -30,7 +45,7 @@ class Layer(NamedTuple):
 
     suite: str
     name: str
-    geometry: Conv2dGeometry | Pool2dGeometry
+    geometry: Geometry
     count: int
 
 
@@ -83,7 +98,7 @@ def _layer(row: dict[str, Any]) -> Layer:
         _pair(row.get(key, usual), key)
         for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1))
     )
-    geometry: Conv2dGeometry | Pool2dGeometry
+    geometry: Geometry
     if "kernel" in row:
         kernel = _pair(row["kernel"], "kernel")
         stride = stride if "stride" in row else kernel
@@ -100,6 +115,10 @@ def _layer(row: dict[str, Any]) -> Layer:
     said = row.get("P", size[0]), row.get("Q", size[1])
     if size != said or min(size) < 1:
         raise ValueError(f"the output is {size[0]}x{size[1]}, not {said[0]}x{said[1]}")
+    if "pool" in row and isinstance(geometry, Conv2dGeometry):
+        pool = row["pool"]
+        window = [_pair(pool.get(key, 0), key) for key in ("kernel", "stride", "padding")]
+        geometry = Block(geometry, Pool2dGeometry(*geometry.y_shape, *window))
     count = _number(row, "count") if "count" in row else 1
     return Layer(str(row["suite"]), str(row["name"]), geometry, count)
 
@@ -118,17 +137,19 @@ def _pair(value: Any, key: str) -> Pair:
     return pair[0], pair[1]
 
 
-def is_depthwise(geometry: Conv2dGeometry | Pool2dGeometry) -> bool:
-    """Whether each filter sees one channel of several."""
-    return isinstance(geometry, Conv2dGeometry) and geometry.groups == geometry.C > 1
+def _is_named(op: str, g: Conv2dGeometry) -> bool:
+    """Whether a convolution has an operator of NAMED: each filter sees one channel of several, or
+    all see the few of an image.
+    """
+    return g.groups == g.C > 1 if op in DEPTHWISE else g.groups == 1 and g.C <= 4
 
 
 def cases(chosen: Iterable[Layer], ops: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
     """Every operator on every layer that has it, in every dtype; suites take turns.
 
     So a run that is cut off has measured some of each suite, with all operators of its first
-    layers. A depthwise layer that is asked for under both names, as ``fprop`` and ``depthwise``, is
-    measured once, under the second.
+    layers. A layer that is asked for under two names, as ``fprop`` and ``depthwise``, is measured
+    once, under the second.
     """
     suites: dict[str, list[Case]] = {}
     for layer in chosen:
@@ -139,17 +160,24 @@ def cases(chosen: Iterable[Layer], ops: Sequence[str], dtypes: Sequence[str]) ->
 
 
 def _has(layer: Layer, op: str, ops: Sequence[str]) -> bool:
-    if isinstance(layer.geometry, Pool2dGeometry):
+    g = layer.geometry
+    if isinstance(g, Block):
+        return op in BLOCKS
+    if isinstance(g, Pool2dGeometry):
         return op in POOLINGS
-    if op in DEPTHWISE:
-        return is_depthwise(layer.geometry)
-    twice = any(DEPTHWISE.get(other) == op for other in ops)
-    return op in CONVOLUTIONS and not (twice and is_depthwise(layer.geometry))
+    if op in NAMED:
+        return _is_named(op, g)
+    twice = any(NAMED.get(other) == op and _is_named(other, g) for other in ops)
+    return op in CONVOLUTIONS and not twice
 
 
 def shrink(layer: Layer) -> Layer:
     """The layer with one image, a few channels and at most 4x4 outputs: for a CPU."""
     g = layer.geometry
+    if isinstance(g, Block):
+        conv: Any = shrink(layer._replace(geometry=g.conv)).geometry
+        N, K, P, Q = conv.y_shape
+        return layer._replace(geometry=Block(conv, replace(g.pool, N=N, C=K, H=P, W=Q)))
     padding = [side if isinstance(side, int) else side[0] for side in g.padding]
     axes = zip((g.H, g.W), g.kernel, g.stride, padding, g.dilation, strict=True)
     height, width = (_size_for_four(*axis) for axis in axes)

@@ -208,6 +208,13 @@ def depthwise_kernel(
             tl.store(y_ptr + y_at, y, mask=y_mask)
 
 
+@triton.jit
+def sum_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sums [1, COLUMNS] of rows, laid side by side: so the interpreter adds them in pairs."""
+    flat = tl.reshape(tl.trans(tile), (COLUMNS * ROWS,))
+    return tl.sum(tl.reshape(flat, (COLUMNS, ROWS)), axis=1)[None, :]
+
+
 @triton.jit(do_not_specialize=["splits"])
 def depthwise_wgrad_kernel(
     x_ptr,  # [N, channels, H, W]
@@ -303,13 +310,14 @@ def depthwise_wgrad_kernel(
 
     if db_ptr is not None:
         if part == 0:
-            total = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
+            total = narrow(sum_rows(db, ROWS, COLUMNS), db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * K + k, total, mask=k_mask)
-    for tap in tl.static_range(TAPS):
-        total = narrow(tl.sum(dw[tap], axis=0, keep_dims=True), dw_ptr.dtype.element_ty)
-        offsets = (r0 + tap // S_TAPS) * dw_strides[3] + (s0 + tap % S_TAPS) * dw_strides[4]
-        offsets += split * dw_strides[0] + k * dw_strides[1]
-        tl.store(dw_ptr + offsets, total, mask=k_mask)
+    if dw_ptr is not None:
+        dw_ptr += split * dw_strides[0] + k * dw_strides[1]
+        for tap in tl.static_range(TAPS):
+            total = narrow(sum_rows(dw[tap], ROWS, COLUMNS), dw_ptr.dtype.element_ty)
+            offset = (r0 + tap // S_TAPS) * dw_strides[3] + (s0 + tap % S_TAPS) * dw_strides[4]
+            tl.store(dw_ptr + offset, total, mask=k_mask)
 
 
 class _Axis(NamedTuple):

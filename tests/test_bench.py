@@ -27,9 +27,22 @@ SHAPES = [
     {"suite": "a", "name": "conv", **IMAGE, "C": 3, "K": 4, "R": 3, "S": 3, "padding": 1},
     {"suite": "a", "name": "pool", **IMAGE, "C": 4, "kernel": 2, "count": 2},
     {"suite": "b", "name": "deep", **IMAGE, "C": 4, "K": 4, "R": 3, "S": 3, "groups": 4},
-    {"suite": "b", "name": "last", **IMAGE, "C": 4, "K": 8, "R": 1, "S": 1, "P": 6, "Q": 5},
+    {"suite": "b", "name": "last", **IMAGE, "C": 8, "K": 8, "R": 1, "S": 1, "P": 6, "Q": 5},
+    {
+        "suite": "b",
+        "name": "block",
+        **IMAGE,
+        "C": 3,
+        "K": 4,
+        "R": 3,
+        "S": 3,
+        "pool": {"kernel": 3, "stride": 2, "padding": 1},
+    },
 ]
-OPS = ("fprop", "dgrad", "wgrad", "conv_relu", "depthwise", "max_pool", "max_pool_backward")
+OPS = (
+    *("fprop", "dgrad", "wgrad", "conv_relu", "first_layer", "depthwise"),
+    *("max_pool", "max_pool_backward", "conv_relu_max_pool", "conv_relu_max_pool_backward"),
+)
 
 
 @pytest.fixture
@@ -100,10 +113,13 @@ def test_kernels_end_to_end(tmp_path, shapes):
 
     rows = results["rows"]
     convolution = ["fprop", "dgrad", "wgrad", "conv_relu"]
-    expected = {("a", "conv", op) for op in convolution} | {("b", "last", op) for op in convolution}
-    # A depthwise fprop is measured once, as depthwise.
+    expected = {("b", "last", op) for op in convolution}
+    # A first layer's or a depthwise fprop is measured once, under that name.
+    expected |= {("a", "conv", op) for op in ("first_layer", "dgrad", "wgrad", "conv_relu")}
     expected |= {("b", "deep", op) for op in ("depthwise", "dgrad", "wgrad", "conv_relu")}
     expected |= {("a", "pool", op) for op in ("max_pool", "max_pool_backward")}
+    block = "conv_relu_max_pool"
+    expected |= {("b", "block", op) for op in (block, f"{block}_backward")}
     assert len(rows) == 2 * len(expected)
     assert {key(row) for row in rows} == expected
     for row in rows:
@@ -389,7 +405,8 @@ def test_the_suites_are_whole():
     geometries = [layer.geometry for layer in layers]
     assert sum(isinstance(g, Conv2dGeometry) for g in geometries) == 138
     assert sum(isinstance(g, Pool2dGeometry) for g in geometries) == 20
-    assert len({layer[:2] for layer in layers}) == 158
+    assert sum(isinstance(g, suites.Block) for g in geometries) == 11
+    assert len({layer[:2] for layer in layers}) == 169
     flops = sum(
         layer.count * layer.geometry.flops
         for layer in layers
@@ -401,10 +418,17 @@ def test_the_suites_are_whole():
 def test_every_layer_can_be_shrunk():
     for layer in suites.layers():
         g = suites.shrink(layer).geometry
+        if isinstance(g, suites.Block):
+            assert g.pool.x_shape == g.conv.y_shape
+            assert min(g.pool.y_shape) >= 1
+            g = g.conv
         assert 1 <= g.P <= 4
         assert 1 <= g.Q <= 4
         assert g.N == 1
-        assert suites.is_depthwise(g) == suites.is_depthwise(layer.geometry)
+        if isinstance(g, Conv2dGeometry):
+            whole = layer.geometry
+            whole = whole.conv if isinstance(whole, suites.Block) else whole
+            assert (g.groups == g.C > 1) == (whole.groups == whole.C > 1)
 
 
 def test_a_file_of_shapes_replaces_suites_of_its_names(tmp_path):
