@@ -699,7 +699,7 @@ def wgrad(
         *(tile.splits, *options),
         device=x.device,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=tile.stages if normalise is None else 1,  # registers, where bytes are widened
     )
     if dw is not None and dw_parts is not None:
         split_sum(dw_parts, dw)
