@@ -518,7 +518,7 @@ def wgrad(
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.columns), _channels_fastest(x)),
         device=x.device,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=tile.stages if normalise is None else 1,  # registers, where bytes are widened
     )
     if dw is not None and dw_parts is not None:
         split_sum(dw_parts, dw)

@@ -32,15 +32,16 @@ PRODUCTS = {
     ("implicit_gemm", "wgrad_kernel"),
     ("direct_conv", "few_channel_fprop_kernel"),
     ("direct_conv", "few_channel_wgrad_kernel"),
+    ("pair_conv", "pair_fprop_kernel"),
 }
 STEM_PRODUCTS = {("stem_pool", "stem_pool_kernel")}  # on NVIDIA's GPUs
-STEM_OTHERS = {("stem_pool", "pack_kernel")}
 DESCRIPTOR_PRODUCTS = {  # on Hopper and later
     ("descriptor_gemm", "product_kernel"),
     ("descriptor_gemm", "wgrad_kernel"),
     ("descriptor_pool", "pooled_product_kernel"),
 }
 OTHERS = {
+    ("pair_conv", "pack_kernel"),
     ("split_sum", "split_sum_kernel"),
     ("direct_conv", "few_channel_dgrad_kernel"),
     ("depthwise", "depthwise_kernel"),
@@ -72,10 +73,9 @@ def run(*arguments: str) -> str:
 def test_no_kernel_spills_in_16_bits_and_products_use_tensor_cores(arch):
     kernels = json.loads(run("-m", "tests.compiled_kernels", arch))
     products = PRODUCTS | (DESCRIPTOR_PRODUCTS if arch in ("sm_90", "sm_100") else set())
-    others = OTHERS
     if arch.startswith("sm_"):
-        products, others = products | STEM_PRODUCTS, others | STEM_OTHERS
-    assert _names(kernels) == products | others
+        products |= STEM_PRODUCTS
+    assert _names(kernels) == products | OTHERS
     assert {kernel["dtype"] for kernel in kernels} == {"float16", "bfloat16", "float32", "float64"}
     narrow = [kernel for kernel in kernels if kernel["dtype"] in ("float16", "bfloat16")]
     assert [kernel for kernel in narrow if kernel["spill_bytes"]] == []
