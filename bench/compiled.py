@@ -18,13 +18,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import planner
+from kernels import library, max_pool, planner
 from kernels.device import Device
-from kernels.geometry import Conv2dGeometry, Direction
+from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
+from kernels.tile import Tile
 
 from . import assembly, measure, selection, suites
 from .measure import DTYPES
@@ -145,6 +147,34 @@ def launch(
         engine.wgrad(x, y, w, vector, g, tile, precision=precision)
 
 
+def launch_block(block: suites.Block, dtype: measure.Dtype, gpu: Device) -> tuple[Any, Tile]:
+    """Launch a fused block's forward pass as in training; returns its engine and tile."""
+    g, pool = block
+    x, w, _ = selection.operands(g, dtype.torch)
+    y = selection.empty(pool.y_shape, dtype.torch)
+    offsets = selection.empty(pool.y_shape, max_pool.offset_dtype(pool))
+    precision = library.resolve_precision(dtype.precision, x)
+    layout = planner.layout_of((x, y), (w,))
+    engine, tile = planner.plan_pooled(g, pool, x.dtype, precision, gpu, layout)
+    engine.conv2d_relu_max_pool2d(
+        *(x, w, x.new_empty(g.K), y, offsets, g, pool, tile), precision=precision
+    )
+    return engine, tile
+
+
+def launch_pool(op: str, g: Pool2dGeometry, dtype: torch.dtype, gpu: Device) -> tuple[Any, Tile]:
+    """Launch a pooling, or its backward pass, with offsets."""
+    x, y = selection.empty(g.x_shape, dtype), selection.empty(g.y_shape, dtype)
+    offsets = selection.empty(g.y_shape, max_pool.offset_dtype(g))
+    forward = op == "max_pool"
+    tile = max_pool.choose_tile("forward" if forward else "backward", g, True, gpu)
+    if forward:
+        max_pool.max_pool2d(x, g, y, offsets, None, tile)
+    else:
+        max_pool.max_pool2d_backward(y, offsets, x, g, tile)
+    return max_pool, tile
+
+
 @contextmanager
 def timing() -> Iterator[dict[str, float]]:
     """Within this context everything is compiled anew; yields each kernel's seconds by its hash.
@@ -174,25 +204,33 @@ class Reader:
     def row(self, case: suites.Case, **epilogue: bool) -> Row:
         """Compile and read what the operator launches for one case."""
         g, dtype = case.layer.geometry, DTYPES[case.dtype]
-        tensors = selection.operands(g, dtype.torch)
-        plan = selection.plan(case.op, g, dtype.precision, *tensors)
         self._launched.clear()
-        launch(case.op, g, tensors, plan, dtype.precision, **epilogue)
+        if isinstance(g, Conv2dGeometry):
+            tensors = selection.operands(g, dtype.torch)
+            plan = selection.plan(case.op, g, dtype.precision, *tensors)
+            launch(case.op, g, tensors, plan, dtype.precision, **epilogue)
+            engine, tile, kernel = plan.engine, plan.tile, principal(self._launched, g, plan)
+        elif isinstance(g, suites.Block):
+            engine, tile = launch_block(g, dtype, self._gpu)
+            kernel = self._launched[-1]  # the first may lay out filters
+        else:
+            engine, tile = launch_pool(case.op, g, dtype.torch, self._gpu)
+            (kernel,) = self._launched
         kernels = {kernel.hash: kernel for kernel in self._launched}
         for key in kernels.keys() - self._codes.keys():
             self._codes[key] = read(kernels[key])
-        code = self._codes[principal(self._launched, g, plan).hash]
+        code = self._codes[kernel.hash]
         # How many of the tile's turns one of the loop makes.
-        turns = (code.loop_macs or 0) / (plan.tile.rows * plan.tile.columns * plan.tile.depth)
+        turns = (code.loop_macs or 0) / (tile.rows * tile.columns * tile.depth)
         return {
             "op": case.op,
             "suite": case.layer.suite,
             "layer": case.layer.name,
             "dtype": case.dtype,
-            "engine": selection.engine_name(plan),
-            "tile": selection.tile_text(plan.tile),
-            "box": plan.tile.box,
-            "splits": plan.tile.splits,
+            "engine": selection.engine_name(engine),
+            "tile": selection.tile_text(tile),
+            "box": tile.box,
+            "splits": tile.splits,
             **code._asdict(),
             "loop_turns": turns or None,
             "issue_share": issue_share(code, case.dtype, self._gpu),
@@ -229,7 +267,7 @@ def issue_share(code: Code, dtype: str, gpu: Device) -> float | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m bench compiled``."""
-    selection.add_arguments(parser)
+    selection.add_arguments(parser, "conv_relu_max_pool", *suites.POOLINGS)
     for part, text in (
         ("bias", "fprop adds a bias, wgrad computes its gradient"),
         ("relu", "fprop ends with a ReLU"),

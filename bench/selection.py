@@ -31,8 +31,8 @@ class Refusal(Exception):
     """Why a command cannot start, in one line."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--arch``, and which layers in which directions and dtypes."""
+def add_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
+    """``--arch``, and which layers in which directions (or ``more`` operators) and dtypes."""
     parser.add_argument(
         "--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90, sm_100, gfx942, ... (sm_90)"
     )
@@ -46,7 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="more suites, as bench/cases")
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="of these suites (all)")
     parser.add_argument(
-        "--op", nargs="+", default=DIRECTIONS, choices=DIRECTIONS, help="directions (all)"
+        "--op",
+        nargs="+",
+        default=DIRECTIONS,
+        choices=(*DIRECTIONS, *more),
+        metavar="NAME",
+        help=f"of {', '.join((*DIRECTIONS, *more))} ({' '.join(DIRECTIONS)})",
     )
     parser.add_argument(
         "--dtype",
@@ -68,7 +73,7 @@ def _positive(text: str) -> int:
 
 
 def cases(args: argparse.Namespace) -> list[suites.Case]:
-    """The problems that were asked for: convolutions, suite by suite."""
+    """The problems that were asked for, suite by suite."""
     try:
         known = suites.layers(args.shapes)
     except OSError as error:
@@ -82,10 +87,15 @@ def cases(args: argparse.Namespace) -> list[suites.Case]:
         layers = [layer for layer in layers if layer.name in args.layer]
     if args.batch:
         layers = [
-            layer._replace(geometry=replace(layer.geometry, N=args.batch)) for layer in layers
+            layer._replace(geometry=_with_images(layer.geometry, args.batch)) for layer in layers
         ]
-    convolutions = [layer for layer in layers if isinstance(layer.geometry, Conv2dGeometry)]
-    return suites.cases(convolutions, args.op, args.dtype)
+    return suites.cases(layers, args.op, args.dtype)
+
+
+def _with_images(geometry: suites.Geometry, N: int) -> suites.Geometry:
+    if isinstance(geometry, suites.Block):
+        return suites.Block(*(replace(part, N=N) for part in geometry))
+    return replace(geometry, N=N)
 
 
 def _all_known(what: str, names: list[str], known: list[str]) -> None:
@@ -116,12 +126,14 @@ def operands(
     g: Conv2dGeometry, dtype: torch.dtype, channels_last: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, w and y (or their gradients) of the meta device, which holds no numbers."""
-    shapes = g.x_shape, g.w_shape, g.y_shape
-    x, w, y = (
-        torch.empty_strided(shape, output_strides(shape, channels_last), dtype=dtype, device="meta")
-        for shape in shapes
-    )
+    x, w, y = (empty(shape, dtype, channels_last) for shape in (g.x_shape, g.w_shape, g.y_shape))
     return x, w, y
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = True) -> Tensor:
+    """A tensor of the meta device."""
+    strides = output_strides(shape, channels_last)
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
 def plan(
@@ -133,9 +145,9 @@ def plan(
     return planner.plan(direction, g, x.dtype, precision, device.describe(x.device), layout)
 
 
-def engine_name(plan: planner.Plan) -> str:
-    """descriptor_gemm, implicit_gemm, direct_conv or depthwise."""
-    return plan.engine.__name__.rpartition(".")[2]
+def engine_name(engine: Any) -> str:
+    """descriptor_gemm, implicit_gemm, direct_conv, ..."""
+    return engine.__name__.rpartition(".")[2]
 
 
 def tile_text(tile: Tile) -> str:

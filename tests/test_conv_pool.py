@@ -197,6 +197,18 @@ def test_the_module_is_conv_relu_and_pool(device):
     assert cnn.ConvReLUMaxPool2d(3, 5, 3, pool_kernel_size=2).pool_stride == 2
 
 
+def test_autocast(device):
+    x, w = torch.randn((1, 3, 8, 8), device=device), torch.randn((4, 3, 3, 3), device=device)
+    w.requires_grad_()
+    with torch.autocast(device.type, torch.bfloat16):
+        y = F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=2)
+        right = TF.max_pool2d(TF.relu(F.conv2d(x, w)), 2)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, right)
+    (dw,) = torch.autograd.grad(y.sum(), w)
+    assert dw.dtype == torch.float32
+
+
 def test_bad_arguments_are_named(device):
     x, w = torch.zeros((1, 3, 8, 8), device=device), torch.zeros((4, 3, 3, 3), device=device)
     for error, name, kwargs in (
