@@ -78,8 +78,15 @@ def run_of(x: Tensor, g: Conv2dGeometry, first: int = 0) -> Run:
     n, c, h, w = x.stride()
     flat = w == g.C and (c == 1 or g.C == 1)
     run = _run(g, first, flat, x.element_size())
-    aligned = (n | h | g.W * g.C) % run.unit == 0 and x.data_ptr() % 16 == 0
+    # The stride of an axis of one element may be anything.
+    rows = (n if g.N > 1 else 0) | (h if g.H > 1 else 0) | g.W * g.C
+    aligned = rows % run.unit == 0 and x.data_ptr() % 16 == 0
     return run if aligned else run._replace(unit=1)
+
+
+def to_launch(run: Run) -> tuple[Run, ...]:
+    """The run; warming up, also what another image needs whose rows start elsewhere."""
+    return tuple({run, run._replace(unit=1)}) if device.is_warming_up() else (run,)
 
 
 def filters_of(g: Conv2dGeometry) -> tuple[int, ...]:
@@ -192,7 +199,7 @@ def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
     device.launch(
         pack_kernel,
         (k_tiles * turns,),
-        *(w, packed, w.stride(), filters_of(g), run, tile.depth, tile.columns),
+        *(w, packed, w.stride(), filters_of(g), run._replace(unit=1), tile.depth, tile.columns),
         device=w.device,
     )
     return packed
@@ -367,8 +374,7 @@ def fprop(
         *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), (-g.padding[0][0], -g.padding[1][0])),
         *(normalise, filters_of(g)),
     )
-    # Another image may have rows that start elsewhere.
-    for known in {run, run._replace(unit=1)} if device.is_warming_up() else (run,):
+    for known in to_launch(run):
         device.launch(
             pair_fprop_kernel,
             (cdiv(pairs, tile.rows // 2) * cdiv(g.K, tile.columns),),

@@ -34,7 +34,7 @@ from .indexing import (
     widen,
     within,
 )
-from .pair_conv import DEEPEST, convolve, filters_of, halves, pack, run_of, segment
+from .pair_conv import DEEPEST, convolve, filters_of, halves, pack, run_of, segment, to_launch
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 _FEW = 4  # channels
@@ -351,15 +351,16 @@ def conv2d_relu_max_pool2d(
     run = run_of(x, g, 2 - pool.kernel[1] - pool.padding[1])
     packed = pack(w, g, tile, run)
     y_strides = unspecialised_strides(y)
-    device.launch(
-        stem_pool_kernel,
-        (programs,),
-        *(x, packed, bias, y, offsets, unspecialised_strides(x), y_strides),
-        y_strides if offsets is None else unspecialised_strides(offsets),
-        *(sizes, origin, filters_of(g), window, run),
-        *((*(tile.box or ()), tile.columns, tile.depth), precision),
-        device.wide(g.N * g.P * g.Q, x, y),
-        device=x.device,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    for known in to_launch(run):
+        device.launch(
+            stem_pool_kernel,
+            (programs,),
+            *(x, packed, bias, y, offsets, unspecialised_strides(x), y_strides),
+            y_strides if offsets is None else unspecialised_strides(offsets),
+            *(sizes, origin, filters_of(g), window, known),
+            *((*(tile.box or ()), tile.columns, tile.depth), precision),
+            device.wide(g.N * g.P * g.Q, x, y),
+            device=x.device,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )

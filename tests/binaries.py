@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -151,7 +151,8 @@ def rows(needed: set[Binary]) -> Iterator[dict[str, Any]]:
             g = replace(layer, N=N, H=H, W=W)
             if max(prod(g.x_shape), prod(g.y_shape)) >= 2**31 - 2**20:
                 continue  # offsets of 64 bits are other binaries
-            launch(direction, g, channels_last)
+            with nullcontext() if first else device.warm_up():
+                launch(direction, g, channels_last)
             first = first or set(needed)
         label = {"layer": name, "direction": direction, "channels_last": channels_last}
         yield {**label, "first": sorted(first), "more": sorted(needed - first)}
