@@ -130,14 +130,9 @@ def _call(
     images: tuple[Tensor | None, ...],  # of fprop and dgrad the result first
     w: Tensor | None = None,
 ) -> _Call:
-    """Plan for these images and filters.
-
-    Where channels lie side by side in the images but not in w, w is copied so: it is small, and
-    gathering it is not.
-    """
+    """Plan for these images and filters."""
     here = describe(result.device)
-    rows = all(t is None or t.stride(1) == 1 for t in images)
-    packs = w is not None and w.stride(1) != 1 and rows and here.descriptors
+    packs = w is not None and _packs(w, images, here)
     filters = () if w is None else (_in_rows(w) if packs else w,)
     layout = planner.layout_of(images, filters)
     plan = planner.plan(direction, g, result.dtype, options["precision"], here, layout)
@@ -151,6 +146,14 @@ def _call(
         launch = partial(getattr(engine, direction), g=g, tile=tile, **options)
     about = g, layout, plan, launch, options, reference
     return _Call(direction, *about, result.shape, result.stride(), packs)
+
+
+def _packs(w: Tensor, images: tuple[Tensor | None, ...], here: device.Device) -> bool:
+    """Whether w is copied with its channels side by side, as they lie in the images: it is small,
+    and gathering it is not.
+    """
+    rows = all(t is None or t.stride(1) == 1 for t in images)
+    return w.stride(1) != 1 and rows and here.descriptors
 
 
 def _in_rows(w: Tensor) -> Tensor:
@@ -549,13 +552,16 @@ def _conv_pool(
     y, kept = _conv_pool_empty(x, w, bias, *geometry, precision, *window, offsets)
     g, pool = _conv_pool_geometries(x.shape, w.shape, *geometry, *window)
     precision, here = resolve_precision(precision, x), describe(x.device)
-    layout = planner.layout_of((x, y), (w,))
-    if 0 not in y.shape:
-        engine, tile = planner.plan_pooled(g, pool, x.dtype, precision, here, layout)
-        bias = None if bias is None else bias.contiguous()
-        kept_or_none = kept if offsets else None
+    if 0 in y.shape:
+        return y, kept
+    w = _in_rows(w) if _packs(w, (x,), here) else w
+    bias = None if bias is None else bias.contiguous()
+    problem = g, pool, x.dtype, precision, here, planner.layout_of((x, y), (w,))
+    warm = device.is_warming_up()
+    plans = planner.pooled_family(*problem) if warm else [planner.plan_pooled(*problem)]
+    for engine, tile in plans:
         engine.conv2d_relu_max_pool2d(
-            x, w, bias, y, kept_or_none, g, pool, tile, precision=precision
+            x, w, bias, y, kept if offsets else None, g, pool, tile, precision=precision
         )
     return y, kept
 

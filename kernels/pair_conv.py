@@ -193,6 +193,7 @@ def pack_kernel(
 
 def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
     """The filters as ``convolve`` takes them."""
+    w = w.contiguous() if device.wide(0, w) else w
     k_tiles, turns = cdiv(g.K, tile.columns), cdiv(g.R * run.segment, tile.depth)
     shape = k_tiles, turns, 2 * tile.columns, tile.depth
     packed = torch.empty(shape, dtype=w.dtype, device=w.device)
@@ -201,6 +202,7 @@ def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
         (k_tiles * turns,),
         *(w, packed, w.stride(), filters_of(g), run._replace(unit=1), tile.depth, tile.columns),
         device=w.device,
+        num_warps=8,
     )
     return packed
 
@@ -367,6 +369,8 @@ def fprop(
     ``normalise``: x has bytes, which are normalised as they are loaded.
     """
     run = run_of(x, g)
+    if 0 in y.shape:
+        return
     packed = pack(w, g, tile, run)
     pairs = g.N * g.P * cdiv(g.Q, 2)
     arguments = (

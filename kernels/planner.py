@@ -96,18 +96,30 @@ def plan_pooled(
     layout: Layout,
 ) -> tuple[ModuleType, Tile]:
     """The engine and tile of a convolution that is pooled before it is stored."""
+    return pooled_family(g, pool, dtype, precision, device, layout)[0]
+
+
+def pooled_family(
+    g: Conv2dGeometry,
+    pool: Pool2dGeometry,
+    dtype: torch.dtype,
+    precision: str,
+    device: Device,
+    layout: Layout,
+) -> list[tuple[ModuleType, Tile]]:
+    """Those that some batch and image size of the layer may get, the best for this one first."""
     if stem_pool.supports(g, pool, dtype, device, layout):
-        return stem_pool, stem_pool.choose_tile(g, pool, dtype, device)
+        return [(stem_pool, stem_pool.choose_tile(g, pool, dtype, device))]
     if device.descriptors and descriptor_pool.supports(g, pool, dtype, device, layout, precision):
-        return descriptor_pool, descriptor_pool.choose_tile(g, pool, dtype, precision, device)
-    rows = g.N * pool.P * pool.Q
-    tiles = [
-        replace(tile, rows=min(tile.rows, _power(rows, tile.rows)))
-        for tile in _pointer_tiles("fprop", g, dtype, precision, device, layout)
-        # Beside the accumulator, the largest values so far and their taps lie in registers.
-        if tile.rows * tile.columns <= 2**10 * tile.warps or device.backend == "interpreter"
-    ]
-    return conv_pool, min(tiles, key=lambda tile: _waste(g.K // g.groups, tile))
+        tiles = descriptor_pool.tiles(g, pool, dtype, precision, device)
+        return [(descriptor_pool, tile) for tile in tiles]
+    tiles = list(_pointer_tiles("fprop", g, dtype, precision, device, layout))
+    if device.backend == "interpreter":
+        rows = _power(g.N * pool.P * pool.Q, tiles[0].rows)
+        return [(conv_pool, replace(tiles[0], rows=rows))]
+    # Beside the accumulator, the largest values so far and their taps lie in registers.
+    tiles = [tile for tile in tiles if tile.rows * tile.columns <= 2**10 * tile.warps]
+    return [(conv_pool, min(tiles, key=lambda tile: _waste(g.K // g.groups, tile)))]
 
 
 @lru_cache(maxsize=4096)

@@ -91,8 +91,10 @@ def _found(where: str, dtype: torch.dtype, launched: list[Any]) -> Kernels:
 def convolutions(gpu: device.Device, launched: list[Any]) -> Kernels:
     """Every direction of the layers, with what it has of an epilogue."""
     runs = [(layer, torch.bfloat16, "ieee", "channels_last") for layer in LAYERS]
+    # Each takes a second: of architectures that come after, what only differs in the layer is left.
+    others = OTHERS if gpu.arch in (80, 90) else OTHERS[:1] + OTHERS[4:]
     found: Kernels = {}
-    for layer, dtype, precision, layout in (*runs, *OTHERS):
+    for layer, dtype, precision, layout in (*runs, *others):
         g = LAYERS[layer]
         tensors = selection.operands(g, dtype, layout != "scattered")
         for direction in selection.DIRECTIONS:
@@ -107,7 +109,7 @@ def convolutions(gpu: device.Device, launched: list[Any]) -> Kernels:
 def fused_poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
     """Convolution, bias, ReLU and max-pool in one kernel."""
     found: Kernels = {}
-    for layer, dtype, precision, window in FUSED_POOLS:
+    for layer, dtype, precision, window in FUSED_POOLS[:: 1 if gpu.arch in (80, 90) else 2]:
         g = LAYERS[layer]
         pool = Pool2dGeometry(*g.y_shape, *window)
         if not descriptor_pool.supports(g, pool, dtype, gpu, "aligned", precision):
@@ -188,7 +190,9 @@ def _meta(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> to
 def stems(gpu: device.Device, launched: list[Any]) -> Kernels:
     """The first layers with their pooling, where the device has the kernel."""
     found: Kernels = {}
-    for layer, kernel, padding, dtype, precision, channels_last in STEMS:
+    for layer, kernel, padding, dtype, precision, channels_last in STEMS[
+        :: 1 if gpu.arch in (80, 90) else 2
+    ]:
         g = LAYERS[layer]
         pool = Pool2dGeometry(g.N, g.K, g.P, g.Q, kernel, (2, 2), padding)
         layout = "channels_last" if channels_last else "scattered"
