@@ -78,7 +78,8 @@ def read(kernel: Any) -> Code:
         stages=meta.num_stages,
         **usage(kernel)._asdict(),
         shared_bytes=meta.shared,
-        tensor_core_instructions=steady.tensor_core_instructions if steady else products,
+        # All there are, where the products of a short reduction are not in a loop.
+        tensor_core_instructions=(steady and steady.tensor_core_instructions) or products,
         loop_instructions=steady and steady.loop_instructions,
         loop_macs=steady and steady.macs,
         epilogue_instructions=steady and steady.epilogue_instructions,
