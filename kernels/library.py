@@ -567,25 +567,9 @@ def _conv_pool(
 
 
 def _conv_pool_backward_empty(
-    dy,
-    offsets,
-    x,
-    w,
-    size,
-    w_size,
-    w_strides,
-    stride,
-    padding,
-    dilation,
-    groups,
-    precision,
-    kernel,
-    step,
-    margin,
-    channels_last,
-    wanted,
+    dy, offsets, x, w, size, w_size, w_strides, *arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    need_dx, need_dw, need_db = wanted
+    *_, groups, _, _, _, _, channels_last, (need_dx, need_dw, need_db) = arguments
     shape = dy.shape[0], w_size[1] * groups, *size
     return (
         _new(dy, shape, channels_last) if need_dx else dy.new_empty(0),
@@ -597,33 +581,14 @@ def _conv_pool_backward_empty(
 
 
 def _conv_pool_backward(
-    dy,
-    offsets,
-    x,
-    w,
-    size,
-    w_size,
-    w_strides,
-    stride,
-    padding,
-    dilation,
-    groups,
-    precision,
-    kernel,
-    step,
-    margin,
-    channels_last,
-    wanted,
+    dy, offsets, x, w, size, w_size, w_strides, *arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The map's gradient is read from dy and offsets, or where that is dearer written out once."""
-    geometry = stride, padding, dilation, groups
+    *geometry, precision, kernel, step, margin, channels_last, wanted = arguments
     need_dx, need_dw, need_db = wanted
-    x_shape = dy.shape[0], w_size[1] * groups, *size
+    x_shape = dy.shape[0], w_size[1] * geometry[-1], *size
     g, pool = _conv_pool_geometries(x_shape, w_size, *geometry, kernel, step, margin)
-    dx, dw, db = _conv_pool_backward_empty(
-        *(dy, offsets, x, w, size, w_size, w_strides, *geometry, precision),
-        *(kernel, step, margin, channels_last, wanted),
-    )
+    dx, dw, db = _conv_pool_backward_empty(dy, offsets, x, w, size, w_size, w_strides, *arguments)
     here, kind = describe(dy.device), resolve_precision(precision, dy)
     directions: list[Direction] = ["dgrad"] * need_dx + ["wgrad"] * (need_dw or need_db)
     plans = {
