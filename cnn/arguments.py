@@ -26,8 +26,8 @@ _PLAIN = {int, str, type(None)}
 _TENSORS = {Tensor, Parameter}
 
 
-def call_key(tensors: tuple, arguments: tuple) -> tuple | None:
-    """All that a call's checks and plan look at, so that they are made once; None where it may not
+def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
+    """All that the checks and plan look at, so that they are made once; None where it may not
     be kept.
 
     Numbers that are equal need not be alike: True and 1.0 are refused where 1 is not. So only
@@ -44,7 +44,7 @@ def call_key(tensors: tuple, arguments: tuple) -> tuple | None:
         return None
     if type(tensors[0]) not in _TENSORS or (setting := library.setting(tensors[0])) is None:
         return None
-    key: list[Any] = [setting, arguments]
+    key: list[Any] = [name, setting, arguments]
     try:
         for t in tensors:
             if t is None:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, replay
 from .device import Device, loop
 from .epilogue import finish, result_strides
 from .geometry import Conv2dGeometry, Direction, Pair, Taps
@@ -466,7 +466,7 @@ def _convolve(
 ) -> None:
     N, K, P, Q = y.shape
     # Else the taps of neighbouring channels lie as far apart as a filter is large.
-    taps = w.reshape(g.K, g.R * g.S).t().contiguous()
+    taps = replay.derive(w, lambda w: w.reshape(g.K, g.R * g.S).t().contiguous())
     wide = device.wide(N * P * Q, x, w, residual, y)
     fold = g.K // g.C if direction == "dgrad" else 1
     block = (tile.rows, tile.columns, _unit(K, x, residual, y), fold)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import replay
 from .geometry import Taps
 from .tile import Box
 
@@ -36,11 +37,14 @@ class View:
         would check it again, takes longer than all the rest of a launch.
         """
         if self.offset:
-            t = t.as_strided((1,), (1,), t.storage_offset() + self.offset)
+            t = replay.derive(t, self._first)
         descriptor = object.__new__(TensorDescriptor)
         descriptor.__dict__.update(self._fields)
         descriptor.base = t
         return descriptor
+
+    def _first(self, t: Tensor) -> Tensor:
+        return t.as_strided((1,), (1,), t.storage_offset() + self.offset)
 
 
 def _view(

@@ -12,7 +12,7 @@ cell are loaded once, and which tap of theirs a pixel is follows from its place 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import gcd
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, replay
 from .device import Device, loop
 from .geometry import Pair, Pool2dGeometry, largest_offset
 from .indexing import (
@@ -633,7 +633,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
     """
     N, C, H, W = y.shape
     P, Q = x.shape[2:]
-    _check_indices(indices, H, W)
+    indices = replay.derive(indices, partial(_checked, H=H, W=W))
     tile = _unpool_tile(y)
     device.launch(
         max_unpool2d_kernel,
@@ -649,7 +649,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
     )
 
 
-def _check_indices(indices: Tensor, H: int, W: int) -> None:
+def _checked(indices: Tensor, H: int, W: int) -> Tensor:
     if indices.device.type == "cpu" and indices.numel():
         for bad in indices.aminmax():
             if not 0 <= bad < H * W:
@@ -657,6 +657,7 @@ def _check_indices(indices: Tensor, H: int, W: int) -> None:
                     f"max_unpool2d: index {bad.item()} is outside [0, {H * W}), "
                     f"the range for a result of size {H}x{W}"
                 )
+    return indices
 
 
 def _unpool_tile(y: Tensor) -> Tile:

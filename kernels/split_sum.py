@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, replay
 from .device import loop
 from .indexing import cdiv, narrow, power_of_2, program
 
@@ -72,7 +72,7 @@ def parts_like(out: Tensor, splits: int) -> Tensor:
     if splits == 1:
         return out
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    return torch.empty((splits, out.numel()), dtype=dtype, device=out.device)
+    return replay.new(out, (splits, out.numel()), (out.numel(), 1), dtype)
 
 
 def split_sum(parts: Tensor, out: Tensor) -> None:
