@@ -9,7 +9,6 @@ in dgrad, whose taps are flipped, ``every`` is the stride. Sizes and strides are
 """
 
 from dataclasses import replace
-from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -403,7 +402,6 @@ class _Walk(NamedTuple):
 _TURNS = 8  # patches of a strip, at most: they share rows of pixels through L1
 
 
-@lru_cache(maxsize=4096)
 def _walks(
     direction: Direction, g: Conv2dGeometry, tile: Tile, itemsize: int, multiprocessors: int
 ) -> tuple[_Walk, ...]:

@@ -30,7 +30,6 @@ def _interpreted_loop(*bounds: Any) -> range:
 loop = _interpreted_loop if INTERPRET else tl.range
 
 
-
 class _Recorder(threading.local):
     recording: Any = None  # the replay.Recording of the call that this thread is in
 

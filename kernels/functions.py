@@ -325,7 +325,7 @@ class Conv2dReluMaxPool2dBackward(Operator):
     @staticmethod
     def backward(ctx: Any, ddx, ddw, ddb):
         dy, offsets, x, w = ctx.saved_tensors
-        size, w_size, w_strides, *rest = ctx.call.numbers
+        size, w_size, _, *rest = ctx.call.numbers
         *conv, kernel, stride, padding, _, (want_dx, want_dw, want_db) = rest
         conv, window = tuple(conv), (kernel, stride, padding, (1, 1), False)
         need_ddy, _, need_x, need_w, *others = ctx.needs_input_grad
@@ -494,7 +494,8 @@ def conv2d_relu_max_pool2d(
 ) -> Call:
     """y[N,K,PP,PQ] = max_pool(relu(conv(x[N,C,H,W], w[K,C/groups,R,S]) + bias[K]))."""
     numbers = stride, padding, dilation, groups, precision, pool_kernel, pool_stride, pool_padding
-    return Call(Conv2dReluMaxPool2d, _ops.conv2d_relu_max_pool2d, (*numbers, torch.is_grad_enabled()), itemgetter(0))
+    numbers = *numbers, torch.is_grad_enabled()
+    return Call(Conv2dReluMaxPool2d, _ops.conv2d_relu_max_pool2d, numbers, itemgetter(0))
 
 
 def max_unpool2d(size: Sequence[int]) -> Call:

@@ -258,9 +258,7 @@ def _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, gr
 
 def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
     g = Conv2dGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
-    y = _conv2d_fp8_empty(
-        x, w, scale, bias, residual, stride, padding, dilation, groups, relu
-    )
+    y = _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, groups, relu)
     if 0 in y.shape:
         return y
     layout = planner.layout_of((x, y, residual), (w,))

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device
 
-Slots = list[Any]  # a call's tensors: its operands, then those that it makes, in their order
+Slots = list[Any]  # a call's operands, then the tensors and descriptors that it makes, in order
 
 
 class Recording:
@@ -30,7 +30,7 @@ class Recording:
         self.complete = True
         self.results: Any = None  # gives what the call returns from its slots
         self._steps: list[Callable[[Slots], None]] = []
-        self._tensors = list(operands)  # kept while recording, so that no two have one id
+        self._values: Slots = list(operands)  # held while recording, so that no two have one id
         self._slots = {id(t): slot for slot, t in enumerate(operands) if t is not None}
 
     def __call__(self, *operands: Tensor | None) -> Any:
@@ -39,10 +39,10 @@ class Recording:
             step(slots)
         return self.results(slots)
 
-    def made(self, t: Tensor, step: Callable[[Slots], None]) -> None:
-        """A step that adds t to the slots."""
-        self._slots[id(t)] = len(self._tensors)
-        self._tensors.append(t)
+    def made(self, value: Tensor | TensorDescriptor, step: Callable[[Slots], None]) -> None:
+        """A step that adds a value to the slots."""
+        self._slots[id(value)] = len(self._values)
+        self._values.append(value)
         self._steps.append(step)
 
     def launched(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
@@ -67,7 +67,7 @@ class Recording:
             self.results = lambda slots: tuple([take(slots) for take in found if take])
         else:
             self.results = found[0]
-        self._tensors, self._slots = [], {}
+        self._values, self._slots = [], {}
 
     def _from_slots(self, value: Any) -> Callable[[Slots], Any] | None:
         """How an argument is made from the slots; None for one that holds no tensor."""
@@ -76,25 +76,29 @@ class Recording:
             self.complete &= slot is not None
             return itemgetter(slot or 0)
         if isinstance(value, TensorDescriptor):
-            return self._descriptor(value)
+            if id(value) not in self._slots:
+                self._describe(value)
+            return itemgetter(self._slots[id(value)])
         if isinstance(value, tuple) and any(found := [self._from_slots(item) for item in value]):
             parts = list(zip(found, value, strict=True))
             make = getattr(value, "_make", tuple)  # a named tuple stays one
             return lambda slots: make([take(slots) if take else item for take, item in parts])
         return None
 
-    def _descriptor(self, value: TensorDescriptor) -> Callable[[Slots], TensorDescriptor]:
+    def _describe(self, value: TensorDescriptor) -> None:
+        """A step that adds a descriptor, which launches may share, to the slots."""
         fields: dict[str, Any] = {**vars(value), "base": None}
         base = self._from_slots(value.base)
         assert base is not None
 
-        def over(slots: Slots) -> TensorDescriptor:
+        def step(slots: Slots) -> None:
+            # The constructor would check again what it checked of the recorded one.
             descriptor = object.__new__(TensorDescriptor)
-            vars(descriptor).update(fields)
+            descriptor.__dict__.update(fields)
             descriptor.base = base(slots)
-            return descriptor
+            slots.append(descriptor)
 
-        return over
+        self.made(value, step)
 
 
 def record(function: Callable[..., Any], operands: Sequence[Tensor | None], *rest: Any) -> Any:
@@ -121,9 +125,7 @@ def new(
     if (recording := device.recorder.recording) is not None:
         kind = {"dtype": t.dtype, "device": t.device}
         size, steps = t.shape, t.stride()
-        recording.made(
-            t, lambda slots: slots.append(torch.empty_strided(size, steps, **kind))
-        )
+        recording.made(t, lambda slots: slots.append(torch.empty_strided(size, steps, **kind)))
     return t
 
 
