@@ -20,6 +20,7 @@ from .arguments import (
     INT32,
     PRECISIONS,
     call_key,
+    check_bytes,
     check_channels,
     check_choice,
     check_devices,
@@ -86,6 +87,7 @@ def conv2d(
     residual: Tensor | None = None,
     precision: Literal["ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"] | None = None,
     scale: Tensor | None = None,
+    normalise: tuple[Any, Any] | None = None,
 ) -> Tensor:
     """activation(scale * convolution + bias + residual), in one kernel.
 
@@ -103,24 +105,32 @@ def conv2d(
         scale: a float32 scalar or [K], for input and weight in float8_e4m3fn, which need it: what
             one of their products stands for. The result, bias and residual are then bfloat16; there
             is no gradient. Hopper's tensor cores sum such products with about 14 bits.
+        normalise: (scale, shift) of the channels, for an input of bytes (uint8) with at most four
+            channels to a group: what is convolved is input * scale + shift in weight's dtype, which
+            is never stored; padding is zero after that. Each is a float32 tensor [C], or a number
+            or sequence of C; they get no gradient.
 
     Returns [N, K, P, Q] or [K, P, Q], in channels_last if input or weight is. Where input has no
     channels the result has none either, as in torch.
     """
     tensors = (input, weight, bias, residual)
     arguments = (stride, padding, dilation, groups, activation, precision)
-    key = None if scale is not None else call_key("conv2d", tensors, arguments)
+    key = None
+    if scale is None and normalise is None:
+        key = call_key("conv2d", tensors, arguments)
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias, residual)
-    if has_torch_function((*tensors, scale, *arguments)):
+    others = (scale, *normalise) if isinstance(normalise, tuple) else (scale, normalise)
+    if has_torch_function((*tensors, *others, *arguments)):
         return handle_torch_function(
             conv2d,
-            (*tensors, scale, *arguments),
+            (*tensors, *others, *arguments),
             *(input, weight, bias, stride, padding, dilation, groups),
             activation=activation,
             residual=residual,
             precision=precision,
             scale=scale,
+            normalise=normalise,
         )
     check_tensor("input", input)
     check_tensor("weight", weight)
@@ -151,6 +161,14 @@ def conv2d(
             x, weight, scale, bias, residual, steps, pads, spread, groups, relu
         )
         return y.squeeze(0) if unbatched else y
+    if normalise is not None:
+        if residual is not None:
+            raise NotImplementedError("a convolution of bytes takes no residual, got one")
+        constants = check_bytes(x, weight, groups, normalise)
+        x, weight, bias = autocast(x, weight, bias)
+        check_dtypes(weight, bias=bias)
+        call = functions.conv2d_bytes(steps, pads, spread, groups, relu, precision)
+        return _called(call, x, weight, bias, *constants, key=None, unbatched=unbatched)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     check_dtypes(x, weight=weight, bias=bias, residual=residual)
     if C == 0:

@@ -145,6 +145,56 @@ class Conv2d(Operator):
         return dx, dw, db if need_db else None, dy, *[None] * len(others)
 
 
+class Conv2dBytes(Operator):
+    """y = relu?(conv(scale * x + shift, w) + bias) of x in bytes, which gets no gradient.
+
+    Numbers: stride, padding, dilation, groups, precision, relu.
+    """
+
+    name = "conv2d_bytes"
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        x, _, _, scale, shift, ctx.call = inputs
+        relu = ctx.call.numbers[-1]
+        ctx.save_for_backward(x, scale, shift, output if relu else None)
+
+    @staticmethod
+    def backward(ctx: Any, dy):
+        (x, scale, shift, y), call = ctx.saved_tensors, ctx.call
+        _, need_dw, need_db, *others = ctx.needs_input_grad
+        dw = db = None
+        if y is not None:
+            dy, db = _apply(ReluBackward, dy, y, numbers=(need_db,))
+        unsummed = need_db and y is None
+        if need_dw:
+            numbers = call.shapes[1], call.strides[1], *call.numbers[:-1], unsummed
+            dw, sums = _apply(Conv2dBytesWgrad, x, dy, scale, shift, numbers=numbers)
+            db = sums if unsummed else db
+        elif unsummed:
+            db = _apply(ChannelSum, dy, numbers=())
+        return None, dw, db if need_db else None, *[None] * len(others)
+
+
+class Conv2dBytesWgrad(Operator):
+    """(dw, db) of ``Conv2dBytes``. Numbers: as of ``Conv2dWgrad``."""
+
+    name = "conv2d_bytes_wgrad"
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs, output):
+        x, _, scale, shift, ctx.call = inputs
+        ctx.save_for_backward(x, scale, shift)
+
+    @staticmethod
+    def backward(ctx: Any, ddw, ddb):
+        x, scale, shift = ctx.saved_tensors
+        _, _, *geometry, bias = ctx.call.numbers
+        tensors = x, ddw, ddb if bias else None, scale, shift
+        ddy = _apply(Conv2dBytes, *tensors, numbers=(*geometry, False))
+        return None, ddy, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
 def _plain_conv2d(
     x: Tensor,
     w: Tensor,
@@ -453,6 +503,19 @@ def conv2d(
 ) -> Call:
     """y[N,K,P,Q] = relu?(conv(x[N,C,H,W], w[K,C/groups,R,S]) + bias[K] + residual[N,K,P,Q])."""
     return Call(Conv2d, _ops.conv2d, (stride, padding, dilation, groups, precision, relu))
+
+
+def conv2d_bytes(
+    stride: Pair,
+    padding: Padding,
+    dilation: Pair,
+    groups: int,
+    relu: bool,
+    precision: str | None,
+) -> Call:
+    """y = relu?(conv(scale[C] * x + shift[C], w) + bias): of uint8 x, w, bias, scale, shift."""
+    numbers = stride, padding, dilation, groups, precision, relu
+    return Call(Conv2dBytes, _ops.conv2d_bytes, numbers)
 
 
 conv2d_fp8 = library.operator("conv2d_fp8")

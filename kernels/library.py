@@ -20,6 +20,7 @@ from . import (
     autotune,
     descriptor_gemm,
     device,
+    direct_conv,
     epilogue,
     expansion,
     max_pool,
@@ -276,6 +277,48 @@ def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, 
     return y
 
 
+def _conv2d_bytes_empty(
+    x, w, bias, scale, shift, stride, padding, dilation, groups, precision, relu
+):
+    size = conv_places(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    return _new(w, (x.shape[0], w.shape[0], *size), _channels_last(x, w))
+
+
+def _conv2d_bytes(x, w, bias, scale, shift, stride, padding, dilation, groups, precision, relu):
+    arguments = stride, padding, dilation, groups
+    y = _conv2d_bytes_empty(x, w, bias, scale, shift, *arguments, precision, relu)
+    g = Conv2dGeometry.of(x.shape, w.shape, *arguments)
+    tile = direct_conv.choose_tile("fprop", g, w.dtype, describe(x.device))
+    direct_conv.fprop(
+        *(x, w, None if bias is None else replay.contiguous(bias), None, y, g, tile),
+        relu=relu,
+        precision=resolve_precision(precision, w),
+        normalise=(replay.contiguous(scale), replay.contiguous(shift)),
+    )
+    return y
+
+
+def _conv2d_bytes_wgrad_empty(
+    x, dy, scale, shift, size, strides, stride, padding, dilation, groups, precision, bias
+) -> tuple[Tensor, Tensor]:
+    return _wgrad_empty(dy, dy, size, strides, stride, padding, dilation, groups, precision, bias)
+
+
+def _conv2d_bytes_wgrad(
+    x, dy, scale, shift, size, strides, stride, padding, dilation, groups, precision, bias
+) -> tuple[Tensor, Tensor]:
+    arguments = stride, padding, dilation, groups
+    dw, db = _wgrad_empty(dy, dy, size, strides, *arguments, precision, bias)
+    g = Conv2dGeometry.of(x.shape, size, *arguments)
+    tile = direct_conv.choose_tile("wgrad", g, dy.dtype, describe(x.device))
+    direct_conv.wgrad(
+        *(x, dy, dw, db if bias else None, g, tile),
+        precision=resolve_precision(precision, dy),
+        normalise=(replay.contiguous(scale), replay.contiguous(shift)),
+    )
+    return dw, db
+
+
 def _dgrad_empty(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
     return _new(dy, (dy.shape[0], w.shape[1] * groups, *size), channels_last)
 
@@ -366,6 +409,20 @@ _define(
     _conv2d_fp8,
     aten.conv2d_fp8,
     _conv2d_fp8_empty,
+)
+_define(
+    f"conv2d_bytes(Tensor x, Tensor w, Tensor? bias, Tensor scale, Tensor shift, {_CONV}, bool"
+    " relu) -> Tensor",
+    _conv2d_bytes,
+    aten.conv2d_bytes,
+    _conv2d_bytes_empty,
+)
+_define(
+    "conv2d_bytes_wgrad(Tensor x, Tensor dy, Tensor scale, Tensor shift, SymInt[4] size, SymInt[4]"
+    f" strides, {_CONV}, bool bias) -> (Tensor, Tensor)",
+    _conv2d_bytes_wgrad,
+    aten.conv2d_bytes_wgrad,
+    _conv2d_bytes_wgrad_empty,
 )
 _define("channel_sum(Tensor dy) -> Tensor", _channel_sum, aten.channel_sum, _channel_sum_empty)
 _define(
@@ -600,6 +657,18 @@ def _flops(x, w, stride, padding, dilation, groups) -> int:
 @register_flop_formula(torch.ops.triton_cnn.conv2d)
 def _conv2d_flops(x, w, bias, residual, stride, padding, dilation, groups, *_, **__) -> int:
     return _flops(x, w, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.triton_cnn.conv2d_bytes)
+def _conv2d_bytes_flops(x, w, bias, scale, shift, stride, padding, dilation, groups, *_, **__):
+    return _flops(x, w, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.triton_cnn.conv2d_bytes_wgrad)
+def _conv2d_bytes_wgrad_flops(
+    x, dy, scale, shift, size, strides, stride, padding, dilation, groups, *_, **__
+) -> int:
+    return _flops(x, size, stride, padding, dilation, groups)
 
 
 @register_flop_formula(torch.ops.triton_cnn.conv2d_fp8)
