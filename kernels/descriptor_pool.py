@@ -179,13 +179,18 @@ def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
     STRIDE_Q: tl.constexpr = WINDOW.stride[1]
     key = _keys(acc.reshape(K, ROWS, N * COLUMNS), DTYPE)
     LEAST: tl.constexpr = -(2 ** (key.dtype.primitive_bitwidth - 1))
-    # Outside the map keys turn negative, below all others. Each window has a row inside: its
-    # columns are not negative yet when their turn comes.
+    # Outside the map keys turn negative, below all others: at once, or where rows become fewer
+    # columns later. Each window has a row inside: its columns are not negative yet then.
+    AT_ONCE: tl.constexpr = STRIDE_P == 1 and WINDOW.padding[0] > 0 and WINDOW.padding[1] > 0
     if WINDOW.padding[0] > 0:
-        inside = _inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P)
-        key += tl.where(inside, 0, LEAST).to(key.dtype)[None, :, None]
+        inside = _inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P)[None, :, None]
+        if AT_ONCE:
+            columns = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
+            columns = tl.broadcast_to(columns[None, :], (N, COLUMNS)).reshape(N * COLUMNS)
+            inside = inside & columns[None, None, :]
+        key += tl.where(inside, 0, LEAST).to(key.dtype)
     key = _pool_rows(key, R, STRIDE_P, S).reshape(K, ROWS // STRIDE_P * N, COLUMNS)
-    if WINDOW.padding[1] > 0:
+    if WINDOW.padding[1] > 0 and not AT_ONCE:
         inside = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
         key += tl.where(inside, 0, LEAST).to(key.dtype)[None, None, :]
     return _pool_columns(key, S, STRIDE_Q).reshape(K, ROWS // STRIDE_P, N, COLUMNS // STRIDE_Q)
