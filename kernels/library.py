@@ -618,7 +618,7 @@ def _conv_pool_backward(
             results = dw if need_dw else None, db if need_db else None
             engine.wgrad(dy if x is None else x, dy, *results, g, tile, **options)
         return dx, dw, db
-    dz = _new(dy, g.y_shape, _channels_last(dy))
+    dz = _new(dy, g.y_shape, channels_last)
     expansion.expand(dy, offsets, dz, db if need_db else None, pool)
     if need_dx:
         dx = _conv2d_dgrad(dz, w, None, size, *geometry, precision, channels_last)
