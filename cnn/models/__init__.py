@@ -8,15 +8,26 @@ from typing import Any
 
 from torch import nn
 
+from .alexnet import AlexNet, alexnet
 from .lenet5 import LeNet5, lenet5
+from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101
 from .vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
+from .zfnet import ZFNet, zfnet
 
 __all__ = [
     "VGG",
+    "AlexNet",
     "LeNet5",
+    "ResNet",
+    "ZFNet",
+    "alexnet",
     "create",
     "lenet5",
     "list",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
     "vgg11",
     "vgg11_bn",
     "vgg13",
@@ -25,11 +36,15 @@ __all__ = [
     "vgg16_bn",
     "vgg19",
     "vgg19_bn",
+    "zfnet",
 ]
 
 _BUILDERS = {
     builder.__name__: builder
-    for builder in (lenet5, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn)
+    for builder in (
+        *(alexnet, lenet5, resnet18, resnet34, resnet50, resnet101),
+        *(vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn, zfnet),
+    )
 }
 
 
@@ -41,7 +56,8 @@ def list() -> Sequence[str]:
 def create(name: str, **options: Any) -> nn.Module:
     """A freshly initialised network by its name; ``options`` are its builder's.
 
-    Raises ValueError for an unknown name.
+    Each takes ``num_classes``, ``in_channels`` and ``image_size``, for which networks that were
+    made for 224x224 pixels have a form for small images. Raises ValueError for an unknown name.
     """
     if name not in _BUILDERS:
         raise ValueError(f"there is no model {name!r}; there are {', '.join(list())}")
