@@ -31,6 +31,7 @@ kernels.functions
 cnn.arguments cnn.autocast
 cnn.functional
 cnn.layers
+cnn.summary
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet cnn.models.vgg cnn.models.zfnet
 cnn.models
 cnn

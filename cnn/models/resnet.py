@@ -76,6 +76,17 @@ class Bottleneck(nn.Module):
         return FoldedBlock([first, second], fold_batch_norm(self.conv3, self.bn3), self.downsample)
 
 
+class ConvAddReLU2d(Conv2d):
+    """relu(convolution + residual) in one kernel. Its parameters are Conv2d's."""
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        return F.conv2d(
+            *(input, self.weight, self.bias, self.stride, self.padding),
+            activation="relu",
+            residual=residual,
+        )
+
+
 class FoldedBlock(nn.Module):
     """A block for inference: each convolution is one kernel, the last with the sum and its ReLU."""
 
@@ -83,16 +94,12 @@ class FoldedBlock(nn.Module):
         super().__init__()
         self.first = nn.Sequential(*first)
         self.last = last
+        self.last.__class__ = ConvAddReLU2d
         parts = [*downsample.children()]
         self.downsample = fold_batch_norm(*parts) if parts else downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        last = self.last
-        return F.conv2d(
-            *(self.first(x), last.weight, last.bias, last.stride, last.padding),
-            activation="relu",
-            residual=self.downsample(x),
-        )
+        return self.last(self.first(x), self.downsample(x))
 
 
 class ResNet(nn.Module):
