@@ -3,7 +3,7 @@
 ``list`` names them and ``create`` builds one by its name.
 """
 
-from collections.abc import Sequence
+import builtins
 from typing import Any
 
 from torch import nn
@@ -48,7 +48,7 @@ _BUILDERS = {
 }
 
 
-def list() -> Sequence[str]:
+def list() -> builtins.list[str]:
     """The names of all networks, sorted."""
     return sorted(_BUILDERS)
 
@@ -60,5 +60,5 @@ def create(name: str, **options: Any) -> nn.Module:
     made for 224x224 pixels have a form for small images. Raises ValueError for an unknown name.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"there is no model {name!r}; there are {', '.join(list())}")
+        raise ValueError(f"name must be one of {', '.join(list())}, got name={name!r}")
     return _BUILDERS[name](**options)
