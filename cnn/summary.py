@@ -52,13 +52,16 @@ def _by(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
 
 
-def summary(model: nn.Module, input_size: tuple[int, ...]) -> Summary:
+def summary(
+    model: nn.Module, input_size: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Summary:
     """The layers of any network, ours or not, with output size, receptive field and cost.
 
     The network runs on the meta device, so nothing is computed or kept, in the mode that it is in.
 
     Args:
         input_size: of the input, with the batch where the network wants one: (1, 3, 224, 224).
+        dtype: of the input; by default that of the first parameter.
 
     A receptive field is the least rectangle of pixels that holds all that any path from the input
     brings. It grows in convolutions and poolings. It is not known behind layers that see
@@ -66,7 +69,7 @@ def summary(model: nn.Module, input_size: tuple[int, ...]) -> Summary:
     convolutions, or where branches of unlike strides meet.
     """
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
-    x = torch.empty(input_size, dtype=next(dtypes, None), device="meta")
+    x = torch.empty(input_size, dtype=dtype or next(dtypes, None), device="meta")
     names = {layer: name for name, layer in model.named_modules() if _is_layer(name, layer)}
     uses = {layer: {id(p): p.numel() for p in layer.parameters()} for layer in names}
     rows, used, flops = [], set(), 0
@@ -180,7 +183,12 @@ def _windows(func: Any, args: Any, kwargs: dict[str, Any]) -> Windows:
         case "aten.mean" | "aten.amax":
             axes = {axis % args[0].dim() - args[0].dim() for axis in values.get("dim") or (-2, -1)}
             return [_Window(args[0].shape[-2:], (1, 1))] if {-2, -1} <= axes else []
-        case "triton_cnn.conv2d" | "triton_cnn.conv2d_relu_max_pool2d":
+        case (
+            "triton_cnn.conv2d"
+            | "triton_cnn.conv2d_bytes"
+            | "triton_cnn.conv2d_fp8"
+            | "triton_cnn.conv2d_relu_max_pool2d"
+        ):
             top, _, left, _ = values["padding"]
             kernel = values["w"].shape[2:]
             windows = [_Window(kernel, values["stride"], (top, left), values["dilation"])]

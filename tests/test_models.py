@@ -147,6 +147,19 @@ def test_published_sizes(name):
     assert name.endswith("_bn") or f"{flops:,} FLOPs an image" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "least"), [("alexnet", 15), ("lenet5", 16), ("vgg11", 32), ("zfnet", 9)]
+)
+def test_the_least_image_size(name, least):
+    def run(size: int) -> Tensor:
+        model = on_meta(lambda: cnn.models.create(name, in_channels=1, image_size=least))
+        return model(torch.empty(2, 1, size, size, device="meta"))
+
+    assert run(least).shape[0] == 2
+    with pytest.raises(RuntimeError, match=r"fit into|shapes cannot be multiplied"):
+        run(least - 1)
+
+
 # Names and shapes of parameters.
 
 

@@ -102,6 +102,15 @@ def test_fields_hold_just_the_pixels_that_reach_a_result(build, device):
         assert exact, layer
 
 
+def test_a_gate_of_the_whole_map_sees_all():
+    class Gate(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+    rows = cnn.summary(nn.Sequential(nn.Conv2d(1, 2, 3, 2), Gate()), (1, 1, 11, 9)).layers
+    assert [row.field for row in rows] == [((3, 3), (2, 2), (0, 0)), ((11, 9), (2, 2), (0, 0))]
+
+
 @pytest.mark.parametrize(
     "layer",
     [
@@ -166,6 +175,11 @@ def test_any_network(fails):
         assert found.flops == sum(row.flops for row in found.layers) + 2 * 2 * 4**3
     assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_the_input_has_a_dtype():
+    (row,) = cnn.summary(nn.Embedding(5, 3), (2, 7), torch.int64).layers
+    assert (row.output_size, row.parameters) == ((2, 7, 3), 15)
 
 
 def test_totals_are_the_models():
