@@ -31,7 +31,8 @@ kernels.functions
 cnn.arguments cnn.autocast
 cnn.functional
 cnn.layers
-cnn.models.lenet5
+cnn.summary
+cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet cnn.models.vgg cnn.models.zfnet
 cnn.models
 cnn
 cnn.data cnn.train
