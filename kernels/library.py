@@ -58,7 +58,7 @@ def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable)
     _library.define(schema)
     _implementations[name] = kept, kept if INTERPRET else reference
     for where, function in zip(("CUDA", "CPU"), _implementations[name], strict=True):
-        _library.impl(name, _with_tuples(function) if function is kept else function, where)
+        _library.impl(name, _of_lists(function) if function is kept else function, where)
     torch.library.register_fake(f"triton_cnn::{name}", fake, lib=_library)
 
 
@@ -83,9 +83,13 @@ def _kept(name: str, kernels: Callable, count: int) -> Callable[..., Any]:
     return call
 
 
-def _with_tuples(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The dispatcher brings pairs as lists."""
-    return lambda *args: function(*[tuple(a) if type(a) is list else a for a in args])
+def _of_lists(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: function(*with_tuples(args))
+
+
+def with_tuples(args: Sequence[Any]) -> tuple:
+    """An operator's arguments, of which the dispatcher brings pairs as lists."""
+    return tuple([tuple(value) if type(value) is list else value for value in args])
 
 
 def _key(name: str, args: tuple, count: int) -> tuple:
