@@ -1,0 +1,302 @@
+"""What decides the way Python code takes, by reading its source.
+
+A trace shows one run of a ``forward``. It stands for every run only where each branch, loop and
+choice of what to call depends on nothing but settings: constants, global names, the attributes of
+modules, and local names made of these. Whatever else decides (an argument, a tensor, a random
+number) is named. An attribute that the code itself assigns is no setting.
+"""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import Tensor
+
+_REFUSED = (
+    *(ast.Try, ast.TryStar, ast.Match, ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef),
+    *(ast.ClassDef, ast.Yield, ast.YieldFrom, ast.Await, ast.Global, ast.Nonlocal),
+    *(ast.Import, ast.ImportFrom),
+)
+# Functions that give the same for the same arguments.
+_PURE = {
+    *("abs", "all", "any", "bool", "enumerate", "getattr", "hasattr", "id", "int", "isinstance"),
+    *("issubclass", "len", "list", "max", "min", "range", "reversed", "sorted", "str", "sum"),
+    *("tuple", "type", "zip"),
+}
+_WALKS = {"children", "get", "items", "keys", "named_children", "values", "is_scripting"}
+_PLAIN = {name for kind in (Tensor, list, dict, str) for name in dir(kind)}
+_CALLS = {
+    "forward",
+    "_conv_forward",
+    "__call__",
+    "_call_impl",
+    "_wrapped_call_impl",
+    "_slow_forward",
+}
+# Names by which a module's code may come to any layer in it.
+_REACHING = {
+    *("children", "named_children", "modules", "named_modules", "_modules", "get_submodule"),
+    *("apply", "__dict__", "vars", "getattr", "attrgetter", "eval", "exec", "locals"),
+}
+
+
+@cache
+def undecided(code: CodeType) -> str | None:
+    """What decides in a function besides settings, in a few words; None if nothing does."""
+    tree = _parse(code)
+    if tree is None:
+        return f"the source of {code.co_name} cannot be read"
+    scope = _Scope(tree)
+    for node in _body(tree):
+        if isinstance(node, _REFUSED):
+            return f"line {node.lineno} of {code.co_name} has a {type(node).__name__}"
+        if (reason := scope.objection(node)) is not None:
+            return f"`{ast.unparse(reason)}` decides in {code.co_name}"
+    return None
+
+
+def called_whole(cls: type, names: set[str]) -> set[str]:
+    """Of the attributes ``names`` those that the methods of a module class only ever call, as in
+    ``self.name(x)`` or ``for block in self.name: x = block(x)``, and never look into.
+    """
+    functions = []
+    for base in cls.__mro__:
+        if base is not object and not base.__module__.startswith("torch."):
+            for name, member in vars(base).items():
+                functions += [] if name == "__init__" else _functions(member)
+    found = set(names)
+    for function in functions:
+        tree = _parse(function.__code__)
+        if tree is None:
+            return set()
+        found &= _only_called(tree, found)
+    return found
+
+
+def _functions(member: Any) -> list[FunctionType]:
+    """Those that a member of a class runs."""
+    if isinstance(member, property):
+        parts = [member.fget, member.fset, member.fdel]
+    else:
+        parts = [getattr(member, "__func__", member)]
+    return [
+        part for part in map(inspect.unwrap, filter(callable, parts)) if inspect.isfunction(part)
+    ]
+
+
+@cache
+def _parse(code: CodeType) -> ast.FunctionDef | None:
+    try:
+        source = inspect.getsource(code)
+        nested = source[:1].isspace()
+        tree: Any = ast.parse("if True:\n" + source if nested else source)
+    except (OSError, SyntaxError, TypeError):
+        return None
+    (tree,) = tree.body
+    function = tree.body[0] if nested else tree
+    return function if isinstance(function, ast.FunctionDef) else None
+
+
+def _body(tree: ast.FunctionDef) -> Iterator[Any]:
+    for statement in tree.body:
+        yield from ast.walk(statement)
+
+
+def _arguments(tree: ast.FunctionDef) -> list[str]:
+    return [node.arg for node in ast.walk(tree.args) if isinstance(node, ast.arg)]
+
+
+class _Scope:
+    """A function's names, and which of them hold settings."""
+
+    def __init__(self, tree: ast.FunctionDef):
+        arguments = _arguments(tree)
+        self._bound: dict[str, list[ast.expr | None]] = {name: [None] for name in arguments}
+        if arguments[:1] == ["self"]:
+            del self._bound["self"]
+        for node in _body(tree):
+            for target, value in _bindings(node):
+                for name in ast.walk(target):
+                    if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                        self._bound.setdefault(name.id, []).append(value)
+        # The largest set of names each of which is made of settings and names of the set.
+        self._settled = set(self._bound)
+        while lost := {
+            name
+            for name in self._settled
+            if not all(value is not None and self.fixed(value) for value in self._bound[name])
+        }:
+            self._settled -= lost
+
+    def objection(self, node: ast.AST) -> ast.AST | None:
+        """What decides at this node and is not settled, or changes what settings are."""
+        match node:
+            case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test):
+                decisions = [test]
+            case ast.BoolOp(values=[*decisions, _]):
+                pass
+            case ast.For(iter=walked) | ast.comprehension(iter=walked):
+                decisions = getattr(node, "ifs", [])
+                if not self._bounded(walked):
+                    return walked
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if not self.fixed(value):
+                return None if attr in _PLAIN and attr not in _CALLS else node
+            case ast.Call(func=called):
+                decisions = [called]
+            case ast.Attribute(value=value, attr=attr) if attr in _CALLS:
+                return None if ast.unparse(value).startswith("super(") else node
+            case ast.Attribute(ctx=ast.Store() | ast.Del()):
+                return node
+            case ast.Subscript(value=value, ctx=ast.Store() | ast.Del()) if self.fixed(value):
+                return node
+            case ast.Expr(value=ast.Call(func=ast.Attribute() as called)) if self._own(called):
+                return node
+            case _:
+                return None
+        return next((test for test in decisions if not self.fixed(test)), None)
+
+    def fixed(self, node: ast.expr) -> bool:
+        """Whether an expression is made of settings alone."""
+        match node:
+            case ast.Constant():
+                return True
+            case ast.Name(id=name):
+                return name not in self._bound or name in self._settled
+            case ast.Attribute(value=value):
+                return self.fixed(value)
+            case ast.List(elts=items) | ast.Set(elts=items):
+                return bool(items) and all(isinstance(item, ast.Constant) for item in items)
+            case ast.Call(func=ast.Name(id="len")):
+                return True  # of a list it follows from the way taken so far; a tensor's raises
+            case ast.Call(func=ast.Name(id="super")):
+                return True
+            case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]):
+                return name in _PURE and name not in self._bound and all(map(self.fixed, args))
+            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args, keywords=[]):
+                return attr in _WALKS and all(map(self.fixed, [value, *args]))
+            case (
+                ast.Subscript()
+                | ast.Slice()
+                | ast.Compare()
+                | ast.BoolOp()
+                | ast.BinOp()
+                | ast.UnaryOp()
+                | ast.IfExp()
+                | ast.Tuple()
+                | ast.Starred()
+                | ast.JoinedStr()
+                | ast.FormattedValue()
+            ):
+                parts = ast.iter_child_nodes(node)
+                return all(self.fixed(part) for part in parts if isinstance(part, ast.expr))
+        return False
+
+    def _bounded(self, node: ast.expr) -> bool:
+        """Whether a loop over this takes as many turns each time: it is a setting, or a list that
+        this code or a module has made.
+        """
+        if self.fixed(node):
+            return True
+        match node:
+            case ast.Name() | ast.List() | ast.Tuple() | ast.ListComp() | ast.GeneratorExp():
+                return True
+            case ast.Attribute(value=value) | ast.Starred(value=value):
+                return self._bounded(value)
+            case ast.Subscript(value=value, slice=index):
+                return self.fixed(index) and self._bounded(value)
+            case ast.BinOp(left=left, right=right):
+                return self._bounded(left) and self._bounded(right)
+            case ast.Call(func=ast.Name(id="zip" | "enumerate" | "reversed" | "list" | "tuple")):
+                return all(map(self._bounded, node.args))
+            case ast.Call(func=ast.Attribute(attr="items" | "keys" | "values", value=value)):
+                return self._bounded(value)
+            case ast.Call(func=called):
+                return self._own(called)
+        return False
+
+    def _own(self, node: ast.expr) -> bool:
+        """Whether an expression starts at ``self``, or at a local name that holds a setting."""
+        while isinstance(node, ast.Attribute | ast.Subscript):
+            node = node.value
+        return isinstance(node, ast.Name) and (node.id == "self" or node.id in self._settled)
+
+
+def _bindings(node: ast.AST) -> Iterator[tuple[ast.AST, ast.expr | None]]:
+    """Where a node binds names, and what to; None: to what is no setting."""
+    match node:
+        case ast.Assign(targets=targets, value=value):
+            yield from ((target, value) for target in targets)
+        case ast.AnnAssign() | ast.AugAssign() | ast.NamedExpr():
+            yield node.target, node.value
+        case ast.For() | ast.comprehension():
+            yield from _elements(node.target, node.iter)
+        case ast.withitem(optional_vars=ast.expr() as target):
+            yield target, None
+
+
+def _elements(target: ast.expr, walked: ast.expr) -> Iterator[tuple[ast.AST, ast.expr]]:
+    """What a loop binds, each with what its values come from."""
+    match walked, target:
+        case (ast.Call(func=ast.Name(id="zip"), args=args), ast.Tuple(elts=targets)) if len(
+            args
+        ) == len(targets):
+            for each, arg in zip(targets, args, strict=True):
+                yield from _elements(each, arg)
+        case ast.Call(func=ast.Name(id="enumerate"), args=[arg]), ast.Tuple(elts=[count, each]):
+            yield count, ast.Constant(0)
+            yield from _elements(each, arg)
+        case ast.Call(func=ast.Name(id="reversed"), args=[arg]), _:
+            yield from _elements(target, arg)
+        case _:
+            yield target, walked
+
+
+def _only_called(tree: ast.FunctionDef, names: set[str]) -> set[str]:
+    """Of the attributes ``names`` those that a function, if it mentions them, only calls."""
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    lost = set()
+    for node in _body(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name) if name in names:
+                if not _is_called(node, parents):
+                    lost.add(name)
+            case ast.Attribute(attr=name) | ast.Constant(value=name) if name in names:
+                lost.add(name)
+            case ast.Attribute(attr=name) | ast.Name(id=name) if name in _REACHING:
+                return set()
+            case ast.Name(id="self"):
+                parent = parents[node]
+                if not isinstance(parent, ast.Attribute) and not _is_call_of("super", parent):
+                    return set()
+    return names - lost
+
+
+def _is_called(node: ast.AST, parents: dict[ast.AST, Any]) -> bool:
+    """Whether a module is called here, or each of those in it, or compared to None."""
+    parent = parents[node]
+    if _is_call_of("enumerate", parent):
+        node, parent = parent, parents[parent]
+    match parent:
+        case ast.Call(func=called) if called is node:
+            return True
+        case ast.Call(args=[first, *_]) if first is node:
+            return _is_call_of("checkpoint", parent)
+        case ast.Compare(ops=[ast.Is() | ast.IsNot()]):
+            return True
+        case ast.For(target=target, iter=walked) | ast.comprehension(target=target, iter=walked):
+            if walked is not node:
+                return False
+            each = target.elts[-1] if isinstance(target, ast.Tuple) else target
+            return isinstance(each, ast.Name) and all(
+                isinstance(parents[use], ast.Call) and parents[use].func is use
+                for use in parents
+                if isinstance(use, ast.Name) and use.id == each.id and use is not each
+            )
+    return False
+
+
+def _is_call_of(name: str, node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name
