@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.utils import _pair
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from kernels import library, planner
@@ -317,7 +318,7 @@ def _report(
     groups: dict[nn.Module, nn.Module],
 ) -> Report:
     names = {module: name for name, module in model.named_modules()}
-    weights = [p for p in model.parameters() if p.dim() == 4]
+    weights = [p for p in model.parameters() if not is_lazy(p) and p.dim() == 4]
     last = any(is_channels_last(w.shape, w.stride()) for w in weights)
     place = next((p.device for p in model.parameters()), torch.device("cpu"))
     lines = []

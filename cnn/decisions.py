@@ -52,28 +52,33 @@ def undecided(code: CodeType) -> str | None:
     scope = _Scope(tree)
     for node in _body(tree):
         if isinstance(node, _REFUSED):
-            return f"line {node.lineno} of {code.co_name} has a {type(node).__name__}"
+            return f"a trace of {code.co_name} does not stand for a {type(node).__name__}"
         if (reason := scope.objection(node)) is not None:
-            return f"`{ast.unparse(reason)}` decides in {code.co_name}"
+            return f"a trace of {code.co_name} does not stand for `{ast.unparse(reason)}`"
     return None
 
 
 def called_whole(cls: type, names: set[str]) -> set[str]:
-    """Of the attributes ``names`` those that the methods of a module class only ever call, as in
-    ``self.name(x)`` or ``for block in self.name: x = block(x)``, and never look into.
+    """Of the attributes ``names`` those that a module class's forward, and what it comes to in the
+    class, only calls, as in ``self.name(x)`` or ``for block in self.name: x = block(x)``, and never
+    looks into.
     """
-    functions = []
-    for base in cls.__mro__:
-        if base is not object and not base.__module__.startswith("torch."):
-            for name, member in vars(base).items():
-                functions += [] if name == "__init__" else _functions(member)
-    found = set(names)
-    for function in functions:
-        tree = _parse(function.__code__)
-        if tree is None:
-            return set()
-        found &= _only_called(tree, found)
-    return found
+    bases = [base for base in cls.__mro__ if not base.__module__.startswith(("torch.", "builtins"))]
+    called: set[str] = set()
+    lost: set[str] = set()
+    waiting, seen = ["forward"], {"forward"}
+    while waiting:
+        name = waiting.pop()
+        members = [vars(base).get(name) for base in bases]
+        for function in (function for member in members for function in _functions(member)):
+            if (tree := _parse(function.__code__)) is None:
+                return set()
+            for name, whole in _mentions(tree, names):
+                (called if whole else lost).add(name)
+            further = {node.attr for node in _body(tree) if isinstance(node, ast.Attribute)} - seen
+            seen |= further
+            waiting += further
+    return called - lost
 
 
 def _functions(member: Any) -> list[FunctionType]:
@@ -254,24 +259,23 @@ def _elements(target: ast.expr, walked: ast.expr) -> Iterator[tuple[ast.AST, ast
             yield target, walked
 
 
-def _only_called(tree: ast.FunctionDef, names: set[str]) -> set[str]:
-    """Of the attributes ``names`` those that a function, if it mentions them, only calls."""
+def _mentions(tree: ast.FunctionDef, names: set[str]) -> Iterator[tuple[str, bool]]:
+    """Each of the attributes ``names`` where a function mentions it, and whether it only calls it
+    there. Where a function may come to any, all are.
+    """
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    lost = set()
     for node in _body(tree):
         match node:
             case ast.Attribute(value=ast.Name(id="self"), attr=name) if name in names:
-                if not _is_called(node, parents):
-                    lost.add(name)
+                yield name, _is_called(node, parents)
             case ast.Attribute(attr=name) | ast.Constant(value=name) if name in names:
-                lost.add(name)
+                yield name, False
             case ast.Attribute(attr=name) | ast.Name(id=name) if name in _REACHING:
-                return set()
+                yield from ((each, False) for each in names)
             case ast.Name(id="self"):
                 parent = parents[node]
                 if not isinstance(parent, ast.Attribute) and not _is_call_of("super", parent):
-                    return set()
-    return names - lost
+                    yield from ((each, False) for each in names)
 
 
 def _is_called(node: ast.AST, parents: dict[ast.AST, Any]) -> bool:

@@ -12,12 +12,14 @@ stay what they are.
 
 import copy
 import gc
+import os
 import sys
 import sysconfig
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -29,7 +31,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .decisions import called_whole, undecided
 
-_TRUSTED = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<frozen ")
+_TRUSTED = (
+    f"{Path(torch.__file__).parent}{os.sep}",
+    f"{Path(__file__).parent}{os.sep}",
+    "<frozen ",
+)
 _STDLIB = sysconfig.get_path("stdlib")
 _COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"}
 
@@ -67,7 +73,12 @@ class Flow:
                 for inner in module.modules():
                     if inner is not module:
                         self._reasons[inner] = f"it is part of a {_name(module)}"
-            elif _is_wrapper(module) or has_hooks(module) or not _calls_forward(module):
+            elif (
+                has_hooks(module)
+                or _is_wrapper(module)
+                or not _calls_forward(module)
+                or module._compiled_call_impl is not None
+            ):
                 self._walls.add(module)
         waiting, seen = [model], set()
         while waiting:
@@ -89,8 +100,11 @@ class Flow:
             return self._reasons[layer]
         if not self._calls[layer]:
             return "it is not called"
-        found = {self._reader_in(nodes) for nodes in self._calls[layer].values()}
-        return found.pop() if len(found) == 1 else "training and evaluation differ"
+        found = [self._reader_in(nodes) for nodes in self._calls[layer].values()]
+        reasons = [reason for reason in found if isinstance(reason, str)]
+        if not reasons and len(set(found)) > 1:
+            return "training and evaluation differ"
+        return [*reasons, *found][0]
 
     def _reader_in(self, calls: list[fx.Node]) -> nn.Module | str:
         """The same in one graph."""
@@ -227,11 +241,11 @@ def _trace(root: nn.Module, walls: set[nn.Module]) -> list[tuple[fx.Graph, nn.Mo
     graphs = []
     for training in (True, False, None):
         try:
-            memo = {id(each): each for each in (*kept, *root.parameters())}
+            memo: dict[int, Any] = {id(each): each for each in (*kept, *root.parameters())}
             traced = copy.deepcopy(root, memo)
         except Exception as error:
             raise _Untraceable(root, f"{_name(root)} cannot be copied: {_line(error)}") from error
-        own = dict(zip(traced.modules(), root.modules(), strict=True))
+        own = {memo[id(module)]: module for module in root.modules() if id(module) in memo}
         for module in own:
             if module is not own[module] and training is not None:
                 module.training = training
@@ -243,17 +257,17 @@ def _trace(root: nn.Module, walls: set[nn.Module]) -> list[tuple[fx.Graph, nn.Mo
 
 def _graph(tracer: _Tracer, traced: nn.Module, own: dict[nn.Module, nn.Module]) -> fx.Graph:
     """One trace, if it stands for all calls; ``own``: the modules that were copied."""
-    previous = sys.getprofile()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with (
+            warnings.catch_warnings(),
+            torch.random.fork_rng(devices=[]),
+            _watched_by(tracer.watch),
+        ):
             warnings.simplefilter("ignore")
-            sys.setprofile(tracer.watch)
             graph = tracer.trace(traced)
     except Exception as error:
         module = error.module if isinstance(error, _Untraceable) else tracer.within[-1]
         raise _Untraceable(own[module], f"{_name(module)}: {_line(error)}") from error
-    finally:
-        sys.setprofile(previous)
     for code, module in tracer.code.items():
         if (reason := undecided(code)) is not None:
             raise _Untraceable(own[module], f"{_name(module)}: {reason}")
@@ -261,6 +275,19 @@ def _graph(tracer: _Tracer, traced: nn.Module, own: dict[nn.Module, nn.Module]) 
         if result() is not None and (gc.collect() or True) and result() is not None:
             raise _Untraceable(own[module], f"{_name(module)} keeps what a layer returns")
     return graph
+
+
+@contextmanager
+def _watched_by(watch: Callable) -> Iterator[None]:
+    """Within this context each call of a function is shown to ``watch``."""
+    previous: Any = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(previous if callable(previous) else None)
+        if enable := getattr(previous, "enable", None):  # cProfile's is no function
+            enable()
 
 
 def _is_trusted(frame: FrameType) -> bool:
@@ -300,10 +327,10 @@ def _calls_forward(module: nn.Module) -> bool:
     """Whether a call of the module is a call of its class's forward."""
     if isinstance(module, fx.GraphModule):
         return True
-    if "forward" in module.__dict__ or module._compiled_call_impl is not None:
-        return False
     ways = ("__call__", "_call_impl")
-    return all(getattr(type(module), way) is getattr(nn.Module, way) for way in ways)
+    return "forward" not in module.__dict__ and all(
+        getattr(type(module), way) is getattr(nn.Module, way) for way in ways
+    )
 
 
 def _walk(module: nn.Module, without: set[nn.Module]) -> Iterator[nn.Module]:
