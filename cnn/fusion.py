@@ -251,12 +251,14 @@ def _trace(root: nn.Module, walls: set[nn.Module]) -> list[tuple[fx.Graph, nn.Mo
                 module.training = training
         tracer = _Tracer(traced, walls)
         with torch.inference_mode(False), torch.set_grad_enabled(training is not None):
-            graphs.append((_graph(tracer, traced, own), traced))
+            graphs.append((_graph(tracer, traced, root, own), traced))
     return graphs
 
 
-def _graph(tracer: _Tracer, traced: nn.Module, own: dict[nn.Module, nn.Module]) -> fx.Graph:
-    """One trace, if it stands for all calls; ``own``: the modules that were copied."""
+def _graph(
+    tracer: _Tracer, traced: nn.Module, root: nn.Module, own: dict[nn.Module, nn.Module]
+) -> fx.Graph:
+    """One trace of a copy of root, if it stands for all calls; ``own``: what was copied."""
     try:
         with (
             warnings.catch_warnings(),
@@ -267,14 +269,23 @@ def _graph(tracer: _Tracer, traced: nn.Module, own: dict[nn.Module, nn.Module]) 
             graph = tracer.trace(traced)
     except Exception as error:
         module = error.module if isinstance(error, _Untraceable) else tracer.within[-1]
-        raise _Untraceable(own[module], f"{_name(module)}: {_line(error)}") from error
+        raise _Untraceable(own.get(module, root), f"{_name(module)}: {_line(error)}") from error
     for code, module in tracer.code.items():
         if (reason := undecided(code)) is not None:
-            raise _Untraceable(own[module], f"{_name(module)}: {reason}")
+            raise _Untraceable(own.get(module, root), f"{_name(module)}: {reason}")
     for result, module in tracer.results:
-        if result() is not None and (gc.collect() or True) and result() is not None:
-            raise _Untraceable(own[module], f"{_name(module)} keeps what a layer returns")
+        if _is_kept(result):
+            raise _Untraceable(own.get(module, root), f"{_name(module)} keeps what a layer returns")
     return graph
+
+
+def _is_kept(thing: weakref.ref) -> bool:
+    """Whether something is still referred to, other than by a cycle that nobody sees."""
+    for generation in (0, 1, 2):
+        if thing() is None:
+            return False
+        gc.collect(generation)
+    return thing() is not None
 
 
 @contextmanager
