@@ -8,7 +8,8 @@ number) is named. An attribute that the code itself assigns is no setting.
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -43,19 +44,52 @@ _REACHING = {
 }
 
 
-@cache
-def undecided(code: CodeType) -> str | None:
-    """What decides in a function besides settings, in a few words; None if nothing does."""
-    tree = _parse(code)
-    if tree is None:
-        return f"the source of {code.co_name} cannot be read"
-    scope = _Scope(tree)
-    for node in _body(tree):
-        if isinstance(node, _REFUSED):
-            return f"a trace of {code.co_name} does not stand for a {type(node).__name__}"
-        if (reason := scope.objection(node)) is not None:
-            return f"a trace of {code.co_name} does not stand for `{ast.unparse(reason)}`"
-    return None
+def undecided(codes: Collection[CodeType], entered: set[CodeType]) -> Iterator[tuple]:
+    """What decides besides settings in functions that call one another: each with its function, in
+    a few words. Those that are ``entered`` from elsewhere may be given anything.
+    """
+    trees = {code: tree for code in codes if (tree := _parse(code)) is not None}
+    scopes = {code: _Scope(tree) for code, tree in trees.items()}
+    sites = defaultdict(list)  # where something of a name is called
+    aliased = set()  # names that are mentioned without a call
+    for code, tree in trees.items():
+        nodes = list(_body(tree))
+        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        for node in nodes:
+            if isinstance(node, ast.Call):
+                sites[_last_name(node.func)].append((scopes[code], node))
+            elif isinstance(node, ast.Attribute | ast.Name) and id(node) not in called:
+                aliased.add(_last_name(node))
+    for code in codes:
+        if code not in trees:
+            yield code, f"the source of {code.co_name} cannot be read"
+            continue
+        scope = scopes[code]
+        if code not in entered and code.co_name not in aliased:
+            given = _settled_parameters(trees[code], sites[code.co_name])
+            scope = _Scope(trees[code], given) if given else scope
+        for node in _body(trees[code]):
+            if isinstance(node, _REFUSED):
+                yield code, f"a trace of {code.co_name} does not stand for a {type(node).__name__}"
+            elif (reason := scope.objection(node)) is not None:
+                what = ast.unparse(reason)
+                yield code, f"a trace of {code.co_name} does not stand for `{what}`"
+
+
+def _settled_parameters(tree: ast.FunctionDef, sites: list[tuple[Any, ast.Call]]) -> set[str]:
+    """The parameters of a function that each of the calls gives a setting."""
+    names = [node.arg for node in (*tree.args.posonlyargs, *tree.args.args)]
+    defaults = dict(zip(reversed(names), reversed(tree.args.defaults), strict=False))
+    names = names[1:] if names[:1] == ["self"] else names
+    found = set(names) if sites else set()
+    for scope, call in sites:
+        keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+        plain = all(not isinstance(arg, ast.Starred) and not _is_self(arg) for arg in call.args)
+        if not plain or None in keywords:
+            return set()
+        given = {**defaults, **keywords, **dict(zip(names, call.args, strict=False))}
+        found = {name for name in found if name in given and scope.fixed(given[name])}
+    return found
 
 
 def called_whole(cls: type, names: set[str]) -> set[str]:
@@ -117,9 +151,12 @@ def _arguments(tree: ast.FunctionDef) -> list[str]:
 class _Scope:
     """A function's names, and which of them hold settings."""
 
-    def __init__(self, tree: ast.FunctionDef):
+    def __init__(self, tree: ast.FunctionDef, given: Collection[str] = ()):
+        """``given``: parameters that are settings."""
         arguments = _arguments(tree)
-        self._bound: dict[str, list[ast.expr | None]] = {name: [None] for name in arguments}
+        self._bound: dict[str, list[ast.expr | None]] = {
+            name: [ast.Constant(None) if name in given else None] for name in arguments
+        }
         if arguments[:1] == ["self"]:
             del self._bound["self"]
         for node in _body(tree):
@@ -303,4 +340,13 @@ def _is_called(node: ast.AST, parents: dict[ast.AST, Any]) -> bool:
 
 
 def _is_call_of(name: str, node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == name
+    return isinstance(node, ast.Call) and _last_name(node.func) == name
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+def _last_name(node: ast.AST) -> str:
+    """f of ``f`` and of ``a.b.f``."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")

@@ -68,8 +68,9 @@ class Flow:
         if torch_module._has_any_global_hook():
             self._refuse(model, "hooks of all modules are registered")
             return
+        self._leaves = {module for module in model.modules() if _is_leaf(module)}
         for module in model.modules():
-            if _is_leaf(module):
+            if module in self._leaves:
                 for inner in module.modules():
                     if inner is not module:
                         self._reasons[inner] = f"it is part of a {_name(module)}"
@@ -134,7 +135,7 @@ class Flow:
         if root not in self._beside:
             self._beside[root] = set(_walk(self._model, {root}))
             for wall in self._walls & set(root.modules()) - {root}:
-                self._beside[root].update(wall.modules())
+                self._beside[root].update(inner for inner in wall.modules() if inner is not wall)
         return "it is called in several places" if layer in self._beside[root] else None
 
     def _refuse(self, module: nn.Module, reason: str) -> None:
@@ -143,7 +144,7 @@ class Flow:
 
     def _enter(self, root: nn.Module) -> list[nn.Module]:
         """Trace one module; returns those to be traced apart from it."""
-        if _is_leaf(root):
+        if root in self._leaves:
             return []
         if isinstance(root, nn.ModuleList | nn.ModuleDict) or type(root) is nn.Module:
             return list(root.children())
@@ -152,7 +153,7 @@ class Flow:
             reason = f"{_name(root)} has a call of its own"
         while reason is None:
             try:
-                graphs = _trace(root, self._walls)
+                graphs = _trace(root, self._walls - {root}, self._leaves)
             except _Untraceable as error:
                 if error.module is root:
                     reason = str(error)
@@ -177,7 +178,7 @@ class Flow:
         for name, child in children.items():
             if name not in whole:
                 self._refuse(child, reason)
-            elif _is_leaf(child):
+            elif child in self._leaves:
                 self._reasons.setdefault(child, reason)
         return [children[name] for name in whole]
 
@@ -206,17 +207,18 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, root: nn.Module, walls: set[nn.Module]):
+    def __init__(self, root: nn.Module, opaque: set[nn.Module]):
         super().__init__()
-        self.within, self.walls = [root], walls
+        self.within, self.opaque = [root], opaque
         self.code: dict[CodeType, nn.Module] = {}
+        self.entered: set[CodeType] = set()  # called by others than users' code
         self.results: list[tuple[weakref.ref, nn.Module]] = []  # each with its caller
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_leaf(m) or m in self.walls
+        return m in self.opaque
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self.is_leaf_module(m, ""):
+        if m in self.opaque:
             result = super().call_module(m, forward, args, kwargs)
             gradients = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
             result.node.meta["gradients"] = gradients
@@ -230,18 +232,21 @@ class _Tracer(fx.Tracer):
     def watch(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and not _is_trusted(frame):
             self.code.setdefault(frame.f_code, self.within[-1])
+            if frame.f_back is None or _is_trusted(frame.f_back):
+                self.entered.add(frame.f_code)
 
 
-def _trace(root: nn.Module, walls: set[nn.Module]) -> list[tuple[fx.Graph, nn.Module]]:
+def _trace(
+    root: nn.Module, walls: set[nn.Module], leaves: set[nn.Module]
+) -> list[tuple[fx.Graph, nn.Module]]:
     """The graphs of training, of evaluation, and without gradients of the mode root is in, each
     with the copy of root that it belongs to, whose layers are root's own. Raises _Untraceable.
     """
-    walls = walls - {root}
-    kept = [m for m in root.modules() if m is not root and (_is_leaf(m) or m in walls)]
+    opaque = (walls | leaves) & set(root.modules())
     graphs = []
     for training in (True, False, None):
         try:
-            memo: dict[int, Any] = {id(each): each for each in (*kept, *root.parameters())}
+            memo: dict[int, Any] = {id(each): each for each in (*opaque, *root.parameters())}
             traced = copy.deepcopy(root, memo)
         except Exception as error:
             raise _Untraceable(root, f"{_name(root)} cannot be copied: {_line(error)}") from error
@@ -249,7 +254,7 @@ def _trace(root: nn.Module, walls: set[nn.Module]) -> list[tuple[fx.Graph, nn.Mo
         for module in own:
             if module is not own[module] and training is not None:
                 module.training = training
-        tracer = _Tracer(traced, walls)
+        tracer = _Tracer(traced, opaque)
         with torch.inference_mode(False), torch.set_grad_enabled(training is not None):
             graphs.append((_graph(tracer, traced, root, own), traced))
     return graphs
@@ -270,9 +275,9 @@ def _graph(
     except Exception as error:
         module = error.module if isinstance(error, _Untraceable) else tracer.within[-1]
         raise _Untraceable(own.get(module, root), f"{_name(module)}: {_line(error)}") from error
-    for code, module in tracer.code.items():
-        if (reason := undecided(code)) is not None:
-            raise _Untraceable(own.get(module, root), f"{_name(module)}: {reason}")
+    for code, reason in undecided(tracer.code, tracer.entered):
+        module = tracer.code[code]
+        raise _Untraceable(own.get(module, root), f"{_name(module)}: {reason}")
     for result, module in tracer.results:
         if _is_kept(result):
             raise _Untraceable(own.get(module, root), f"{_name(module)} keeps what a layer returns")
@@ -317,8 +322,10 @@ def _is_leaf(module: nn.Module) -> bool:
     """Whether a call of the module is one step: nothing within it is looked at."""
     if _is_container(module):
         return False
-    inner = type(module).__module__.startswith(("torch.nn.modules.", "torch.ao."))
-    return inner or not module._modules or is_parametrized(module)
+    if type(module).__module__.startswith(("torch.nn.modules.", "torch.ao.")):
+        return True
+    inner = (inner for inner in module.modules() if inner is not module)
+    return is_parametrized(module) or not any(isinstance(each, nn.Conv2d) for each in inner)
 
 
 def _is_wrapper(module: nn.Module) -> bool:

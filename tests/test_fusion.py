@@ -89,6 +89,20 @@ def residual(x, y):
     return x + y
 
 
+class Parameters(Chain):
+    """What settings decide, in a function that is given settings."""
+
+    def forward(self, x):
+        return self._head(self._body(x, self.limit > 0, activate=True))
+
+    def _body(self, x, more, activate):
+        return self.relu(self.conv(x)) if more and activate else self.conv(x)
+
+    def _head(self, x, raw=False):
+        y = self.other(x)
+        return y if raw else self.inplace(y)
+
+
 class Inner(Chain):
     """A block that no trace passes through, but which is only called as a whole."""
 
@@ -140,6 +154,7 @@ class HookedInside(Chain):
         (ByArguments, "conv other"),
         (Settings, "conv blocks.0.0 blocks.1.0"),
         (Helper, "other"),
+        (Parameters, "conv other"),
         (Inner, "body.0 tail.0 blocks.0.0 blocks.1.0"),
         (Outer, "conv inner.body.0 inner.tail.0 inner.blocks.0.0 inner.blocks.1.0"),
         (ForwardOfBase, "conv+"),
@@ -277,6 +292,25 @@ class ByHelper(Chain):
 
 def maybe(layer, x):
     return layer(x) if time.time() > 0 else x
+
+
+class ByParameter(Chain):
+    def forward(self, x):
+        return self._finish(self.conv(x), random.random() < 2)
+
+    def _finish(self, y, activate=True):
+        return self.relu(y) if activate else y
+
+
+class ByAlias(ByParameter):
+    def forward(self, x):
+        finish = self._finish
+        return finish(self.conv(x), random.random() < 2) + self._finish(x)
+
+
+class ByKeywords(ByParameter):
+    def forward(self, x):
+        return self._finish(self.conv(x), activate=random.random() < 2)
 
 
 class ByGradientMode(Chain):
@@ -450,7 +484,18 @@ HOOKS = (
     [
         *(TwoReaders, InPlaceReadAgain, Returned, SizeRead, CalledTwice, ReLUTwice, Functions),
         *(ByTensor, BySize, ByNone, ByType, ByChance, ByTorchsChance, ByChosenLayer, ByRandomLoop),
-        *(ByComprehension, ByHelper, ByGradientMode, ByCounter, ByBuffer, ByException, Lambda),
+        *(
+            ByComprehension,
+            ByHelper,
+            ByParameter,
+            ByAlias,
+            ByKeywords,
+            ByGradientMode,
+            ByCounter,
+            ByBuffer,
+            ByException,
+            Lambda,
+        ),
         *(WithoutGradient, WithGradient, KeptInAttribute, KeptInGlobal, KeptBeside, ForwardCalled),
         *(
             InTraining,
