@@ -27,15 +27,14 @@ _PURE = {
     *("issubclass", "len", "list", "max", "min", "range", "reversed", "sorted", "str", "sum"),
     *("tuple", "type", "zip"),
 }
+_LISTS = {"OrderedDict", "dict", "enumerate", "list", "reversed", "tuple", "zip"}
 _WALKS = {"children", "get", "items", "keys", "named_children", "values", "is_scripting"}
 _PLAIN = {name for kind in (Tensor, list, dict, str) for name in dir(kind)}
-_CALLS = {
-    "forward",
-    "_conv_forward",
-    "__call__",
-    "_call_impl",
-    "_wrapped_call_impl",
-    "_slow_forward",
+_CALLS = {"forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl"}
+_SETS = {"delattr", "eval", "exec", "setattr"}
+_CHANGES = {
+    *("add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem"),
+    *("popleft", "put", "remove", "reverse", "setdefault", "sort", "update"),
 }
 # Names by which a module's code may come to any layer in it.
 _REACHING = {
@@ -144,20 +143,16 @@ def _body(tree: ast.FunctionDef) -> Iterator[Any]:
         yield from ast.walk(statement)
 
 
-def _arguments(tree: ast.FunctionDef) -> list[str]:
-    return [node.arg for node in ast.walk(tree.args) if isinstance(node, ast.arg)]
-
-
 class _Scope:
     """A function's names, and which of them hold settings."""
 
     def __init__(self, tree: ast.FunctionDef, given: Collection[str] = ()):
         """``given``: parameters that are settings."""
-        arguments = _arguments(tree)
+        self._arguments = [node.arg for node in ast.walk(tree.args) if isinstance(node, ast.arg)]
         self._bound: dict[str, list[ast.expr | None]] = {
-            name: [ast.Constant(None) if name in given else None] for name in arguments
+            name: [ast.Constant(None) if name in given else None] for name in self._arguments
         }
-        if arguments[:1] == ["self"]:
+        if self._arguments[:1] == ["self"]:
             del self._bound["self"]
         for node in _body(tree):
             for target, value in _bindings(node):
@@ -186,6 +181,10 @@ class _Scope:
                     return walked
             case ast.Call(func=ast.Attribute(value=value, attr=attr)) if not self.fixed(value):
                 return None if attr in _PLAIN and attr not in _CALLS else node
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in _CHANGES:
+                return None if _is_self(value) else node
+            case ast.Call(func=ast.Name(id=name)) if name in _SETS:
+                return node
             case ast.Call(func=called):
                 decisions = [called]
             case ast.Attribute(value=value, attr=attr) if attr in _CALLS:
@@ -236,25 +235,36 @@ class _Scope:
                 return all(self.fixed(part) for part in parts if isinstance(part, ast.expr))
         return False
 
-    def _bounded(self, node: ast.expr) -> bool:
+    def _bounded(self, node: ast.expr | None, within: frozenset[str] = frozenset()) -> bool:
         """Whether a loop over this takes as many turns each time: it is a setting, or a list that
-        this code or a module has made.
+        this code or a module has made. ``within``: names whose values are being looked at.
         """
-        if self.fixed(node):
-            return True
+        if node is None or self.fixed(node):
+            return node is not None
+
+        def bounded(*parts: ast.expr | None) -> bool:
+            return all(self._bounded(part, within) for part in parts)
+
         match node:
-            case ast.Name() | ast.List() | ast.Tuple() | ast.ListComp() | ast.GeneratorExp():
+            case ast.Name(id=name):
+                if name in within:
+                    return True
+                values = [v for v in self._bound[name] if v or name not in self._arguments]
+                return all(self._bounded(value, within | {name}) for value in values)
+            case ast.List() | ast.Tuple() | ast.Dict():
                 return True
+            case ast.ListComp() | ast.GeneratorExp() | ast.DictComp():
+                return True  # its own loops are looked at themselves
             case ast.Attribute(value=value) | ast.Starred(value=value):
-                return self._bounded(value)
+                return bounded(value)
             case ast.Subscript(value=value, slice=index):
-                return self.fixed(index) and self._bounded(value)
+                return self.fixed(index) and bounded(value)
             case ast.BinOp(left=left, right=right):
-                return self._bounded(left) and self._bounded(right)
-            case ast.Call(func=ast.Name(id="zip" | "enumerate" | "reversed" | "list" | "tuple")):
-                return all(map(self._bounded, node.args))
+                return bounded(left, right)
+            case ast.Call(func=ast.Name(id=name)) if name in _LISTS:
+                return bounded(*node.args)
             case ast.Call(func=ast.Attribute(attr="items" | "keys" | "values", value=value)):
-                return self._bounded(value)
+                return bounded(value)
             case ast.Call(func=called):
                 return self._own(called)
         return False
@@ -282,10 +292,8 @@ def _bindings(node: ast.AST) -> Iterator[tuple[ast.AST, ast.expr | None]]:
 def _elements(target: ast.expr, walked: ast.expr) -> Iterator[tuple[ast.AST, ast.expr]]:
     """What a loop binds, each with what its values come from."""
     match walked, target:
-        case (ast.Call(func=ast.Name(id="zip"), args=args), ast.Tuple(elts=targets)) if len(
-            args
-        ) == len(targets):
-            for each, arg in zip(targets, args, strict=True):
+        case ast.Call(func=ast.Name(id="zip"), args=a), ast.Tuple(elts=t) if len(a) == len(t):
+            for each, arg in zip(t, a, strict=True):
                 yield from _elements(each, arg)
         case ast.Call(func=ast.Name(id="enumerate"), args=[arg]), ast.Tuple(elts=[count, each]):
             yield count, ast.Constant(0)

@@ -279,6 +279,34 @@ class ByRandomLoop(Chain):
         return self.relu(x)
 
 
+class ByRandomList(Chain):
+    def forward(self, x):
+        turns = list(range(int(random.random()) + 1))
+        for _ in reversed(turns):
+            x = self.conv(x)
+        return self.relu(x)
+
+
+class ByQueue(Chain):
+    """A setting that each call changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = [True, True, True, False]
+
+    def forward(self, x):
+        y = self.conv(x)
+        _ = self.queue.pop(0)
+        return self.relu(y) if len(self.queue) > 0 else y
+
+
+class BySetattr(Chain):
+    def forward(self, x):
+        setattr(self, "limit", self.limit + 1)  # noqa: B010
+        y = self.conv(x)
+        return self.relu(y) if self.limit < 9 else y
+
+
 class ByComprehension(Chain):
     def forward(self, x):
         y = self.conv(x)
@@ -484,6 +512,7 @@ HOOKS = (
     [
         *(TwoReaders, InPlaceReadAgain, Returned, SizeRead, CalledTwice, ReLUTwice, Functions),
         *(ByTensor, BySize, ByNone, ByType, ByChance, ByTorchsChance, ByChosenLayer, ByRandomLoop),
+        *(ByRandomList, ByQueue, BySetattr),
         *(
             ByComprehension,
             ByHelper,
