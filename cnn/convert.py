@@ -105,8 +105,10 @@ def convert(
             torch.fx proves that at every call the one reads the other's result and nothing else
             does. The convolution becomes a ConvReLU2d or ConvReLUMaxPool2d, the others return what
             they are given: they are a FusedReLU, which is still a ReLU to ``isinstance``, and a
-            FusedMaxPool2d. Hooks that are registered on them later see fused results, and so does
-            who calls the layers one by one. Functions, such as ``F.relu``, are not fused.
+            FusedMaxPool2d. Functions, such as ``F.relu``, are not fused, and nothing is that has
+            hooks. It is taken for granted that the model is called as a whole, and that what its
+            forward decides by, except ``training``, does not change any more: who calls fused
+            layers one by one, or hooks them later, sees fused results.
         fold_batch_norm: for inference, put each BatchNorm2d that follows a convolution into its
             weight and bias, which then are new parameters; the norm becomes an Identity, its keys
             leave the ``state_dict`` and the bias is among them. It needs a model in eval mode.
@@ -255,6 +257,8 @@ def _take_over(convolution: Any, flow: Flow, fuse: bool, fold: bool) -> tuple[li
     if type(pool) is layers.MaxPool2d:
         if pool.return_indices or pool.ceil_mode or _pair(pool.dilation) != (1, 1):
             note = "pooling not fused: it has return_indices, ceil_mode or dilation"
+        elif convolution.groups == convolution.in_channels > 1:
+            note = "pooling not fused: depthwise layers have kernels of their own"
         else:
             group, kind = [found, pool], layers.ConvReLUMaxPool2d
             convolution.pool_kernel_size = pool.kernel_size

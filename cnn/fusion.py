@@ -124,7 +124,7 @@ class Flow:
         if user.args != (node,) or user.kwargs or len(self._calls[reader][user.graph]) > 1:
             return f"its reader, a {_name(reader)}, reads more than that"
         if user.meta["gradients"] != node.meta["gradients"]:
-            return f"its reader, a {_name(reader)}, is called with gradients off or on"
+            return f"its reader, a {_name(reader)}, is called in another gradient mode"
         return reader
 
     def _shared(self, layer: nn.Module) -> str | None:
@@ -159,8 +159,7 @@ class Flow:
                     reason = str(error)
                 else:  # its like would fail, too
                     kind = type(error.module)
-                    like = {module for module in root.modules() if type(module) is kind}
-                    self._walls |= like - {root}
+                    self._walls.update(m for m in root.modules() if type(m) is kind)
             else:
                 self._record(root, graphs)
                 return [wall for wall in self._walls & set(root.modules()) if wall is not root]

@@ -163,6 +163,7 @@ class HookedInside(Chain):
         (lambda: nn.DataParallel(block()), "module.0"),
         (lambda: torch.fx.symbolic_trace(Settings()), "conv blocks.0.0 blocks.1.0"),
         (lambda: nn.Sequential(conv(), nn.Identity(), nn.ReLU(), nn.Identity()), "0"),
+        (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.ReLU(), nn.MaxPool2d(2)), "0"),
         (lambda: Chain(ceil_mode=True), "conv"),
         (lambda: Chain(return_indices=True), "conv"),
         (lambda: Chain(dilation=(1, 2)), "conv"),
