@@ -103,7 +103,7 @@ def convert(
     Args:
         fuse: make one kernel of Conv2d and ReLU, or Conv2d, ReLU and MaxPool2d, where a trace by
             torch.fx proves that at every call the one reads the other's result and nothing else
-            does. The convolution becomes a ConvReLU2d or ConvReLUMaxPool2d, the others return what
+            does (each forward runs a few times, on stand-ins for tensors). The convolution becomes a ConvReLU2d or ConvReLUMaxPool2d, the others return what
             they are given: they are a FusedReLU, which is still a ReLU to ``isinstance``, and a
             FusedMaxPool2d. Functions, such as ``F.relu``, are not fused, and nothing is that has
             hooks. It is taken for granted that the model is called as a whole, and that what its
@@ -116,6 +116,7 @@ def convert(
 
     Returns the model, or with ``report`` the model and a Report.
     """
+    _check(model)
     if fold_batch_norm and model.training:
         raise ValueError("fold_batch_norm needs a model in eval mode, got one in training mode")
     kinds = {module: type_before_parametrizations(module).__name__ for module in model.modules()}
@@ -142,6 +143,7 @@ def revert(model: nn.Module) -> nn.Module:
     ConvReLU2d or ConvReLUMaxPool2d stay what they are. Returns the model. Raises ValueError where
     it holds only some of the layers that were fused into one.
     """
+    _check(model)
     fused = defaultdict(list)
     for module in model.modules():
         if "_fusion" in module.__dict__:
@@ -165,6 +167,11 @@ def revert(model: nn.Module) -> nn.Module:
         elif _is_mixed(kind):
             _become(module, kind.__bases__[0])
     return model
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got model={model!r:.80}")
 
 
 # One layer.

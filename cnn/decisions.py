@@ -7,9 +7,12 @@ number) is named. An attribute that the code itself assigns is no setting.
 """
 
 import ast
+import builtins
+import dis
 import inspect
+import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
@@ -36,6 +39,8 @@ _CHANGES = {
     *("add", "append", "appendleft", "clear", "discard", "extend", "insert", "pop", "popitem"),
     *("popleft", "put", "remove", "reverse", "setdefault", "sort", "update"),
 }
+_WRITES = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "DELETE", "IMPORT", "MAKE_FUNCTION")
+_CHANCE = re.compile("rand|bernoulli|multinomial|item|tolist")
 # Names by which a module's code may come to any layer in it.
 _REACHING = {
     *("children", "named_children", "modules", "named_modules", "_modules", "get_submodule"),
@@ -43,9 +48,12 @@ _REACHING = {
 }
 
 
-def undecided(codes: Collection[CodeType], entered: set[CodeType]) -> Iterator[tuple]:
+def undecided(
+    codes: Mapping[CodeType, Mapping[str, Any]], entered: set[CodeType]
+) -> Iterator[tuple[CodeType, str]]:
     """What decides besides settings in functions that call one another: each with its function, in
-    a few words. Those that are ``entered`` from elsewhere may be given anything.
+    a few words. ``codes`` come with their global names; those that are ``entered`` from elsewhere
+    may be given anything.
     """
     trees = {code: tree for code in codes if (tree := _parse(code)) is not None}
     scopes = {code: _Scope(tree) for code, tree in trees.items()}
@@ -61,7 +69,8 @@ def undecided(codes: Collection[CodeType], entered: set[CodeType]) -> Iterator[t
                 aliased.add(_last_name(node))
     for code in codes:
         if code not in trees:
-            yield code, f"the source of {code.co_name} cannot be read"
+            if not _is_straight(code, codes[code]):
+                yield code, f"the source of {code.co_name} cannot be read"
             continue
         scope = scopes[code]
         if code not in entered and code.co_name not in aliased:
@@ -73,6 +82,27 @@ def undecided(codes: Collection[CodeType], entered: set[CodeType]) -> Iterator[t
             elif (reason := scope.objection(node)) is not None:
                 what = ast.unparse(reason)
                 yield code, f"a trace of {code.co_name} does not stand for `{what}`"
+
+
+def _is_straight(code: CodeType, names: Mapping[str, Any]) -> bool:
+    """Whether code without a source has one way only: no jump, nothing that it changes, and no
+    names but its own, attributes and torch's.
+    """
+    steps = list(dis.get_instructions(code))
+    if code.co_exceptiontable or code.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE):
+        return False
+    if set(code.co_freevars) - {"__class__"}:
+        return False
+    if any(step.opcode in (*dis.hasjrel, *dis.hasjabs) for step in steps):
+        return False
+    if any(step.opname.startswith(_WRITES) for step in steps):
+        return False
+    if any(name in _CALLS | _SETS | _CHANGES or _CHANCE.search(name) for name in code.co_names):
+        return False
+    loaded = [step.argval for step in steps if step.opname == "LOAD_GLOBAL"]
+    things = [names.get(name, getattr(builtins, name, None)) for name in loaded]
+    homes = [getattr(each, "__module__", None) or getattr(each, "__name__", "") for each in things]
+    return all(home.split(".")[0] in ("torch", "builtins") for home in homes)
 
 
 def _settled_parameters(tree: ast.FunctionDef, sites: list[tuple[Any, ast.Call]]) -> set[str]:

@@ -209,7 +209,8 @@ class _Tracer(fx.Tracer):
     def __init__(self, root: nn.Module, opaque: set[nn.Module]):
         super().__init__()
         self.within, self.opaque = [root], opaque
-        self.code: dict[CodeType, nn.Module] = {}
+        self.code: dict[CodeType, nn.Module] = {}  # with the module that it first ran in
+        self.names: dict[CodeType, dict[str, Any]] = {}
         self.entered: set[CodeType] = set()  # called by others than users' code
         self.results: list[tuple[weakref.ref, nn.Module]] = []  # each with its caller
 
@@ -231,6 +232,7 @@ class _Tracer(fx.Tracer):
     def watch(self, frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and not _is_trusted(frame):
             self.code.setdefault(frame.f_code, self.within[-1])
+            self.names[frame.f_code] = frame.f_globals
             if frame.f_back is None or _is_trusted(frame.f_back):
                 self.entered.add(frame.f_code)
 
@@ -274,7 +276,7 @@ def _graph(
     except Exception as error:
         module = error.module if isinstance(error, _Untraceable) else tracer.within[-1]
         raise _Untraceable(own.get(module, root), f"{_name(module)}: {_line(error)}") from error
-    for code, reason in undecided(tracer.code, tracer.entered):
+    for code, reason in undecided(tracer.names, tracer.entered):
         module = tracer.code[code]
         raise _Untraceable(own.get(module, root), f"{_name(module)}: {reason}")
     for result, module in tracer.results:

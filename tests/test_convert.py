@@ -379,6 +379,12 @@ def test_folding_needs_evaluation():
         cnn.convert(norm_net().train(), fold_batch_norm=True)
 
 
+def test_what_is_no_model():
+    for function in (cnn.convert, cnn.revert):
+        with pytest.raises(TypeError, match="model must be"):
+            function([nn.Conv2d(2, 3, 3)])
+
+
 def test_reverting_a_part_of_what_was_fused():
     model = cnn.convert(nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 3)), nn.ReLU()))
     for part in (model[0], model[1]):

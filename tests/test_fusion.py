@@ -569,3 +569,42 @@ def test_a_hook_ends_a_chain(path):
     model = nn.Sequential(conv(), nn.ReLU(), nn.MaxPool2d(2))
     model.get_submodule(path).register_forward_hook(lambda *args: None)
     assert fused(model) == ({"0"} if path == "2" else set())
+
+
+WITHOUT_SOURCE = """
+class Straight(Chain):
+    def forward(self, x):
+        y = torch.cat([self.relu(self.conv(x)), x.sum(1, keepdim=True)], dim=1)
+        return {"found": self.pool(y)}
+
+
+class Branching(Chain):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.relu(y) if x is None else y
+
+
+class Choosing(Chain):
+    def forward(self, x):
+        return random.choice([self.relu])(self.conv(x))
+
+
+class Drawing(Chain):
+    def forward(self, x):
+        return self.blocks[torch.randint(1, ())][1](self.conv(x))
+
+
+class Storing(Chain):
+    def forward(self, x):
+        self.seen = self.conv(x)
+        return self.relu(self.seen)
+"""
+
+
+def test_code_without_a_source():
+    """Only what has one way is fused."""
+    classes = {"Chain": Chain, "torch": torch, "random": random}
+    exec(WITHOUT_SOURCE, classes)
+    assert fused(classes["Straight"]()) == {"conv"}
+    for name in ("Branching", "Choosing", "Drawing", "Storing"):
+        assert fused(classes[name]()) == set(), name
