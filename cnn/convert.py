@@ -103,12 +103,13 @@ def convert(
     Args:
         fuse: make one kernel of Conv2d and ReLU, or Conv2d, ReLU and MaxPool2d, where a trace by
             torch.fx proves that at every call the one reads the other's result and nothing else
-            does (each forward runs a few times, on stand-ins for tensors). The convolution becomes a ConvReLU2d or ConvReLUMaxPool2d, the others return what
-            they are given: they are a FusedReLU, which is still a ReLU to ``isinstance``, and a
-            FusedMaxPool2d. Functions, such as ``F.relu``, are not fused, and nothing is that has
-            hooks. It is taken for granted that the model is called as a whole, and that what its
-            forward decides by, except ``training``, does not change any more: who calls fused
-            layers one by one, or hooks them later, sees fused results.
+            does (each forward runs a few times, on stand-ins for tensors). The convolution becomes
+            a ConvReLU2d or ConvReLUMaxPool2d, the others return what they are given: they are a
+            FusedReLU, which is still a ReLU to ``isinstance``, and a FusedMaxPool2d. Functions,
+            such as ``F.relu``, are not fused, and nothing is that has hooks. It is taken for
+            granted that the model is called as a whole, and that what its forward decides by,
+            except ``training``, does not change any more: who calls fused layers one by one, or
+            hooks them later, sees fused results.
         fold_batch_norm: for inference, put each BatchNorm2d that follows a convolution into its
             weight and bias, which then are new parameters; the norm becomes an Identity, its keys
             leave the ``state_dict`` and the bias is among them. It needs a model in eval mode.
