@@ -26,9 +26,8 @@ _REFUSED = (
 )
 # Functions that give the same for the same arguments.
 _PURE = {
-    *("abs", "all", "any", "bool", "enumerate", "getattr", "hasattr", "id", "int", "isinstance"),
-    *("issubclass", "len", "list", "max", "min", "range", "reversed", "sorted", "str", "sum"),
-    *("tuple", "type", "zip"),
+    *("abs", "all", "any", "bool", "enumerate", "getattr", "int", "issubclass", "list", "max"),
+    *("min", "range", "reversed", "sorted", "str", "sum", "tuple", "zip"),
 }
 _LISTS = {"OrderedDict", "dict", "enumerate", "list", "reversed", "tuple", "zip"}
 _WALKS = {"children", "get", "items", "keys", "named_children", "values", "is_scripting"}
@@ -40,6 +39,7 @@ _CHANGES = {
     *("popleft", "put", "remove", "reverse", "setdefault", "sort", "update"),
 }
 _WRITES = ("STORE_ATTR", "STORE_SUBSCR", "STORE_GLOBAL", "DELETE", "IMPORT", "MAKE_FUNCTION")
+_TENSORS = re.compile("Tensor|Parameter|Buffer|object")
 _CHANCE = re.compile("rand|bernoulli|multinomial|item|tolist")
 # Names by which a module's code may come to any layer in it.
 _REACHING = {
@@ -244,6 +244,11 @@ class _Scope:
                 return True  # of a list it follows from the way taken so far; a tensor's raises
             case ast.Call(func=ast.Name(id="super")):
                 return True
+            case ast.Call(func=ast.Name(id="hasattr"), args=[thing, name]):
+                return isinstance(thing, ast.Name) and self.fixed(thing) and self.fixed(name)
+            case ast.Call(func=ast.Name(id="isinstance"), args=[thing, kinds]):
+                # In a trace, what stands for a tensor is none.
+                return self.fixed(thing) and not _TENSORS.search(ast.unparse(kinds))
             case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]):
                 return name in _PURE and name not in self._bound and all(map(self.fixed, args))
             case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args, keywords=[]):

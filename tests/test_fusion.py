@@ -68,7 +68,7 @@ class Settings(Chain):
             x = self.norm(x)
         y = self.conv(x) if self.limit > 0 and not hasattr(self, "strange") else x
         for i, layer in enumerate(self.blocks):
-            if i in (0, 1) and len(self.blocks) > self.limit:
+            if i in (0, 1) and len(self.blocks) > self.limit and isinstance(layer, nn.Module):
                 x = layer(x)
         sums = [x, self.relu(y) * self.settings["scale"]]
         for part, one in zip(reversed(sums), range(len(sums)), strict=True):
@@ -251,6 +251,22 @@ class ByType(Chain):
     def forward(self, x):
         y = self.conv(x)
         return self.relu(y) if not isinstance(x, Tensor) else y
+
+
+class ByTypeOfParameter(Chain):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if isinstance(self.scale, Tensor) else self.relu(y)
+
+
+class ByAttributeOfParameter(ByTypeOfParameter):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.relu(y) if hasattr(self.scale, "strange") else y
 
 
 class ByChance(Chain):
@@ -512,7 +528,8 @@ HOOKS = (
     "model",
     [
         *(TwoReaders, InPlaceReadAgain, Returned, SizeRead, CalledTwice, ReLUTwice, Functions),
-        *(ByTensor, BySize, ByNone, ByType, ByChance, ByTorchsChance, ByChosenLayer, ByRandomLoop),
+        *(ByTensor, BySize, ByNone, ByType, ByTypeOfParameter, ByAttributeOfParameter),
+        *(ByChance, ByTorchsChance, ByChosenLayer, ByRandomLoop),
         *(ByRandomList, ByQueue, BySetattr),
         *(
             ByComprehension,
