@@ -7,6 +7,7 @@ from kernels.autotune import enabled as autotune
 from kernels.device import warm_up
 
 from . import functional, models
+from .convert import convert, revert
 from .layers import (
     Conv2d,
     ConvReLU2d,
@@ -26,9 +27,11 @@ __all__ = [
     "MaxPool2d",
     "MaxUnpool2d",
     "autotune",
+    "convert",
     "fold_batch_norm",
     "functional",
     "models",
+    "revert",
     "summary",
     "warm_up",
 ]

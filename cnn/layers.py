@@ -175,7 +175,7 @@ def fold_batch_norm(
     2018, section 3.2), computed in float64 and rounded once to the weight's dtype.
 
     Args:
-        convolution: torch's or ours; its memory format, dtype and device are kept.
+        convolution: torch's Conv2d or ours; its memory format, dtype and device are kept.
         norm: of the convolution's filters, with running statistics.
         following: nothing, a ReLU, or a ReLU and a MaxPool2d without dilation, ceil_mode or
             return_indices.
@@ -183,13 +183,9 @@ def fold_batch_norm(
     Returns a Conv2d, a ConvReLU2d or a ConvReLUMaxPool2d with parameters of its own, in eval mode.
     Raises ValueError where the modules do not fit together.
     """
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"norm must have running statistics, got norm={norm}")
-    if norm.num_features != convolution.out_channels:
-        raise ValueError(
-            f"norm must have {convolution.out_channels} features, got norm={norm} after "
-            f"convolution={convolution}"
-        )
+    if isinstance(convolution, ConvReLU2d | ConvReLUMaxPool2d):
+        raise ValueError(f"norm must follow a Conv2d alone, got convolution={convolution}")
+    weight, bias = folded_parameters(convolution, norm)
     kinds = [type(module) for module in following]
     pool: Any = following[-1] if len(following) == 2 else None
     if len(kinds) > 2 or not all(map(issubclass, kinds, (nn.ReLU, nn.MaxPool2d))):
@@ -203,7 +199,6 @@ def fold_batch_norm(
             "pool_stride": pool.stride,
             "pool_padding": pool.padding,
         }
-    weight, bias = convolution.weight, convolution.bias
     folded = (Conv2d, ConvReLU2d, ConvReLUMaxPool2d)[len(following)](
         convolution.in_channels,
         convolution.out_channels,
@@ -213,10 +208,24 @@ def fold_batch_norm(
         convolution.dilation,
         convolution.groups,
         padding_mode=convolution.padding_mode,  # type: ignore[arg-type]
-        device=weight.device,
-        dtype=weight.dtype,
+        device="meta",
         **window,
     )
+    folded.weight, folded.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return folded.eval()
+
+
+@torch.no_grad()
+def folded_parameters(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that does what the two do one after the other."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError(f"norm must have running statistics, got norm={norm}")
+    if norm.num_features != convolution.out_channels:
+        raise ValueError(
+            f"norm must have {convolution.out_channels} features, got norm={norm} after "
+            f"convolution={convolution}"
+        )
+    weight, bias = convolution.weight, convolution.bias
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() if bias is None else bias - norm.running_mean.double()
     if norm.weight is not None:
@@ -224,6 +233,4 @@ def fold_batch_norm(
     shift = shift * scale
     if norm.bias is not None:
         shift = shift + norm.bias
-    folded.weight = nn.Parameter((weight * scale[:, None, None, None]).to(weight))
-    folded.bias = nn.Parameter(shift.to(weight))
-    return folded.eval()
+    return (weight * scale[:, None, None, None]).to(weight), shift.to(weight)

@@ -245,3 +245,11 @@ def test_batch_norm_is_folded_with_one_rounding():
 def test_modules_that_do_not_fold_are_refused(norm, following):
     with pytest.raises(ValueError, match=r"norm|follow|pools"):
         cnn.fold_batch_norm(nn.Conv2d(4, 6, 3), norm, *following)
+
+
+def test_a_norm_after_an_activation_is_refused():
+    state = torch.get_rng_state()
+    cnn.fold_batch_norm(nn.Conv2d(4, 6, 3, device="meta"), nn.BatchNorm2d(6, device="meta"))
+    assert torch.equal(torch.get_rng_state(), state), "folding draws no weights"
+    with pytest.raises(ValueError, match="norm must follow a Conv2d alone"):
+        cnn.fold_batch_norm(cnn.ConvReLU2d(4, 6, 3), nn.BatchNorm2d(6))

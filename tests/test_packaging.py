@@ -28,10 +28,10 @@ kernels.planner kernels.aten kernels.vmap kernels.winners
 kernels.autotune
 kernels.library
 kernels.functions
-cnn.arguments cnn.autocast
-cnn.functional
+cnn.arguments cnn.autocast cnn.decisions
+cnn.functional cnn.fusion
 cnn.layers
-cnn.summary
+cnn.summary cnn.convert
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet cnn.models.vgg cnn.models.zfnet
 cnn.models
 cnn

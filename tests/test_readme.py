@@ -10,7 +10,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_example(device):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, conversion = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(example, names)
     x, w, y = names["x"], names["w"], names["y"]
@@ -23,6 +23,9 @@ def test_the_example(device):
     assert isinstance(names["layer"], torch.nn.Conv2d)
     assert names["layer"].state_dict().keys() == torch.nn.Conv2d(3, 8, 3).state_dict().keys()
     assert names["logits"].shape == (2, 10)
+    exec(conversion, names)
+    assert [line.became for line in names["report"]][:1] == ["ConvReLUMaxPool2d"]
+    assert type(names["model"][0]) is torch.nn.Conv2d
 
 
 def test_the_commands_exist():
