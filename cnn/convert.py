@@ -267,6 +267,8 @@ def _take_over(convolution: Any, flow: Flow, fuse: bool, fold: bool) -> tuple[li
             note = "pooling not fused: it has return_indices, ceil_mode or dilation"
         elif convolution.groups == convolution.in_channels > 1:
             note = "pooling not fused: depthwise layers have kernels of their own"
+        elif convolution.normalise is not None:
+            note = "pooling not fused: its input has bytes"
         else:
             group, kind = [found, pool], layers.ConvReLUMaxPool2d
             convolution.pool_kernel_size = pool.kernel_size

@@ -192,6 +192,9 @@ def fold_batch_norm(
         raise ValueError(f"a ReLU and a MaxPool2d may follow, got following={following}")
     if pool and (pool.return_indices or pool.ceil_mode or _pair(pool.dilation) != (1, 1)):
         raise ValueError(f"no fused module pools as {pool} does")
+    normalise = getattr(convolution, "normalise", None)
+    if pool and normalise is not None:
+        raise ValueError("no fused module pools what it makes of bytes, got normalise")
     window = {}
     if pool:
         window = {
@@ -212,6 +215,8 @@ def fold_batch_norm(
         **window,
     )
     folded.weight, folded.bias = nn.Parameter(weight), nn.Parameter(bias)
+    if normalise is not None:
+        folded.normalise = normalise
     return folded.eval()
 
 

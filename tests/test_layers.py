@@ -253,3 +253,23 @@ def test_a_norm_after_an_activation_is_refused():
     assert torch.equal(torch.get_rng_state(), state), "folding draws no weights"
     with pytest.raises(ValueError, match="norm must follow a Conv2d alone"):
         cnn.fold_batch_norm(cnn.ConvReLU2d(4, 6, 3), nn.BatchNorm2d(6))
+
+
+def test_images_in_bytes_pass_what_changes_layers(device):
+    """A layer that normalises keeps doing so where it is folded, and is not fused with a pool."""
+    layer, norm = cnn.Conv2d(3, 6, 3, device=device), trained_norm(6, torch.float32).to(device)
+    layer.normalise = 1 / 64, -2.0
+    x = torch.arange(3 * 8 * 8, device=device).view(1, 3, 8, 8).to(torch.uint8)
+    chain = nn.Sequential(layer, norm, nn.ReLU(), cnn.MaxPool2d(2)).eval()
+    with torch.no_grad():
+        expected = chain(x)
+        folded = cnn.fold_batch_norm(layer, norm, nn.ReLU())
+        assert_close(cnn.MaxPool2d(2)(folded(x)), expected)
+        with pytest.raises(ValueError, match="bytes"):
+            cnn.fold_batch_norm(layer, norm, nn.ReLU(), nn.MaxPool2d(2))
+        assert_close(cnn.convert(chain, fold_batch_norm=True)(x), expected)
+    assert type(layer) is cnn.ConvReLU2d
+    block = cnn.ConvReLUMaxPool2d(3, 6, 3, pool_kernel_size=2, device=device)
+    block.normalise = layer.normalise
+    with pytest.raises(NotImplementedError, match="bytes"):
+        block(x)
