@@ -1,9 +1,10 @@
-"""Convolution of few channels where two neighbouring outputs are one row of the product.
+"""Convolution of few channels, and its weight gradient, by pairs of neighbouring outputs.
 
 Their windows overlap in one short run of x, which is loaded once, by wide words where the channels
-lie side by side. The packed filters hold each filter twice, the second time shifted by the stride:
-for a run padded to a power of two that often is no product more than one output alone would take.
-Sizes and strides are in elements.
+lie side by side. fprop multiplies it by packed filters, which hold each filter twice, the second
+time shifted by the stride: for a run padded to a power of two that often is no product more than
+one output alone would take. wgrad multiplies it by dy of both outputs, and finds each filter's
+gradient twice, in parts for the second pass to add. Sizes and strides are in elements.
 """
 
 from functools import lru_cache
@@ -15,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .device import Device
+from .device import Device, loop
 from .epilogue import result_strides, store_result
-from .geometry import Conv2dGeometry
+from .expansion import load_expanded, pooled
+from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
+    divisors,
     dot,
     narrow,
     pixel,
@@ -27,10 +30,12 @@ from .indexing import (
     plain_strides,
     power_of_2,
     program,
+    quotient,
     unspecialised,
     unspecialised_strides,
     within,
 )
+from .split_sum import parts_like, split_sum
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 Normalisation = tuple[Tensor, Tensor]
@@ -95,7 +100,7 @@ def filters_of(g: Conv2dGeometry) -> tuple[int, ...]:
 
 
 def supports(g: Conv2dGeometry, dtype: torch.dtype) -> bool:
-    """Whether ``fprop`` takes the convolution, in any layout."""
+    """Whether ``fprop`` and ``wgrad`` take the convolution, in any layout."""
     return dtype.itemsize == 2 and g.groups == 1 and g.C > 0 and segment(g) <= DEEPEST
 
 
@@ -389,3 +394,271 @@ def fprop(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+
+
+def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
+    """A tile of filters, each twice, by runs of x; its depth is a patch of pairs."""
+    lines = power_of_2(g.R) * segment(g)
+    if device.backend == "interpreter":
+        rows, columns = 2 * max(8, min(512, power_of_2(g.K))), max(16, min(1024, lines))
+        along = power_of_2(cdiv(g.Q, 2))
+        depth = max(16, min(power_of_2(g.P) * along, INTERPRETER_ELEMENTS // max(rows, columns)))
+        return Tile(rows, columns, depth, packed=True, patch=(1, along))
+    rows = 2 * max(8, min(64, power_of_2(g.K)))
+    columns = max(16, min(256 if device.arch == 90 else 128, lines))
+    depth, stages = (32, 2) if device.backend == "hip" else (64, 3)
+    warps = 8 if rows * columns > 2**13 else 4
+    programs = cdiv(2 * g.K, rows) * cdiv(g.R * segment(g), columns)
+    # As many programs as share the multiprocessors, but at least eight turns for each.
+    splits = min(
+        cdiv(g.N * g.P * g.Q, 16 * depth),
+        device.multiprocessors * (8 // warps) // max(1, programs),
+    )
+    return Tile(
+        *(rows, columns, depth),
+        packed=True,
+        splits=max(1, splits),
+        warps=warps,
+        stages=stages,
+        patch=(depth // 8, 8),
+    )
+
+
+@triton.jit
+def correlate(
+    x_ptr,  # or None
+    dy_ptr,
+    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    pooled,  # of dy as load_expanded takes it, or None
+    x_strides,
+    dy_strides,
+    sizes,  # H, W, P, Q; patches along p and along q, and what divides by them
+    origin,  # of the walk along the height and the width
+    patches,  # the first to be summed, and the one after the last
+    filters,  # half, k of each row
+    taps,  # r, place in the run of each column
+    pairs,  # of a row of y, those whose x is not taken for zero
+    FILTERS: tl.constexpr,  # as filters_of gives them
+    RUN: tl.constexpr,  # a Run
+    ALONG_P: tl.constexpr,
+    ALONG_Q: tl.constexpr,
+    POOL: tl.constexpr,  # the Window of ``pooled``, or None
+    SUMMED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(sum over pairs of dy[half, k] * x[r, place], and where SUMMED 16 times that of dy[half, k]).
+
+    Both are in float32. What a place of a patch adds to the patch's own index or offset stays the
+    same from turn to turn.
+    """
+    C: tl.constexpr = FILTERS[1]
+    UNIT: tl.constexpr = RUN.unit
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    H, W, P, Q, tall, wide, by_tall, tall_shift, by_wide, wide_shift = sizes
+    half, k = filters
+    r, place = taps
+    i = tl.arange(0, ALONG_P * ALONG_Q) + patches[0] * 0  # as wide as the offsets
+    p_in = i // ALONG_Q
+    q_in = 2 * (i % ALONG_Q)
+    dy_in = (k * dy_strides[1] + half * dy_strides[3])[:, None]
+    dy_in += (p_in * dy_strides[2] + q_in * dy_strides[3])[None, :]
+    k_mask = (k < FILTERS[0])[:, None]
+    j = place - RUN.lead
+    c, column = run_element(j, C, RUN.columns, RUN.flat)
+    scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
+    # What lies beyond the filter is taken for what lies beyond the image.
+    h_in = tl.where(r < FILTERS[2], r * FILTERS[5], H)[None, :]
+    x_in = tl.multiple_of(p_in * (FILTERS[4] * x_strides[2]), UNIT)[:, None]
+    x_in += tl.multiple_of(r * FILTERS[5] * x_strides[2], UNIT)[None, :]
+    if RUN.flat:
+        # Both ends of a row are multiples of the unit, as is the start of a run.
+        width = W * C // UNIT * UNIT
+        w_in = place[None, :]
+        x_in += (q_in * (FILTERS[6] * C))[:, None] + w_in
+    else:
+        width = W
+        w_in = tl.where(c < C, column, W)[None, :]
+        x_in += (q_in * (FILTERS[6] * x_strides[3]))[:, None]
+        x_in += (c * x_strides[1] + column * x_strides[3])[None, :]
+
+    acc = tl.zeros((half.shape[0], r.shape[0]), tl.float32)
+    total = tl.zeros((half.shape[0], 16), tl.float32)
+    ones = tl.full((ALONG_P * ALONG_Q, 16), 1.0, DTYPE)
+    for patch in loop(patches[0], patches[1]):
+        row = quotient(patch, wide, by_wide, wide_shift)
+        n = quotient(row, tall, by_tall, tall_shift)
+        p = (row - n * tall) * ALONG_P
+        q = (patch - row * wide) * (2 * ALONG_Q)
+        # [filters, pairs]
+        dy_mask = k_mask & (p_in < P - p)[None, :] & (half[:, None] + q_in[None, :] < Q - q)
+        dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+        if POOL is None:
+            dy = tl.load(dy_ptr + dy_at + dy_in, mask=dy_mask, other=0.0)
+        else:
+            where = n, k[:, None], (p + p_in)[None, :], q + half[:, None] + q_in[None, :]
+            dy = load_expanded(dy_ptr, dy_strides, pooled, where, dy_mask, POOL)
+        if x_ptr is not None:
+            # [pairs, taps]
+            h = p * FILTERS[4] + origin[0]
+            w = q * FILTERS[6] + origin[1]
+            x_at = n * x_strides[0] + h * x_strides[2]
+            if RUN.flat:
+                w = w * C - RUN.lead
+                x_at = tl.multiple_of(x_at + w, UNIT)
+                w += q_in * (FILTERS[6] * C)
+            else:
+                x_at += w * x_strides[3]
+                w += q_in * FILTERS[6]
+            h = tl.where(p_in < P - p, h + p_in * FILTERS[4], H)
+            w = tl.multiple_of(tl.where(q_in < 2 * pairs - q, w, width), UNIT)
+            x_mask = within(h[:, None] + h_in, H) & within(w[:, None] + w_in, width)
+            x = load_normalised(x_ptr + x_at, x_in, x_mask, normalise, scale, shift, DTYPE)
+            acc = dot(dy, x, acc, PRECISION)
+        if SUMMED:
+            total = dot(dy, ones, total, PRECISION)
+    return acc, total
+
+
+@triton.jit
+def pair_wgrad_kernel(
+    x_ptr,  # [N, C, H, W], or None without dw
+    dy_ptr,  # [N, K, P, Q]
+    dw_ptr,  # [splits * 2, K, C, R, S] or None
+    db_ptr,  # [splits * 2, K] or None
+    x_strides,  # n, c, h, w, unspecialised
+    dy_strides,  # n, k, p, q, unspecialised
+    dw_strides,  # part, k, c, r, s
+    sizes,  # see _wgrad_sizes
+    origin,  # of the walk along the height and the width
+    pooled,  # of dy as load_expanded takes it, or None
+    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    FILTERS: tl.constexpr,  # as filters_of gives them
+    RUN: tl.constexpr,  # a Run
+    TILE: tl.constexpr,  # rows, columns, pairs of a patch along p and along q
+    POOL: tl.constexpr,  # the Window of ``pooled``, or None
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
+
+    x in bytes counts as x * scale[c] + shift[c], rounded to dy's dtype. One program sums a part of
+    the pairs in float32, for ``rows / 2`` filters by ``columns / segment`` rows of them. It writes
+    the sums over the first outputs of the pairs and those over the second ones as two parts. What
+    a run holds beside an output's own window is dropped, so that it need not be finite.
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    K: tl.constexpr = FILTERS[0]
+    C: tl.constexpr = FILTERS[1]
+    R: tl.constexpr = FILTERS[2]
+    K_TILES: tl.constexpr = (2 * K + ROWS - 1) // ROWS
+    LINES: tl.constexpr = COLUMNS // RUN.segment
+    LINE_TILES: tl.constexpr = 1 if dw_ptr is None else (R + LINES - 1) // LINES
+    x_strides = plain_strides(x_strides)
+    dy_strides = plain_strides(dy_strides)
+    N, splits, H, W, P, Q, tall, wide, by_tall, tall_shift, by_wide, wide_shift = plain(sizes)
+
+    pid = program(WIDE)
+    line_tile = pid % LINE_TILES
+    k_tile = pid // LINE_TILES % K_TILES
+    split = pid // (LINE_TILES * K_TILES)
+    m = tl.arange(0, ROWS)
+    half = m // (ROWS // 2)
+    k = k_tile * (ROWS // 2) + m % (ROWS // 2)
+    column = tl.arange(0, COLUMNS)
+    r = line_tile * LINES + column // RUN.segment
+    place = column % RUN.segment + pid * 0  # as wide as the offsets
+    patches = N * tall * wide
+    turns = tl.cdiv(patches, splits)
+    patches = split * turns, tl.minimum((split + 1) * turns, patches)
+    sizes = H, W, P, Q, tall, wide, by_tall, tall_shift, by_wide, wide_shift
+    acc, total = correlate(
+        *(x_ptr, dy_ptr, normalise, pooled, x_strides, dy_strides, sizes, origin, patches),
+        *((half, k), (r, place), (Q + 1) // 2),
+        *(FILTERS, RUN, TILE[2], TILE[3], POOL, db_ptr is not None, PRECISION),
+    )
+    part = 2 * split + half
+    k_mask = k < K
+    if db_ptr is not None:
+        if line_tile == 0:
+            i = tl.arange(0, 16)[None, :]
+            tl.store(db_ptr + (part * K + k)[:, None] + i * 0, total, mask=k_mask[:, None] & (i == 0))
+    if dw_ptr is not None:
+        if Q % 2 == 1:
+            checked = tl.sum(acc)
+            if checked != checked:
+                # A NaN, perhaps of what the missing output of a row's last pair would have seen.
+                whole, _ = correlate(
+                    *(x_ptr, dy_ptr, normalise, pooled, x_strides, dy_strides, sizes, origin),
+                    *(patches, (half, k), (r, place), Q // 2),
+                    *(FILTERS, RUN, TILE[2], TILE[3], POOL, False, PRECISION),
+                )
+                acc = tl.where(half[:, None] == 0, acc, whole)
+        j = place - RUN.lead
+        c, column = run_element(j, C, RUN.columns, RUN.flat)
+        s, mask = window_tap(column[None, :], half[:, None], FILTERS)
+        mask &= ((j >= 0) & (c < C) & (r < R))[None, :] & k_mask[:, None]
+        offsets = (part * dw_strides[0] + k * dw_strides[1])[:, None] + s * dw_strides[4]
+        offsets += (c * dw_strides[2] + r * dw_strides[3])[None, :]
+        tl.store(dw_ptr + offsets, acc, mask=mask)
+
+
+@lru_cache(maxsize=4096)
+def _wgrad_sizes(g: Conv2dGeometry, splits: int, along_p: int, along_q: int) -> tuple[int, ...]:
+    """N, splits, H, W, P, Q; patches along p and along q, and what divides by them."""
+    patches = cdiv(g.P, along_p), cdiv(cdiv(g.Q, 2), along_q)
+    return unspecialised((g.N, splits, g.H, g.W, g.P, g.Q, *patches)) + divisors(*patches)
+
+
+def wgrad(
+    x: Tensor,
+    dy: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+    pool: Pool2dGeometry | None = None,
+    offsets: Tensor | None = None,
+    normalise: Normalisation | None = None,
+) -> None:
+    """dw[K,C,R,S] and db[K], of one group, with the options of ``direct_conv.wgrad``.
+
+    The pairs are summed in ``tile.splits`` parts of two, which a second pass adds in a fixed order.
+    """
+    parts = 2 * tile.splits
+    dw_parts = None if dw is None else parts_like(dw, parts)
+    db_parts = None if db is None else parts_like(db, parts)
+    along_q = min(tile.patch[1], tile.depth)
+    along_p = tile.depth // along_q
+    expansion, window = pooled(pool, offsets)
+    run = run_of(x, g)
+    arguments = (
+        *(None if dw is None else x, dy, dw_parts, db_parts),
+        *(unspecialised_strides(x), unspecialised_strides(dy)),
+        (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
+        *(_wgrad_sizes(g, tile.splits, along_p, along_q), (-g.padding[0][0], -g.padding[1][0])),
+        *(expansion, normalise, filters_of(g)),
+    )
+    for known in to_launch(run):
+        # Loads of four bytes and more go to shared memory on their own, others through registers.
+        copied = known.unit * x.element_size() >= 4 and pool is None and normalise is None
+        columns, warps, stages = tile.columns, tile.warps, tile.stages
+        if not copied and not device.INTERPRET:
+            columns, warps, stages = max(run.segment, min(64, columns)), 8, 1
+        lines = 1 if dw is None else cdiv(g.R, columns // run.segment)
+        device.launch(
+            pair_wgrad_kernel,
+            (lines * cdiv(2 * g.K, tile.rows) * tile.splits,),
+            *arguments,
+            *(known, (tile.rows, columns, along_p, along_q), window, precision),
+            device.wide(g.N * g.P * g.Q, x, dy, dw_parts, offsets),
+            device=x.device,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    if dw is not None and dw_parts is not None:
+        split_sum(dw_parts, dw)
+    if db is not None and db_parts is not None:
+        split_sum(db_parts, db)
