@@ -407,7 +407,7 @@ def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
     rows = 2 * max(8, min(64, power_of_2(g.K)))
     columns = max(16, min(256 if device.arch == 90 else 128, lines))
     depth, stages = (32, 2) if device.backend == "hip" else (64, 3)
-    warps = 8 if rows * columns > 2**13 else 4
+    warps = 8 if columns > 64 else 4
     programs = cdiv(2 * g.K, rows) * cdiv(g.R * segment(g), columns)
     # As many programs as share the multiprocessors, but at least eight turns for each.
     splits = min(
@@ -425,189 +425,182 @@ def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
 
 
 @triton.jit
-def correlate(
-    x_ptr,  # or None
-    dy_ptr,
-    normalise,  # scale and shift[C], float32, of x in bytes, or None
-    pooled,  # of dy as load_expanded takes it, or None
-    x_strides,
-    dy_strides,
-    sizes,  # H, W, P, Q; patches along p and along q, and what divides by them
+def pair_wgrad_kernel(
+    x_ptr,  # [N, C, H, W]
+    dy_ptr,  # [N, K, P, Q]
+    dw_ptr,  # [parts, K, C, R, S] or None
+    db_ptr,  # [parts, K] or None
+    x_strides,  # n, c, h, w, unspecialised
+    dy_strides,  # n, k, p, q, unspecialised
+    dw_strides,  # part, k, c, r, s
+    walk,  # as _wgrad_walk gives it
     origin,  # of the walk along the height and the width
-    patches,  # the first to be summed, and the one after the last
-    filters,  # half, k of each row
-    taps,  # r, place in the run of each column
-    pairs,  # of a row of y, those whose x is not taken for zero
+    pooled,  # of dy as load_expanded takes it, or None
+    POOL: tl.constexpr,  # its Window, or None
+    normalise,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # as filters_of gives them
     RUN: tl.constexpr,  # a Run
-    ALONG_P: tl.constexpr,
-    ALONG_Q: tl.constexpr,
-    POOL: tl.constexpr,  # the Window of ``pooled``, or None
-    SUMMED: tl.constexpr,
+    TILE: tl.constexpr,  # rows, columns, height and width of a patch
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """(sum over pairs of dy[half, k] * x[r, place], and where SUMMED 16 times that of dy[half, k]).
+    """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
 
-    Both are in float32. What a place of a patch adds to the patch's own index or offset stays the
-    same from turn to turn.
+    x in bytes counts as x * scale[c] + shift[c], rounded to dy's dtype. One program multiplies
+    ``rows / 2`` filters' dy, of the first and the second output of each pair, by the runs that
+    ``columns / segment`` rows of a filter meet. It sums a share of the pairs in float32, and writes
+    what the first outputs and what the second ones add to dw as two parts. The products of an
+    output with what its neighbour alone sees are dropped, so x need not be finite there. For that
+    the last outputs of rows of odd length have programs, and single parts, of their own.
+
+    A turn's pairs are a patch: so many rows of y, and of each so many pairs, or the last output in
+    so many images. Indices that end in _in are of a place within a patch, the same in every turn.
     """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    HEIGHT: tl.constexpr = TILE[2]
+    WIDTH: tl.constexpr = TILE[3]
+    K: tl.constexpr = FILTERS[0]
     C: tl.constexpr = FILTERS[1]
+    R: tl.constexpr = FILTERS[2]
+    STEP: tl.constexpr = 2 * FILTERS[6]
     UNIT: tl.constexpr = RUN.unit
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    H, W, P, Q, tall, wide, by_tall, tall_shift, by_wide, wide_shift = sizes
-    half, k = filters
-    r, place = taps
-    i = tl.arange(0, ALONG_P * ALONG_Q) + patches[0] * 0  # as wide as the offsets
-    p_in = i // ALONG_Q
-    q_in = 2 * (i % ALONG_Q)
+    K_TILES: tl.constexpr = (2 * K + ROWS - 1) // ROWS
+    LINES: tl.constexpr = COLUMNS // RUN.segment
+    LINE_TILES: tl.constexpr = 1 if dw_ptr is None else (R + LINES - 1) // LINES
+    x_strides = plain_strides(x_strides)
+    dy_strides = plain_strides(dy_strides)
+    walk = plain(walk)
+    N, H, W, P, Q, splits, singles, tall, wide, wide_single = walk[:10]
+    by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = walk[10:]
+
+    pid = program(WIDE)
+    line_tile = pid % LINE_TILES
+    k_tile = pid // LINE_TILES % K_TILES
+    split = pid // (LINE_TILES * K_TILES)
+    single = split >= splits
+    part = tl.where(single, splits + split, 2 * split)
+    split = tl.where(single, split - splits, split)
+    across = tl.where(single, N, Q // 2)  # pairs of a row, or images
+    wide = tl.where(single, wide_single, wide)
+    by_wide = tl.where(single, by_single, by_wide)
+    wide_shift = tl.where(single, single_shift, wide_shift)
+    patches = tall * wide * tl.where(single, 1, N)
+    turns = tl.cdiv(patches, tl.where(single, singles, splits))
+
+    m = tl.arange(0, ROWS)
+    half = m // (ROWS // 2)
+    k = k_tile * (ROWS // 2) + m % (ROWS // 2)
+    k_mask = (k < K) & (half < tl.where(single, 1, 2))
+    i = tl.arange(0, HEIGHT * WIDTH) + pid * 0  # as wide as the offsets
+    p_in = i // WIDTH
+    across_in = i % WIDTH
     dy_in = (k * dy_strides[1] + half * dy_strides[3])[:, None]
-    dy_in += (p_in * dy_strides[2] + q_in * dy_strides[3])[None, :]
-    k_mask = (k < FILTERS[0])[:, None]
+    dy_in += (p_in * dy_strides[2])[None, :]
+    dy_in += (across_in * tl.where(single, dy_strides[0], 2 * dy_strides[3]))[None, :]
+
+    column = tl.arange(0, COLUMNS)
+    r = line_tile * LINES + column // RUN.segment
+    place = column % RUN.segment + pid * 0
     j = place - RUN.lead
     c, column = run_element(j, C, RUN.columns, RUN.flat)
     scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
-    # What lies beyond the filter is taken for what lies beyond the image.
-    h_in = tl.where(r < FILTERS[2], r * FILTERS[5], H)[None, :]
-    x_in = tl.multiple_of(p_in * (FILTERS[4] * x_strides[2]), UNIT)[:, None]
-    x_in += tl.multiple_of(r * FILTERS[5] * x_strides[2], UNIT)[None, :]
     if RUN.flat:
-        # Both ends of a row are multiples of the unit, as is the start of a run.
-        width = W * C // UNIT * UNIT
-        w_in = place[None, :]
-        x_in += (q_in * (FILTERS[6] * C))[:, None] + w_in
+        # Along the width, x is one axis of W * C elements, and a run goes its C-th part as far.
+        width = W * C // UNIT * UNIT  # a multiple of the unit, as is the start of a run
+        w_step = STEP * C
+        w_in = place
+        x_in = tl.multiple_of(r * FILTERS[5] * x_strides[2], UNIT) + place
+        x_step = tl.where(single, x_strides[0], w_step)
     else:
         width = W
-        w_in = tl.where(c < C, column, W)[None, :]
-        x_in += (q_in * (FILTERS[6] * x_strides[3]))[:, None]
-        x_in += (c * x_strides[1] + column * x_strides[3])[None, :]
+        w_step = STEP
+        w_in = tl.where(c < C, column, W)
+        x_in = r * FILTERS[5] * x_strides[2] + c * x_strides[1] + column * x_strides[3]
+        x_step = tl.where(single, x_strides[0], w_step * x_strides[3])
+    h_in = tl.where(r < R, r * FILTERS[5], H)
+    x_in = tl.multiple_of(across_in * x_step, UNIT)[:, None] + x_in[None, :]
+    x_in += tl.multiple_of(p_in * (FILTERS[4] * x_strides[2]), UNIT)[:, None]
 
-    acc = tl.zeros((half.shape[0], r.shape[0]), tl.float32)
-    total = tl.zeros((half.shape[0], 16), tl.float32)
-    ones = tl.full((ALONG_P * ALONG_Q, 16), 1.0, DTYPE)
-    for patch in loop(patches[0], patches[1]):
+    dw = tl.zeros((ROWS, COLUMNS), tl.float32)
+    db = tl.zeros((ROWS, 16), tl.float32)
+    ones = tl.full((HEIGHT * WIDTH, 16), 1.0, DTYPE)
+    for patch in loop(split * turns, tl.minimum((split + 1) * turns, patches)):
         row = quotient(patch, wide, by_wide, wide_shift)
         n = quotient(row, tall, by_tall, tall_shift)
-        p = (row - n * tall) * ALONG_P
-        q = (patch - row * wide) * (2 * ALONG_Q)
-        # [filters, pairs]
-        dy_mask = k_mask & (p_in < P - p)[None, :] & (half[:, None] + q_in[None, :] < Q - q)
+        p = (row - n * tall) * HEIGHT
+        first = (patch - row * wide) * WIDTH
+        n = tl.where(single, first, n)
+        q = tl.where(single, Q - 1, 2 * first)
+        inside = (p_in < P - p) & (across_in < across - first)
+        # [ROWS, pairs]
         dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+        dy_mask = k_mask[:, None] & inside[None, :]
         if POOL is None:
             dy = tl.load(dy_ptr + dy_at + dy_in, mask=dy_mask, other=0.0)
         else:
-            where = n, k[:, None], (p + p_in)[None, :], q + half[:, None] + q_in[None, :]
+            images = n + tl.where(single, across_in, 0)
+            outputs = q + tl.where(single, 0, 2 * across_in)
+            outputs = half[:, None] + outputs[None, :]
+            where = images[None, :], k[:, None], (p + p_in)[None, :], outputs
             dy = load_expanded(dy_ptr, dy_strides, pooled, where, dy_mask, POOL)
-        if x_ptr is not None:
-            # [pairs, taps]
+        if dw_ptr is not None:
+            # [pairs, COLUMNS]
             h = p * FILTERS[4] + origin[0]
             w = q * FILTERS[6] + origin[1]
             x_at = n * x_strides[0] + h * x_strides[2]
             if RUN.flat:
                 w = w * C - RUN.lead
                 x_at = tl.multiple_of(x_at + w, UNIT)
-                w += q_in * (FILTERS[6] * C)
             else:
                 x_at += w * x_strides[3]
-                w += q_in * FILTERS[6]
             h = tl.where(p_in < P - p, h + p_in * FILTERS[4], H)
-            w = tl.multiple_of(tl.where(q_in < 2 * pairs - q, w, width), UNIT)
-            x_mask = within(h[:, None] + h_in, H) & within(w[:, None] + w_in, width)
+            w += tl.where(single, 0, across_in * w_step)
+            w = tl.multiple_of(tl.where(across_in < across - first, w, width), UNIT)
+            x_mask = within(h[:, None] + h_in[None, :], H)
+            x_mask &= within(w[:, None] + w_in[None, :], width)
             x = load_normalised(x_ptr + x_at, x_in, x_mask, normalise, scale, shift, DTYPE)
-            acc = dot(dy, x, acc, PRECISION)
-        if SUMMED:
-            total = dot(dy, ones, total, PRECISION)
-    return acc, total
+            dw = dot(dy, x, dw, PRECISION)
+        if db_ptr is not None:
+            db = dot(dy, ones, db, PRECISION)
 
-
-@triton.jit
-def pair_wgrad_kernel(
-    x_ptr,  # [N, C, H, W], or None without dw
-    dy_ptr,  # [N, K, P, Q]
-    dw_ptr,  # [splits * 2, K, C, R, S] or None
-    db_ptr,  # [splits * 2, K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
-    dw_strides,  # part, k, c, r, s
-    sizes,  # see _wgrad_sizes
-    origin,  # of the walk along the height and the width
-    pooled,  # of dy as load_expanded takes it, or None
-    normalise,  # scale and shift[C], float32, of x in bytes, or None
-    FILTERS: tl.constexpr,  # as filters_of gives them
-    RUN: tl.constexpr,  # a Run
-    TILE: tl.constexpr,  # rows, columns, pairs of a patch along p and along q
-    POOL: tl.constexpr,  # the Window of ``pooled``, or None
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
-
-    x in bytes counts as x * scale[c] + shift[c], rounded to dy's dtype. One program sums a part of
-    the pairs in float32, for ``rows / 2`` filters by ``columns / segment`` rows of them. It writes
-    the sums over the first outputs of the pairs and those over the second ones as two parts. What
-    a run holds beside an output's own window is dropped, so that it need not be finite.
-    """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    K: tl.constexpr = FILTERS[0]
-    C: tl.constexpr = FILTERS[1]
-    R: tl.constexpr = FILTERS[2]
-    K_TILES: tl.constexpr = (2 * K + ROWS - 1) // ROWS
-    LINES: tl.constexpr = COLUMNS // RUN.segment
-    LINE_TILES: tl.constexpr = 1 if dw_ptr is None else (R + LINES - 1) // LINES
-    x_strides = plain_strides(x_strides)
-    dy_strides = plain_strides(dy_strides)
-    N, splits, H, W, P, Q, tall, wide, by_tall, tall_shift, by_wide, wide_shift = plain(sizes)
-
-    pid = program(WIDE)
-    line_tile = pid % LINE_TILES
-    k_tile = pid // LINE_TILES % K_TILES
-    split = pid // (LINE_TILES * K_TILES)
-    m = tl.arange(0, ROWS)
-    half = m // (ROWS // 2)
-    k = k_tile * (ROWS // 2) + m % (ROWS // 2)
-    column = tl.arange(0, COLUMNS)
-    r = line_tile * LINES + column // RUN.segment
-    place = column % RUN.segment + pid * 0  # as wide as the offsets
-    patches = N * tall * wide
-    turns = tl.cdiv(patches, splits)
-    patches = split * turns, tl.minimum((split + 1) * turns, patches)
-    sizes = H, W, P, Q, tall, wide, by_tall, tall_shift, by_wide, wide_shift
-    acc, total = correlate(
-        *(x_ptr, dy_ptr, normalise, pooled, x_strides, dy_strides, sizes, origin, patches),
-        *((half, k), (r, place), (Q + 1) // 2),
-        *(FILTERS, RUN, TILE[2], TILE[3], POOL, db_ptr is not None, PRECISION),
-    )
-    part = 2 * split + half
-    k_mask = k < K
     if db_ptr is not None:
         if line_tile == 0:
-            i = tl.arange(0, 16)[None, :]
-            tl.store(db_ptr + (part * K + k)[:, None] + i * 0, total, mask=k_mask[:, None] & (i == 0))
+            copy = tl.arange(0, 16)[None, :]
+            db_at = ((part + half) * K + k)[:, None] + copy * 0
+            tl.store(db_ptr + db_at, db, mask=k_mask[:, None] & (copy == 0))
     if dw_ptr is not None:
-        if Q % 2 == 1:
-            checked = tl.sum(acc)
-            if checked != checked:
-                # A NaN, perhaps of what the missing output of a row's last pair would have seen.
-                whole, _ = correlate(
-                    *(x_ptr, dy_ptr, normalise, pooled, x_strides, dy_strides, sizes, origin),
-                    *(patches, (half, k), (r, place), Q // 2),
-                    *(FILTERS, RUN, TILE[2], TILE[3], POOL, False, PRECISION),
-                )
-                acc = tl.where(half[:, None] == 0, acc, whole)
-        j = place - RUN.lead
-        c, column = run_element(j, C, RUN.columns, RUN.flat)
         s, mask = window_tap(column[None, :], half[:, None], FILTERS)
         mask &= ((j >= 0) & (c < C) & (r < R))[None, :] & k_mask[:, None]
-        offsets = (part * dw_strides[0] + k * dw_strides[1])[:, None] + s * dw_strides[4]
-        offsets += (c * dw_strides[2] + r * dw_strides[3])[None, :]
-        tl.store(dw_ptr + offsets, acc, mask=mask)
+        dw_at = ((part + half) * dw_strides[0] + k * dw_strides[1])[:, None] + s * dw_strides[4]
+        dw_at += (c * dw_strides[2] + r * dw_strides[3])[None, :]
+        tl.store(dw_ptr + dw_at, dw, mask=mask)
+
+
+class _Walk(NamedTuple):
+    """How wgrad sums the pairs: in two parts for each of the splits and one for each single."""
+
+    splits: int  # with the singles
+    parts: int
+    sizes: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
-def _wgrad_sizes(g: Conv2dGeometry, splits: int, along_p: int, along_q: int) -> tuple[int, ...]:
-    """N, splits, H, W, P, Q; patches along p and along q, and what divides by them."""
-    patches = cdiv(g.P, along_p), cdiv(cdiv(g.Q, 2), along_q)
-    return unspecialised((g.N, splits, g.H, g.W, g.P, g.Q, *patches)) + divisors(*patches)
+def _wgrad_walk(g: Conv2dGeometry, splits: int, height: int, width: int) -> _Walk:
+    """The walk in patches of height x width places.
+
+    ``sizes``: N, H, W, P, Q, splits, singles; patches along p, along q, of images; then what
+    divides by these three.
+    """
+    patches = cdiv(g.P, height), cdiv(g.Q // 2, width), cdiv(g.N, width)
+    singles = 0
+    if g.Q % 2:
+        # As many as take no more turns than the others do.
+        turns = max(1, cdiv(g.N * patches[0] * patches[1], splits))
+        singles = max(1, min(splits, cdiv(patches[0] * patches[2], turns)))
+    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, splits, singles, *patches))
+    return _Walk(splits + singles, 2 * splits + singles, sizes + divisors(*patches))
 
 
 def wgrad(
@@ -625,21 +618,19 @@ def wgrad(
 ) -> None:
     """dw[K,C,R,S] and db[K], of one group, with the options of ``direct_conv.wgrad``.
 
-    The pairs are summed in ``tile.splits`` parts of two, which a second pass adds in a fixed order.
+    The pairs are summed in ``tile.splits`` shares, whose parts a second pass adds in a fixed order.
     """
-    parts = 2 * tile.splits
-    dw_parts = None if dw is None else parts_like(dw, parts)
-    db_parts = None if db is None else parts_like(db, parts)
-    along_q = min(tile.patch[1], tile.depth)
-    along_p = tile.depth // along_q
+    width = min(tile.patch[1], tile.depth)
+    patch = tile.depth // width, width
+    walk = _wgrad_walk(g, tile.splits, *patch)
+    dw_parts = None if dw is None else parts_like(dw, walk.parts)
+    db_parts = None if db is None else parts_like(db, walk.parts)
     expansion, window = pooled(pool, offsets)
     run = run_of(x, g)
     arguments = (
-        *(None if dw is None else x, dy, dw_parts, db_parts),
-        *(unspecialised_strides(x), unspecialised_strides(dy)),
+        *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
         (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
-        *(_wgrad_sizes(g, tile.splits, along_p, along_q), (-g.padding[0][0], -g.padding[1][0])),
-        *(expansion, normalise, filters_of(g)),
+        *(walk.sizes, (-g.padding[0][0], -g.padding[1][0]), expansion, window, normalise),
     )
     for known in to_launch(run):
         # Loads of four bytes and more go to shared memory on their own, others through registers.
@@ -650,9 +641,9 @@ def wgrad(
         lines = 1 if dw is None else cdiv(g.R, columns // run.segment)
         device.launch(
             pair_wgrad_kernel,
-            (lines * cdiv(2 * g.K, tile.rows) * tile.splits,),
+            (lines * cdiv(2 * g.K, tile.rows) * walk.splits,),
             *arguments,
-            *(known, (tile.rows, columns, along_p, along_q), window, precision),
+            *(filters_of(g), known, (tile.rows, columns, *patch), precision),
             device.wide(g.N * g.P * g.Q, x, dy, dw_parts, offsets),
             device=x.device,
             num_warps=warps,
