@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, replay
 from .device import Device, loop
 from .epilogue import result_strides, store_result
 from .expansion import load_expanded, pooled
-from .geometry import Conv2dGeometry, Pool2dGeometry
+from .geometry import Conv2dGeometry, Pool2dGeometry, contiguous_strides
 from .indexing import (
     cdiv,
     divisors,
@@ -198,10 +198,10 @@ def pack_kernel(
 
 def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
     """The filters as ``convolve`` takes them."""
-    w = w.contiguous() if device.wide(0, w) else w
+    w = replay.contiguous(w) if device.wide(0, w) else w
     k_tiles, turns = cdiv(g.K, tile.columns), cdiv(g.R * run.segment, tile.depth)
     shape = k_tiles, turns, 2 * tile.columns, tile.depth
-    packed = torch.empty(shape, dtype=w.dtype, device=w.device)
+    packed = replay.new(w, shape, contiguous_strides(shape))
     device.launch(
         pack_kernel,
         (k_tiles * turns,),
@@ -586,7 +586,6 @@ class _Walk(NamedTuple):
     sizes: tuple[int, ...]
 
 
-@lru_cache(maxsize=4096)
 def _wgrad_walk(g: Conv2dGeometry, splits: int, height: int, width: int) -> _Walk:
     """The walk in patches of height x width places.
 
