@@ -405,7 +405,10 @@ def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
         depth = max(16, min(power_of_2(g.P) * along, INTERPRETER_ELEMENTS // max(rows, columns)))
         return Tile(rows, columns, depth, packed=True, patch=(1, along))
     rows = 2 * max(8, min(64, power_of_2(g.K)))
-    columns = max(16, min(256 if device.arch == 90 else 128, lines))
+    widest = 256 if device.arch == 90 else 128
+    if _run(g, 0, flat=True, itemsize=2).unit <= 2:
+        widest //= 2  # narrow loads are many, and each takes registers
+    columns = max(16, min(widest, lines))
     depth, stages = (32, 2) if device.backend == "hip" else (64, 3)
     warps = 8 if columns > 64 else 4
     programs = cdiv(2 * g.K, rows) * cdiv(g.R * segment(g), columns)
@@ -490,8 +493,8 @@ def pair_wgrad_kernel(
     turns = tl.cdiv(patches, tl.where(single, singles, splits))
 
     m = tl.arange(0, ROWS)
-    half = m // (ROWS // 2)
-    k = k_tile * (ROWS // 2) + m % (ROWS // 2)
+    half = m // 8 % 2
+    k = k_tile * (ROWS // 2) + m // 16 * 8 + m % 8
     k_mask = (k < K) & (half < tl.where(single, 1, 2))
     i = tl.arange(0, HEIGHT * WIDTH) + pid * 0  # as wide as the offsets
     p_in = i // WIDTH
@@ -571,11 +574,19 @@ def pair_wgrad_kernel(
             db_at = ((part + half) * K + k)[:, None] + copy * 0
             tl.store(db_ptr + db_at, db, mask=k_mask[:, None] & (copy == 0))
     if dw_ptr is not None:
-        s, mask = window_tap(column[None, :], half[:, None], FILTERS)
-        mask &= ((j >= 0) & (c < C) & (r < R))[None, :] & k_mask[:, None]
-        dw_at = ((part + half) * dw_strides[0] + k * dw_strides[1])[:, None] + s * dw_strides[4]
-        dw_at += (c * dw_strides[2] + r * dw_strides[3])[None, :]
-        tl.store(dw_ptr + dw_at, dw, mask=mask)
+        first, second = halves(dw)
+        k = k_tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        k_mask = k < K
+        taps = (j >= 0) & (c < C) & (r < R)
+        dw_rows = part * dw_strides[0] + k * dw_strides[1]
+        dw_taps = c * dw_strides[2] + r * dw_strides[3]
+        s, seen = window_tap(column, 0, FILTERS)
+        dw_at = dw_rows[:, None] + (dw_taps + s * dw_strides[4])[None, :]
+        tl.store(dw_ptr + dw_at, first, mask=k_mask[:, None] & (taps & seen)[None, :])
+        if not single:
+            s, seen = window_tap(column, 1, FILTERS)
+            dw_at = (dw_rows + dw_strides[0])[:, None] + (dw_taps + s * dw_strides[4])[None, :]
+            tl.store(dw_ptr + dw_at, second, mask=k_mask[:, None] & (taps & seen)[None, :])
 
 
 class _Walk(NamedTuple):

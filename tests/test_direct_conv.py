@@ -349,6 +349,8 @@ def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
 
 
 PAIRED_CASES = tuple(g for g in CASES if pair_conv.supports(g, torch.float16))
+# Several patches of pairs, and as rows have an odd length several of single outputs.
+PATCHES = conv_case(6, 3, (9, 21), 17, (3, 3), (2, 2), (1, 1, 1, 1))
 
 
 def integers(g, dtype, device, layout, value=None):
@@ -391,7 +393,7 @@ def test_what_is_not_finite_does_not_spread_within_a_pair(g, value, device):
 
 
 def paired_wgrad_tiles(g, dtype, device):
-    """The chosen tile, and one of several programs, shares and patches, some of them empty."""
+    """The chosen tile, and one of several programs, shares and patches; some shares are empty."""
     tile = chosen(g, dtype, device)["wgrad"]
     columns = max(16, pair_conv.segment(g))
     return tile, Tile(16, columns, 16, packed=True, splits=3, patch=(4, 4))
@@ -407,8 +409,8 @@ def exact_wgrad(g, x, w, dy):
 @pytest.mark.parametrize(
     ("g", "layout"),
     [
-        *params(PAIRED_CASES[1:], ("channels_last",)),
-        *params(PAIRED_CASES[:1], ("contiguous", "channels_last", "sliced")),
+        *params(PAIRED_CASES, ("channels_last",)),
+        *params((PATCHES,), ("contiguous", "channels_last", "sliced")),
     ],
 )
 def test_gradients_of_pairs(g, layout, device):
@@ -424,7 +426,7 @@ def test_gradients_of_pairs(g, layout, device):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("g", params(PAIRED_CASES[::2]))
+@pytest.mark.parametrize("g", params((*PAIRED_CASES[::2], PATCHES)))
 def test_what_is_not_finite_does_not_spread_within_a_pairs_gradient(g, value, device):
     x, w, _, dy = integers(g, torch.bfloat16, device, "channels_last", value)
     dy[0, 0, 0, 0] = dy[-1, 0, -1, -1] = value
