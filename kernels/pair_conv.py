@@ -519,10 +519,10 @@ def pair_wgrad_kernel(
     else:
         width = W
         w_step = STEP
-        w_in = tl.where(c < C, column, W)
+        w_in = tl.where(c < C, column, W - origin[1])
         x_in = r * FILTERS[5] * x_strides[2] + c * x_strides[1] + column * x_strides[3]
         x_step = tl.where(single, x_strides[0], w_step * x_strides[3])
-    h_in = tl.where(r < R, r * FILTERS[5], H)
+    h_in = tl.where(r < R, r * FILTERS[5], H - origin[0])  # beyond the image from any row
     x_in = tl.multiple_of(across_in * x_step, UNIT)[:, None] + x_in[None, :]
     x_in += tl.multiple_of(p_in * (FILTERS[4] * x_strides[2]), UNIT)[:, None]
 
@@ -590,27 +590,27 @@ def pair_wgrad_kernel(
 
 
 class _Walk(NamedTuple):
-    """How wgrad sums the pairs: in two parts for each of the splits and one for each single."""
+    """How wgrad's programs share the pairs: two parts come of a split, one of a single."""
 
-    splits: int  # with the singles
+    shares: int
     parts: int
     sizes: tuple[int, ...]
 
 
-def _wgrad_walk(g: Conv2dGeometry, splits: int, height: int, width: int) -> _Walk:
+def _wgrad_walk(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Walk:
     """The walk in patches of height x width places.
 
     ``sizes``: N, H, W, P, Q, splits, singles; patches along p, along q, of images; then what
     divides by these three.
     """
-    patches = cdiv(g.P, height), cdiv(g.Q // 2, width), cdiv(g.N, width)
-    singles = 0
+    tall, wide, deep = cdiv(g.P, height), cdiv(g.Q // 2, width), cdiv(g.N, width)
+    splits, singles = shares, 0
     if g.Q % 2:
-        # As many as take no more turns than the others do.
-        turns = max(1, cdiv(g.N * patches[0] * patches[1], splits))
-        singles = max(1, min(splits, cdiv(patches[0] * patches[2], turns)))
-    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, splits, singles, *patches))
-    return _Walk(splits + singles, 2 * splits + singles, sizes + divisors(*patches))
+        single = cdiv(shares * deep, max(1, deep + g.N * wide))
+        singles = max(1, min(single, shares - 1))
+        splits = max(1, shares - singles)
+    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, splits, singles, tall, wide, deep))
+    return _Walk(splits + singles, 2 * splits + singles, sizes + divisors(tall, wide, deep))
 
 
 def wgrad(
@@ -651,7 +651,7 @@ def wgrad(
         lines = 1 if dw is None else cdiv(g.R, columns // run.segment)
         device.launch(
             pair_wgrad_kernel,
-            (lines * cdiv(2 * g.K, tile.rows) * walk.splits,),
+            (lines * cdiv(2 * g.K, tile.rows) * walk.shares,),
             *arguments,
             *(filters_of(g), known, (tile.rows, columns, *patch), precision),
             device.wide(g.N * g.P * g.Q, x, dy, dw_parts, offsets),
