@@ -442,8 +442,8 @@ def _register(function: type[Operator]) -> None:
     count = library.operands(function.name)
 
     def setup_context(ctx: Any, inputs, output):
-        tensors, numbers = inputs[:count], inputs[count:]
-        numbers = _Numbers(function.operator, tensors, numbers)
+        tensors = inputs[:count]
+        numbers = _Numbers(function.operator, tensors, library.with_tuples(inputs[count:]))
         function.setup_context(ctx, (*tensors, numbers), output)
 
     torch.library.register_autograd(

@@ -48,6 +48,7 @@ _POOL = "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilati
 _implementations: dict[str, tuple[Callable, Callable]] = {}  # on a GPU, on the CPU
 _operands: dict[str, int] = {}  # how many of an operator's arguments, the first, are tensors
 _recordings: dict[tuple, replay.Recording] = {}  # of calls on kernels, by all they follow from
+_PLAIN = {Tensor, Parameter, type(None)}
 
 
 def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable) -> None:
@@ -56,14 +57,14 @@ def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable)
     kept = _kept(name, kernels, count)
     _library.define(schema)
     _implementations[name] = kept, kept if INTERPRET else reference
-    _library.impl(name, _implementations[name][0], "CUDA")
-    _library.impl(name, _implementations[name][1], "CPU")
+    for where, function in zip(("CUDA", "CPU"), _implementations[name], strict=True):
+        _library.impl(name, _of_lists(function) if function is kept else function, where)
     torch.library.register_fake(f"triton_cnn::{name}", fake, lib=_library)
 
 
 def _kept(name: str, kernels: Callable, count: int) -> Callable[..., Any]:
     """An implementation that replays a call which comes again; its first ``count`` arguments are
-    tensors or None.
+    tensors or None, the others can be hashed.
     """
 
     def call(*args: Any) -> Any:
@@ -82,15 +83,24 @@ def _kept(name: str, kernels: Callable, count: int) -> Callable[..., Any]:
     return call
 
 
-def _key(name: str, args: Sequence[Any], count: int) -> tuple:
+def _of_lists(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: function(*with_tuples(args))
+
+
+def with_tuples(args: Sequence[Any]) -> tuple:
+    """An operator's arguments, of which the dispatcher brings pairs as lists."""
+    return tuple([tuple(value) if type(value) is list else value for value in args])
+
+
+def _key(name: str, args: tuple, count: int) -> tuple:
     x = args[0]
     key = [name, describe(x.device), x.dtype == torch.float32 and resolve_precision(None, x)]
     for t in args[:count]:
         if t is None:
             key.append(None)
         else:
-            key += (t.shape, t.stride(), t.dtype, t.data_ptr() % 16)
-    key += [tuple(value) if type(value) is list else value for value in args[count:]]
+            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+    key += args[count:]
     return tuple(key)
 
 
@@ -110,15 +120,14 @@ def operator(name: str) -> Callable[..., Any]:
     saves the two thirds of a call that the dispatcher takes.
     """
     dispatched = getattr(torch.ops.triton_cnn, name).default
-    on_gpu, on_cpu = _implementations[name]
+    (on_gpu, on_cpu), count = _implementations[name], _operands[name]
 
     def call(*args: Any) -> Any:
+        for t in args[:count]:
+            if type(t) not in _PLAIN:
+                return dispatched(*args)
         if is_watched():
             return dispatched(*args)
-        for t in args[:4]:
-            kind = type(t)
-            if kind is not Tensor and kind is not Parameter and isinstance(t, Tensor):
-                return dispatched(*args)
         if args[0].is_cuda:
             return on_gpu(*args)
         return on_cpu(*args) if args[0].is_cpu else dispatched(*args)
@@ -618,7 +627,7 @@ def _conv_pool_backward(
             results = dw if need_dw else None, db if need_db else None
             engine.wgrad(dy if x is None else x, dy, *results, g, tile, **options)
         return dx, dw, db
-    dz = _new(dy, g.y_shape, _channels_last(dy))
+    dz = _new(dy, g.y_shape, channels_last)
     expansion.expand(dy, offsets, dz, db if need_db else None, pool)
     if need_dx:
         dx = _conv2d_dgrad(dz, w, None, size, *geometry, precision, channels_last)
