@@ -428,6 +428,20 @@ def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
 
 
 @triton.jit
+def store_gradient(dw_ptr, dw_strides, dw, half, k, r, j, FILTERS: tl.constexpr, RUN: tl.constexpr):
+    """Store dw[filters k, elements j of the runs of rows r], of the first or second outputs.
+
+    What does not lie in their windows is dropped. ``dw_strides``: of parts, k, c, r, s.
+    """
+    c, column = run_element(j, FILTERS[1], RUN.columns, RUN.flat)
+    s, mask = window_tap(column, half, FILTERS)
+    mask &= (j >= 0) & (c < FILTERS[1]) & (r < FILTERS[2])
+    offsets = c * dw_strides[2] + r * dw_strides[3] + s * dw_strides[4]
+    offsets = (k * dw_strides[1])[:, None] + offsets[None, :]
+    tl.store(dw_ptr + offsets, dw, mask=(k < FILTERS[0])[:, None] & mask[None, :])
+
+
+@triton.jit
 def pair_wgrad_kernel(
     x_ptr,  # [N, C, H, W]
     dy_ptr,  # [N, K, P, Q]
@@ -576,17 +590,11 @@ def pair_wgrad_kernel(
     if dw_ptr is not None:
         first, second = halves(dw)
         k = k_tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
-        k_mask = k < K
-        taps = (j >= 0) & (c < C) & (r < R)
-        dw_rows = part * dw_strides[0] + k * dw_strides[1]
-        dw_taps = c * dw_strides[2] + r * dw_strides[3]
-        s, seen = window_tap(column, 0, FILTERS)
-        dw_at = dw_rows[:, None] + (dw_taps + s * dw_strides[4])[None, :]
-        tl.store(dw_ptr + dw_at, first, mask=k_mask[:, None] & (taps & seen)[None, :])
+        dw_ptr += part * dw_strides[0]
+        store_gradient(dw_ptr, dw_strides, first, 0, k, r, j, FILTERS, RUN)
         if not single:
-            s, seen = window_tap(column, 1, FILTERS)
-            dw_at = (dw_rows + dw_strides[0])[:, None] + (dw_taps + s * dw_strides[4])[None, :]
-            tl.store(dw_ptr + dw_at, second, mask=k_mask[:, None] & (taps & seen)[None, :])
+            dw_ptr += dw_strides[0]
+            store_gradient(dw_ptr, dw_strides, second, 1, k, r, j, FILTERS, RUN)
 
 
 class _Walk(NamedTuple):
