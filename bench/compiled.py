@@ -241,8 +241,12 @@ class Reader:
 
 
 def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: planner.Plan) -> Any:
-    """The engine's kernel, of several for the parities of a stride the one with most taps."""
+    """The engine's kernel, of several for the parities of a stride the one with most taps.
+
+    An engine may leave a convolution to another module's kernel.
+    """
     kernels = [k for k in launched if k.src.fn.fn.__module__ == plan.engine.__name__]
+    kernels = kernels or [k for k in launched if "tt.dot" in k.asm["ttir"]]
     if len(kernels) == 1:
         return kernels[0]
     work = [row.count * row.taps * column.count * column.taps for row, column in g.dgrad()]

@@ -503,6 +503,10 @@ def wgrad(
     ``pool`` and its ``offsets``, dy is the gradient of the pooled result: see ``expansion``.
     ``normalise``: as in ``fprop``.
     """
+    if tile.packed:
+        options = {"precision": precision, "pool": pool, "offsets": offsets, "normalise": normalise}
+        pair_conv.wgrad(x, dy, dw, db, g, tile, **options)
+        return
     dw_parts = None if dw is None else parts_like(dw, tile.splits)
     db_parts = None if db is None else parts_like(db, tile.splits)
     K, C = g.K // g.groups, g.C // g.groups
@@ -548,10 +552,12 @@ def choose_tile(
 ) -> Tile:
     """A tile that suits the convolution; fprop's and dgrad's order of summation ignores N.
 
-    fprop's is packed where neighbouring outputs are multiplied in pairs.
+    fprop's and wgrad's are packed where neighbouring outputs are multiplied in pairs.
     """
-    if direction == "fprop" and pair_conv.supports(g, dtype):
-        return pair_conv.choose_tile(g, device)
+    if direction != "dgrad" and pair_conv.supports(g, dtype):
+        if direction == "fprop":
+            return pair_conv.choose_tile(g, device)
+        return pair_conv.choose_wgrad_tile(g, device)
     if device.backend == "interpreter":
         return _interpreter_tile(direction, g)
     tile = _gpu_tile(direction, g, dtype.itemsize)

@@ -1,9 +1,10 @@
-"""Convolution of few channels where two neighbouring outputs are one row of the product.
+"""Convolution of few channels, and its weight gradient, by pairs of neighbouring outputs.
 
 Their windows overlap in one short run of x, which is loaded once, by wide words where the channels
-lie side by side. The packed filters hold each filter twice, the second time shifted by the stride:
-for a run padded to a power of two that often is no product more than one output alone would take.
-Sizes and strides are in elements.
+lie side by side. fprop multiplies it by packed filters, which hold each filter twice, the second
+time shifted by the stride: for a run padded to a power of two that often is no product more than
+one output alone would take. wgrad multiplies it by dy of both outputs, and finds each filter's
+gradient twice, in parts for the second pass to add. Sizes and strides are in elements.
 """
 
 from functools import lru_cache
@@ -15,11 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device, replay
-from .device import Device
+from .device import Device, loop
 from .epilogue import result_strides, store_result
-from .geometry import Conv2dGeometry, contiguous_strides
+from .expansion import load_expanded, pooled
+from .geometry import Conv2dGeometry, Pool2dGeometry, contiguous_strides
 from .indexing import (
     cdiv,
+    divisors,
     dot,
     narrow,
     pixel,
@@ -27,10 +30,12 @@ from .indexing import (
     plain_strides,
     power_of_2,
     program,
+    quotient,
     unspecialised,
     unspecialised_strides,
     within,
 )
+from .split_sum import parts_like, split_sum
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 Normalisation = tuple[Tensor, Tensor]
@@ -95,7 +100,7 @@ def filters_of(g: Conv2dGeometry) -> tuple[int, ...]:
 
 
 def supports(g: Conv2dGeometry, dtype: torch.dtype) -> bool:
-    """Whether ``fprop`` takes the convolution, in any layout."""
+    """Whether ``fprop`` and ``wgrad`` take the convolution, in any layout."""
     return dtype.itemsize == 2 and g.groups == 1 and g.C > 0 and segment(g) <= DEEPEST
 
 
@@ -389,3 +394,280 @@ def fprop(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+
+
+def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
+    """A tile of filters, each twice, by runs of x; its depth is a patch of pairs."""
+    lines = power_of_2(g.R) * segment(g)
+    if device.backend == "interpreter":
+        rows, columns = 2 * max(8, min(512, power_of_2(g.K))), max(16, min(1024, lines))
+        along = power_of_2(cdiv(g.Q, 2))
+        depth = max(16, min(power_of_2(g.P) * along, INTERPRETER_ELEMENTS // max(rows, columns)))
+        return Tile(rows, columns, depth, packed=True, patch=(1, along))
+    rows = 2 * max(8, min(64, power_of_2(g.K)))
+    widest = 256 if device.arch == 90 else 128
+    if _run(g, 0, flat=True, itemsize=2).unit <= 2:
+        widest //= 2  # narrow loads are many, and each takes registers
+    columns = max(16, min(widest, lines))
+    depth, stages = (32, 2) if device.backend == "hip" else (64, 3)
+    warps = 8 if columns > 64 else 4
+    programs = cdiv(2 * g.K, rows) * cdiv(g.R * segment(g), columns)
+    # As many programs as share the multiprocessors, but at least eight turns for each.
+    splits = min(
+        cdiv(g.N * g.P * g.Q, 16 * depth),
+        device.multiprocessors * (8 // warps) // max(1, programs),
+    )
+    return Tile(
+        *(rows, columns, depth),
+        packed=True,
+        splits=max(1, splits),
+        warps=warps,
+        stages=stages,
+        patch=(depth // 8, 8),
+    )
+
+
+@triton.jit
+def store_gradient(dw_ptr, dw_strides, dw, half, k, r, j, FILTERS: tl.constexpr, RUN: tl.constexpr):
+    """Store dw[filters k, elements j of the runs of rows r], of the first or second outputs.
+
+    What does not lie in their windows is dropped. ``dw_strides``: of parts, k, c, r, s.
+    """
+    c, column = run_element(j, FILTERS[1], RUN.columns, RUN.flat)
+    s, mask = window_tap(column, half, FILTERS)
+    mask &= (j >= 0) & (c < FILTERS[1]) & (r < FILTERS[2])
+    offsets = c * dw_strides[2] + r * dw_strides[3] + s * dw_strides[4]
+    offsets = (k * dw_strides[1])[:, None] + offsets[None, :]
+    tl.store(dw_ptr + offsets, dw, mask=(k < FILTERS[0])[:, None] & mask[None, :])
+
+
+@triton.jit
+def pair_wgrad_kernel(
+    x_ptr,  # [N, C, H, W]
+    dy_ptr,  # [N, K, P, Q]
+    dw_ptr,  # [parts, K, C, R, S] or None
+    db_ptr,  # [parts, K] or None
+    x_strides,  # n, c, h, w, unspecialised
+    dy_strides,  # n, k, p, q, unspecialised
+    dw_strides,  # part, k, c, r, s
+    walk,  # as _wgrad_walk gives it
+    origin,  # of the walk along the height and the width
+    pooled,  # of dy as load_expanded takes it, or None
+    POOL: tl.constexpr,  # its Window, or None
+    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    FILTERS: tl.constexpr,  # as filters_of gives them
+    RUN: tl.constexpr,  # a Run
+    TILE: tl.constexpr,  # rows, columns, height and width of a patch
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
+
+    x in bytes counts as x * scale[c] + shift[c], rounded to dy's dtype. One program multiplies
+    ``rows / 2`` filters' dy, of the first and the second output of each pair, by the runs that
+    ``columns / segment`` rows of a filter meet. It sums a share of the pairs in float32, and writes
+    what the first outputs and what the second ones add to dw as two parts. The products of an
+    output with what its neighbour alone sees are dropped, so x need not be finite there. For that
+    the last outputs of rows of odd length have programs, and single parts, of their own.
+
+    A turn's pairs are a patch: so many rows of y, and of each so many pairs, or the last output in
+    so many images. Indices that end in _in are of a place within a patch, the same in every turn.
+    """
+    ROWS: tl.constexpr = TILE[0]
+    COLUMNS: tl.constexpr = TILE[1]
+    HEIGHT: tl.constexpr = TILE[2]
+    WIDTH: tl.constexpr = TILE[3]
+    K: tl.constexpr = FILTERS[0]
+    C: tl.constexpr = FILTERS[1]
+    R: tl.constexpr = FILTERS[2]
+    STEP: tl.constexpr = 2 * FILTERS[6]
+    UNIT: tl.constexpr = RUN.unit
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    K_TILES: tl.constexpr = (2 * K + ROWS - 1) // ROWS
+    LINES: tl.constexpr = COLUMNS // RUN.segment
+    LINE_TILES: tl.constexpr = 1 if dw_ptr is None else (R + LINES - 1) // LINES
+    x_strides = plain_strides(x_strides)
+    dy_strides = plain_strides(dy_strides)
+    walk = plain(walk)
+    N, H, W, P, Q, splits, singles, tall, wide, wide_single = walk[:10]
+    by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = walk[10:]
+
+    pid = program(WIDE)
+    line_tile = pid % LINE_TILES
+    k_tile = pid // LINE_TILES % K_TILES
+    split = pid // (LINE_TILES * K_TILES)
+    single = split >= splits
+    part = tl.where(single, splits + split, 2 * split)
+    split = tl.where(single, split - splits, split)
+    across = tl.where(single, N, Q // 2)  # pairs of a row, or images
+    wide = tl.where(single, wide_single, wide)
+    by_wide = tl.where(single, by_single, by_wide)
+    wide_shift = tl.where(single, single_shift, wide_shift)
+    patches = tall * wide * tl.where(single, 1, N)
+    turns = tl.cdiv(patches, tl.where(single, singles, splits))
+
+    m = tl.arange(0, ROWS)
+    half = m // 8 % 2
+    k = k_tile * (ROWS // 2) + m // 16 * 8 + m % 8
+    k_mask = (k < K) & (half < tl.where(single, 1, 2))
+    i = tl.arange(0, HEIGHT * WIDTH) + pid * 0  # as wide as the offsets
+    p_in = i // WIDTH
+    across_in = i % WIDTH
+    dy_in = (k * dy_strides[1] + half * dy_strides[3])[:, None]
+    dy_in += (p_in * dy_strides[2])[None, :]
+    dy_in += (across_in * tl.where(single, dy_strides[0], 2 * dy_strides[3]))[None, :]
+
+    column = tl.arange(0, COLUMNS)
+    r = line_tile * LINES + column // RUN.segment
+    place = column % RUN.segment + pid * 0
+    j = place - RUN.lead
+    c, column = run_element(j, C, RUN.columns, RUN.flat)
+    scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
+    if RUN.flat:
+        # Along the width, x is one axis of W * C elements, and a run goes its C-th part as far.
+        width = W * C // UNIT * UNIT  # a multiple of the unit, as is the start of a run
+        w_step = STEP * C
+        w_in = place
+        x_in = tl.multiple_of(r * FILTERS[5] * x_strides[2], UNIT) + place
+        x_step = tl.where(single, x_strides[0], w_step)
+    else:
+        width = W
+        w_step = STEP
+        w_in = tl.where(c < C, column, W - origin[1])
+        x_in = r * FILTERS[5] * x_strides[2] + c * x_strides[1] + column * x_strides[3]
+        x_step = tl.where(single, x_strides[0], w_step * x_strides[3])
+    h_in = tl.where(r < R, r * FILTERS[5], H - origin[0])  # beyond the image from any row
+    x_in = tl.multiple_of(across_in * x_step, UNIT)[:, None] + x_in[None, :]
+    x_in += tl.multiple_of(p_in * (FILTERS[4] * x_strides[2]), UNIT)[:, None]
+
+    dw = tl.zeros((ROWS, COLUMNS), tl.float32)
+    db = tl.zeros((ROWS, 16), tl.float32)
+    ones = tl.full((HEIGHT * WIDTH, 16), 1.0, DTYPE)
+    for patch in loop(split * turns, tl.minimum((split + 1) * turns, patches)):
+        row = quotient(patch, wide, by_wide, wide_shift)
+        n = quotient(row, tall, by_tall, tall_shift)
+        p = (row - n * tall) * HEIGHT
+        first = (patch - row * wide) * WIDTH
+        n = tl.where(single, first, n)
+        q = tl.where(single, Q - 1, 2 * first)
+        inside = (p_in < P - p) & (across_in < across - first)
+        # [ROWS, pairs]
+        dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+        dy_mask = k_mask[:, None] & inside[None, :]
+        if POOL is None:
+            dy = tl.load(dy_ptr + dy_at + dy_in, mask=dy_mask, other=0.0)
+        else:
+            images = n + tl.where(single, across_in, 0)
+            outputs = q + tl.where(single, 0, 2 * across_in)
+            outputs = half[:, None] + outputs[None, :]
+            where = images[None, :], k[:, None], (p + p_in)[None, :], outputs
+            dy = load_expanded(dy_ptr, dy_strides, pooled, where, dy_mask, POOL)
+        if dw_ptr is not None:
+            # [pairs, COLUMNS]
+            h = p * FILTERS[4] + origin[0]
+            w = q * FILTERS[6] + origin[1]
+            x_at = n * x_strides[0] + h * x_strides[2]
+            if RUN.flat:
+                w = w * C - RUN.lead
+                x_at = tl.multiple_of(x_at + w, UNIT)
+            else:
+                x_at += w * x_strides[3]
+            h = tl.where(p_in < P - p, h + p_in * FILTERS[4], H)
+            w += tl.where(single, 0, across_in * w_step)
+            w = tl.multiple_of(tl.where(across_in < across - first, w, width), UNIT)
+            x_mask = within(h[:, None] + h_in[None, :], H)
+            x_mask &= within(w[:, None] + w_in[None, :], width)
+            x = load_normalised(x_ptr + x_at, x_in, x_mask, normalise, scale, shift, DTYPE)
+            dw = dot(dy, x, dw, PRECISION)
+        if db_ptr is not None:
+            db = dot(dy, ones, db, PRECISION)
+
+    if db_ptr is not None:
+        if line_tile == 0:
+            copy = tl.arange(0, 16)[None, :]
+            db_at = ((part + half) * K + k)[:, None] + copy * 0
+            tl.store(db_ptr + db_at, db, mask=k_mask[:, None] & (copy == 0))
+    if dw_ptr is not None:
+        first, second = halves(dw)
+        k = k_tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        dw_ptr += part * dw_strides[0]
+        store_gradient(dw_ptr, dw_strides, first, 0, k, r, j, FILTERS, RUN)
+        if not single:
+            dw_ptr += dw_strides[0]
+            store_gradient(dw_ptr, dw_strides, second, 1, k, r, j, FILTERS, RUN)
+
+
+class _Walk(NamedTuple):
+    """How wgrad's programs share the pairs: two parts come of a split, one of a single."""
+
+    shares: int
+    parts: int
+    sizes: tuple[int, ...]
+
+
+def _wgrad_walk(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Walk:
+    """The walk in patches of height x width places.
+
+    ``sizes``: N, H, W, P, Q, splits, singles; patches along p, along q, of images; then what
+    divides by these three.
+    """
+    tall, wide, deep = cdiv(g.P, height), cdiv(g.Q // 2, width), cdiv(g.N, width)
+    splits, singles = shares, 0
+    if g.Q % 2:
+        single = cdiv(shares * deep, max(1, deep + g.N * wide))
+        singles = max(1, min(single, shares - 1))
+        splits = max(1, shares - singles)
+    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, splits, singles, tall, wide, deep))
+    return _Walk(splits + singles, 2 * splits + singles, sizes + divisors(tall, wide, deep))
+
+
+def wgrad(
+    x: Tensor,
+    dy: Tensor,
+    dw: Tensor | None,
+    db: Tensor | None,
+    g: Conv2dGeometry,
+    tile: Tile,
+    *,
+    precision: str,
+    pool: Pool2dGeometry | None = None,
+    offsets: Tensor | None = None,
+    normalise: Normalisation | None = None,
+) -> None:
+    """dw[K,C,R,S] and db[K], of one group, with the options of ``direct_conv.wgrad``.
+
+    The pairs are summed in ``tile.splits`` shares, whose parts a second pass adds in a fixed order.
+    """
+    width = min(tile.patch[1], tile.depth)
+    patch = tile.depth // width, width
+    walk = _wgrad_walk(g, tile.splits, *patch)
+    dw_parts = None if dw is None else parts_like(dw, walk.parts)
+    db_parts = None if db is None else parts_like(db, walk.parts)
+    expansion, window = pooled(pool, offsets)
+    run = run_of(x, g)
+    arguments = (
+        *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
+        (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
+        *(walk.sizes, (-g.padding[0][0], -g.padding[1][0]), expansion, window, normalise),
+    )
+    for known in to_launch(run):
+        # Loads of four bytes and more go to shared memory on their own, others through registers.
+        copied = known.unit * x.element_size() >= 4 and pool is None and normalise is None
+        columns, warps, stages = tile.columns, tile.warps, tile.stages
+        if not copied and not device.INTERPRET:
+            columns, warps, stages = max(run.segment, min(64, columns)), 8, 1
+        lines = 1 if dw is None else cdiv(g.R, columns // run.segment)
+        device.launch(
+            pair_wgrad_kernel,
+            (lines * cdiv(2 * g.K, tile.rows) * walk.shares,),
+            *arguments,
+            *(filters_of(g), known, (tile.rows, columns, *patch), precision),
+            device.wide(g.N * g.P * g.Q, x, dy, dw_parts, offsets),
+            device=x.device,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    if dw is not None and dw_parts is not None:
+        split_sum(dw_parts, dw)
+    if db is not None and db_parts is not None:
+        split_sum(db_parts, db)

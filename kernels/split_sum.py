@@ -14,15 +14,28 @@ from .indexing import cdiv, narrow, power_of_2, program
 
 # The elements are a layer's weights: their number, unlike that of the parts, knows no batch.
 @triton.jit(do_not_specialize=["splits"])
-def split_sum_kernel(parts_ptr, out_ptr, numel, splits, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = parts[0, i] + parts[1, i] + ..., first to last; one program sums BLOCK elements."""
-    i = program(WIDE) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < numel
-    total = tl.load(parts_ptr + i, mask=mask, other=0.0)
-    for _ in loop(splits - 1):
-        parts_ptr += numel
-        total += tl.load(parts_ptr + i, mask=mask, other=0.0)
-    tl.store(out_ptr + i, narrow(total, out_ptr.dtype.element_ty), mask=mask)
+def split_sum_kernel(
+    parts_ptr,  # [splits, numel]
+    out_ptr,  # [numel]
+    numel,
+    splits,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """out[i] = parts[0, i] + parts[1, i] + ...; one program sums BLOCK elements.
+
+    Every LANES-th part is added first to last, then these sums: so many loads wait at once.
+    """
+    i = (program(WIDE) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    lane = (program(WIDE) * 0 + tl.arange(0, LANES))[:, None]
+    total = tl.zeros((LANES, BLOCK), parts_ptr.dtype.element_ty)
+    for first in loop(0, splits, LANES):
+        part = first + lane
+        mask = (part < splits) & (i < numel)
+        total += tl.load(parts_ptr + part * numel + i, mask=mask, other=0.0)
+    total = tl.sum(total, axis=0, keep_dims=True)
+    tl.store(out_ptr + i, narrow(total, out_ptr.dtype.element_ty), mask=i < numel)
 
 
 class ChannelWalk(NamedTuple):
@@ -72,10 +85,12 @@ def split_sum(parts: Tensor, out: Tensor) -> None:
     if parts is out:
         return
     splits, numel = parts.shape
-    block = min(1 << 16, power_of_2(numel)) if device.INTERPRET else 1024
+    # Few elements take many lanes, so that there are programs enough.
+    lanes = 16 if numel < 1 << 16 else 4
+    block = min(1 << 16, power_of_2(numel)) if device.INTERPRET else 1024 // lanes
     device.launch(
         split_sum_kernel,
         (cdiv(numel, block),),
-        *(parts, out, numel, splits, device.wide(0, parts), block),
+        *(parts, out, numel, splits, device.wide(0, parts), block, lanes),
         device=out.device,
     )

@@ -33,6 +33,7 @@ PRODUCTS = {
     ("direct_conv", "few_channel_fprop_kernel"),
     ("direct_conv", "few_channel_wgrad_kernel"),
     ("pair_conv", "pair_fprop_kernel"),
+    ("pair_conv", "pair_wgrad_kernel"),
 }
 STEM_PRODUCTS = {("stem_pool", "stem_pool_kernel")}  # on NVIDIA's GPUs
 DESCRIPTOR_PRODUCTS = {  # on Hopper and later

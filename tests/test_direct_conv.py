@@ -19,9 +19,9 @@ from tolerance import (
 )
 
 from kernels import device as kernel_device
-from kernels import direct_conv, pair_conv
+from kernels import direct_conv, expansion, pair_conv
 from kernels.device import Device
-from kernels.geometry import output_strides
+from kernels.geometry import Pool2dGeometry, output_strides
 from kernels.tile import INTERPRETER_ELEMENTS, Tile, is_valid
 
 STEM = conv_case(2, 3, (9, 8), 8, (7, 7), stride=(2, 2), padding=(3, 3, 3, 3))
@@ -349,6 +349,8 @@ def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
 
 
 PAIRED_CASES = tuple(g for g in CASES if pair_conv.supports(g, torch.float16))
+# Several patches of pairs, and as rows have an odd length several of single outputs.
+PATCHES = conv_case(6, 3, (9, 21), 17, (3, 3), (2, 2), (1, 1, 1, 1))
 
 
 def integers(g, dtype, device, layout, value=None):
@@ -388,6 +390,74 @@ def test_what_is_not_finite_does_not_spread_within_a_pair(g, value, device):
         paired = fprop(g, inputs, chosen(g, torch.bfloat16, device)["fprop"])
         assert not alone.isfinite().all() or value < 0
         assert paired.equal(alone) or torch.allclose(paired, alone, 0, 0, equal_nan=True)
+
+
+def paired_wgrad_tiles(g, dtype, device):
+    """The chosen tile, and one of several programs, shares and patches; some shares are empty."""
+    tile = chosen(g, dtype, device)["wgrad"]
+    columns = max(16, pair_conv.segment(g))
+    return tile, Tile(16, columns, 16, packed=True, splits=3, patch=(4, 4))
+
+
+def exact_wgrad(g, x, w, dy):
+    """dw and db by torch in float64, rounded."""
+    inputs = [double(v) for v in (x, w, w.new_zeros(g.K))]
+    _, (_, dw, db, _) = evaluate(torch_conv2d(g), (*inputs, None), double(dy))
+    return dw.to(w), db.to(w)
+
+
+@pytest.mark.parametrize(
+    ("g", "layout"),
+    [
+        *params(PAIRED_CASES, ("channels_last",)),
+        *params((PATCHES,), ("contiguous", "channels_last", "sliced")),
+    ],
+)
+def test_gradients_of_pairs(g, layout, device):
+    """Exactly, as all sums are of integers; dw, db, or both at once."""
+    x, w, _, dy = integers(g, torch.float16, device, layout)
+    right = exact_wgrad(g, x, w, dy)
+    for tile in paired_wgrad_tiles(g, x.dtype, device):
+        assert tile.packed
+        tiles = {"wgrad": tile}
+        assert all(map(torch.equal, wgrad(x, dy, w, g, tiles), right))
+    assert torch.equal(wgrad(x, dy, w, g, tiles, db=False)[0], right[0])
+    assert torch.equal(wgrad(x, dy, w, g, tiles, dw=False)[1], right[1])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("g", params((*PAIRED_CASES[::2], PATCHES)))
+def test_what_is_not_finite_does_not_spread_within_a_pairs_gradient(g, value, device):
+    x, w, _, dy = integers(g, torch.bfloat16, device, "channels_last", value)
+    dy[0, 0, 0, 0] = dy[-1, 0, -1, -1] = value
+    right = exact_wgrad(g, x, w, dy)
+    for tile in paired_wgrad_tiles(g, x.dtype, device):
+        for result, expected in zip(wgrad(x, dy, w, g, {"wgrad": tile}), right, strict=True):
+            assert torch.allclose(result, expected, 0, 0, equal_nan=True)
+
+
+@pytest.mark.parametrize("g", params((STEM, PAIRED_CASES[2])))
+def test_gradients_of_pairs_expand_a_pooled_one(g, device):
+    x, w, *_ = integers(g, torch.float16, device, "channels_last")
+    pool = Pool2dGeometry(*g.y_shape, (3, 3), (2, 2), (1, 1))
+    dy = random(pool.y_shape, x.dtype, device, seed=5).mul_(2).round_()
+    offsets = torch.randint(0, 9, pool.y_shape, dtype=torch.uint8, device=device)
+    dz, db = x.new_empty(g.y_shape), x.new_full((g.K,), torch.nan)
+    expansion.expand(dy, offsets, dz, None, pool)
+    for tile in paired_wgrad_tiles(g, x.dtype, device):
+        dw = torch.full_like(w, torch.nan)
+        options = {"precision": "ieee", "pool": pool, "offsets": offsets}
+        direct_conv.wgrad(x, dy, dw, db, g, tile, **options)
+        assert all(map(torch.equal, (dw, db), exact_wgrad(g, x, w, dz)))
+
+
+def test_gradients_of_pairs_with_64_bit_offsets(device, monkeypatch):
+    x, w, _, dy = operands(STEM, torch.float16, device, "channels_last").inputs
+    for tile in paired_wgrad_tiles(STEM, x.dtype, device):
+        monkeypatch.undo()
+        narrow = wgrad(x, dy, w, STEM, {"wgrad": tile})
+        monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+        assert all(map(torch.equal, narrow, wgrad(x, dy, w, STEM, {"wgrad": tile})))
 
 
 def test_pairs_with_64_bit_offsets(device, monkeypatch):
