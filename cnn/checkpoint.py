@@ -1,0 +1,128 @@
+"""Checkpoints: files that are whole at any moment, and that run no code when they are read."""
+
+import errno
+import os
+import platform
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import models
+from .data import Description
+from .problem import Problem
+
+FORMAT = 1
+KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
+
+
+def save(checkpoint: dict[str, Any], *paths: Path) -> None:
+    """Write ``checkpoint`` with format and versions to each path: always the old or the new, whole.
+
+    Raises OSError that names the path where that cannot be done.
+    """
+    packages = ("torch", "triton", "numpy", "triton-cnn")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    whole = BytesIO()  # torch.save into a file hides what the system says of a full disk
+    torch.save({"format": FORMAT, "versions": versions, **checkpoint}, whole)
+    for path in paths:
+        write(path, whole.getbuffer())
+
+
+def write(path: Path, contents: Any) -> None:
+    """Replace ``path`` by a file of ``contents`` in one step that outlasts a loss of power."""
+    path = path.resolve()
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of a run, without what a killed one was writing.
+
+    Raises OSError where nothing can be written there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what ``save`` wrote, on the CPU. Raises Problem where ``path`` holds something else."""
+    checkpoint = _read(path)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
+        raise Problem(f"{path} is not a checkpoint of python -m cnn train")
+    if checkpoint["format"] != FORMAT:
+        raise Problem(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}")
+    if not checkpoint.keys() >= KEYS:
+        raise Problem(f"{path} lacks {', '.join(sorted(KEYS - checkpoint.keys()))}")
+    return checkpoint
+
+
+def load_model(path: Path, name: str | None = None):
+    """The model of a checkpoint, or of a file with a state_dict alone as torchvision's are.
+
+    Args:
+        name: of the model, which a checkpoint knows by itself; its classes and channels are read
+            off the first and the last weight.
+
+    Returns the model, and the checkpoint or None. Raises Problem where they do not fit together.
+    """
+    contents = _read(path)
+    bare = isinstance(contents, dict) and contents and all(map(torch.is_tensor, contents.values()))
+    if not bare:
+        checkpoint = load(path)
+        state = checkpoint["state_dict"]
+        name = _agreed(name, checkpoint["config"]["model"], path)
+    elif name is None:
+        raise Problem(f"{path} holds parameters alone: say of which model by --model")
+    else:
+        checkpoint, state = None, contents
+    weights = [value for value in state.values() if value.dim() > 1]
+    try:
+        options = {"num_classes": len(weights[-1]), "in_channels": weights[0].shape[1]}
+        model = models.create(name, **options)
+        model.load_state_dict(state)
+    except (IndexError, KeyError, RuntimeError, ValueError):
+        raise Problem(f"{path} does not hold the parameters of {name}") from None
+    return model, checkpoint
+
+
+def description(checkpoint: dict[str, Any]) -> Description:
+    """What the data was on which the model of a checkpoint was trained."""
+    return Description(**checkpoint["description"])
+
+
+def _agreed(given: str | None, known: str, path: Path) -> str:
+    if given not in (None, known):
+        raise Problem(f"--model: {given} contradicts {known} of {path}")
+    return known
+
+
+def _read(path: Path) -> Any:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise Problem(f"cannot read {path}: {error.strerror}") from None
+    with file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # a damaged file can raise anything
+            raise Problem(f"{path} is damaged or not a checkpoint") from None
