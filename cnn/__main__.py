@@ -23,6 +23,7 @@ from kernels.device import INTERPRET, launches
 from . import checkpoint as checkpoints
 from . import data, models
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
+from .data import load as load_data
 from .evaluate import BATCH, class_table, draw_confusion, in_workers, outputs
 from .group import Group
 from .interruption import Interrupted, Interruption
@@ -190,7 +191,7 @@ def train(args: argparse.Namespace) -> None:
         raise Problem(f"{folder} holds a run: --resume it, --overwrite it, or name another --output")
     checkpoints.prepare(folder)
     group = Group(args.device)
-    sets = data.load(config.data, config.size or SIZES.get(config.model), config.seed)
+    sets = load_data(config.data, config.size or SIZES.get(config.model), config.seed)
     check_size(config.model, sets.description)
     every = dict(zip(("save_every", "in_seconds"), args.save_every, strict=True))
     run = Run(config, Setting(folder, args.workers, broken=args.broken, **every), sets, group)
@@ -222,17 +223,18 @@ def evaluate(args: argparse.Namespace) -> None:
         trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
         if args.size not in (None, known.size):
             raise Problem(f"--size: {args.size} contradicts {known.size} of {args.checkpoint}")
-        sets = data.load(args.data or trained.data, known.size, trained.seed)
+        name, size = args.data or trained.data, known.size
+    elif args.data:
+        trained, known = Config(model=args.model), None
+        name, size = args.data, args.size or SIZES.get(args.model)
     else:
-        if not args.data:
-            raise Problem(f"{args.checkpoint} does not say what to test on: give --data")
-        trained = Config(model=args.model)
-        sets = data.load(args.data, args.size or SIZES.get(args.model))
-        known = sets.description
-        check_size(args.model, known)
+        raise Problem(f"{args.checkpoint} does not say what to test on: give --data")
+    sets = load_data(name, size, trained.seed)
     classes = sets.description.classes
-    if classes != known.classes or len(classes) != len([*model.parameters()][-1]):
-        raise Problem(f"--data: {args.data} has other classes than {args.checkpoint}")
+    if classes != (known or sets.description).classes or len(classes) != len([*model.parameters()][-1]):
+        raise Problem(f"--data: {name} has other classes than {args.checkpoint}")
+    known = known or sets.description
+    check_size(trained.model, known)
     images = Subset(sets.test, range(min(args.limit or math.inf, len(sets.test))))
     labels, answers, rate = _test(args, trained, model, images, Watch(sets.test, args.broken, tell), known)
     print(class_table(labels, answers, classes))

@@ -1,6 +1,5 @@
 """Checkpoints: files that are whole at any moment, and that run no code when they are read."""
 
-import errno
 import os
 import platform
 from importlib.metadata import version
@@ -55,13 +54,16 @@ def write(path: Path, contents: Any) -> None:
 def prepare(folder: Path) -> None:
     """Make the folder of a run, without what a killed one was writing.
 
-    Raises OSError where nothing can be written there.
+    Raises Problem where nothing can be written there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob(".*.part"):
-        part.unlink(missing_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
+        write(folder / "last.pt.try", b"")
+        (folder / "last.pt.try").unlink(missing_ok=True)
+    except OSError as error:
+        raise Problem(f"cannot write {folder}: {error.strerror}") from None
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def outputs(
         yield logits.float(), watch(labels).to(prepare.device)
 
 
-class Tester:
+class Evaluator:
     """Tests models on a data set that the processes of ``group`` share."""
 
     def __init__(self, data: Any, prepare: Preparation, amp: str, watch: Watch, group: Group, workers: int):

@@ -26,7 +26,7 @@ class Journal:
 
     def __init__(self, folder: Path, begun: int):
         self.folder = folder
-        self._drawn = -1e9
+        self._drawn = time.monotonic()
         self._board = None
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from . import checkpoint as checkpoints
 from . import models
 from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
-from .evaluate import Tester, autocast, in_workers, tally
+from .evaluate import Evaluator, autocast, in_workers, tally
 from .group import Group
 from .interruption import Interrupted, Interruption
 from .journal import Journal, Progress, tell
@@ -153,7 +153,7 @@ class Run:
         options = {"pin_memory": pinned, **in_workers(setting.workers)}
         self.loader = DataLoader(images, batch_sampler=self.batches, **options)  # type: ignore[arg-type]
         self.watch, watch = (Watch(part, setting.broken, tell) for part in (data.train, data.test))
-        self.test = Tester(data.test, self.prepare, config.amp, watch, group, setting.workers)
+        self.test = Evaluator(data.test, self.prepare, config.amp, watch, group, setting.workers)
 
     def _build_optimizer(self) -> None:
         config = self.config
@@ -176,10 +176,11 @@ class Run:
         if self.group.first:
             journal = Journal(self.setting.folder, self.position.epoch)
         while self.position.epoch < self.config.epochs:
-            begun = time.monotonic()
+            begun, step = time.monotonic(), self.position.step
             self._train(interruption)
-            seconds = time.monotonic() - begun
-            self._finish(seconds, interruption, journal)
+            images = (self.position.step - step) * self.config.batch_size
+            rate = images / (time.monotonic() - begun)
+            self._finish(rate, interruption, journal)
 
     def _train(self, interruption: Interruption) -> None:
         """The steps of an epoch that are left."""
@@ -230,7 +231,7 @@ class Run:
             return time.monotonic() - self._saved >= self.setting.save_every
         return self.position.step % self.setting.save_every == 0
 
-    def _finish(self, seconds: float, interruption: Interruption, journal: Journal | None) -> None:
+    def _finish(self, rate: float, interruption: Interruption, journal: Journal | None) -> None:
         """Test the model, tell and save."""
 
         def between() -> None:
@@ -250,7 +251,7 @@ class Run:
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "images": int(count),
-            "seconds": round(seconds, 3),
+            "images_per_second": round(rate, 1),
         }
         position.rows.append(row)
         position.epoch += 1
@@ -263,7 +264,7 @@ class Run:
             tell(
                 f"epoch {position.epoch}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
                 f"accuracy {row['train_accuracy']:.3f}  test loss {test_loss:.4f}  "
-                f"test accuracy {test_accuracy:.4f}  {count / seconds:.0f} images/s"
+                f"test accuracy {test_accuracy:.4f}  {rate:.0f} images/s"
                 + (f"  {lost} broken images skipped" if lost else "")
             )
             journal.write(position.rows, last=position.epoch == self.config.epochs)

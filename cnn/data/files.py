@@ -74,7 +74,7 @@ class Watch:
                 raise Problem(f"cannot always read {self.data.paths[index]}", FAILURE)
             if index not in self._known:
                 self._known.add(index)
-                self.tell(f"skipped {self.data.paths[index]}, which cannot be read")
+                self.tell(f"{self.data.paths[index]} cannot be read and is skipped")
         return labels.where(labels >= 0, UNCOUNTED)
 
 

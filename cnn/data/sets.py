@@ -159,7 +159,7 @@ def _folder(path: Path | None, size: int | None, seed: int) -> Data:
         raise Problem(f"{path or 'folder'} is no folder: give one with a folder a class, as folder:PATH")
     apart = (path / "train").is_dir()
     top = path / "train" if apart else path
-    classes = tuple(sorted(place.name for place in top.iterdir() if place.is_dir()))
+    classes = tuple(sorted(place.name for place in top.glob("[!.]*") if place.is_dir()))
     found = [image_files(top / name) for name in classes]
     if apart:
         names = [name for name in ("test", "val") if (path / name).is_dir()]
