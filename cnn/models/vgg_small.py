@@ -17,7 +17,7 @@ class VGGSmall(nn.Module):
     Takes x[N, in_channels, 32, 32] or one image without N; returns logits [N, num_classes].
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 1, dropout: float = 0.5):
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, dropout: float = 0.25):
         super().__init__()
         pooled = {"padding": 1, "pool_kernel_size": 2}
         self.features = nn.Sequential(
@@ -41,6 +41,6 @@ class VGGSmall(nn.Module):
         return self.classifier(self.features(x).flatten(-3))
 
 
-def vgg_small(num_classes: int = 10, in_channels: int = 1, dropout: float = 0.5) -> VGGSmall:
+def vgg_small(num_classes: int = 10, in_channels: int = 1, dropout: float = 0.25) -> VGGSmall:
     """A freshly initialised small VGG-like network for images of 32x32 pixels."""
     return VGGSmall(num_classes, in_channels, dropout)
