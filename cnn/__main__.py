@@ -31,8 +31,9 @@ from .journal import Progress, tell
 from .problem import FAILURE, Problem
 from .train import OPTIMIZERS, SCHEDULES, Config, Run, Setting
 
-SIZES = {"lenet5": 32, "vgg_small": 32, "alexnet": 224, "zfnet": 224}
-"""The image size of models that do not take any."""
+ONLY = {"lenet5": 32, "vgg_small": 32}
+"""The image size of models that take no other."""
+USUAL = ONLY | {"alexnet": 224, "zfnet": 224}
 LAST = Path()  # --resume without a path
 AMP = ("bf16", "fp16", "off")
 
@@ -189,9 +190,10 @@ def train(args: argparse.Namespace) -> None:
     last = folder / "last.pt"
     if last.exists() and not args.overwrite and not (source and source.samefile(last)):
         raise Problem(f"{folder} holds a run: --resume it, --overwrite it, or name another --output")
-    checkpoints.prepare(folder)
     group = Group(args.device)
-    sets = load_data(config.data, config.size or SIZES.get(config.model), config.seed)
+    if group.first:
+        checkpoints.prepare(folder)
+    sets = load_data(config.data, config.size or USUAL.get(config.model), config.seed)
     check_size(config.model, sets.description)
     every = dict(zip(("save_every", "in_seconds"), args.save_every, strict=True))
     run = Run(config, Setting(folder, args.workers, broken=args.broken, **every), sets, group)
@@ -208,12 +210,18 @@ def train(args: argparse.Namespace) -> None:
 
 def check_size(name: str, description: data.Description) -> None:
     """Raise Problem unless the model takes images of the data's size."""
-    shape = 1, description.channels, description.size, description.size
-    try:
-        with torch.device("meta"), torch.no_grad():
-            models.create(name, in_channels=shape[1]).eval()(torch.empty(shape))
-    except (RuntimeError, ValueError):
-        raise Problem(f"--size: {name} does not take {shape[2]}x{shape[3]} pixels") from None
+    size = description.size
+    fits = size == ONLY.get(name)
+    if name not in ONLY:
+        try:
+            with torch.device("meta"), torch.no_grad():
+                model = models.create(name, in_channels=description.channels).eval()
+                model(torch.empty(1, description.channels, size, size))
+            fits = True
+        except (RuntimeError, ValueError):
+            fits = False
+    if not fits:
+        raise Problem(f"--size: {name} does not take {size}x{size} pixels")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -226,7 +234,7 @@ def evaluate(args: argparse.Namespace) -> None:
         name, size = args.data or trained.data, known.size
     elif args.data:
         trained, known = Config(model=args.model), None
-        name, size = args.data, args.size or SIZES.get(args.model)
+        name, size = args.data, args.size or USUAL.get(args.model)
     else:
         raise Problem(f"{args.checkpoint} does not say what to test on: give --data")
     sets = load_data(name, size, trained.seed)

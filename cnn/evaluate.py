@@ -92,7 +92,7 @@ def draw_confusion(
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     count = len(classes)
-    figure = new_figure("the confusion matrix", figsize=(2 + 0.5 * min(count, 24),) * 2)
+    figure = new_figure("the confusion matrix", figsize=(2 + 0.5 * min(count, 24),) * 2, layout="constrained")
     axes = figure.subplots()
     matrix = confusion_matrix(labels, answers, labels=range(count))
     display = ConfusionMatrixDisplay(matrix, display_labels=classes)

@@ -73,7 +73,7 @@ def new_figure(use: str, **options: Any):
         from matplotlib.figure import Figure
     except ImportError:
         raise missing("matplotlib", f"drawing {use}") from None
-    return Figure(layout="constrained", **options)
+    return Figure(**options)
 
 
 def png(figure: Any) -> bytes:

@@ -148,7 +148,8 @@ def noise(tmp_path_factory) -> str:
 KINDS = {
     "sgd": "--optimizer sgd --schedule cosine --channels-last --label-smoothing 0.1",
     "ema": "--ema 0.9 --schedule constant --augment --workers 2",
-    "bf16": "--amp bf16 --weight-decay 0.1 --model vgg_small",
+    "dropout": "--model vgg_small --weight-decay 0.1",
+    "bf16": "--amp bf16",
     "fp16": "--amp fp16",
 }
 
@@ -156,19 +157,19 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp_path):
     """Ctrl-C finishes the step, saves and exits 130 in one line."""
-    argv = ["train", "--data", noise, "--epochs", 3, "--batch-size", 24, *KINDS[kind].split()]
+    argv = ["train", "--data", noise, "--epochs", 2, "--batch-size", 24, *KINDS[kind].split()]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cpu.run(*argv, "--output", whole)[0] == 0
     every_step = [*argv, "--output", parts, "--save-every", 1]
     code, out, err = cpu.run(*every_step, INTERRUPT_AFTER_SAVES=2)
-    line = f"python -m cnn: interrupted; {parts}/last.pt holds epoch 0 of 3 and 3 steps\n"
+    line = f"python -m cnn: interrupted; {parts}/last.pt holds epoch 0 of 2 and 3 steps\n"
     assert (code, out, err) == (130, "", line)
     code, out, err = cpu.run(*every_step, "--resume", INTERRUPT_AFTER_SAVES=3)  # in the next epoch
     assert code == 130
-    assert err.endswith(f"{parts}/last.pt holds epoch 1 of 3 and 3 steps\n")
+    assert err.endswith(f"{parts}/last.pt holds epoch 1 of 2 and 3 steps\n")
     code, out, err = cpu.run("train", "--resume", "--output", parts)
     assert (code, out.splitlines()[0]) == (0, "kernels: aten (cpu)"), err
-    assert err.startswith(f"resumed {parts}/last.pt: epoch 1 of 3 and 3 steps\n")
+    assert err.startswith(f"resumed {parts}/last.pt: epoch 1 of 2 and 3 steps\n")
     assert files(parts) == files(whole) == {*RUN}
     assert_same_runs(whole, parts)
 
@@ -188,19 +189,21 @@ def test_a_run_that_is_killed_again_and_again_goes_on_with_the_same_bits(cpu, no
     draw = random.Random(0)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     last = parts / "last.pt"
-    argv = ["train", "--data", noise, "--epochs", 20, "--batch-size", 4, "--save-every", 7]
+    argv = ["train", "--data", noise, "--epochs", 10, "--batch-size", 4, "--save-every", 7]
     assert cpu.run(*argv, "--output", whole)[0] == 0
     resume, kept, done = [], None, []
-    for _ in range(5):
+    while len(done) < 4:
         fork = cpu.start(*argv, "--output", parts, *resume)
         wait_for(last, kept)
         time.sleep(draw.uniform(0, 0.05))
         os.kill(fork.pid, signal.SIGKILL)
-        assert fork.wait() == -signal.SIGKILL
+        if fork.wait() == 0:  # it was done before, on a machine that is busy
+            break
         position = checkpoints.load(last)["position"]
         assert position["step"] % 7 == 0
         done.append((position["epoch"], position["step"]))
         kept, resume = last.stat().st_ino, ["--resume"]
+    assert len(done) >= 2
     assert done == sorted({*done})
     assert cpu.run(*argv, "--output", parts, "--resume")[0] == 0
     assert files(parts) == {*RUN}
@@ -266,9 +269,9 @@ def test_a_second_ctrl_c_ends_at_once(cpu, tmp_path):
     assert fork.err.read_text().count("\n") == 1
 
 
-def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, tmp_path):
-    """The digits, twice: the second run replaces the first where it is told to."""
-    argv = ["train", "--epochs", 1, "--output", tmp_path]
+def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_path):
+    """Twice: the second run replaces the first where it is told to."""
+    argv = ["train", "--data", noise, "--epochs", 1, "--output", tmp_path]
     code, out, _ = cpu.run(*argv)
     again = cpu.run(*argv, "--overwrite")[1]
     assert (code, again) == (0, out)
