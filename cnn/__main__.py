@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -24,10 +24,10 @@ from . import checkpoint as checkpoints
 from . import data, models
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
 from .data import load as load_data
-from .evaluate import BATCH, class_table, draw_confusion, in_workers, outputs
+from .evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
 from .group import Group
 from .interruption import Interrupted, Interruption
-from .journal import Progress, tell
+from .journal import tell
 from .problem import FAILURE, Problem
 from .train import OPTIMIZERS, SCHEDULES, Config, Run, Setting
 
@@ -173,7 +173,11 @@ def _configuration(command: Parser) -> None:
     add("--channels-last", **switch, help="keep images and maps in NHWC")
     add("--compile", **switch, help="through torch.compile")
     add("--sync-bn", **switch, help="batch statistics over all GPUs")
-    add("--seed", type=number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807"), help="fixes the run (0)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807"),
+        help="fixes the run (0)",
+    )
 
 
 def train(args: argparse.Namespace) -> None:
@@ -189,7 +193,9 @@ def train(args: argparse.Namespace) -> None:
         folder = args.output or source.parent
     last = folder / "last.pt"
     if last.exists() and not args.overwrite and not (source and source.samefile(last)):
-        raise Problem(f"{folder} holds a run: --resume it, --overwrite it, or name another --output")
+        raise Problem(
+            f"{folder} holds a run: --resume it, --overwrite it, or name another --output"
+        )
     group = Group(args.device)
     if group.first:
         checkpoints.prepare(folder)
@@ -201,88 +207,86 @@ def train(args: argparse.Namespace) -> None:
         run.restore(checkpoint, source)
         if group.first:
             tell(f"resumed {source}: {run.place}")
-    with Interruption() as interruption:
-        run.go(interruption)
-    if group.first:
-        report(group.device, run.position.rows[-1]["test_accuracy"])
+    try:
+        with Interruption() as interruption:
+            run.go(interruption)
+        if group.first:
+            report(group.device, run.position.rows[-1]["test_accuracy"])
+    except Interrupted:
+        group.close()
+        raise
     group.close()
 
 
 def check_size(name: str, description: data.Description) -> None:
     """Raise Problem unless the model takes images of the data's size."""
-    size = description.size
-    fits = size == ONLY.get(name)
-    if name not in ONLY:
-        try:
+    size, channels = description.size, description.channels
+    try:
+        if size != ONLY.get(name, size):
+            raise ValueError(size)
+        if name not in ONLY:  # what runs nothing takes seconds to import
             with torch.device("meta"), torch.no_grad():
-                model = models.create(name, in_channels=description.channels).eval()
-                model(torch.empty(1, description.channels, size, size))
-            fits = True
-        except (RuntimeError, ValueError):
-            fits = False
-    if not fits:
-        raise Problem(f"--size: {name} does not take {size}x{size} pixels")
+                model = models.create(name, in_channels=channels).eval()
+                model(torch.empty(1, channels, size, size))
+    except (RuntimeError, ValueError):
+        raise Problem(f"--size: {name} does not take {size}x{size} pixels") from None
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Test a trained model: a table of its classes, their confusion, its speed and accuracy."""
     model, checkpoint = checkpoints.load_model(args.checkpoint, args.model)
+    known = None
     if checkpoint:
         trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
         if args.size not in (None, known.size):
             raise Problem(f"--size: {args.size} contradicts {known.size} of {args.checkpoint}")
-        name, size = args.data or trained.data, known.size
+        size = known.size
     elif args.data:
-        trained, known = Config(model=args.model), None
-        name, size = args.data, args.size or USUAL.get(args.model)
+        trained = Config(model=args.model, data=args.data)
+        size = args.size or USUAL.get(args.model)
     else:
         raise Problem(f"{args.checkpoint} does not say what to test on: give --data")
-    sets = load_data(name, size, trained.seed)
-    classes = sets.description.classes
-    if classes != (known or sets.description).classes or len(classes) != len([*model.parameters()][-1]):
-        raise Problem(f"--data: {name} has other classes than {args.checkpoint}")
+    sets = load_data(args.data or trained.data, size, trained.seed)
     known = known or sets.description
+    check_fit(model, known, sets.description, args)
     check_size(trained.model, known)
-    images = Subset(sets.test, range(min(args.limit or math.inf, len(sets.test))))
-    labels, answers, rate = _test(args, trained, model, images, Watch(sets.test, args.broken, tell), known)
-    print(class_table(labels, answers, classes))
+
+    count = min(args.limit or len(sets.test), len(sets.test))
+    layout = torch.channels_last if trained.channels_last else torch.contiguous_format
+    model = model.to(args.device, memory_format=layout)  # type: ignore[call-overload]
+    begun = time.monotonic()
+    labels, given = answers(
+        model,
+        Subset(sets.test, range(count)),
+        Preparation(known, args.device, layout),
+        args.amp or trained.amp,
+        Watch(sets.test, args.broken, tell),
+        args.workers,
+    )
+    rate = count / (time.monotonic() - begun)
+    print(class_table(labels, given, known.classes))
     picture = args.confusion or args.checkpoint.with_name(f"{args.checkpoint.stem}-confusion.png")
     try:
-        draw_confusion(labels, answers, classes, picture)
+        draw_confusion(labels, given, known.classes, picture)
         print(f"confusion matrix: {picture}")
     except Problem as problem:  # without matplotlib
         tell(str(problem))
     print(f"{len(labels)} images, {rate:.0f} images/s")
-    report(args.device, (labels == answers).double().mean().item())
+    report(args.device, (labels == given).double().mean().item())
 
 
-def _test(
-    args: argparse.Namespace,
-    trained: Config,
+def check_fit(
     model: torch.nn.Module,
-    images: Any,
-    watch: Watch,
-    description: data.Description,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Labels and answers of all images that can be read, and images a second."""
-    layout = torch.channels_last if trained.channels_last else torch.contiguous_format
-    model = model.to(args.device, memory_format=layout)
-    prepare = Preparation(description, args.device, layout)
-    loader = DataLoader(images, BATCH, **in_workers(args.workers))
-    bar = Progress("test", len(images), 0, "image")
-    pairs, right, begun = [], 0, time.monotonic()
-    for logits, labels in outputs(model, loader, prepare, args.amp or trained.amp, watch):
-        counted = labels != UNCOUNTED
-        pairs.append((labels[counted].cpu(), logits.argmax(1)[counted].cpu()))
-        right += (pairs[-1][0] == pairs[-1][1]).sum().item()
-        if bar.advance(len(labels)):
-            bar.show(right=str(right))
-    rate = len(images) / (time.monotonic() - begun)
-    bar.close()
-    labels, answers = (torch.cat(values) for values in zip(*pairs, strict=True))
-    if not len(labels):
-        raise Problem("no image to test with can be read", FAILURE)
-    return labels, answers, rate
+    known: data.Description,
+    found: data.Description,
+    args: argparse.Namespace,
+) -> None:
+    """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
+    outputs = len([*model.parameters()][-1])
+    if found.classes != known.classes or len(known.classes) != outputs:
+        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
+    if found.channels != known.channels:
+        raise Problem(f"--data: {args.checkpoint} is for images of {known.channels} channels")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -290,21 +294,23 @@ def predict(args: argparse.Namespace) -> None:
     model, checkpoint = checkpoints.load_model(args.checkpoint)
     assert checkpoint
     known = checkpoints.description(checkpoint)
-    paths = [path for given in args.images for path in (image_files(given) if given.is_dir() else [given])]
+    folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
+    paths = [path for files in folders for path in files]
     images = ImageFiles(paths, [0] * len(paths), known.size, known.channels)
-    prepare = Preparation(known, args.device)
-    loader = DataLoader(images, BATCH, **in_workers(args.workers))
     unread: list[str] = []
     watch = Watch(images, "skip", unread.append)
-    at = 0
-    for logits, labels in outputs(model.to(args.device), loader, prepare, checkpoint["config"]["amp"], watch):
-        chances, answers = logits.softmax(1).topk(min(args.top, len(known.classes)))
-        for path, label, *best in zip(paths[at:], labels.tolist(), chances.tolist(), answers.tolist(), strict=False):
-            if label == UNCOUNTED:
-                continue
-            named = (f"{known.classes[answer]}\t{chance:.4f}" for chance, answer in zip(*best, strict=True))
-            print(path, *named, sep="\t")
-        at += len(labels)
+    loader = DataLoader(images, BATCH, **in_workers(args.workers))
+    prepare = Preparation(known, args.device)
+    ahead = iter(paths)
+    for logits, labels in outputs(
+        model.to(args.device), loader, prepare, checkpoint["config"]["amp"], watch
+    ):
+        best = logits.softmax(1).topk(min(args.top, len(known.classes)))
+        rows = zip(labels.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
+        for (label, chances, classes), path in zip(rows, ahead, strict=False):
+            if label != UNCOUNTED:
+                pairs = zip(classes, chances, strict=True)
+                print(path, *(f"{known.classes[c]}\t{chance:.4f}" for c, chance in pairs), sep="\t")
     for line in unread:
         say(line)
     if unread:
@@ -337,7 +343,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say("interrupted")
         code = 130
     except Interrupted as interrupted:
-        say(f"interrupted; {interrupted.kept}")
+        if os.environ.get("RANK", "0") == "0":
+            say(f"interrupted; {interrupted.kept}")
         code = 128 + interrupted.signal
     except Exception as error:
         if args.debug:

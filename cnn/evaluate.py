@@ -14,7 +14,7 @@ from .checkpoint import write
 from .data import UNCOUNTED, Preparation, Watch
 from .group import Group
 from .interruption import ignore_in_worker
-from .journal import new_figure, png
+from .journal import Progress, new_figure, png
 from .problem import FAILURE, Problem
 
 BATCH = 256
@@ -48,10 +48,36 @@ def outputs(
         yield logits.float(), watch(labels).to(prepare.device)
 
 
+def answers(
+    model: nn.Module, images: Any, prepare: Preparation, amp: str, watch: Watch, workers: int
+) -> tuple[Tensor, Tensor]:
+    """Labels and answers for all ``images`` that can be read, with a bar meanwhile."""
+    loader = DataLoader(images, BATCH, **in_workers(workers))
+    bar = Progress("test", len(images), 0, "image")
+    right, pairs = 0, []
+    for logits, labels in outputs(model, loader, prepare, amp, watch):
+        counted = labels != UNCOUNTED
+        pairs.append((labels[counted].cpu(), logits.argmax(1)[counted].cpu()))
+        right += int((pairs[-1][0] == pairs[-1][1]).sum())
+        if bar.advance(len(labels)):
+            bar.show(right=str(right))
+    bar.close()
+    labels, given = (torch.cat(values) for values in zip(*pairs, strict=True))
+    _check_any(len(labels))
+    return labels, given
+
+
+def _check_any(count: float) -> None:
+    if not count:
+        raise Problem("no image to test with can be read", FAILURE)
+
+
 class Evaluator:
     """Tests models on a data set that the processes of ``group`` share."""
 
-    def __init__(self, data: Any, prepare: Preparation, amp: str, watch: Watch, group: Group, workers: int):
+    def __init__(
+        self, data: Any, prepare: Preparation, amp: str, watch: Watch, group: Group, workers: int
+    ):
         share = Subset(data, range(group.rank, len(data), group.world))
         pinned = prepare.device.type == "cuda"
         self._loader = DataLoader(share, BATCH, pin_memory=pinned, **in_workers(workers))
@@ -65,15 +91,16 @@ class Evaluator:
             totals += tally(logits, labels, F.cross_entropy(logits, labels, reduction="sum"))
             between()
         loss, right, count = self._group.sum(totals).tolist()
-        if not count:
-            raise Problem("no image to test with can be read", FAILURE)
+        _check_any(count)
         return loss / count, right / count
 
 
 def tally(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     """What is summed over batches: loss, right answers, and images that count."""
     right = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss.detach().double(), right.double(), (labels != UNCOUNTED).sum().double()])
+    return torch.stack(
+        [loss.detach().double(), right.double(), (labels != UNCOUNTED).sum().double()]
+    )
 
 
 def class_table(labels: Tensor, answers: Tensor, classes: tuple[str, ...]) -> str:
@@ -85,14 +112,14 @@ def class_table(labels: Tensor, answers: Tensor, classes: tuple[str, ...]) -> st
     return str(classification_report(labels, answers, **options))
 
 
-def draw_confusion(
-    labels: Tensor, answers: Tensor, classes: tuple[str, ...], path: Path
-) -> None:
+def draw_confusion(labels: Tensor, answers: Tensor, classes: tuple[str, ...], path: Path) -> None:
     """Draw how often which class is taken for which, as a PNG. Names show of up to 50 classes."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     count = len(classes)
-    figure = new_figure("the confusion matrix", figsize=(2 + 0.5 * min(count, 24),) * 2, layout="constrained")
+    figure = new_figure(
+        "the confusion matrix", figsize=(2 + 0.5 * min(count, 24),) * 2, layout="constrained"
+    )
     axes = figure.subplots()
     matrix = confusion_matrix(labels, answers, labels=range(count))
     display = ConfusionMatrixDisplay(matrix, display_labels=classes)

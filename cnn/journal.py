@@ -15,7 +15,7 @@ from .checkpoint import write
 from .problem import Problem, missing
 
 Row = dict[str, Any]
-"""What is known of an epoch: its number, train_loss, train_accuracy, test_loss, test_accuracy and so on."""
+"""What is known of an epoch: its number, losses and accuracies of both sets, and so on."""
 
 
 class Journal:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class Setting:
 
 @dataclass
 class Position:
-    """How far a run has come: whole epochs, steps of the next, the best accuracy, a row an epoch."""
+    """How far a run is: whole epochs, steps of the next, the best accuracy, a row an epoch."""
 
     epoch: int = 0
     step: int = 0
@@ -305,7 +305,9 @@ class Run:
                     "processes": processes,
                 },
             }
-            checkpoints.save(contents, *([self.setting.folder / "best.pt"] if best else []), self.last)
+            checkpoints.save(
+                contents, *([self.setting.folder / "best.pt"] if best else []), self.last
+            )
         self._saved = time.monotonic()
         self._kept = f"{self.last} holds {self.place}"
 
@@ -342,4 +344,4 @@ class Run:
             if "cuda_random" in own and self.group.device.type == "cuda":
                 torch.cuda.set_rng_state(own["cuda_random"], self.group.device)
         elif self.group.first:
-            self.totals.copy_(sum(each["totals"] for each in processes))
+            self.totals.copy_(torch.stack([each["totals"] for each in processes]).sum(0))

@@ -24,19 +24,20 @@ from cnn import checkpoint
 from cnn.__main__ import main
 from cnn.journal import curves
 
-def interrupt_after(saves, save=checkpoint.save):
+def interrupt_after(saves, times, save=checkpoint.save):
     def counting(*args):
         nonlocal saves
         save(*args)
         saves -= 1
-        if saves == 0:
+        for _ in range(times if saves == 0 else 0):
             os.kill(os.getpid(), SIGINT)
     checkpoint.save = counting
 
 def run(argv, environment, out, err):
-    signal(SIGINT, default_int_handler)  # where the tests' own starter ignores Ctrl-C, so would they
+    signal(SIGINT, default_int_handler)  # whoever started the tests may ignore it
     os.environ.update(environment)
-    interrupt_after(int(environment.get("INTERRUPT_AFTER_SAVES", -1)))
+    if saves := environment.get("INTERRUPT_AFTER_SAVES"):
+        interrupt_after(int(saves), int(environment.get("INTERRUPT_TIMES", 1)))
     for path, number in (out, 1), (err, 2):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     try:
@@ -80,7 +81,8 @@ class Fork:
 class Forks:
     """Starts ``python -m cnn`` again and again.
 
-    Under INTERRUPT_AFTER_SAVES=N a process gets a Ctrl-C right after writing its Nth checkpoint.
+    Under INTERRUPT_AFTER_SAVES=N a process gets a Ctrl-C right after writing its Nth checkpoint;
+    under INTERRUPT_TIMES=2 it gets another at once.
     """
 
     def __init__(self, server: subprocess.Popen, folder: Path):

@@ -26,7 +26,13 @@ def test_save_and_load(tmp_path):
             checkpoint = checkpoints.load(path)
             assert checkpoint["position"] == {"step": step}
             assert checkpoint["versions"]["torch"] == torch.__version__
-            assert checkpoint["versions"].keys() == {"python", "torch", "triton", "numpy", "triton-cnn"}
+            assert checkpoint["versions"].keys() == {
+                "python",
+                "torch",
+                "triton",
+                "numpy",
+                "triton-cnn",
+            }
     assert files(tmp_path) == ["best.pt", "last.pt"]
 
 
@@ -36,7 +42,7 @@ def test_the_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     fsync, replace = os.fsync, Path.replace
 
     def synchronise(number):
-        calls.append(os.readlink(f"/proc/self/fd/{number}"))
+        calls.append(str(Path(f"/proc/self/fd/{number}").readlink()))
         fsync(number)
 
     def rename(self, target):
@@ -99,8 +105,10 @@ BAD = {
         "{path} has format 99, this version reads 1",
     ),
     "lacking": (
-        lambda path: checkpoints.save({**CONTENTS} | {"format": 1}, path)
-        or torch.save({k: v for k, v in torch.load(path).items() if k != "training"}, path),
+        lambda path: (
+            checkpoints.save({**CONTENTS} | {"format": 1}, path)
+            or torch.save({k: v for k, v in torch.load(path).items() if k != "training"}, path)
+        ),
         "{path} lacks training",
     ),
 }

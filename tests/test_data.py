@@ -54,9 +54,12 @@ def test_preparation_gives_mean_0_and_variance_1_of_the_training_set(digits):
     assert images.dtype == torch.float32
     assert images.double().mean().abs() < 1e-5
     assert abs(images.double().var() - 1) < 1e-4
-    colours = Preparation(Description(("a",), 2, (0.5, 0, 1), (0.5, 1, 2)), torch.device("cpu"))
-    pixel = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
-    torch.testing.assert_close(colours(pixel).flatten(), torch.tensor([-1, 0.2, 0]))
+    description = Description(("a",), 2, (0.5, 0, 1), (0.5, 1, 2))
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        colours = Preparation(description, torch.device("cpu"), layout)(pixels)
+        torch.testing.assert_close(colours[1, :, 3, 2], torch.tensor([-1, 0.2, 0]))
+        assert colours.is_contiguous(memory_format=layout)
 
 
 def test_28_pixels_are_padded_and_others_scaled():
@@ -65,14 +68,16 @@ def test_28_pixels_are_padded_and_others_scaled():
     assert torch.equal(padded[..., 2:30, 2:30], images)
     assert padded.sum() == images.sum()
     assert resized(images, 14).shape == (1, 1, 14, 14)
-    assert torch.equal(resized(torch.full((1, 3, 5, 9), 7, dtype=torch.uint8), 20).unique(), torch.tensor([7], dtype=torch.uint8))
+    assert torch.equal(
+        resized(torch.full((1, 3, 5, 9), 7, dtype=torch.uint8), 20).unique(),
+        torch.tensor([7], dtype=torch.uint8),
+    )
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
     header = bytes((0, 0, 8, array.ndim)) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    opened = gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb")
-    with opened as file:
-        file.write(header + array.astype(np.uint8).tobytes())
+    contents = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(contents) if path.suffix == ".gz" else contents)
 
 
 @pytest.fixture
@@ -99,8 +104,14 @@ def test_idx_files(name, mnist):
 
 
 IDX_DAMAGE = {
-    "cut.gz": (lambda path: path.write_bytes(path.read_bytes()[:200]), "train-images-idx3-ubyte.gz is damaged"),
-    "text": (lambda path: path.write_bytes(gzip.compress(b"text")), "idx3-ubyte.gz is not an IDX file"),
+    "cut.gz": (
+        lambda path: path.write_bytes(path.read_bytes()[:200]),
+        "train-images-idx3-ubyte.gz is damaged",
+    ),
+    "text": (
+        lambda path: path.write_bytes(gzip.compress(b"text")),
+        "idx3-ubyte.gz is not an IDX file",
+    ),
     "short": (lambda path: write_idx(path, np.zeros((3, 28, 28))), "holds 3 images and 20 labels"),
     "none": (lambda path: path.unlink(), "holds no train-images-idx3-ubyte"),
     "label": (
@@ -156,7 +167,10 @@ def cifar(folder: Path, kind: str) -> dict[str, np.ndarray]:
     """Write a CIFAR-10 of 4 images a file; returns images and labels to train with."""
     draw = np.random.default_rng(0)
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-    parts = [(draw.integers(256, size=(4, 3072), dtype=np.uint8), draw.integers(10, size=4)) for _ in names]
+    parts = [
+        (draw.integers(256, size=(4, 3072), dtype=np.uint8), draw.integers(10, size=4))
+        for _ in names
+    ]
     for name, (pixels, labels) in zip(names, parts, strict=True):
         if kind == "bin":
             records = np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1)
@@ -231,7 +245,9 @@ def test_a_folder_is_split_by_the_seed(tmp_path):
     assert first.test.paths == same.test.paths != other.test.paths
     image, label = first.train[7]
     assert (image.dtype, label) == (torch.uint8, 1)
-    assert torch.equal(image, torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
+    assert torch.equal(
+        image, torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    )
 
 
 @pytest.mark.parametrize("name", ["val", "test"])
@@ -317,7 +333,9 @@ def test_batches_hold_every_image_once_whoever_shares_them():
     alone.epoch, alone.step = 1, 0
     later = list(alone)
     assert {epoch for batch in later for epoch, _ in batch} == {1}
-    assert [[index for _, index in batch] for batch in later] != [[index for _, index in batch] for batch in whole]
+    assert [[index for _, index in batch] for batch in later] != [
+        [index for _, index in batch] for batch in whole
+    ]
     assert list(Batches(23, 6, seed=2)) != whole
 
 

@@ -94,3 +94,20 @@ def test_another_image_size_raises(device):
     model = cnn.models.lenet5().to(device)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(torch.zeros(1, 1, 28, 28, device=device))
+
+
+def test_vgg_small(device):
+    """Parameters and FLOPs are those of its docstring; its logits those of torch's layers."""
+    torch.manual_seed(0)
+    model = cnn.models.vgg_small().eval()
+    assert sum(p.numel() for p in model.parameters()) == 767_370
+    x = torch.randn(2, 1, 32, 32)
+    y = x
+    for layer, pool in zip(model.features, (True, True, False, True), strict=True):
+        y = nn.functional.conv2d(y, layer.weight, layer.bias, padding=1).relu()
+        y = nn.functional.max_pool2d(y, 2) if pool else y
+    expected = model.classifier(y.flatten(1)).detach()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        logits = model.to(device)(x.to(device))
+    assert counter.get_total_flops() == 2 * 39_392_256
+    torch.testing.assert_close(logits.cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -8,7 +8,9 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,11 @@ from torch.utils.data import TensorDataset
 import cnn
 from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
-from cnn import data
+from cnn import data, journal
 from cnn.data import Preparation, Watch
 from cnn.evaluate import Evaluator
 from cnn.group import Group
+from cnn.journal import Progress
 from kernels.device import INTERPRET
 
 RUN = ["last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"]
@@ -79,7 +82,9 @@ def few_digits(monkeypatch):
 
     def load(*args):
         sets = data.load(*args)
-        parts = (TensorDataset(*part[:count]) for part, count in ((sets.train, 48), (sets.test, 24)))
+        parts = (
+            TensorDataset(*part[:count]) for part, count in ((sets.train, 48), (sets.test, 24))
+        )
         return data.Data(*parts, sets.description, sets.mirrors)
 
     monkeypatch.setattr(cli, "load_data", load)
@@ -123,7 +128,9 @@ def test_accuracy_and_loss_count():
     labels = torch.tensor([0, 1, 2, 0]).repeat(300)
     sets = TensorDataset(images, labels)
     prepare = Preparation(data.Description(("a",), 2, (0.0,), (1.0,)), torch.device("cpu"))
-    test = Evaluator(sets, prepare, "off", Watch(sets, "stop", print), Group(torch.device("cpu")), 0)
+    test = Evaluator(
+        sets, prepare, "off", Watch(sets, "stop", print), Group(torch.device("cpu")), 0
+    )
     calls = []
     loss, accuracy = test(nn.Flatten(), lambda: calls.append(0))
     assert accuracy == 0.75
@@ -258,15 +265,55 @@ def test_two_processes_train_as_one(cpu, noise, tmp_path):
     assert_nearly_same(one, less)
 
 
-def test_a_second_ctrl_c_ends_at_once(cpu, tmp_path):
-    fork = cpu.start("train", "--epochs", 1000, "--output", tmp_path, "--save-every", 1)
-    wait_for(tmp_path / "last.pt")
-    os.kill(fork.pid, signal.SIGSTOP)
-    for _ in range(2):  # both arrive within a step
-        os.kill(fork.pid, signal.SIGINT)
-        os.kill(fork.pid, signal.SIGCONT)
-    assert fork.wait() == 130
-    assert fork.err.read_text().count("\n") == 1
+def test_a_second_ctrl_c_ends_at_once(cpu, noise, tmp_path):
+    argv = ["train", "--data", noise, "--batch-size", 24, "--output", tmp_path, "--save-every", 1]
+    code, out, err = cpu.run(*argv, INTERRUPT_AFTER_SAVES=2, INTERRUPT_TIMES=2)
+    assert (code, out, err) == (130, "", "python -m cnn: interrupted\n")
+    assert checkpoints.load(tmp_path / "last.pt")["position"]["step"] == 2
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    progress = Progress("epoch 1/2", 100, 20, "image")
+    assert progress.advance(30)
+    progress.show(loss="0.5", accuracy="0.75")
+    assert progress.advance(50)
+    progress.close()
+    assert not Progress("other", 100, 0, "image", quiet=True).advance(10)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"epoch 1/2  50/100  loss 0\.5  accuracy 0\.75  \d+ images/s\n", err)
+
+
+def test_tensorboard_gets_each_epoch_where_it_is_installed(monkeypatch, tmp_path):
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            told.append(scalar)
+
+        def flush(self):
+            told.append("flush")
+
+    board = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(journal, "find_spec", lambda name: name == "tensorboard")
+    rows = [{"epoch": epoch, "test_loss": 0.5 / epoch} for epoch in (1, 2)]
+    journal.Journal(tmp_path, 1).write(rows, last=False)
+    assert told == [(str(tmp_path), 2), ("epoch", 2, 2), ("test_loss", 0.25, 2), "flush"]
+    assert (tmp_path / "log.csv").read_text() == "epoch,test_loss\n1,0.5\n2,0.25\n"
+
+
+def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    rows = [{"epoch": 1, "train_loss": 1, "test_loss": 1, "train_accuracy": 1, "test_accuracy": 1}]
+    journal.Journal(tmp_path, 0).write(rows, last=True)
+    line = "drawing curves needs matplotlib: pip install 'triton-cnn[train]'\n"
+    assert capsys.readouterr().err == line
+    assert files(tmp_path) == {"log.csv", "log.jsonl"}
 
 
 def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_path):
@@ -291,7 +338,17 @@ def paint(folder: Path) -> Path:
 def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
     """It stops the program, or does not count. The model then names images; its file is tested."""
     images, run = paint(tmp_path / "images"), tmp_path / "run"
-    argv = ["train", "--data", f"folder:{images}", "--epochs", 8, "--batch-size", 10, "--output", run]
+    argv = [
+        "train",
+        "--data",
+        f"folder:{images}",
+        "--epochs",
+        8,
+        "--batch-size",
+        10,
+        "--output",
+        run,
+    ]
     code, out, err = cpu.run(*argv, "--seed", 1)
     reason = f"cannot read {images}/red/broken.png: cannot identify image file"
     assert (code, out, err) == (1, "", f"python -m cnn: {reason}\n")
@@ -340,6 +397,7 @@ BAD = {
     "train --label-smoothing -1": "--label-smoothing: '-1' is not",
     "train --weight-decay x": "--weight-decay: 'x' is not a number from 0",
     "train --seed -3": "--seed: '-3' is not",
+    "train --save-every 0": "--save-every: '0' is neither steps, as 500, nor minutes, as 10m",
     "train --save-every 5h": "--save-every: '5h' is neither steps, as 500, nor minutes, as 10m",
     "train --device tpu7": "--device: 'tpu7' is not a device",
     "train --device meta": "--device: 'meta' is neither cpu nor cuda",
@@ -373,7 +431,7 @@ BAD = {
     "eval {tmp}/bare.pt --model vgg_small": "{tmp}/bare.pt does not hold the parameters of",
     "eval {tmp}/last.pt --model vgg_small": "--model: vgg_small contradicts lenet5 of",
     "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
-    "eval {tmp}/last.pt": "--data: digits has other classes than {tmp}/last.pt",
+    "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
     "predict {tmp}/last.pt": "arguments are required: images",
     "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt holds parameters alone",
 }
@@ -404,6 +462,13 @@ def test_bad_arguments_get_one_line_and_exit_code_2(line, message, tmp_path, cap
     assert before.items() <= {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}.items()
 
 
+def test_intervals_are_steps_or_minutes():
+    args = cli.parser().parse_args(["train", "--save-every", "1.5m"])
+    assert args.save_every == (90.0, True)
+    args = cli.parser().parse_args(["train", "--save-every", "20"])
+    assert args.save_every == (20, False)
+
+
 def test_an_error_is_one_line_unless_debug(monkeypatch, capsys):
     def fail(args):
         raise RuntimeError("two\nlines")
@@ -412,6 +477,8 @@ def test_an_error_is_one_line_unless_debug(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["predict", "x", "y"])
     assert stop.value.code == 1
-    assert capsys.readouterr().err == "python -m cnn: RuntimeError: two lines (--debug shows where)\n"
+    assert (
+        capsys.readouterr().err == "python -m cnn: RuntimeError: two lines (--debug shows where)\n"
+    )
     with pytest.raises(RuntimeError):
         cli.main(["predict", "x", "y", "--debug"])

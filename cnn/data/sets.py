@@ -1,6 +1,6 @@
 """The data sets that have a name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
 from ..problem import Problem
 from .files import ImageFiles, image_files
@@ -49,40 +49,38 @@ def load(name: str, size: int | None = None, seed: int = 0) -> Data:
     """The data set ``name``, one of NAMES, or "NAME:PATH" with the place of its files.
 
     Images are ``size`` x ``size``, by default 224 for folders of photographs and else 32. ``seed``
-    draws the test set of a folder that has none. Raises Problem where files are not as they must be.
+    draws the test set of a folder that has none. Raises Problem where files are not as they should.
     """
     name, _, path = name.partition(":")
     return NAMES[name](Path(path) if path else None, size, seed)
 
 
-def _tensors(
-    train: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
-    classes: tuple[str, ...],
-    size: int | None,
-    where: Any,
-    *,
-    mirrors: bool,
+Part = tuple[Tensor, Tensor]
+"""Images [N, C, H, W] and labels [N]."""
+
+
+def in_memory(
+    train: Part, test: Part, classes: tuple[str, ...], size: int, origin: object, *, mirrors: bool
 ) -> Data:
-    """A data set that is held in memory; ``where`` it came from is told if it is not sound."""
+    """A data set of ``train`` and ``test``; ``origin`` is named where they are not sound."""
     for images, labels in (train, test):
         if not len(images) == len(labels) > 0:
-            raise Problem(f"{where} holds {len(images)} images and {len(labels)} labels")
+            raise Problem(f"{origin} holds {len(images)} images and {len(labels)} labels")
         if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise Problem(f"{where} holds labels beyond 0 to {len(classes) - 1}")
-    size = size or 32
-    train, test = ((resized(images, size), labels) for images, labels in (train, test))
-    values = torch.stack([channel.bincount(minlength=256) for channel in _channels(train[0])])
-    shares = values.double() / values.sum(1, keepdim=True)
+            raise Problem(f"{origin} holds labels beyond 0 to {len(classes) - 1}")
+    (images, labels), test = ((resized(images, size), labels) for images, labels in (train, test))
+    description = Description(classes, size, *moments(images))
+    return Data(TensorDataset(images, labels), TensorDataset(*test), description, mirrors)
+
+
+def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of uint8 images, with white as 1."""
+    counts = torch.stack([c.bincount(minlength=256) for c in images.transpose(0, 1).flatten(1)])
+    shares = counts.double() / counts.sum(1, keepdim=True)
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean = shares @ levels
     std = (shares @ levels**2 - mean**2).clamp(min=1e-12).sqrt()
-    description = Description(classes, size, tuple(mean.tolist()), tuple(std.tolist()))
-    return Data(TensorDataset(*train), TensorDataset(*test), description, mirrors)
-
-
-def _channels(images: Tensor) -> Tensor:
-    return images.transpose(0, 1).flatten(1)
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -92,12 +90,13 @@ def resized(images: Tensor, size: int) -> Tensor:
     paper makes 28x28 pixels 32x32, and else scaled bilinearly.
     """
     height, width = images.shape[-2:]
-    if height == width and 0 <= size - height <= 8 and (size - height) % 2 == 0:
-        return F.pad(images, ((size - height) // 2,) * 4)
+    margin, odd = divmod(size - height, 2)
+    if height == width and 0 <= margin <= 4 and not odd:
+        return F.pad(images, (margin,) * 4)
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
-def _digits(path: Path | None, size: int | None, seed: int) -> Data:
+def digits(path: Path | None, size: int | None, seed: int) -> Data:
     """scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, scaled up.
 
     A fixed fifth of them, with the same share of each digit, is the test set.
@@ -107,88 +106,102 @@ def _digits(path: Path | None, size: int | None, seed: int) -> Data:
 
     if path:
         raise Problem("digits come with scikit-learn and take no path")
-    pixels, target = load_digits(return_X_y=True)
     size = size or 32
+    pixels, target = load_digits(return_X_y=True)
     grey = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(grey, (size, size), mode="bilinear").round().to(torch.uint8)
     labels = torch.from_numpy(target).long()
-    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=target, random_state=0)
-    parts = ((images[part], labels[part]) for part in (train, test))
-    return _tensors(*parts, DIGITS, size, "scikit-learn", mirrors=False)
+    train, test = train_test_split(
+        range(len(labels)), test_size=0.2, stratify=target, random_state=0
+    )
+    parts = (images[train], labels[train]), (images[test], labels[test])
+    return in_memory(*parts, DIGITS, size, "scikit-learn", mirrors=False)
 
 
-def _idx_set(classes: tuple[str, ...], place: Path, *, mirrors: bool) -> Callable[..., Data]:
-    """A reader of the four IDX files that MNIST and those made like it consist of."""
+@dataclass(frozen=True)
+class IdxSet:
+    """A reader of the four IDX files that MNIST, and what was made like it, consists of."""
 
-    def read(path: Path | None, size: int | None, seed: int) -> Data:
-        folder = path or place
+    classes: tuple[str, ...]
+    place: Path
+    mirrors: bool
+
+    def __call__(self, path: Path | None, size: int | None, seed: int) -> Data:
+        folder = path or self.place
         if not folder.is_dir():
             raise Problem(f"{folder} is no folder: give the place of the IDX files, as NAME:FOLDER")
-        parts = [(_idx_file(folder, part, "images", 3)[:, None], _idx_file(folder, part, "labels", 1).long()) for part in ("train", "t10k")]
-        return _tensors(*parts, classes, size, folder, mirrors=mirrors)
+        train, test = (self._part(folder, name) for name in ("train", "t10k"))
+        return in_memory(train, test, self.classes, size or 32, folder, mirrors=self.mirrors)
 
-    return read
-
-
-def _idx_file(folder: Path, part: str, kind: str, axes: int) -> Tensor:
-    ends = (f"{dot}idx{axes}-ubyte{end}" for dot in "-." for end in ("", ".gz"))
-    return idx(first_there(folder, [f"{part}-{kind}{end}" for end in ends]), axes)
+    def _part(self, folder: Path, name: str) -> Part:
+        images = idx(_idx_path(folder, f"{name}-images", "idx3-ubyte"), axes=3)
+        labels = idx(_idx_path(folder, f"{name}-labels", "idx1-ubyte"), axes=1)
+        return images[:, None], labels.long()
 
 
-def _cifar10(path: Path | None, size: int | None, seed: int) -> Data:
+def _idx_path(folder: Path, name: str, kind: str) -> Path:
+    """Plain or compressed; some unpackers write the second hyphen as a point."""
+    return first_there(folder, [f"{name}{dot}{kind}{end}" for dot in "-." for end in ("", ".gz")])
+
+
+def cifar10(path: Path | None, size: int | None, seed: int) -> Data:
     """CIFAR-10 from its binary or Python version, unpacked."""
     if not path:
         raise Problem("cifar10 needs a place: give it as cifar10:FOLDER")
-    kinds = {"data_batch_1.bin": (cifar10_binary, ".bin"), "data_batch_1": (cifar10_pickle, "")}
-    places = (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py")
-    found = [(place, *kinds[name]) for place in places for name in kinds if (place / name).is_file()]
-    if not found:
-        raise Problem(f"{path} holds neither data_batch_1.bin nor data_batch_1")
-    place, reader, end = found[0]
-    batches = [reader(place / f"data_batch_{number}{end}") for number in range(1, 6)]
-    train = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
-    return _tensors(train, reader(place / f"test_batch{end}"), OBJECTS, size, place, mirrors=True)
+    for place in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
+        for read, end in ((cifar10_binary, ".bin"), (cifar10_pickle, "")):
+            if (place / f"data_batch_1{end}").is_file():
+                batches = [read(place / f"data_batch_{number}{end}") for number in range(1, 6)]
+                images, labels = (torch.cat(each) for each in zip(*batches, strict=True))
+                test = read(place / f"test_batch{end}")
+                parts = (images, labels), test
+                return in_memory(*parts, OBJECTS, size or 32, place, mirrors=True)
+    raise Problem(f"{path} holds neither data_batch_1.bin nor data_batch_1")
 
 
-def _folder(path: Path | None, size: int | None, seed: int) -> Data:
-    """Colour images in a folder for each class, below train/ and test/ or val/ if there is a train/.
+def folder(path: Path | None, size: int | None, seed: int) -> Data:
+    """Colour images in a folder for each class, below train/ and test/ or val/ if it has a train/.
 
     Else a fifth of each class, drawn from ``seed``, is the test set.
     """
     if not path or not path.is_dir():
-        raise Problem(f"{path or 'folder'} is no folder: give one with a folder a class, as folder:PATH")
-    apart = (path / "train").is_dir()
-    top = path / "train" if apart else path
-    classes = tuple(sorted(place.name for place in top.glob("[!.]*") if place.is_dir()))
-    found = [image_files(top / name) for name in classes]
-    if apart:
-        names = [name for name in ("test", "val") if (path / name).is_dir()]
-        if not names:
-            raise Problem(f"{path} holds a train, but neither a test nor a val")
-        tests = [image_files(path / names[0] / name) for name in classes]
-        trains = found
-    else:
+        raise Problem(f"{path or 'folder'} is no folder: give folder:PATH, with a folder a class")
+    train = path / "train" if (path / "train").is_dir() else path
+    classes = tuple(sorted(place.name for place in train.glob("[!.]*") if place.is_dir()))
+    found = [image_files(train / name) for name in classes]
+    if train is path:
         draw = np.random.default_rng(seed)
-        orders = [draw.permutation(len(files)) for files in found]
-        tests, trains = (
-            [[files[at] for at in sorted(order[part(len(order) // 5)])] for files, order in zip(found, orders, strict=True)]
-            for part in (lambda fifth: slice(fifth), lambda fifth: slice(fifth, None))
-        )
+        parts = zip(*(_split(files, draw) for files in found), strict=True)
+        trains, tests = parts if classes else ((), ())
+    else:
+        apart = [path / name for name in ("test", "val") if (path / name).is_dir()]
+        if not apart:
+            raise Problem(f"{path} holds a train, but neither a test nor a val")
+        trains, tests = found, [image_files(apart[0] / name) for name in classes]
     size = size or 224
-    parts = []
-    for part, lists in (("train", trains), ("test", tests)):
-        paths = [file for files in lists for file in files]
-        if not paths:
-            raise Problem(f"{path} holds no image to {part} with, in a folder of its class")
-        labels = [label for label, files in enumerate(lists) for _ in files]
-        parts.append(ImageFiles(paths, labels, size))
-    return Data(*parts, Description(classes, size, *IMAGENET), mirrors=True)
+    training, test = _labelled(trains, size), _labelled(tests, size)
+    for part, use in ((training, "train"), (test, "test")):
+        if not len(part):
+            raise Problem(f"{path} holds no image to {use} with, in a folder of its class")
+    return Data(training, test, Description(classes, size, *IMAGENET), mirrors=True)
+
+
+def _split(files: list[Path], draw: np.random.Generator) -> tuple[list[Path], list[Path]]:
+    """Four fifths and one of ``files``."""
+    order = draw.permutation(len(files)).tolist()
+    fifth = len(files) // 5
+    return [files[at] for at in sorted(order[fifth:])], [files[at] for at in sorted(order[:fifth])]
+
+
+def _labelled(classes: Sequence[list[Path]], size: int) -> ImageFiles:
+    pairs = [(path, label) for label, files in enumerate(classes) for path in files]
+    return ImageFiles([path for path, _ in pairs], [label for _, label in pairs], size)
 
 
 NAMES: dict[str, Callable[[Path | None, int | None, int], Data]] = {
-    "digits": _digits,
-    "mnist": _idx_set(DIGITS, DEBIAN / "mnist", mirrors=False),
-    "fashion-mnist": _idx_set(CLOTHES, DEBIAN / "fashion-mnist", mirrors=True),
-    "cifar10": _cifar10,
-    "folder": _folder,
+    "digits": digits,
+    "mnist": IdxSet(DIGITS, DEBIAN / "mnist", mirrors=False),
+    "fashion-mnist": IdxSet(CLOTHES, DEBIAN / "fashion-mnist", mirrors=True),
+    "cifar10": cifar10,
+    "folder": folder,
 }

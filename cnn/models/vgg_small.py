@@ -33,9 +33,11 @@ class VGGSmall(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(256, num_classes),
         )
-        for layer in self.features:
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.features.named_parameters():
+            if name.endswith("weight"):
+                nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
+            else:
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(-3))
