@@ -93,17 +93,17 @@ class Progress:
         options = {"leave": False, "disable": True if quiet else None, "unit": unit}
         self._bar = tqdm(total=total, initial=done, desc=title, unit_scale=True, **options)
         self._plain = self._bar.disable and not quiet
-        self._total, self._done = total, done
-        self._begun = self._next = time.monotonic()
-        self._first = done
-        self._next += self.EVERY
+        self._total = total
+        self._done = self._first = done
+        self._begun = time.monotonic()
+        self._next = self._begun + self.EVERY
 
     def advance(self, count: int) -> bool:
         """Count on. Says whether it is time to ``show`` figures."""
         self._done += count
         if not self._bar.disable:
             return bool(self._bar.update(count))
-        return self._plain and time.monotonic() >= self._next
+        return self._plain and self._done < self._total and time.monotonic() >= self._next
 
     def show(self, **figures: str) -> None:
         """Show figures beside the count."""

@@ -277,7 +277,8 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch,
     progress = Progress("epoch 1/2", 100, 20, "image")
     assert progress.advance(30)
     progress.show(loss="0.5", accuracy="0.75")
-    assert progress.advance(50)
+    assert progress.advance(49)
+    assert not progress.advance(1)  # the end of an epoch has a line of its own
     progress.close()
     assert not Progress("other", 100, 0, "image", quiet=True).advance(10)
     out, err = capsys.readouterr()
