@@ -203,6 +203,8 @@ def train(args: argparse.Namespace) -> None:
     check_size(config.model, sets.description)
     every = dict(zip(("save_every", "in_seconds"), args.save_every, strict=True))
     run = Run(config, Setting(folder, args.workers, broken=args.broken, **every), sets, group)
+    if group.first and not checkpoint:
+        checkpoints.clear(folder)
     if checkpoint:
         run.restore(checkpoint, source)
         if group.first:

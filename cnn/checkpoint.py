@@ -66,6 +66,12 @@ def prepare(folder: Path) -> None:
         raise Problem(f"cannot write {folder}: {error.strerror}") from None
 
 
+def clear(folder: Path) -> None:
+    """Remove the run that ``folder`` holds, and nothing else."""
+    for name in ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read what ``save`` wrote, on the CPU. Raises Problem where ``path`` holds something else."""
     checkpoint = _read(path)

@@ -319,10 +319,13 @@ def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path, capsy
 
 def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_path):
     """Twice: the second run replaces the first where it is told to."""
-    argv = ["train", "--data", noise, "--epochs", 1, "--output", tmp_path]
+    argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--output", tmp_path]
     code, out, _ = cpu.run(*argv)
-    again = cpu.run(*argv, "--overwrite")[1]
-    assert (code, again) == (0, out)
+    (tmp_path / "notes").touch()
+    argv += ["--overwrite", "--save-every", 1]
+    assert cpu.run(*argv, INTERRUPT_AFTER_SAVES=1)[0] == 130
+    assert files(tmp_path) == {"last.pt", "notes"}
+    assert (code, cpu.run(*argv)[1]) == (0, out)
     assert re.fullmatch(r"kernels: aten \(cpu\)\ntest accuracy 0\.\d{3}\n", out)
 
 
