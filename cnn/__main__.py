@@ -298,6 +298,8 @@ def predict(args: argparse.Namespace) -> None:
     known = checkpoints.description(checkpoint)
     folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
     paths = [path for files in folders for path in files]
+    if not paths:
+        raise Problem(f"{args.images[0]} holds no image")
     images = ImageFiles(paths, [0] * len(paths), known.size, known.channels)
     unread: list[str] = []
     watch = Watch(images, "skip", unread.append)

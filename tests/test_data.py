@@ -3,6 +3,8 @@
 import gzip
 import io
 import pickle
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -312,12 +314,21 @@ def test_broken_images(tmp_path):
         broken = [paths[at] for at in labels.ne(3).nonzero().flatten().tolist()]
         assert broken == [paths[0], tmp_path / "red" / "cut.png", tmp_path / "red" / "text.jpg"]
         assert labels[labels != 3].tolist() == [UNCOUNTED] * 3
-    assert told == [f"{path} cannot be read and is skipped" for path in broken]
+    reasons = ["No such file or directory", None, "cannot identify image file"]
+    for line, path, reason in zip(told, broken, reasons, strict=True):
+        assert re.fullmatch(f"cannot read {path}: {reason or '.+'}; skipped", line)
     strict = Watch(images, "stop", told.append)
     with pytest.raises(Problem) as caught:
         strict(torch.tensor([3, images[len(paths) - 1][1]]))
     assert str(caught.value) == f"cannot read {tmp_path}/red/text.jpg: cannot identify image file"
     assert strict(torch.tensor([3, 0])).tolist() == [3, 0]
+
+
+def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
+    paint(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(Problem, match="needs Pillow: pip install 'triton-cnn\\[train\\]'"):
+        data.load(f"folder:{tmp_path}")
 
 
 def test_batches_hold_every_image_once_whoever_shares_them():

@@ -358,13 +358,13 @@ def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
     assert (code, out, err) == (1, "", f"python -m cnn: {reason}\n")
     code, out, err = cpu.run(*argv, "--seed", 1, "--broken", "skip", "--workers", 1)
     assert code == 0, err
-    assert err.startswith(f"{images}/red/broken.png cannot be read and is skipped\nepoch 1/8")
+    assert err.startswith(f"{reason}; skipped\nepoch 1/8")
     assert "1 broken images skipped" in err
     assert out.endswith("test accuracy 1.000\n")
 
     red, broken, blue = images / "red/3.png", images / "red/broken.png", images / "blue"
     code, out, err = cpu.run("predict", run / "best.pt", red, broken, blue, "--top", 3)
-    assert (code, err) == (1, f"python -m cnn: {broken} cannot be read and is skipped\n")
+    assert (code, err) == (1, f"python -m cnn: {reason}; skipped\n")
     first, *others = [line.split("\t") for line in out.splitlines()]
     assert first[:2] == [str(red), "red"]
     assert float(first[2]) + float(first[4]) == pytest.approx(1, abs=1e-3)
@@ -437,6 +437,7 @@ BAD = {
     "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
     "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
     "predict {tmp}/last.pt": "arguments are required: images",
+    "predict {tmp}/last.pt {tmp}/bad": "{tmp}/bad holds no image",
     "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt holds parameters alone",
 }
 

@@ -22,6 +22,7 @@ class ImageFiles(Dataset):
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], size: int, channels: int = 3):
+        _pillow()  # its absence is no fault of an image
         self.paths = paths
         self.labels = labels
         self.size = size
@@ -70,12 +71,18 @@ class Watch:
             return labels
         for index in (-1 - labels[labels < 0]).tolist():
             if self.policy == "stop":
-                self.data.read(index)
-                raise Problem(f"cannot always read {self.data.paths[index]}", FAILURE)
+                raise Problem(self._reason(index), FAILURE)
             if index not in self._known:
                 self._known.add(index)
-                self.tell(f"{self.data.paths[index]} cannot be read and is skipped")
+                self.tell(f"{self._reason(index)}; skipped")
         return labels.where(labels >= 0, UNCOUNTED)
+
+    def _reason(self, index: int) -> str:
+        try:
+            self.data.read(index)
+        except Problem as problem:
+            return str(problem)
+        return f"cannot always read {self.data.paths[index]}"
 
 
 def _pillow():
