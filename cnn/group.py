@@ -1,6 +1,7 @@
 """The processes that share a run, one for each GPU: torchrun starts them."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ class Group:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors by the first process's."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
         """What each process gave, for the first; the others get nothing of use."""

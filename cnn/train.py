@@ -197,6 +197,7 @@ class Run:
                 position.step += 1
                 if bar.advance(config.batch_size):
                     loss, right, count = self.totals.tolist()
+                    count = max(count, 1)  # none where all images are broken
                     bar.show(loss=f"{loss / count:.4f}", accuracy=f"{right / count:.3f}")
                 signal, due = self.group.highest(interruption.signal, self._due())
                 if signal or (due and position.step < steps):
@@ -242,12 +243,14 @@ class Run:
         position = self.position
         self._check_loss()
         loss, right, count = self.group.sum(self.totals).tolist()
+        rates = loss / max(count, 1), right / max(count, 1)
+        self.group.share(self.averaged.buffers())  # each process has its own batch statistics
         test_loss, test_accuracy = self.test(self.averaged, between)
         row = {
             "epoch": position.epoch + 1,
             "lr": self.schedule.get_last_lr()[0],
-            "train_loss": loss / max(count, 1),
-            "train_accuracy": right / max(count, 1),
+            "train_loss": rates[0],
+            "train_accuracy": rates[1],
             "test_loss": test_loss,
             "test_accuracy": test_accuracy,
             "images": int(count),

@@ -5,64 +5,19 @@ They run without the interpreter, on the CPU: quick. What importing costs is pai
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 ROOT = Path(__file__).parents[1]
-
-SERVER = """
-import json, os, sys, traceback
-from signal import SIGINT, default_int_handler, signal
-import matplotlib.figure, sklearn.datasets, sklearn.metrics, sklearn.model_selection
-import torch._dynamo  # which optimizers import
-from cnn import checkpoint
-from cnn.__main__ import main
-from cnn.journal import curves
-
-def interrupt_after(saves, times, save=checkpoint.save):
-    def counting(*args):
-        nonlocal saves
-        save(*args)
-        saves -= 1
-        for _ in range(times if saves == 0 else 0):
-            os.kill(os.getpid(), SIGINT)
-    checkpoint.save = counting
-
-def run(argv, environment, out, err):
-    signal(SIGINT, default_int_handler)  # whoever started the tests may ignore it
-    os.environ.update(environment)
-    if saves := environment.get("INTERRUPT_AFTER_SAVES"):
-        interrupt_after(int(saves), int(environment.get("INTERRUPT_TIMES", 1)))
-    for path, number in (out, 1), (err, 2):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    try:
-        main(argv)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    except BaseException:
-        traceback.print_exc()
-        code = 99
-    sys.stdout.flush()
-    os._exit(code)
-
-# Fonts are found once.
-curves([{"epoch": 1, "train_loss": 1, "test_loss": 2, "train_accuracy": 0, "test_accuracy": 1}])
-for line in sys.stdin:
-    match json.loads(line):
-        case "start", *request:
-            child = os.fork()
-            if not child:
-                run(*request)
-            print(child, flush=True)
-        case "wait", child:
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 
 @dataclass(frozen=True)
@@ -81,8 +36,8 @@ class Fork:
 class Forks:
     """Starts ``python -m cnn`` again and again.
 
-    Under INTERRUPT_AFTER_SAVES=N a process gets a Ctrl-C right after writing its Nth checkpoint;
-    under INTERRUPT_TIMES=2 it gets another at once.
+    It knows one model more, "normed". Under INTERRUPT_AFTER_SAVES=N a process gets a Ctrl-C right
+    after writing its Nth checkpoint; under INTERRUPT_TIMES=2 it gets another at once.
     """
 
     def __init__(self, server: subprocess.Popen, folder: Path):
@@ -112,13 +67,12 @@ class Forks:
 @contextmanager
 def forks() -> Iterator[Forks]:
     """Keep the process from which others are forked."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            cwd=ROOT,
-            env=environment,
+            [sys.executable, __file__],
+            env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -126,3 +80,88 @@ def forks() -> Iterator[Forks]:
     ):
         yield Forks(server, Path(folder))
         server.stdin.close()
+
+
+def normed(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
+    """A network with batch normalisation, of torch's layers, for 32x32 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 3, stride=4, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 8 * 8, num_classes),
+    )
+
+
+def serve() -> None:
+    """Start what stdin asks for and answer on stdout."""
+    import matplotlib.figure  # noqa: F401
+    import sklearn.datasets
+    import sklearn.metrics
+    import sklearn.model_selection  # noqa: F401
+    import torch._dynamo  # noqa: F401  (which optimizers import)
+
+    from cnn import models
+    from cnn.journal import curves
+
+    # Fonts are found once.
+    curves([{"epoch": 1, "train_loss": 1, "test_loss": 2, "train_accuracy": 0, "test_accuracy": 1}])
+    names, create = models.list, models.create
+    models.list = lambda: [*names(), "normed"]
+    models.create = lambda name, **options: (
+        normed(**options) if name == "normed" else create(name, **options)
+    )
+    for line in sys.stdin:
+        match json.loads(line):
+            case "start", *request:
+                child = os.fork()
+                if not child:
+                    os._exit(run(*request))
+                answer(child)
+            case "wait", child:
+                answer(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def answer(number: int) -> None:
+    sys.stdout.write(f"{number}\n")
+    sys.stdout.flush()
+
+
+def run(argv: list[str], environment: dict[str, str], out: str, err: str) -> int:
+    """Run the command line and return its exit code."""
+    from cnn.__main__ import main
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may ignore it
+    os.environ.update(environment)
+    if saves := environment.get("INTERRUPT_AFTER_SAVES"):
+        interrupt_after(int(saves), int(environment.get("INTERRUPT_TIMES", 1)))
+    for path, number in (out, 1), (err, 2):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    return code
+
+
+def interrupt_after(saves: int, times: int) -> None:
+    from cnn import checkpoint
+
+    save, left = checkpoint.save, [saves]
+
+    def counting(*args) -> None:
+        save(*args)
+        left[0] -= 1
+        for _ in range(times if left[0] == 0 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoint.save = counting
+
+
+if __name__ == "__main__":
+    serve()

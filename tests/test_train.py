@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import Fork, Forks, forks
+from forks import Fork, Forks, forks, normed
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -168,8 +168,8 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cpu.run(*argv, "--output", whole)[0] == 0
     every_step = [*argv, "--output", parts, "--save-every", 1]
-    code, out, err = cpu.run(*every_step, INTERRUPT_AFTER_SAVES=2)
-    line = f"python -m cnn: interrupted; {parts}/last.pt holds epoch 0 of 2 and 3 steps\n"
+    code, out, err = cpu.run(*every_step, INTERRUPT_AFTER_SAVES=3)  # nothing left but the test
+    line = f"python -m cnn: interrupted; {parts}/last.pt holds epoch 0 of 2 and 4 steps\n"
     assert (code, out, err) == (130, "", line)
     code, out, err = cpu.run(*every_step, "--resume", INTERRUPT_AFTER_SAVES=3)  # in the next epoch
     assert code == 130
@@ -263,6 +263,21 @@ def test_two_processes_train_as_one(cpu, noise, tmp_path):
     assert_same_runs(two, parts)
     assert cpu.run("train", "--output", less, "--resume")[0] == 0
     assert_nearly_same(one, less)
+
+
+def test_two_processes_test_the_model_that_is_saved(cpu, noise, tmp_path):
+    """Their batch statistics differ; the first's are kept, and tested by both."""
+    argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--model", "normed"]
+    pair = start_twice(cpu, *argv, "--output", tmp_path)
+    assert [fork.wait() for fork in pair] == [0, 0], pair[0].err.read_text()
+    model = normed()
+    model.load_state_dict(checkpoints.load(tmp_path / "last.pt")["state_dict"])
+    sets = data.load(noise)
+    alone = torch.device("cpu")
+    rest = "off", Watch(sets.test, "stop", print), Group(alone), 0
+    test = Evaluator(sets.test, Preparation(sets.description, alone), *rest)
+    loss, _ = test(model, lambda: None)
+    assert numbers(tmp_path)[0]["test_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_second_ctrl_c_ends_at_once(cpu, noise, tmp_path):
