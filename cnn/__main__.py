@@ -108,7 +108,8 @@ def parser() -> Parser:
     common = Parser(add_help=False)
     usual = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
     common.add_argument("--device", type=device, default=usual, help="cpu or cuda (%(default)s)")
-    common.add_argument("--workers", type=not_negative, default=0, help="loading images (0)")
+    help = "processes that load images (%(default)s)"
+    common.add_argument("--workers", type=not_negative, default=0, metavar="N", help=help)
     common.add_argument("--debug", action="store_true", help="show where in the code errors arise")
 
     command = commands.add_parser("train", parents=[common], help="train a model")
@@ -128,8 +129,9 @@ def parser() -> Parser:
     command.set_defaults(run=evaluate)
     add = command.add_argument
     add("checkpoint", type=Path, help="what train wrote, or a file of a state_dict")
-    add("--model", choices=models.list(), help="of a state_dict, which does not say")
-    add("--data", type=data_set, help="data set (the one trained on)")
+    help = "model of a state_dict, which does not say"
+    add("--model", choices=models.list(), metavar="NAME", help=help)
+    add("--data", type=data_set, metavar="NAME", help="data set (the one trained on)")
     add("--size", type=whole, help="side of the images in pixels, for a state_dict")
     add("--amp", choices=AMP, help="16-bit arithmetic (as trained)")
     add("--limit", type=whole, metavar="N", help="test the first N images alone")
@@ -155,29 +157,36 @@ def _configuration(command: Parser) -> None:
     """The arguments of Config. None stands for one that is not given: a resumed run knows it."""
     add = command.add_argument
     switch = {"action": argparse.BooleanOptionalAction, "default": None}
-    add("--model", choices=models.list(), help="model (lenet5)")
-    help = f"{', '.join(data.NAMES)}, with its place as NAME:PATH (digits)"
+    _, rates, decays = zip(*OPTIMIZERS.values(), strict=True)
+    usual_rate, usual_decay = (
+        ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZERS, values, strict=True))
+        for values in (rates, decays)
+    )
+    known = ", ".join(models.list())
+    add("--model", choices=models.list(), metavar="NAME", help=f"{known} ({Config.model})")
+    help = f"{', '.join(data.NAMES)}, with its place as NAME:PATH ({Config.data})"
     add("--data", type=data_set, metavar="NAME", help=help)
     add("--size", type=whole, help="side of the images in pixels (by model and data)")
-    add("--epochs", type=whole, help="passes (10)")
-    add("--batch-size", type=whole, help="images of a step, over all processes (64)")
-    add("--optimizer", choices=OPTIMIZERS, help="AdamW, or SGD with Nesterov's momentum (adamw)")
-    add("--lr", type=positive, help="peak rate (adamw 0.001, sgd 0.05)")
+    add("--epochs", type=whole, help=f"passes ({Config.epochs})")
+    help = f"images of a step, over all processes ({Config.batch_size})"
+    add("--batch-size", type=whole, metavar="N", help=help)
+    help = f"AdamW, or SGD with Nesterov's momentum ({Config.optimizer})"
+    add("--optimizer", choices=OPTIMIZERS, help=help)
+    add("--lr", type=positive, help=f"peak rate ({usual_rate})")
     decay = number(float, 0, math.inf, "a number from 0")
-    add("--weight-decay", type=decay, help="decay of weights (adamw 0.01, sgd 0.0005)")
-    add("--schedule", choices=SCHEDULES, help="of the rate (one-cycle)")
-    add("--label-smoothing", type=share, help="share of a label spread over all classes (0)")
-    add("--ema", type=share, help="decay of a moving average of the parameters, as 0.999 (0: none)")
+    add("--weight-decay", type=decay, metavar="X", help=f"decay of weights ({usual_decay})")
+    add("--schedule", choices=SCHEDULES, help=f"of the rate ({Config.schedule})")
+    help = f"share of a label spread over all classes ({Config.label_smoothing})"
+    add("--label-smoothing", type=share, metavar="X", help=help)
+    help = f"decay of a moving average of the parameters, as 0.999; 0 is none ({Config.ema})"
+    add("--ema", type=share, metavar="X", help=help)
     add("--augment", **switch, help="shift images, and mirror them where that makes sense")
-    add("--amp", choices=AMP, help="16-bit arithmetic (off)")
+    add("--amp", choices=AMP, help=f"16-bit arithmetic ({Config.amp})")
     add("--channels-last", **switch, help="keep images and maps in NHWC")
     add("--compile", **switch, help="through torch.compile")
     add("--sync-bn", **switch, help="batch statistics over all GPUs")
-    add(
-        "--seed",
-        type=number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807"),
-        help="fixes the run (0)",
-    )
+    seed = number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807")
+    add("--seed", type=seed, help=f"fixes the run ({Config.seed})")
 
 
 def train(args: argparse.Namespace) -> None:
