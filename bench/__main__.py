@@ -18,6 +18,7 @@ from typing import NoReturn
 # when it is asked for.
 COMMANDS = {
     "kernels": "time our kernels beside cuDNN, Inductor and FlagGems, on a GPU",
+    "train": "time training steps of whole networks beside PyTorch's own, on a GPU",
     "plan": "show what the planner chooses for each layer, without a GPU",
     "compiled": "read the machine code of the planner's choices, without a GPU",
     "launch": "time the Python side of a call, without a GPU",

@@ -6,13 +6,10 @@ kept in FILE as they come; a run that was cut off goes on with --resume.
 """
 
 import argparse
-import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,15 +18,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.device import INTERPRET
-
 from . import measure, peers, suites
 from .measure import DTYPES
-from .report import Row, line, load, row_key, summary
-
-
-class Refusal(Exception):
-    """Why a run cannot start, in one line."""
+from .record import Refusal, device_named, keep, noted, opened, rounded
+from .report import Row, line, row_key, summary
 
 
 class Ending(Exception):
@@ -119,12 +111,12 @@ def _say(text: str) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    device = _device(args.device)
+    device = device_named(args.device)
     cases, names = _cases(args), _flat(args.peers)
-    results = _results(args, device)
+    results = opened(args, device, ceilings={})
     if missing := [case for case in cases if not _is_done(case, names, results)]:
         _add_ceilings(results, missing, device)
-        _keep(results, args.json)
+        keep(results, args.json)
     ending = None
     try:
         _measure_all(missing, names, results, device, args)
@@ -157,7 +149,7 @@ def _add_ceilings(
     known = results["ceilings"]
     needed = {"bf16", *(DTYPES[case.dtype].ceiling for case in missing)}
     if unknown := sorted(name for name in needed if f"{name}_tflops" not in known):
-        known.update(_rounded(measure.ceilings(unknown, device)) | known)
+        known.update(rounded(measure.ceilings(unknown, device)) | known)
 
 
 def _measure_all(
@@ -184,21 +176,11 @@ def _measure_all(
             if old:
                 results["rows"].remove(old)
             results["rows"].append(row)
-            _keep(results, args.json)
+            keep(results, args.json)
             tqdm.write(line(row))
             if reason := _lost(row, device):
                 raise Ending(f"the GPU is lost ({reason})", 1)
             longest = max(longest, time.monotonic() - begun)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Refusal(
-            "no GPU here; --device cpu runs all of it on tiny layers but measures nothing"
-        )
-    if name == "cuda" and INTERPRET:
-        raise Refusal("TRITON_INTERPRET is set: the kernels would run in the interpreter")
-    return torch.device(name, 0 if name == "cuda" else None)
 
 
 def _flat(lists: list[list[str]]) -> list[str]:
@@ -229,59 +211,6 @@ def _cases(args: argparse.Namespace) -> list[suites.Case]:
     return found
 
 
-# The file.
-
-
-def _results(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What FILE holds already, if this run may go on with it, else a new beginning."""
-    identity = measure.identity(device, args.commit)
-    new = {**identity, "command": args.command, "ceilings": {}, "rows": []}
-    if args.json is None:
-        if args.resume:
-            raise Refusal("--resume needs --json FILE")
-        return new
-    try:
-        old = load(args.json) if args.json.exists() and args.json.stat().st_size else None
-    except OSError as error:
-        raise Refusal(f"cannot read {args.json}: {error.strerror}") from None
-    except ValueError as error:
-        raise Refusal(str(error)) from None
-    if old is None or not (args.resume or old["rows"]):
-        return new
-    if not args.resume:
-        raise Refusal(f"{args.json} has rows: --resume goes on with it")
-    differ = [name for name, now in identity.items() if old.get(name) != now]
-    if "commit" in differ and measure.is_same_code(str(old.get("commit")), identity["commit"]):
-        differ.remove("commit")
-    if differ:
-        others = "; ".join(f"{name} {old.get(name)}, not {identity[name]}" for name in differ)
-        raise Refusal(f"{args.json} was measured with {others}")
-    if args.command not in old["command"].split(" && "):
-        old["command"] += f" && {args.command}"
-    return old
-
-
-def _keep(results: dict[str, Any], path: Path | None) -> None:
-    """Write the file in one step: whenever a run is cut off, it leaves a whole file."""
-    if path is None:
-        return
-    head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1)
-    rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in results["rows"])
-    text = f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n'
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        raise Refusal(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
 # A row.
 
 
@@ -297,15 +226,15 @@ def measure_case(
     times: dict[str, float] = {}
     error = reference = predicted = None
     sets: list[peers.Inputs] = []
-    with _noted(errors, "ours"):
+    with noted(errors, "ours"):
         draw, count = _normal(dtype.torch, device), measure.sets_needed(bytes_moved, device)
         sets = [problem.inputs(draw) for _ in range(count)]
     if sets:
         times = _race(problem, ("ours", *names), sets, dtype, errors)
-        with _noted(errors, "planner"):
+        with noted(errors, "planner"):
             predicted = problem.predicted(*sets[0])
     if "ours" in times:
-        with _noted(errors, "reference"):
+        with noted(errors, "reference"):
             error, reference = _error(problem, sets[0], device)
         if error is not None and not math.isfinite(error):
             errors["ours"], error = f"the error is {error}", None
@@ -322,8 +251,8 @@ def measure_case(
     ratio = {name: ms and times[name] / ms if name in times else None for name in names}
     suite, layer, op, _ = case.key
     row = {"suite": suite, "layer": layer, "op": op, "dtype": case.dtype}
-    row |= {"count": case.layer.count, **_rounded(values), "reference": reference}
-    return row | {"ratio": _rounded(ratio)} | ({"errors": errors} if errors else {})
+    row |= {"count": case.layer.count, **rounded(values), "reference": reference}
+    return row | {"ratio": rounded(ratio)} | ({"errors": errors} if errors else {})
 
 
 def _race(
@@ -337,7 +266,7 @@ def _race(
     times = {}
     device = sets[0][0].device
     for name in names:
-        with _noted(errors, name):
+        with noted(errors, name):
             measure.set_torch(dtype, device)
             contender = peers.contender(name, problem)
             prepared = [contender.prepare(*each) for each in sets]
@@ -369,19 +298,6 @@ def _error(problem: peers.Problem, inputs: peers.Inputs, device: torch.device) -
         torch.cuda.empty_cache()
         reference = problem.eager().result(tuple(t.float() for t in inputs))
     return measure.relative_rms(found, reference), str(reference.dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _noted(errors: dict[str, str], name: str) -> Iterator[None]:
-    """What is raised within ends there, as one line of ``errors``."""
-    try:
-        yield
-    except Exception as error:
-        errors[name] = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
-
-
-def _rounded(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
 def _lost(row: Row, device: torch.device) -> str:

@@ -15,10 +15,11 @@ import triton
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("kernels", "bench/*.py")  # what times depend on, as git's paths
+MEASURED = ("kernels", "cnn", "bench/*.py")  # what times depend on, as git's paths
 MOST_SETS = 1024
 REPLAY_SECONDS = 0.2  # of replays of one graph, within these limits
 FEWEST_REPLAYS, MOST_REPLAYS = 10, 200
+LAUNCHED_SECONDS = 5.0  # of calls that are launched one by one
 
 
 class Dtype(NamedTuple):
@@ -119,18 +120,35 @@ def milliseconds(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = [call(*each) for each in sets]
-    once = _replay(graph)
+    once = _timed(graph.replay)
     replays = int(REPLAY_SECONDS * 1e3 / max(once, 1e-3))
     replays = max(FEWEST_REPLAYS, min(MOST_REPLAYS, replays))
-    times = [_replay(graph) for _ in range(replays)]
+    times = [_timed(graph.replay) for _ in range(replays)]
     del kept
     return statistics.median(times) / len(sets)
 
 
-def _replay(graph: torch.cuda.CUDAGraph) -> float:
+def launched_milliseconds(
+    call: Callable[..., Any], arguments: tuple[Tensor, ...], device: torch.device
+) -> float:
+    """The median time of ``call(*arguments)`` as a program launches it, ten calls in a row."""
+    if device.type == "cpu":
+        return _cpu_milliseconds(call, [arguments] * 2)
+
+    def several() -> None:
+        for _ in range(10):
+            call(*arguments)
+
+    several()
+    once = _timed(several)
+    rounds = max(3, min(30, int(LAUNCHED_SECONDS * 1e3 / once)))
+    return statistics.median(_timed(several) for _ in range(rounds)) / 10
+
+
+def _timed(call: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    graph.replay()
+    call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)

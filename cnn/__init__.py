@@ -16,6 +16,7 @@ from .layers import (
     MaxUnpool2d,
     fold_batch_norm,
 )
+from .summary import summary
 
 __all__ = [
     "Conv2d",
@@ -28,5 +29,6 @@ __all__ = [
     "fold_batch_norm",
     "functional",
     "models",
+    "summary",
     "warm_up",
 ]

@@ -31,9 +31,6 @@ from .journal import tell
 from .problem import FAILURE, Problem
 from .train import OPTIMIZERS, SCHEDULES, Config, Run, Setting
 
-ONLY = {"lenet5": 32, "vgg_small": 32}
-"""The image size of models that take no other."""
-USUAL = ONLY | {"alexnet": 224, "zfnet": 224}
 LAST = Path()  # --resume without a path
 AMP = ("bf16", "fp16", "off")
 
@@ -166,7 +163,7 @@ def _configuration(command: Parser) -> None:
     add("--model", choices=models.list(), metavar="NAME", help=f"{known} ({Config.model})")
     help = f"{', '.join(data.NAMES)}, with its place as NAME:PATH ({Config.data})"
     add("--data", type=data_set, metavar="NAME", help=help)
-    add("--size", type=whole, help="side of the images in pixels (by model and data)")
+    add("--size", type=whole, help="side of the images in pixels (folders 224, others 32)")
     add("--epochs", type=whole, help=f"passes ({Config.epochs})")
     help = f"images of a step, over all processes ({Config.batch_size})"
     add("--batch-size", type=whole, metavar="N", help=help)
@@ -208,7 +205,7 @@ def train(args: argparse.Namespace) -> None:
     group = Group(args.device)
     if group.first:
         checkpoints.prepare(folder)
-    sets = load_data(config.data, config.size or USUAL.get(config.model), config.seed)
+    sets = load_data(config.data, config.size, config.seed)
     check_size(config.model, sets.description)
     every = dict(zip(("save_every", "in_seconds"), args.save_every, strict=True))
     run = Run(config, Setting(folder, args.workers, broken=args.broken, **every), sets, group)
@@ -233,34 +230,30 @@ def check_size(name: str, description: data.Description) -> None:
     """Raise Problem unless the model takes images of the data's size."""
     size, channels = description.size, description.channels
     try:
-        if size != ONLY.get(name, size):
-            raise ValueError(size)
-        if name not in ONLY:  # what runs nothing takes seconds to import
-            with torch.device("meta"), torch.no_grad():
-                model = models.create(name, in_channels=channels).eval()
-                model(torch.empty(1, channels, size, size))
+        with torch.device("meta"), torch.no_grad():
+            model = models.create(name, in_channels=channels, image_size=size).eval()
+            model(torch.empty(1, channels, size, size))
     except (RuntimeError, ValueError):
         raise Problem(f"--size: {name} does not take {size}x{size} pixels") from None
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Test a trained model: a table of its classes, their confusion, its speed and accuracy."""
-    model, checkpoint = checkpoints.load_model(args.checkpoint, args.model)
-    known = None
+    parameters, checkpoint = checkpoints.load_parameters(args.checkpoint)
     if checkpoint:
         trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
-        if args.size not in (None, known.size):
-            raise Problem(f"--size: {args.size} contradicts {known.size} of {args.checkpoint}")
-        size = known.size
-    elif args.data:
-        trained = Config(model=args.model, data=args.data)
-        size = args.size or USUAL.get(args.model)
+        check_agreed(args, "model", trained.model)
+        check_agreed(args, "size", known.size)
     else:
-        raise Problem(f"{args.checkpoint} does not say what to test on: give --data")
+        for name, use in (("model", "what it is of"), ("data", "what to test on")):
+            if not vars(args)[name]:
+                raise Problem(f"{args.checkpoint} holds parameters alone: say by --{name} {use}")
+        trained, known = Config(model=args.model, data=args.data, size=args.size), None
+    size = known.size if known else trained.size
     sets = load_data(args.data or trained.data, size, trained.seed)
     known = known or sets.description
+    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
     check_fit(model, known, sets.description, args)
-    check_size(trained.model, known)
 
     count = min(args.limit or len(sets.test), len(sets.test))
     layout = torch.channels_last if trained.channels_last else torch.contiguous_format
@@ -286,6 +279,13 @@ def evaluate(args: argparse.Namespace) -> None:
     report(args.device, (labels == given).double().mean().item())
 
 
+def check_agreed(args: argparse.Namespace, name: str, known: object) -> None:
+    """Raise Problem if an argument is given that contradicts what the checkpoint holds."""
+    value = vars(args)[name]
+    if value not in (None, known):
+        raise Problem(f"--{name}: {value} contradicts {known} of {args.checkpoint}")
+
+
 def check_fit(
     model: torch.nn.Module,
     known: data.Description,
@@ -302,9 +302,10 @@ def check_fit(
 
 def predict(args: argparse.Namespace) -> None:
     """Print a line an image: its path, then the likeliest classes with their probabilities."""
-    model, checkpoint = checkpoints.load_model(args.checkpoint)
-    assert checkpoint
-    known = checkpoints.description(checkpoint)
+    checkpoint = checkpoints.load(args.checkpoint)
+    trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
+    parameters = checkpoint["state_dict"]
+    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
     folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
     paths = [path for files in folders for path in files]
     if not paths:
@@ -315,9 +316,7 @@ def predict(args: argparse.Namespace) -> None:
     loader = DataLoader(images, BATCH, **in_workers(args.workers))
     prepare = Preparation(known, args.device)
     ahead = iter(paths)
-    for logits, labels in outputs(
-        model.to(args.device), loader, prepare, checkpoint["config"]["amp"], watch
-    ):
+    for logits, labels in outputs(model.to(args.device), loader, prepare, trained.amp, watch):
         best = logits.softmax(1).topk(min(args.top, len(known.classes)))
         rows = zip(labels.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
         for (label, chances, classes), path in zip(rows, ahead, strict=False):

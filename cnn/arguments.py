@@ -6,6 +6,7 @@ TypeErrors, values RuntimeErrors. Sizes may be symbolic.
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ _PLAIN = {int, str, type(None)}
 _TENSORS = {Tensor, Parameter}
 
 
-def call_key(tensors: tuple, arguments: tuple) -> tuple | None:
-    """All that a call's checks and plan look at, so that they are made once; None where it may not
+def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
+    """All that the checks and plan look at, so that they are made once; None where it may not
     be kept.
 
     Numbers that are equal need not be alike: True and 1.0 are refused where 1 is not. So only
@@ -44,7 +45,7 @@ def call_key(tensors: tuple, arguments: tuple) -> tuple | None:
         return None
     if type(tensors[0]) not in _TENSORS or (setting := library.setting(tensors[0])) is None:
         return None
-    key: list[Any] = [setting, arguments]
+    key: list[Any] = [name, setting, arguments]
     try:
         for t in tensors:
             if t is None:
@@ -312,6 +313,52 @@ def check_dtypes(input: Tensor, **others: Tensor | None) -> None:
         raise NotImplementedError(f"input must be one of {DTYPES}, got input of {dtype}")
     if input.layout != torch.strided:
         raise NotImplementedError(f"input must be strided, got input of {input.layout}")
+
+
+def check_bytes(
+    input: Tensor, weight: Tensor, groups: int, normalise: Any
+) -> tuple[Tensor, Tensor]:
+    """scale[C] and shift[C] of an input of bytes."""
+    if not isinstance(normalise, tuple) or len(normalise) != 2:
+        raise TypeError(f"normalise must be (scale, shift), got normalise={normalise!r:.80}")
+    if input.dtype != torch.uint8:
+        raise RuntimeError(f"with normalise, input must be torch.uint8, got {input.dtype}")
+    C = input.shape[1]
+    if not 1 <= C // groups <= 4:
+        raise NotImplementedError(
+            "an input of bytes must have 1 to 4 channels to a group, got input of "
+            f"{shape(input)} and groups={groups}"
+        )
+    scale, shift = (_constant(value, C, input.device) for value in normalise)
+    return scale, shift
+
+
+def _constant(value: Any, channels: int, where: torch.device) -> Tensor:
+    """float32 [C] from a tensor, a number or a sequence; it gets no gradient."""
+    if not isinstance(value, Tensor):
+        value = tuple(value) if isinstance(value, list) else value
+        make = _on_device.__wrapped__ if torch.compiler.is_compiling() else _on_device
+        value = make(value, where)
+    if value.device != where or not value.is_floating_point():
+        raise RuntimeError(
+            f"normalise must hold floats on {where}, got {value.dtype} on {value.device}"
+        )
+    if value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("normalise gets no gradient, got a tensor that requires one")
+    if value.shape not in ((), (1,), (channels,)):
+        raise RuntimeError(
+            f"normalise must hold scalars or [{channels}], got one of {shape(value)}"
+        )
+    return value.to(torch.float32).expand(channels)
+
+
+@lru_cache(maxsize=256)
+def _on_device(value: float | tuple[float, ...], where: torch.device) -> Tensor:
+    """Made once: a copy to a GPU waits for it."""
+    try:
+        return torch.tensor(value, dtype=torch.float32, device=where)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"normalise must hold numbers, got {value!r:.80}") from None
 
 
 def check_scale(scale: Tensor, filters: int, *operands: Tensor | None) -> None:

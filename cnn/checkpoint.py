@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from . import models
 from .data import Description
@@ -84,44 +85,37 @@ def load(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_model(path: Path, name: str | None = None):
-    """The model of a checkpoint, or of a file with a state_dict alone as torchvision's are.
+def load_parameters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The parameters in a checkpoint, and it; or those of a bare file, as torchvision's, and None.
 
-    Args:
-        name: of the model, which a checkpoint knows by itself; its classes and channels are read
-            off the first and the last weight.
-
-    Returns the model, and the checkpoint or None. Raises Problem where they do not fit together.
+    Raises Problem where ``path`` holds something else.
     """
     contents = _read(path)
-    bare = isinstance(contents, dict) and contents and all(map(torch.is_tensor, contents.values()))
-    if not bare:
-        checkpoint = load(path)
-        state = checkpoint["state_dict"]
-        name = _agreed(name, checkpoint["config"]["model"], path)
-    elif name is None:
-        raise Problem(f"{path} holds parameters alone: say of which model by --model")
-    else:
-        checkpoint, state = None, contents
-    weights = [value for value in state.values() if value.dim() > 1]
+    if isinstance(contents, dict) and contents and all(map(torch.is_tensor, contents.values())):
+        return contents, None
+    checkpoint = load(path)
+    return checkpoint["state_dict"], checkpoint
+
+
+def build(name: str, parameters: dict[str, Tensor], image_size: int, path: Path) -> nn.Module:
+    """The model ``name`` with the parameters of ``path``, which tell its classes and channels.
+
+    Raises Problem where they do not fit together.
+    """
+    weights = [value for value in parameters.values() if value.dim() > 1]
     try:
         options = {"num_classes": len(weights[-1]), "in_channels": weights[0].shape[1]}
-        model = models.create(name, **options)
-        model.load_state_dict(state)
-    except (IndexError, KeyError, RuntimeError, ValueError):
-        raise Problem(f"{path} does not hold the parameters of {name}") from None
-    return model, checkpoint
+        model = models.create(name, image_size=image_size, **options)
+        model.load_state_dict(parameters)
+    except (IndexError, RuntimeError):
+        size = f"{image_size}x{image_size} pixels"
+        raise Problem(f"{path} does not hold the parameters of {name} for {size}") from None
+    return model
 
 
 def description(checkpoint: dict[str, Any]) -> Description:
     """What the data was on which the model of a checkpoint was trained."""
     return Description(**checkpoint["description"])
-
-
-def _agreed(given: str | None, known: str, path: Path) -> str:
-    if given not in (None, known):
-        raise Problem(f"--model: {given} contradicts {known} of {path}")
-    return known
 
 
 def _read(path: Path) -> Any:

@@ -20,6 +20,7 @@ from .arguments import (
     INT32,
     PRECISIONS,
     call_key,
+    check_bytes,
     check_channels,
     check_choice,
     check_devices,
@@ -58,7 +59,19 @@ def _overridable(function: Callable[Arguments, Result]) -> Callable[Arguments, R
     return call
 
 
-_conv2d_calls: dict[tuple, Callable[..., Tensor]] = {}  # those that have passed the checks
+_calls: dict[tuple, Callable[..., Any]] = {}  # those that have passed the checks
+
+
+def _called(
+    call: functions.Call, *tensors: Tensor | None, key: tuple | None, unbatched: bool
+) -> Any:
+    """What the call makes; under its key it is kept."""
+    made = call(*tensors)
+    if unbatched:
+        return made.squeeze(0) if isinstance(made, Tensor) else tuple(t.squeeze(0) for t in made)
+    if key is not None and (again := call.again(*tensors)) is not None:
+        remember(_calls, key, again)
+    return made
 
 
 def conv2d(
@@ -74,6 +87,7 @@ def conv2d(
     residual: Tensor | None = None,
     precision: Literal["ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"] | None = None,
     scale: Tensor | None = None,
+    normalise: tuple[Any, Any] | None = None,
 ) -> Tensor:
     """activation(scale * convolution + bias + residual), in one kernel.
 
@@ -91,24 +105,32 @@ def conv2d(
         scale: a float32 scalar or [K], for input and weight in float8_e4m3fn, which need it: what
             one of their products stands for. The result, bias and residual are then bfloat16; there
             is no gradient. Hopper's tensor cores sum such products with about 14 bits.
+        normalise: (scale, shift) of the channels, for an input of bytes (uint8) with at most four
+            channels to a group: what is convolved is input * scale + shift in weight's dtype, which
+            is never stored; padding is zero after that. Each is a float32 tensor [C], or a number
+            or sequence of C; they get no gradient.
 
     Returns [N, K, P, Q] or [K, P, Q], in channels_last if input or weight is. Where input has no
     channels the result has none either, as in torch.
     """
     tensors = (input, weight, bias, residual)
     arguments = (stride, padding, dilation, groups, activation, precision)
-    key = None if scale is not None else call_key(tensors, arguments)
-    if key is not None and (known := _conv2d_calls.get(key)) is not None:
+    key = None
+    if scale is None and normalise is None:
+        key = call_key("conv2d", tensors, arguments)
+    if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias, residual)
-    if has_torch_function((*tensors, scale, *arguments)):
+    others = (scale, *normalise) if isinstance(normalise, tuple) else (scale, normalise)
+    if has_torch_function((*tensors, *others, *arguments)):
         return handle_torch_function(
             conv2d,
-            (*tensors, scale, *arguments),
+            (*tensors, *others, *arguments),
             *(input, weight, bias, stride, padding, dilation, groups),
             activation=activation,
             residual=residual,
             precision=precision,
             scale=scale,
+            normalise=normalise,
         )
     check_tensor("input", input)
     check_tensor("weight", weight)
@@ -139,20 +161,21 @@ def conv2d(
             x, weight, scale, bias, residual, steps, pads, spread, groups, relu
         )
         return y.squeeze(0) if unbatched else y
+    if normalise is not None:
+        if residual is not None:
+            raise NotImplementedError("a convolution of bytes takes no residual, got one")
+        constants = check_bytes(x, weight, groups, normalise)
+        x, weight, bias = autocast(x, weight, bias)
+        check_dtypes(weight, bias=bias)
+        call = functions.conv2d_bytes(steps, pads, spread, groups, relu, precision)
+        return _called(call, x, weight, bias, *constants, key=None, unbatched=unbatched)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     check_dtypes(x, weight=weight, bias=bias, residual=residual)
     if C == 0:
         y = _without_channels(x, weight, bias, size)
-    else:
-        if key is not None and not unbatched:
-            call = functions.bind_conv2d(
-                x, weight, residual, steps, pads, spread, groups, relu, precision
-            )
-            remember(_conv2d_calls, key, call)
-        y = functions.conv2d(
-            x, weight, bias, residual, steps, pads, spread, groups, relu, precision
-        )
-    return y.squeeze(0) if unbatched else y
+        return y.squeeze(0) if unbatched else y
+    call = functions.conv2d(steps, pads, spread, groups, relu, precision)
+    return _called(call, x, weight, bias, residual, key=key, unbatched=unbatched)
 
 
 def _without_channels(
@@ -185,6 +208,11 @@ def conv_transpose2d(
 
     Returns [N, C, H, W] or [C, H, W], in channels_last if input or weight is.
     """
+    tensors = (input, weight, bias)
+    arguments = (stride, padding, output_padding, groups, dilation)
+    key = call_key("conv_transpose2d", tensors, arguments)
+    if key is not None and (known := _calls.get(key)) is not None:
+        return known(input, weight, bias)
     check_tensor("input", input)
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
@@ -220,8 +248,9 @@ def conv_transpose2d(
         *(ph, ph - max(0, extra[0] - steps[0] + 1)),
         *(pw, pw - max(0, extra[1] - steps[1] + 1)),
     )
-    y = functions.conv_transpose2d(x, weight, bias, size, steps, pads, spread, groups, None)
-    return y.squeeze(0) if unbatched else y
+    last = functions.channels_last(x, weight)
+    call = functions.conv_transpose2d(size, steps, pads, spread, groups, None, last)
+    return _called(call, x, weight, bias, key=key, unbatched=unbatched)
 
 
 @_overridable
@@ -245,6 +274,11 @@ def max_pool2d(
     Returns [N, C, P, Q] or [C, P, Q] in input's layout; with return_indices also the int64 places
     of the maxima, flat over H * W. A window without any pixel gives -inf and index -1.
     """
+    # In words, as 1 would be taken for the True that it is equal to.
+    words = str(ceil_mode), str(return_indices)
+    key = call_key("max_pool2d", (input,), (kernel_size, stride, padding, dilation, *words))
+    if key is not None and (known := _calls.get(key)) is not None:
+        return known(input)
     check_tensor("input", input)
     kernel, steps, pads = pooling(kernel_size, stride, padding)
     spread = pair("dilation", dilation, 1, INT32)
@@ -262,12 +296,8 @@ def max_pool2d(
         )
     check_dtypes(input)
     x = input.unsqueeze(0) if unbatched else input
-    result: Any = functions.max_pool2d(
-        x, kernel, steps, pads, spread, ceil_mode, bool(return_indices)
-    )
-    if not unbatched:
-        return result
-    return tuple(t.squeeze(0) for t in result) if return_indices else result.squeeze(0)
+    call = functions.max_pool2d(kernel, steps, pads, spread, ceil_mode, bool(return_indices))
+    return _called(call, x, key=key, unbatched=unbatched)
 
 
 @_overridable
@@ -296,12 +326,17 @@ def conv2d_relu_max_pool2d(
 
     Returns [N, K, P, Q] or [K, P, Q], in channels_last if input or weight is.
     """
+    arguments = (stride, padding, dilation, groups, precision)
+    window = (pool_kernel_size, pool_stride, pool_padding)
+    key = call_key("conv2d_relu_max_pool2d", (input, weight, bias), (*arguments, *window))
+    if key is not None and (known := _calls.get(key)) is not None:
+        return known(input, weight, bias)
     check_tensor("input", input)
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
     check_choice("precision", precision, PRECISIONS)
     g = convolution(input, weight, bias, stride, padding, dilation, groups)
-    kernel, steps, pads = pooling(*(pool_kernel_size, pool_stride, pool_padding), prefix="pool_")
+    kernel, steps, pads = pooling(*window, prefix="pool_")
     check_not_empty(input, (*input.shape[-3:], weight.shape[0]))
     sizes = [
         pool_output_size(places, k, s, p, 1, False)
@@ -317,11 +352,10 @@ def conv2d_relu_max_pool2d(
     x = input.unsqueeze(0) if g.unbatched else input
     x, weight, bias = autocast(x, weight, bias)
     check_dtypes(x, weight=weight, bias=bias)
-    y = functions.conv2d_relu_max_pool2d(
-        *(x, weight, bias, g.stride, g.padding, g.dilation, g.groups, precision),
-        *(kernel, steps, pads),
+    call = functions.conv2d_relu_max_pool2d(
+        *(g.stride, g.padding, g.dilation, g.groups, precision, kernel, steps, pads)
     )
-    return y.squeeze(0) if g.unbatched else y
+    return _called(call, x, weight, bias, key=key, unbatched=g.unbatched)
 
 
 @_overridable
@@ -361,6 +395,7 @@ def max_unpool2d(
     check_dtypes(input)
     if input.is_cpu and torch.is_autocast_enabled("cpu"):
         input = cast(input, torch.float32)  # torch's rule; GPUs unpool in the dtype they are given
+    call = functions.max_unpool2d(size)
     if unbatched:
-        return functions.max_unpool2d(input.unsqueeze(0), indices.unsqueeze(0), size).squeeze(0)
-    return functions.max_unpool2d(input, indices, size)
+        return call(input.unsqueeze(0), indices.unsqueeze(0)).squeeze(0)
+    return call(input, indices)

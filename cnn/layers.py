@@ -21,7 +21,12 @@ class Conv2d(nn.Conv2d):
     """torch.nn.Conv2d, whose padding may also be "full": dilation * (kernel_size - 1).
 
     Under a padding_mode other than "zeros" the input is padded first, as in torch.
+
+    ``normalise``, None or (scale, shift), is a first layer's that takes images in bytes: see
+    ``functional.conv2d``. It may be set at any time, and is no part of ``state_dict``.
     """
+
+    normalise: tuple[Any, Any] | None = None
 
     _activation: ClassVar[Literal["relu"] | None] = None
 
@@ -65,7 +70,11 @@ class Conv2d(nn.Conv2d):
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
         geometry = self.stride, padding, self.dilation, self.groups
-        return F.conv2d(input, weight, bias, *geometry, activation=self._activation)
+        return F.conv2d(
+            *(input, weight, bias, *geometry),
+            activation=self._activation,
+            normalise=self.normalise,
+        )
 
 
 class ConvReLU2d(Conv2d):
@@ -104,6 +113,8 @@ class ConvReLUMaxPool2d(Conv2d):
         )
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
+        if self.normalise is not None:
+            raise NotImplementedError("ConvReLUMaxPool2d takes no bytes, got normalise")
         return F.conv2d_relu_max_pool2d(
             *(input, weight, bias, self.stride, padding, self.dilation, self.groups),
             pool_kernel_size=self.pool_kernel_size,

@@ -123,7 +123,11 @@ class Run:
 
     def _build_model(self) -> None:
         config, description = self.config, self.data.description
-        options = {"num_classes": len(description.classes), "in_channels": description.channels}
+        options = {
+            "num_classes": len(description.classes),
+            "in_channels": description.channels,
+            "image_size": description.size,
+        }
         torch.manual_seed(config.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = models.create(config.model, **options)

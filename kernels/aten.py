@@ -43,6 +43,21 @@ def conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, r
     return _stored(y, _channels_last(x, w))
 
 
+def _normalised(x, scale, shift, dtype):
+    return (x * scale[:, None, None] + shift[:, None, None]).to(dtype)
+
+
+def conv2d_bytes(x, w, bias, scale, shift, stride, padding, dilation, groups, precision, relu):
+    channels_last = _channels_last(x, w)
+    values = _normalised(x, scale, shift, w.dtype)
+    y = conv2d(values, w, bias, None, stride, padding, dilation, groups, precision, relu)
+    return _stored(y, channels_last)
+
+
+def conv2d_bytes_wgrad(x, dy, scale, shift, *arguments):
+    return conv2d_wgrad(_normalised(x, scale, shift, dy.dtype), dy, *arguments)
+
+
 def conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
     channels_last = _channels_last(x, w)
     x, w, scale = x.float(), w.float(), scale.expand(w.shape[0])

@@ -8,9 +8,6 @@ What is kept for backward is one offset a window: see ``expansion``. Sizes and s
 elements.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -129,26 +126,6 @@ def conv_pool_kernel(
         tl.store(offsets_ptr + at, offset, mask=mask)
 
 
-class _Launch(NamedTuple):
-    """One launch without its tensors."""
-
-    windows: int
-    grid: tuple[int]
-    rest: tuple  # what the kernel takes of the geometry
-
-
-@lru_cache(maxsize=4096)
-def _launch(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> _Launch:
-    K, C = g.K // g.groups, g.C // g.groups
-    PP, PQ = pool.P, pool.Q
-    windows = g.N * PP * PQ
-    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, PP, PQ))
-    (R, S), (step_r, step_s), (before_r, before_s) = pool.kernel, pool.stride, pool.padding
-    reduction, window = (g.groups, K, C, g.R, g.S), (R, step_r, before_r, S, step_s, before_s)
-    grid = (cdiv(windows, tile.rows) * cdiv(K, tile.columns) * g.groups,)
-    return _Launch(windows, grid, (sizes, reduction, fprop_walk(g), window))
-
-
 def conv2d_relu_max_pool2d(
     x: Tensor,
     w: Tensor,
@@ -166,14 +143,19 @@ def conv2d_relu_max_pool2d(
     offsets[N,K,PP,PQ], of ``max_pool.offset_dtype(pool)``, are the taps that won, all bits set
     where no gradient flows.
     """
-    launch = _launch(g, pool, tile)
+    K, C = g.K // g.groups, g.C // g.groups
+    windows = g.N * pool.P * pool.Q
+    (R, S), (step_r, step_s), (before_r, before_s) = pool.kernel, pool.stride, pool.padding
     y_strides = unspecialised_strides(y)
     device.launch(
         conv_pool_kernel,
-        launch.grid,
+        (cdiv(windows, tile.rows) * cdiv(K, tile.columns) * g.groups,),
         *(x, w, bias, y, offsets, unspecialised_strides(x), w.stride(), y_strides),
         y_strides if offsets is None else unspecialised_strides(offsets),
-        *(*launch.rest, precision, device.wide(launch.windows, x, w, y)),
+        unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
+        *((g.groups, K, C, g.R, g.S), fprop_walk(g)),
+        (R, step_r, before_r, S, step_s, before_s),
+        *(precision, device.wide(windows, x, w, y)),
         (tile.rows, tile.columns, tile.depth, tile.packed),
         device=y.device,
         num_warps=tile.warps,

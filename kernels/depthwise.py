@@ -9,7 +9,6 @@ in dgrad, whose taps are flipped, ``every`` is the stride. Sizes and strides are
 """
 
 from dataclasses import replace
-from functools import lru_cache
 from math import gcd
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, replay
 from .device import Device, loop
 from .epilogue import finish, result_strides
 from .geometry import Conv2dGeometry, Direction, Pair, Taps
@@ -403,7 +402,6 @@ class _Walk(NamedTuple):
 _TURNS = 8  # patches of a strip, at most: they share rows of pixels through L1
 
 
-@lru_cache(maxsize=4096)
 def _walks(
     direction: Direction, g: Conv2dGeometry, tile: Tile, itemsize: int, multiprocessors: int
 ) -> tuple[_Walk, ...]:
@@ -466,7 +464,7 @@ def _convolve(
 ) -> None:
     N, K, P, Q = y.shape
     # Else the taps of neighbouring channels lie as far apart as a filter is large.
-    taps = w.reshape(g.K, g.R * g.S).t().contiguous()
+    taps = replay.derive(w, lambda w: w.reshape(g.K, g.R * g.S).t().contiguous())
     wide = device.wide(N * P * Q, x, w, residual, y)
     fold = g.K // g.C if direction == "dgrad" else 1
     block = (tile.rows, tile.columns, _unit(K, x, residual, y), fold)

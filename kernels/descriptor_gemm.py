@@ -14,17 +14,16 @@ Operands need channels side by side, pixels in memory order and rows that start 
 (``planner.layout_of`` says "aligned"). Sizes and strides are in elements.
 """
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device, implicit_gemm
-from .descriptors import Sizes, View, filters, image_pairs, images
+from .descriptors import filters, image_pairs, images
 from .device import Device, loop
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Direction, Taps
@@ -258,146 +257,59 @@ def supports(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precis
     return direction == "dgrad" or len(read_parities(g)) <= 4
 
 
-class Product(NamedTuple):
-    """One launch of ``product_kernel`` without its tensors."""
-
-    xs: tuple[View | None, ...]  # parities of x, at most four
-    w: View
-    residual: View | None
-    y: View
-    grid: tuple[int]
-    rest: tuple  # the kernel's arguments that are not tensors
-    meta: dict[str, int]
-
-    def launch(
-        self,
-        x: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        y: Tensor,
-        scale: Tensor | None = None,
-    ) -> None:
-        x_views, w_view, residual_view, y_view, grid, rest, meta = self
-        device.launch(
-            product_kernel,
-            grid,
-            *[None if view is None else view.over(x) for view in x_views],
-            w_view.over(w),
-            bias,
-            scale,
-            None if residual_view is None or residual is None else residual_view.over(residual),
-            y_view.over(y),
-            *rest,
-            device=y.device,
-            **meta,
-        )
+def reads(
+    g: Conv2dGeometry, x: Tensor, box: Box, depth: int, *, flat: bool = False
+) -> tuple[list[TensorDescriptor | None], list[Walk]]:
+    """How fprop's boxes read x: a descriptor and the walk of its taps for each parity, or one of
+    both for all; as many as the kernels take. ``flat``: the pixels count as images of one.
+    """
+    blocks = cdiv(g.C // g.groups, depth)
+    if takes_pairs(g, depth) and x.stride(3) == g.C:
+        (top, _), (left, _) = g.padding
+        walk = Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)
+        return [image_pairs(x, box, depth), None, None, None], [walk]
+    parities = read_parities(g)
+    xs = [images(x, (*box, depth), parity, flat=flat) for parity in parities]
+    return [*xs, *[None] * (4 - len(xs))], [_walk(*parity, blocks, 1) for parity in parities]
 
 
-def _product(
-    xs: list[View],
-    w: View,
-    results: Sequence[View],  # y and, where there is one, residual
+def _multiply(
+    xs: list[TensorDescriptor | None],
     walks: list[Walk],
-    channels: int,
-    depth: int,
+    w: TensorDescriptor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    residual: TensorDescriptor | None,
+    y: TensorDescriptor,
     g: Conv2dGeometry,
     tile: Tile,
-    itemsize: int,
-    here: Device,
     relu: bool,
     precision: str,
-    transposed: bool,
-) -> Product:
+    transposed: bool = False,
+) -> None:
+    """One launch of ``product_kernel``, which writes y[N, P, Q, channels]."""
     groups, box = g.groups, _box(tile)
+    channels, depth = g.K // groups, g.C // groups
+    if transposed:
+        channels, depth = depth, channels
     # Groups share descriptors: blocks must not run from one into the next.
     assert groups == 1 or channels % tile.columns == depth % tile.depth == 0, (groups, tile)
     column_tiles = cdiv(channels, tile.columns)
-    boxes = [cdiv(size, length) for size, length in zip(results[0].shape, box, strict=False)]
+    boxes = [cdiv(size, length) for size, length in zip(y.shape, box, strict=False)]
     tiles = boxes[0] * boxes[1] * boxes[2] * column_tiles * groups
-    room = here.multiprocessors * blocks_per_multiprocessor(tile, itemsize, here)
-    rest = (
-        tiles,
+    here = device.describe(w.base.device)
+    room = here.multiprocessors * blocks_per_multiprocessor(tile, w.base.element_size(), here)
+    device.launch(
+        product_kernel,
+        (min(tiles, room),),
+        *(*xs, w, bias, scale, residual, y, tiles),
         unspecialised((boxes[1], boxes[2], column_tiles, groups, channels, depth)),
         tuple([unspecialised(walk) for walk in walks]),
         *(relu, precision, (*box, tile.columns, tile.depth, transposed)),
+        device=w.base.device,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    residual = results[1] if len(results) > 1 else None
-    meta = {"num_warps": tile.warps, "num_stages": tile.stages}
-    views = (*xs, *[None] * (4 - len(xs)))
-    return Product(views, w, residual, results[0], (min(tiles, room),), rest, meta)
-
-
-def reads(
-    g: Conv2dGeometry, box: Box, depth: int, itemsize: int, x_strides: Sizes, *, flat: bool = False
-) -> tuple[list[View], list[Walk]]:
-    """How fprop's boxes read x: a descriptor and the walk of its taps for each parity, or one of
-    both for all. ``flat``: the pixels count as images of one.
-    """
-    blocks = cdiv(g.C // g.groups, depth)
-    if takes_pairs(g, depth) and x_strides[3] == g.C:
-        (top, _), (left, _) = g.padding
-        walk = Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)
-        return [image_pairs(g.x_shape, x_strides, box, depth, itemsize)], [walk]
-    parities = read_parities(g)
-    xs = [
-        images(g.x_shape, x_strides, (*box, depth), itemsize, parity, flat=flat)
-        for parity in parities
-    ]
-    return xs, [_walk(*parity, blocks, 1) for parity in parities]
-
-
-@lru_cache(maxsize=4096)
-def bind_fprop(
-    g: Conv2dGeometry,
-    tile: Tile,
-    itemsize: int,
-    here: Device,
-    relu: bool,
-    precision: str,
-    x_strides: Sizes,
-    w_strides: Sizes,
-    *strides: Sizes,  # of y and, where there is one, residual
-) -> Callable[..., None]:
-    """``fprop`` of (x, w, bias, residual, y) and scale, on operands that lie so."""
-    box, depth, flat = _box(tile), tile.depth, g.pointwise
-    C, K = g.C // g.groups, g.K // g.groups
-    xs, walks = reads(g, box, depth, itemsize, x_strides, flat=flat)
-    half = (*half_box(box), tile.columns)
-    results = [images(g.y_shape, s, half, max(2, itemsize), flat=flat) for s in strides]
-    w = filters(g.w_shape, w_strides, (tile.columns, depth), itemsize)
-    kind = itemsize, here, relu, precision, False
-    return _product(xs, w, results, walks, K, C, g, tile, *kind).launch
-
-
-@lru_cache(maxsize=4096)
-def bind_dgrad(
-    g: Conv2dGeometry,
-    tile: Tile,
-    itemsize: int,
-    here: Device,
-    precision: str,
-    dy_strides: Sizes,
-    w_strides: Sizes,
-    dx_strides: Sizes,
-) -> Callable[..., None]:
-    """``dgrad`` of (dy, w, bias, dx), on operands that lie so."""
-    box, depth, flat = _box(tile), tile.depth, g.pointwise
-    C, K = g.C // g.groups, g.K // g.groups
-    dys = [images(g.y_shape, dy_strides, (*box, depth), itemsize, flat=flat)]
-    w = filters(g.w_shape, w_strides, (depth, tile.columns), itemsize)
-    half, kind = (*half_box(box), tile.columns), (itemsize, here, False, precision, True)
-    products = []
-    for parity in g.dgrad():
-        dx = images(g.x_shape, dx_strides, half, itemsize, parity, flat=flat)
-        walks = [_walk(*parity, cdiv(K, depth), -1)]
-        products.append(_product(dys, w, [dx], walks, C, K, g, tile, *kind))
-
-    def launch(dy: Tensor, w: Tensor, bias: Tensor | None, dx: Tensor) -> None:
-        for product in products:
-            product.launch(dy, w, bias, None, dx)
-
-    return launch
 
 
 def fprop(
@@ -414,10 +326,13 @@ def fprop(
     scale: Tensor | None = None,
 ) -> None:
     """y[N,K,P,Q] = relu?(scale[K] * conv(x, w) + bias + residual)."""
-    kind = x.element_size(), device.describe(x.device), relu, precision
-    results = (y,) if residual is None else (y, residual)
-    strides = [t.stride() for t in (x, w, *results)]
-    bind_fprop(g, tile, *kind, *strides)(x, w, bias, residual, y, scale)
+    box, flat = _box(tile), g.pointwise
+    half = (*half_box(box), tile.columns)
+    xs, walks = reads(g, x, box, tile.depth, flat=flat)
+    added = None if residual is None else images(residual, half, flat=flat)
+    stored = images(y, half, flat=flat)
+    w_desc = filters(w, (tile.columns, tile.depth))
+    _multiply(xs, walks, w_desc, bias, scale, added, stored, g, tile, relu, precision)
 
 
 def dgrad(
@@ -431,8 +346,13 @@ def dgrad(
     precision: str,
 ) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride."""
-    kind = dy.element_size(), device.describe(dy.device), precision
-    bind_dgrad(g, tile, *kind, dy.stride(), w.stride(), dx.stride())(dy, w, bias, dx)
+    box, flat, blocks = _box(tile), g.pointwise, cdiv(g.K // g.groups, tile.depth)
+    half = (*half_box(box), tile.columns)
+    dys = [images(dy, (*box, tile.depth), flat=flat), None, None, None]
+    w_desc = filters(w, (tile.depth, tile.columns))
+    for parity in g.dgrad():
+        stored, walks = images(dx, half, parity, flat=flat), [_walk(*parity, blocks, -1)]
+        _multiply(dys, walks, w_desc, bias, None, None, stored, g, tile, False, precision, True)
 
 
 def _box(tile: Tile) -> Box:
@@ -507,38 +427,6 @@ def wgrad_kernel(
     tl.store(dw_ptr + offsets, narrow(acc, dw_ptr.dtype.element_ty), mask=mask)
 
 
-class Wgrad(NamedTuple):
-    """One launch of ``wgrad_kernel`` without its tensors."""
-
-    x: View
-    dy: View
-    programs: int
-    scalars: tuple  # sizes, walk
-
-
-@lru_cache(maxsize=4096)
-def _wgrad(
-    g: Conv2dGeometry, tile: Tile, itemsize: int, x_strides: Sizes, dy_strides: Sizes
-) -> list[Wgrad]:
-    n, p, q = _box(tile)
-    K, C, flat = g.K // g.groups, g.C // g.groups, g.pointwise
-    N, P, Q = (g.N * g.P * g.Q, 1, 1) if flat else (g.N, g.P, g.Q)
-    boxes_n, boxes_p, boxes_q = cdiv(N, n), cdiv(P, p), cdiv(Q, q)
-    turns = cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
-    column_tiles, row_tiles = cdiv(C, tile.columns), cdiv(K, tile.rows)
-    dy_block, x_block = (p, q, n, tile.rows), (p, q, n, tile.columns)
-    dy = images(g.y_shape, dy_strides, dy_block, itemsize, flat=flat, images_last=True)
-    launches = []
-    for row, column in read_parities(g):
-        parity, taps = (row, column), row.taps * column.taps
-        x = images(g.x_shape, x_strides, x_block, itemsize, parity, flat=flat, images_last=True)
-        sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
-        scalars = unspecialised(sizes), unspecialised(_walk(row, column, 1, 1))
-        programs = column_tiles * row_tiles * taps * g.groups * tile.splits
-        launches.append(Wgrad(x, dy, programs, scalars))
-    return launches
-
-
 def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
     """Engine 1's tile for db alone: enough parts of the pixels to fill the device twice.
 
@@ -570,14 +458,25 @@ def wgrad(
         implicit_gemm.wgrad(x, dy, None, db, g, sums, precision=precision)
     if dw is None:
         return
+    n, p, q = _box(tile)
+    K, C, flat = g.K // g.groups, g.C // g.groups, g.pointwise
+    N, P, Q = (g.N * g.P * g.Q, 1, 1) if flat else (g.N, g.P, g.Q)
+    boxes_n, boxes_p, boxes_q = cdiv(N, n), cdiv(P, p), cdiv(Q, q)
+    turns = cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
+    column_tiles, row_tiles = cdiv(C, tile.columns), cdiv(K, tile.rows)
+    dy_desc = images(dy, (p, q, n, tile.rows), flat=flat, images_last=True)
     parts = parts_like(dw, tile.splits)
-    for launch in _wgrad(g, tile, x.element_size(), x.stride(), dy.stride()):
+    for parity in read_parities(g):
+        row, column = parity
+        taps = row.taps * column.taps
+        x_desc = images(x, (p, q, n, tile.columns), parity, flat=flat, images_last=True)
+        sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
         device.launch(
             wgrad_kernel,
-            (launch.programs,),
-            *(launch.x.over(x), launch.dy.over(dy), parts, (dw.numel(), *dw.stride())),
-            *launch.scalars,
-            *(precision, device.wide(0, parts), (*_box(tile), tile.rows, tile.columns)),
+            (column_tiles * row_tiles * taps * g.groups * tile.splits,),
+            *(x_desc, dy_desc, parts, (dw.numel(), *dw.stride())),
+            *(unspecialised(sizes), unspecialised(_walk(row, column, 1, 1))),
+            *(precision, device.wide(0, parts), (n, p, q, tile.rows, tile.columns)),
             device=x.device,
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import descriptor_gemm, device, model
 from .descriptor_gemm import add_products, reads
-from .descriptors import Sizes, View, filters, rows_first
+from .descriptors import filters, rows_first
 from .device import INTERPRET, Device, loop
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
@@ -179,13 +179,18 @@ def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
     STRIDE_Q: tl.constexpr = WINDOW.stride[1]
     key = _keys(acc.reshape(K, ROWS, N * COLUMNS), DTYPE)
     LEAST: tl.constexpr = -(2 ** (key.dtype.primitive_bitwidth - 1))
-    # Outside the map keys turn negative, below all others. Each window has a row inside: its
-    # columns are not negative yet when their turn comes.
+    # Outside the map keys turn negative, below all others: at once, or where rows become fewer
+    # columns later. Each window has a row inside: its columns are not negative yet then.
+    AT_ONCE: tl.constexpr = STRIDE_P == 1 and WINDOW.padding[0] > 0 and WINDOW.padding[1] > 0
     if WINDOW.padding[0] > 0:
-        inside = _inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P)
-        key += tl.where(inside, 0, LEAST).to(key.dtype)[None, :, None]
+        inside = _inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P)[None, :, None]
+        if AT_ONCE:
+            columns = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
+            columns = tl.broadcast_to(columns[None, :], (N, COLUMNS)).reshape(N * COLUMNS)
+            inside = inside & columns[None, None, :]
+        key += tl.where(inside, 0, LEAST).to(key.dtype)
     key = _pool_rows(key, R, STRIDE_P, S).reshape(K, ROWS // STRIDE_P * N, COLUMNS)
-    if WINDOW.padding[1] > 0:
+    if WINDOW.padding[1] > 0 and not AT_ONCE:
         inside = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
         key += tl.where(inside, 0, LEAST).to(key.dtype)[None, None, :]
     return _pool_columns(key, S, STRIDE_Q).reshape(K, ROWS // STRIDE_P, N, COLUMNS // STRIDE_Q)
@@ -431,42 +436,6 @@ def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, in
     return n, p, q, g.groups * cdiv(g.K // g.groups, tile.columns)
 
 
-class _Launch(NamedTuple):
-    """One launch without its tensors."""
-
-    xs: list[View | None]
-    w: View
-    programs: int
-    scalars: tuple  # filters of a group, tiles, sizes, walks
-    window: _Window
-
-
-@lru_cache(maxsize=4096)
-def _launch(
-    g: Conv2dGeometry,
-    pool: Pool2dGeometry,
-    tile: Tile,
-    itemsize: int,
-    here: Device,
-    x_strides: Sizes,
-    w_strides: Sizes,
-) -> _Launch:
-    C, K = g.C // g.groups, g.K // g.groups
-    # Groups share descriptors: blocks must not run from one into the next.
-    assert g.groups == 1 or K % tile.columns == C % tile.depth == 0, (g.groups, tile)
-    xs, walks = reads(g, _box(tile), tile.depth, itemsize, x_strides)
-    counts = _tiles(g, pool, tile)
-    room = here.multiprocessors * blocks_per_multiprocessor(_without_stores(tile), itemsize, here)
-    sizes = (g.N, g.P, g.Q, pool.P, pool.Q, *counts[1:3], counts[3] // g.groups, g.groups, C)
-    return _Launch(
-        [*map(rows_first, xs), *[None] * (4 - len(xs))],
-        filters(g.w_shape, w_strides, (tile.columns, tile.depth), itemsize),
-        min(prod(counts), room),
-        (K, prod(counts), unspecialised(sizes), tuple([unspecialised(walk) for walk in walks])),
-        _window(pool),
-    )
-
-
 def conv2d_relu_max_pool2d(
     x: Tensor,
     w: Tensor,
@@ -485,14 +454,21 @@ def conv2d_relu_max_pool2d(
     where the maximum is zero: no gradient flows there. A NaN wins.
     """
     assert offsets is None or offsets.stride() == y.stride(), (offsets.stride(), y.stride())
-    here = device.describe(x.device)
-    launch = _launch(g, pool, tile, x.element_size(), here, x.stride(), w.stride())
+    here, itemsize = device.describe(x.device), x.element_size()
+    C, K = g.C // g.groups, g.K // g.groups
+    # Groups share descriptors: blocks must not run from one into the next.
+    assert g.groups == 1 or K % tile.columns == C % tile.depth == 0, (g.groups, tile)
+    xs, walks = reads(g, x, _box(tile), tile.depth)
+    counts = _tiles(g, pool, tile)
+    room = here.multiprocessors * blocks_per_multiprocessor(_without_stores(tile), itemsize, here)
+    sizes = (g.N, g.P, g.Q, pool.P, pool.Q, *counts[1:3], counts[3] // g.groups, g.groups, C)
     device.launch(
         pooled_product_kernel,
-        (launch.programs,),
-        *[view and view.over(x) for view in launch.xs],
-        *(launch.w.over(w), bias, y, offsets, unspecialised_strides(y), *launch.scalars),
-        *(launch.window, precision, device.wide(0, y), (*_box(tile), tile.columns, tile.depth)),
+        (min(prod(counts), room),),
+        *[x and rows_first(x) for x in xs],
+        *(filters(w, (tile.columns, tile.depth)), bias, y, offsets, unspecialised_strides(y)),
+        *(K, prod(counts), unspecialised(sizes), tuple([unspecialised(walk) for walk in walks])),
+        *(_window(pool), precision, device.wide(0, y), (*_box(tile), tile.columns, tile.depth)),
         device=x.device,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -29,6 +29,12 @@ def _interpreted_loop(*bounds: Any) -> range:
 # Triton 3.6's interpreter hands range() a one-element array, which numpy from 2.4 on refuses.
 loop = _interpreted_loop if INTERPRET else tl.range
 
+
+class _Recorder(threading.local):
+    recording: Any = None  # the replay.Recording of the call that this thread is in
+
+
+recorder = _Recorder()
 _lock = threading.RLock()
 _launches: Counter[str] = Counter()
 _target: GPUTarget | None = None  # set while launches only compile, into _compiled
@@ -59,7 +65,7 @@ _PEAKS: dict[int | str, Peaks] = {
 _OTHER_PEAKS = Peaks(512, 1.6, 800, 2500)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity, which costs a key least
 class Device:
     """What a planner asks of a device. ``backend`` is "cuda", "hip" or "interpreter"."""
 
@@ -84,6 +90,7 @@ _SHARED_MEMORY |= {100: 227 << 10, 103: 227 << 10, 110: 227 << 10, 120: 99 << 10
 _INTERPRETER = Device("interpreter", "numpy", multiprocessors=1, shared_memory=1 << 40)
 
 
+@cache
 def _of_target(target: GPUTarget) -> Device:
     """A typical device of an architecture, for compiling without one."""
     if target.backend == "hip":
@@ -120,7 +127,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
 
     The interpreter is not thread-safe (two threads give wrong numbers in silence), hence the lock.
     """
-    if 0 in grid or _pretended is not None:
+    if 0 in grid:
+        return
+    if (recording := recorder.recording) is not None:
+        recording.launched(kernel, grid, args, {"device": device, **meta})
+    if _pretended is not None:
         return
     if _target is not None or _warming_up:
         _compiled.append(kernel.run(*args, grid=grid, warmup=True, **meta))
@@ -226,6 +237,13 @@ def warm_up() -> Iterator[None]:
 
 def is_warming_up() -> bool:
     return _warming_up
+
+
+def may_replay() -> bool:
+    """Whether a call that was recorded stands for one made now: within another one, or where
+    launches only compile, it is made in full.
+    """
+    return recorder.recording is None and _target is None and not _warming_up
 
 
 @contextmanager

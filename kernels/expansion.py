@@ -7,7 +7,6 @@ a pixel is the sum of dy over the windows that it won, in the order of pp and pq
 (float64 for float64), rounded once, to dy's dtype. Sizes and strides are in elements.
 """
 
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -46,7 +45,6 @@ class Window(NamedTuple):
     unrolled: bool  # the loops over them and over the pixels of one stride
 
     @classmethod
-    @lru_cache(maxsize=4096)
     def of(cls, pool: Pool2dGeometry) -> "Window":
         few = prod((*pool.covering, *pool.stride)) <= _UNROLLED
         return cls(pool.kernel, pool.stride, pool.padding, pool.dilation, pool.covering, few)

@@ -7,6 +7,7 @@ functions use plain arithmetic and comparisons only, so that they also take symb
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import gcd, prod
 from typing import Literal, NamedTuple, Protocol
 
@@ -405,25 +406,42 @@ class Window(Protocol):
 
 
 class ReceptiveField(NamedTuple):
-    """Output (p, q) of a chain sees ``size`` input pixels from ``offset + stride * (p, q)`` on."""
+    """Output (p, q) sees ``size`` input pixels from ``offset + stride * (p, q)`` on.
 
-    size: Pair
-    stride: Pair
-    offset: Pair
-
-
-def receptive_field(layers: Iterable[Window]) -> ReceptiveField:
-    """What one output of a chain of convolutions and poolings sees of the input, in pixels.
-
-    ``offset`` is negative where the first window starts in the padding. Each layer widens the
-    field by its own reach times the stride of all layers before it (Araujo, Norris, Sim:
-    "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019, section 2).
+    ``offset`` is negative where the first window starts in the padding.
     """
-    size, stride, offset = [1, 1], [1, 1], [0, 0]
-    for layer in layers:
+
+    size: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    offset: Pair = (0, 0)
+
+    def through(self, layer: Window) -> "ReceptiveField":
+        """That of a layer whose input has this one.
+
+        It is wider by the layer's own reach times the stride of all layers before it (Araujo,
+        Norris, Sim: "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019,
+        section 2).
+        """
+        size, stride, offset = list(self.size), list(self.stride), list(self.offset)
         for axis in (0, 1):
             before = layer.padding[axis]
             offset[axis] -= stride[axis] * (before[0] if isinstance(before, tuple) else before)
             size[axis] += stride[axis] * layer.dilation[axis] * (layer.kernel[axis] - 1)
             stride[axis] *= layer.stride[axis]
-    return ReceptiveField((size[0], size[1]), (stride[0], stride[1]), (offset[0], offset[1]))
+        return ReceptiveField((size[0], size[1]), (stride[0], stride[1]), (offset[0], offset[1]))
+
+    def __or__(self, other: "ReceptiveField") -> "ReceptiveField":
+        """The least that holds both, where branches of one stride meet."""
+        if self.stride != other.stride:
+            raise ValueError(f"branches of strides {self.stride} and {other.stride} do not meet")
+        axes = [
+            (min(a, b), max(a + m, b + n))
+            for a, m, b, n in zip(self.offset, self.size, other.offset, other.size, strict=True)
+        ]
+        (top, bottom), (left, right) = axes
+        return ReceptiveField((bottom - top, right - left), self.stride, (top, left))
+
+
+def receptive_field(layers: Iterable[Window]) -> ReceptiveField:
+    """What one output of a chain of convolutions and poolings sees of the input, in pixels."""
+    return reduce(ReceptiveField.through, layers, ReceptiveField())

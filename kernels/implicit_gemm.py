@@ -6,7 +6,6 @@ tensors. dgrad is the same product on parts of dx and w, one for each parity of 
 and strides are in elements.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import triton
@@ -172,7 +171,6 @@ def fprop(
     _multiply(x, w, bias, residual, y, (product,), tile, relu, precision)
 
 
-@lru_cache(maxsize=4096)
 def _fprop_product(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> _Product:
     K, C = g.K // g.groups, g.C // g.groups
     P, Q = g.P, g.Q
@@ -207,7 +205,6 @@ def dgrad(
     _multiply(dy, w, bias, None, dx, products, tile, False, precision, pool, offsets)
 
 
-@lru_cache(maxsize=4096)
 def _dgrad_products(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> tuple[_Product, ...]:
     K, C = g.K // g.groups, g.C // g.groups
     P, Q = g.P, g.Q

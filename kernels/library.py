@@ -7,7 +7,7 @@ Triton's interpreter (TRITON_INTERPRET=1 at import) and otherwise ATen, through 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,19 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from . import aten, autotune, descriptor_gemm, device, epilogue, expansion, max_pool, planner, vmap
+from . import (
+    aten,
+    autotune,
+    descriptor_gemm,
+    device,
+    direct_conv,
+    epilogue,
+    expansion,
+    max_pool,
+    planner,
+    replay,
+    vmap,
+)
 from .device import INTERPRET, describe
 from .geometry import (
     Conv2dGeometry,
@@ -34,15 +46,71 @@ _POOL = "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilati
 
 
 _implementations: dict[str, tuple[Callable, Callable]] = {}  # on a GPU, on the CPU
+_operands: dict[str, int] = {}  # how many of an operator's arguments, the first, are tensors
+_recordings: dict[tuple, replay.Recording] = {}  # of calls on kernels, by all they follow from
+_PLAIN = {Tensor, Parameter, type(None)}
 
 
 def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable) -> None:
     name = schema.split("(")[0]
+    _operands[name] = count = schema.split("->")[0].count("Tensor")
+    kept = _kept(name, kernels, count)
     _library.define(schema)
-    _implementations[name] = kernels, kernels if INTERPRET else reference
-    _library.impl(name, _implementations[name][0], "CUDA")
-    _library.impl(name, _implementations[name][1], "CPU")
+    _implementations[name] = kept, kept if INTERPRET else reference
+    for where, function in zip(("CUDA", "CPU"), _implementations[name], strict=True):
+        _library.impl(name, _of_lists(function) if function is kept else function, where)
     torch.library.register_fake(f"triton_cnn::{name}", fake, lib=_library)
+
+
+def _kept(name: str, kernels: Callable, count: int) -> Callable[..., Any]:
+    """An implementation that replays a call which comes again; its first ``count`` arguments are
+    tensors or None, the others can be hashed.
+    """
+
+    def call(*args: Any) -> Any:
+        if not device.may_replay() or autotune.is_enabled():
+            return kernels(*args)
+        key = _key(name, args, count)
+        if (recording := _recordings.get(key)) is not None:
+            return recording(*args[:count])
+        results, recording = replay.record(kernels, args[:count], *args[count:])
+        if recording.complete:
+            if len(_recordings) >= 4096:
+                _recordings.clear()
+            _recordings[key] = recording
+        return results
+
+    return call
+
+
+def _of_lists(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: function(*with_tuples(args))
+
+
+def with_tuples(args: Sequence[Any]) -> tuple:
+    """An operator's arguments, of which the dispatcher brings pairs as lists."""
+    return tuple([tuple(value) if type(value) is list else value for value in args])
+
+
+def _key(name: str, args: tuple, count: int) -> tuple:
+    x = args[0]
+    key = [name, describe(x.device), x.dtype == torch.float32 and resolve_precision(None, x)]
+    for t in args[:count]:
+        if t is None:
+            key.append(None)
+        else:
+            key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+    key += args[count:]
+    return tuple(key)
+
+
+def operands(name: str) -> int:
+    return _operands[name]
+
+
+def recording_of(name: str, operands: Sequence[Tensor | None], *rest: Any) -> Any:
+    """What a call of an operator, which has been made, replays; None where it is not kept."""
+    return _recordings.get(_key(name, (*operands, *rest), len(operands)))
 
 
 def operator(name: str) -> Callable[..., Any]:
@@ -52,15 +120,14 @@ def operator(name: str) -> Callable[..., Any]:
     saves the two thirds of a call that the dispatcher takes.
     """
     dispatched = getattr(torch.ops.triton_cnn, name).default
-    on_gpu, on_cpu = _implementations[name]
+    (on_gpu, on_cpu), count = _implementations[name], _operands[name]
 
     def call(*args: Any) -> Any:
+        for t in args[:count]:
+            if type(t) not in _PLAIN:
+                return dispatched(*args)
         if is_watched():
             return dispatched(*args)
-        for t in args[:4]:
-            kind = type(t)
-            if kind is not Tensor and kind is not Parameter and isinstance(t, Tensor):
-                return dispatched(*args)
         if args[0].is_cuda:
             return on_gpu(*args)
         return on_cpu(*args) if args[0].is_cpu else dispatched(*args)
@@ -84,80 +151,34 @@ def setting(x: Tensor) -> tuple | None:
         return None
     if not (x.is_cuda or (INTERPRET and x.is_cpu)):
         return None
-    return describe(x.device), x.dtype == torch.float32 and resolve_precision(None, x)
+    precision = x.dtype == torch.float32 and resolve_precision(None, x)
+    return describe(x.device), precision, torch.is_grad_enabled()
 
 
 def _new(like: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    return like.new_empty_strided(tuple(shape), output_strides(shape, channels_last))
+    return replay.new(like, shape, output_strides(shape, channels_last))
+
+
+def _like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return replay.new(t, t.shape, dense_strides(t.shape, t.stride()), dtype)
+
+
+def _vector(like: Tensor, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    return replay.new(like, (size,), (1,), dtype)
 
 
 def _channels_last(*tensors: Tensor) -> bool:
     return any(is_channels_last(t.shape, t.stride()) for t in tensors)
 
 
-class _Call(NamedTuple):
-    """What a convolution on operands of certain shapes, strides and dtypes comes down to."""
-
-    direction: Direction
-    g: Conv2dGeometry
-    layout: planner.Layout
-    plan: planner.Plan
-    launch: Callable[..., None]  # that plan, on operands and results
-    options: dict[str, Any]  # what a launch takes besides operands, results, geometry and tile
-    reference: Callable[..., tuple[Tensor, ...]]  # ATen's results from the operands
-    shape: torch.Size  # of the first result
-    strides: tuple[int, ...]
-    packs: bool  # whether w is laid in rows first
-
-
-_bound: dict[tuple, partial] = {}  # an operator and its _Call, by all that the call follows from
-
-
-def _bind(key: tuple, operator: Callable, *arguments: Any) -> partial:
-    """Keep a planned call: one that comes again costs microseconds."""
-    if len(_bound) >= 4096:
-        _bound.clear()
-    _bound[key] = bound = partial(operator, *arguments)
-    return bound
-
-
-def _call(
-    direction: Direction,
-    g: Conv2dGeometry,
-    options: dict[str, Any],
-    reference: Callable[..., Any],
-    result: Tensor,
-    images: tuple[Tensor | None, ...],  # of fprop and dgrad the result first
-    w: Tensor | None = None,
-) -> _Call:
-    """Plan for these images and filters."""
-    here = describe(result.device)
-    packs = w is not None and _packs(w, images, here)
-    filters = () if w is None else (_in_rows(w) if packs else w,)
-    layout = planner.layout_of(images, filters)
-    plan = planner.plan(direction, g, result.dtype, options["precision"], here, layout)
-    engine, tile, *_ = plan
-    if engine is descriptor_gemm and direction != "wgrad":
-        bind, kind = getattr(engine, f"bind_{direction}"), (result.element_size(), here)
-        _, image, *added = images
-        strides = [t.stride() for t in (image, *filters, result, *added) if t is not None]
-        launch = bind(g, tile, *kind, *options.values(), *strides)
-    else:
-        launch = partial(getattr(engine, direction), g=g, tile=tile, **options)
-    about = g, layout, plan, launch, options, reference
-    return _Call(direction, *about, result.shape, result.stride(), packs)
-
-
-def _packs(w: Tensor, images: tuple[Tensor | None, ...], here: device.Device) -> bool:
-    """Whether w is copied with its channels side by side, as they lie in the images: it is small,
-    and gathering it is not.
+def _packed(w: Tensor, images: Sequence[Tensor | None], here: device.Device) -> Tensor:
+    """w, copied with its channels side by side where the images have theirs so: it is small, and
+    gathering it is not.
     """
     rows = all(t is None or t.stride(1) == 1 for t in images)
-    return w.stride(1) != 1 and rows and here.descriptors
-
-
-def _in_rows(w: Tensor) -> Tensor:
-    return w.contiguous(memory_format=torch.channels_last)
+    if w.stride(1) == 1 or not rows or not here.descriptors:
+        return w
+    return replay.derive(w, partial(Tensor.contiguous, memory_format=torch.channels_last))
 
 
 def resolve_precision(precision: str | None, x: Tensor) -> str:
@@ -177,36 +198,44 @@ def resolve_precision(precision: str | None, x: Tensor) -> str:
     return precision
 
 
-def _run(call: _Call, *tensors: Tensor | None) -> None:
-    """Launch on operands and results: the planned plan, the one that measuring chooses, or to warm
-    up the whole family.
+def _run(
+    direction: Direction,
+    g: Conv2dGeometry,
+    operands: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    images: tuple[Tensor | None, ...],
+    filters: tuple[Tensor, ...],
+    reference: Callable[..., tuple[Tensor, ...]],  # ATen's results from the operands
+    **options: Any,
+) -> None:
+    """Launch the planned plan, the one that measuring chooses, or to warm up the whole family.
+
+    Of fprop and dgrad the result is the first of ``images``.
     """
-    if not (device.is_warming_up() or autotune.is_enabled()):
-        call.launch(*tensors)
-        return
-    for engine, tile, *_ in _other_plans(call, tensors):
-        getattr(engine, call.direction)(*tensors, call.g, tile, **call.options)
-
-
-_OPERANDS = {"fprop": 4, "dgrad": 3, "wgrad": 2}  # the rest are results
-
-
-def _other_plans(call: _Call, tensors: tuple) -> Sequence[planner.Plan]:
-    count, options = _OPERANDS[call.direction], call.options
-    operands, results = tensors[:count], tensors[count:]
-    like = results[0]
-    problem = (call.direction, call.g, like.dtype, options["precision"], describe(like.device))
+    like = next(t for t in results if t is not None)
+    layout, here = planner.layout_of(images, filters), describe(like.device)
+    problem = direction, g, like.dtype, options["precision"], here, layout
     if device.is_warming_up():
-        return planner.family(*problem, call.layout)
+        plans = planner.family(*problem)
+    elif autotune.is_enabled():
+        plans = [_fastest(problem, operands, results, reference, options)]
+    else:
+        plans = [planner.plan(*problem)]
+    for engine, tile, *_ in plans:
+        getattr(engine, direction)(*operands, *results, g, tile, **options)
+
+
+def _fastest(problem: Any, operands, results, reference, options: dict[str, Any]) -> planner.Plan:
+    direction, g = problem[:2]
 
     def run(plan: planner.Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
         fresh = [None if t is None else t.new_empty_strided(t.shape, t.stride()) for t in results]
-        getattr(plan.engine, call.direction)(*operands, *fresh, call.g, plan.tile, **options)
+        getattr(plan.engine, direction)(*operands, *fresh, g, plan.tile, **options)
         return tuple(t for t in fresh if t is not None)
 
     fused = options.get("relu", len(results) > 1 and results[1] is not None)
     variant = "".join("01"[t is not None] for t in operands) + "-fused" * fused
-    return [autotune.choose(*problem, call.layout, operands, run, call.reference, variant)]
+    return autotune.choose(*problem, operands, run, reference, variant)
 
 
 # Convolution: three walks over one geometry.
@@ -217,52 +246,29 @@ def _conv2d_empty(x, w, bias, residual, stride, padding, dilation, groups, preci
     return _new(x, (x.shape[0], w.shape[0], *size), _channels_last(x, w))
 
 
-def bind_conv2d(x, w, residual, stride, padding, dilation, groups, precision, relu) -> partial:
-    """conv2d of (x, w, bias, residual) on kernels, for operands that differ from these in their
-    elements alone.
-    """
-    arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    precision, here = resolve_precision(precision, x), describe(x.device)
-    key = ("fprop", here, precision, relu, *arguments)
-    key += (x.dtype, x.shape, x.stride(), w.shape, w.stride(), x.data_ptr() % 16)
-    key += (w.data_ptr() % 16,)
-    if residual is not None:
-        key += (residual.stride(), residual.data_ptr() % 16)
-    if (bound := _bound.get(key)) is None:
-        g = Conv2dGeometry.of(x.shape, w.shape, *arguments)
-        y = _conv2d_empty(x, w, None, residual, *arguments, precision, relu)
+def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, relu):
+    y = _conv2d_empty(x, w, bias, residual, stride, padding, dilation, groups, precision, relu)
+    arguments = stride, padding, dilation, groups
+    g = Conv2dGeometry.of(x.shape, w.shape, *arguments)
 
-        def reference(x, w, bias, residual):
-            return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
+    def reference(x, w, bias, residual):
+        return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
 
-        options = {"relu": relu, "precision": precision}
-        call = _call("fprop", g, options, reference, y, (y, x, residual), w)
-        bound = _bind(key, _fprop, call)
-    return bound
-
-
-def _fprop(call: _Call, x, w, bias, residual) -> Tensor:
-    y = x.new_empty_strided(call.shape, call.strides)
-    if call.packs:
-        w = _in_rows(w)
-    if bias is not None:
-        bias = bias.contiguous()
-    _run(call, x, w, bias, residual, y)
+    w = _packed(w, (y, x, residual), describe(x.device))
+    operands = x, w, None if bias is None else replay.contiguous(bias), residual
+    kind = {"relu": relu, "precision": resolve_precision(precision, x)}
+    _run("fprop", g, operands, (y,), (y, x, residual), (w,), reference, **kind)
     return y
-
-
-def _conv2d(x, w, bias, residual, *arguments):
-    return bind_conv2d(x, w, residual, *arguments)(x, w, bias, residual)
 
 
 def _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
     y = _conv2d_empty(x, w, bias, residual, stride, padding, dilation, groups, None, relu)
-    return torch.empty_like(y, dtype=torch.bfloat16)
+    return _like(y, torch.bfloat16)
 
 
 def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, relu):
     g = Conv2dGeometry.of(x.shape, w.shape, stride, padding, dilation, groups)
-    y = _new(x.new_empty(0, dtype=torch.bfloat16), g.y_shape, _channels_last(x, w))
+    y = _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, groups, relu)
     if 0 in y.shape:
         return y
     layout = planner.layout_of((x, y, residual), (w,))
@@ -272,90 +278,98 @@ def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, 
             "float8 needs a GPU with tensor descriptors, groups that fill blocks of channels, and "
             f"channels_last operands whose rows are multiples of 16 bytes, got {g} on {x.device}"
         )
-    scale = scale.expand(g.K).contiguous()
-    bias = None if bias is None else bias.contiguous()
+    scale = replay.derive(scale, lambda scale: scale.expand(g.K).contiguous())
+    bias = None if bias is None else replay.contiguous(bias)
     descriptor_gemm.fprop(
         *(x, w, bias, residual, y, g, plans[0].tile), relu=relu, precision="ieee", scale=scale
     )
     return y
 
 
+def _conv2d_bytes_empty(
+    x, w, bias, scale, shift, stride, padding, dilation, groups, precision, relu
+):
+    size = conv_places(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    return _new(w, (x.shape[0], w.shape[0], *size), _channels_last(x, w))
+
+
+def _conv2d_bytes(x, w, bias, scale, shift, stride, padding, dilation, groups, precision, relu):
+    arguments = stride, padding, dilation, groups
+    y = _conv2d_bytes_empty(x, w, bias, scale, shift, *arguments, precision, relu)
+    g = Conv2dGeometry.of(x.shape, w.shape, *arguments)
+    tile = direct_conv.choose_tile("fprop", g, w.dtype, describe(x.device))
+    direct_conv.fprop(
+        *(x, w, None if bias is None else replay.contiguous(bias), None, y, g, tile),
+        relu=relu,
+        precision=resolve_precision(precision, w),
+        normalise=(replay.contiguous(scale), replay.contiguous(shift)),
+    )
+    return y
+
+
+def _conv2d_bytes_wgrad_empty(
+    x, dy, scale, shift, size, strides, stride, padding, dilation, groups, precision, bias
+) -> tuple[Tensor, Tensor]:
+    return _wgrad_empty(dy, dy, size, strides, stride, padding, dilation, groups, precision, bias)
+
+
+def _conv2d_bytes_wgrad(
+    x, dy, scale, shift, size, strides, stride, padding, dilation, groups, precision, bias
+) -> tuple[Tensor, Tensor]:
+    arguments = stride, padding, dilation, groups
+    dw, db = _wgrad_empty(dy, dy, size, strides, *arguments, precision, bias)
+    g = Conv2dGeometry.of(x.shape, size, *arguments)
+    tile = direct_conv.choose_tile("wgrad", g, dy.dtype, describe(x.device))
+    direct_conv.wgrad(
+        *(x, dy, dw, db if bias else None, g, tile),
+        precision=resolve_precision(precision, dy),
+        normalise=(replay.contiguous(scale), replay.contiguous(shift)),
+    )
+    return dw, db
+
+
 def _dgrad_empty(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
     return _new(dy, (dy.shape[0], w.shape[1] * groups, *size), channels_last)
 
 
-def bind_dgrad(dy, w, size, stride, padding, dilation, groups, precision, channels_last) -> partial:
-    """conv2d_dgrad of (dy, w, bias) on kernels, as ``bind_conv2d``."""
-    arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    size, precision, here = tuple(size), resolve_precision(precision, dy), describe(dy.device)
-    key = ("dgrad", here, precision, *arguments, dy.dtype, size, channels_last)
-    key += (dy.shape, dy.stride(), w.shape, w.stride(), dy.data_ptr() % 16, w.data_ptr() % 16)
-    if (bound := _bound.get(key)) is None:
-        dx = _dgrad_empty(dy, w, None, size, *arguments, precision, channels_last)
-        g = Conv2dGeometry.of(dx.shape, w.shape, *arguments)
+def _conv2d_dgrad(dy, w, bias, size, stride, padding, dilation, groups, precision, channels_last):
+    arguments = stride, padding, dilation, groups
+    dx = _dgrad_empty(dy, w, bias, size, *arguments, precision, channels_last)
+    g = Conv2dGeometry.of(dx.shape, w.shape, *arguments)
 
-        def reference(dy, w, bias):
-            return (aten.conv2d_dgrad(dy, w, bias, size, *arguments, None, channels_last),)
+    def reference(dy, w, bias):
+        return (aten.conv2d_dgrad(dy, w, bias, size, *arguments, None, channels_last),)
 
-        call = _call("dgrad", g, {"precision": precision}, reference, dx, (dx, dy), w)
-        bound = _bind(key, _dgrad, call)
-    return bound
-
-
-def _dgrad(call: _Call, dy, w, bias) -> Tensor:
-    dx = dy.new_empty_strided(call.shape, call.strides)
-    if call.packs:
-        w = _in_rows(w)
-    if bias is not None:
-        bias = bias.contiguous()
-    _run(call, dy, w, bias, dx)
+    w = _packed(w, (dx, dy), describe(dy.device))
+    operands = dy, w, None if bias is None else replay.contiguous(bias)
+    kind = {"precision": resolve_precision(precision, dy)}
+    _run("dgrad", g, operands, (dx,), (dx, dy), (w,), reference, **kind)
     return dx
-
-
-def _conv2d_dgrad(dy, w, bias, *arguments):
-    return bind_dgrad(dy, w, *arguments)(dy, w, bias)
 
 
 def _wgrad_empty(
     x, dy, size, strides, stride, padding, dilation, groups, precision, bias
 ) -> tuple[Tensor, Tensor]:
-    dw = x.new_empty_strided(tuple(size), dense_strides(size, strides))
-    return dw, x.new_empty(size[0] if bias else 0)
+    return replay.new(x, size, dense_strides(size, strides)), _vector(x, size[0] if bias else 0)
 
 
-def bind_wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, bias) -> partial:
-    """conv2d_wgrad of (x, dy) on kernels, as ``bind_conv2d``."""
-    arguments = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    size, strides = tuple(size), tuple(strides)
-    precision, here = resolve_precision(precision, x), describe(x.device)
-    key = ("wgrad", here, precision, *arguments, x.dtype, x.shape, x.stride(), dy.stride())
-    key += (size, strides, bias, x.data_ptr() % 16, dy.data_ptr() % 16)
-    if (bound := _bound.get(key)) is None:
-        g = Conv2dGeometry.of(x.shape, size, *arguments)
-        dw = x.new_empty_strided(size, dense_strides(size, strides))
+def _conv2d_wgrad(x, dy, size, strides, stride, padding, dilation, groups, precision, bias):
+    arguments = stride, padding, dilation, groups
+    dw, db = _wgrad_empty(x, dy, size, strides, *arguments, precision, bias)
+    g = Conv2dGeometry.of(x.shape, size, *arguments)
 
-        def reference(x, dy):
-            results = aten.conv2d_wgrad(x, dy, size, strides, *arguments, None, bias)
-            return results if bias else results[:1]
+    def reference(x, dy):
+        results = aten.conv2d_wgrad(x, dy, size, strides, *arguments, None, bias)
+        return results if bias else results[:1]
 
-        call = _call("wgrad", g, {"precision": precision}, reference, dw, (x, dy))
-        bound = _bind(key, _wgrad, call, bias)
-    return bound
-
-
-def _wgrad(call: _Call, bias: bool, x, dy) -> tuple[Tensor, Tensor]:
-    dw = x.new_empty_strided(call.shape, call.strides)
-    db = x.new_empty(call.g.K if bias else 0)
-    _run(call, x, dy, dw, db if bias else None)
+    results = dw, db if bias else None
+    kind = {"precision": resolve_precision(precision, x)}
+    _run("wgrad", g, (x, dy), results, (x, dy), (), reference, **kind)
     return dw, db
 
 
-def _conv2d_wgrad(x, dy, *arguments):
-    return bind_wgrad(x, dy, *arguments)(x, dy)
-
-
 def _channel_sum_empty(dy: Tensor) -> Tensor:
-    return dy.new_empty(dy.shape[1])
+    return _vector(dy, dy.shape[1])
 
 
 def _channel_sum(dy: Tensor) -> Tensor:
@@ -369,8 +383,7 @@ def _channel_sum(dy: Tensor) -> Tensor:
 
 
 def _relu_backward_empty(dy: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-    dz = y.new_empty_strided(y.shape, dense_strides(y.shape, y.stride()))
-    return dz, y.new_empty(y.shape[1] if bias else 0)
+    return _like(y), _vector(y, y.shape[1] if bias else 0)
 
 
 def _relu_backward(dy: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
@@ -406,6 +419,20 @@ _define(
     aten.conv2d_fp8,
     _conv2d_fp8_empty,
 )
+_define(
+    f"conv2d_bytes(Tensor x, Tensor w, Tensor? bias, Tensor scale, Tensor shift, {_CONV}, bool"
+    " relu) -> Tensor",
+    _conv2d_bytes,
+    aten.conv2d_bytes,
+    _conv2d_bytes_empty,
+)
+_define(
+    "conv2d_bytes_wgrad(Tensor x, Tensor dy, Tensor scale, Tensor shift, SymInt[4] size, SymInt[4]"
+    f" strides, {_CONV}, bool bias) -> (Tensor, Tensor)",
+    _conv2d_bytes_wgrad,
+    aten.conv2d_bytes_wgrad,
+    _conv2d_bytes_wgrad_empty,
+)
 _define("channel_sum(Tensor dy) -> Tensor", _channel_sum, aten.channel_sum, _channel_sum_empty)
 _define(
     "relu_backward(Tensor dy, Tensor y, bool bias) -> (Tensor, Tensor)",
@@ -427,11 +454,8 @@ def _max_pool2d_empty(x, kernel, stride, padding, dilation, ceil_mode, offsets, 
     g = _pool(x.shape, kernel, stride, padding, dilation, ceil_mode)
     y = _new(x, g.y_shape, _channels_last(x))
     offset_dtype = max_pool.offset_dtype(g)
-    return (
-        y,
-        torch.empty_like(y, dtype=offset_dtype) if offsets else y.new_empty(0, dtype=offset_dtype),
-        torch.empty_like(y, dtype=torch.int64) if indices else y.new_empty(0, dtype=torch.int64),
-    )
+    kept = _like(y, offset_dtype) if offsets else _vector(y, 0, offset_dtype)
+    return y, kept, _like(y, torch.int64) if indices else _vector(y, 0, torch.int64)
 
 
 def _max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices):
@@ -460,11 +484,11 @@ def _max_pool2d_backward(
 
 
 def _max_pool2d_gather_empty(ddx, offsets, kernel, stride, padding, dilation, ceil_mode):
-    return torch.empty_like(offsets, dtype=ddx.dtype)
+    return _like(offsets, ddx.dtype)
 
 
 def _max_pool2d_gather(ddx, offsets, kernel, stride, padding, dilation, ceil_mode):
-    ddy = torch.empty_like(offsets, dtype=ddx.dtype)
+    ddy = _like(offsets, ddx.dtype)
     g = _pool(ddx.shape, kernel, stride, padding, dilation, ceil_mode)
     tile = max_pool.choose_tile("forward", g, _channels_last(ddy), describe(ddx.device))
     max_pool.max_pool2d_gather(ddx, offsets, ddy, g, tile)
@@ -541,7 +565,7 @@ def _conv_pool_empty(
     pool = _pool((x.shape[0], w.shape[0], *size), kernel, step, margin, (1, 1), False)
     y = _new(x, pool.y_shape, _channels_last(x, w))
     dtype = max_pool.offset_dtype(pool)
-    return y, torch.empty_like(y, dtype=dtype) if offsets else y.new_empty(0, dtype=dtype)
+    return y, _like(y, dtype) if offsets else _vector(y, 0, dtype)
 
 
 def _conv_pool(
@@ -554,8 +578,8 @@ def _conv_pool(
     precision, here = resolve_precision(precision, x), describe(x.device)
     if 0 in y.shape:
         return y, kept
-    w = _in_rows(w) if _packs(w, (x,), here) else w
-    bias = None if bias is None else bias.contiguous()
+    w = _packed(w, (x,), here)
+    bias = None if bias is None else replay.contiguous(bias)
     problem = g, pool, x.dtype, precision, here, planner.layout_of((x, y), (w,))
     warm = device.is_warming_up()
     plans = planner.pooled_family(*problem) if warm else [planner.plan_pooled(*problem)]
@@ -572,11 +596,9 @@ def _conv_pool_backward_empty(
     *_, groups, _, _, _, _, channels_last, (need_dx, need_dw, need_db) = arguments
     shape = dy.shape[0], w_size[1] * groups, *size
     return (
-        _new(dy, shape, channels_last) if need_dx else dy.new_empty(0),
-        dy.new_empty_strided(tuple(w_size), dense_strides(w_size, w_strides))
-        if need_dw
-        else dy.new_empty(0),
-        dy.new_empty(w_size[0] if need_db else 0),
+        _new(dy, shape, channels_last) if need_dx else _vector(dy, 0),
+        replay.new(dy, w_size, dense_strides(w_size, w_strides)) if need_dw else _vector(dy, 0),
+        _vector(dy, w_size[0] if need_db else 0),
     )
 
 
@@ -605,7 +627,7 @@ def _conv_pool_backward(
             results = dw if need_dw else None, db if need_db else None
             engine.wgrad(dy if x is None else x, dy, *results, g, tile, **options)
         return dx, dw, db
-    dz = _new(dy, g.y_shape, _channels_last(dy))
+    dz = _new(dy, g.y_shape, channels_last)
     expansion.expand(dy, offsets, dz, db if need_db else None, pool)
     if need_dx:
         dx = _conv2d_dgrad(dz, w, None, size, *geometry, precision, channels_last)
@@ -644,6 +666,18 @@ def _flops(x, w, stride, padding, dilation, groups) -> int:
 @register_flop_formula(torch.ops.triton_cnn.conv2d)
 def _conv2d_flops(x, w, bias, residual, stride, padding, dilation, groups, *_, **__) -> int:
     return _flops(x, w, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.triton_cnn.conv2d_bytes)
+def _conv2d_bytes_flops(x, w, bias, scale, shift, stride, padding, dilation, groups, *_, **__):
+    return _flops(x, w, stride, padding, dilation, groups)
+
+
+@register_flop_formula(torch.ops.triton_cnn.conv2d_bytes_wgrad)
+def _conv2d_bytes_wgrad_flops(
+    x, dy, scale, shift, size, strides, stride, padding, dilation, groups, *_, **__
+) -> int:
+    return _flops(x, size, stride, padding, dilation, groups)
 
 
 @register_flop_formula(torch.ops.triton_cnn.conv2d_fp8)

@@ -12,7 +12,7 @@ cell are loaded once, and which tap of theirs a pixel is follows from its place 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import gcd
 from typing import Any, Literal, NamedTuple
@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, replay
 from .device import Device, loop
-from .geometry import Pair, Pool2dGeometry, largest_offset
+from .geometry import Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
     divisors,
@@ -218,25 +218,28 @@ class _Launch(NamedTuple):
 def _launch(
     places: tuple[int, int, int],
     C: int,
-    itemsize: int,
     tile: Tile,
-    layouts: Sequence[tuple[Sequence[int], Strides]],
+    tensors: Sequence[Tensor],
     *own: Any,
 ) -> _Launch:
-    """A walk over places (n, p, q) by C channels of tensors of these shapes and strides.
+    """A walk over places (n, p, q) by C channels of these tensors, of which the first has values.
 
     Where channels lie side by side the unit is what C and the strides of dense tensors have in
     common, up to a vector: it makes aligned loads, and depends neither on the batch nor the image.
     """
     N, P, Q = places
-    rows = [_row_strides(*layout) for layout in layouts]
+    rows = [_row_strides(t.shape, t.stride()) for t in tensors]
     unit = 1
-    channels = [strides[1] for _, strides in layouts]
+    channels = [t.stride(1) for t in tensors]
     if set(channels) == {1} and max(map(max, rows)) < 2**31:
-        unit = gcd(_VECTOR // itemsize, C, *(stride for strides in rows for stride in strides))
+        unit = gcd(
+            _VECTOR // tensors[0].element_size(),
+            C,
+            *(stride for strides in rows for stride in strides),
+        )
     column_tiles = cdiv(C, tile.columns)
     walk = unspecialised((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
-    wide = device.wide(max(N * P * Q, *(largest_offset(*layout) for layout in layouts)))
+    wide = device.wide(N * P * Q, *tensors)
     strides = tuple(
         (2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
         for (n, h, w), c in zip(rows, channels, strict=True)
@@ -372,11 +375,9 @@ def max_pool2d(
     offsets[N,C,P,Q], of ``offset_dtype(g)``, and int64 indices[N,C,P,Q] tell the pixel that it
     came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
     """
-    launch = _forward(
-        *(g, tile, x.element_size(), x.stride(), y.stride()),
-        None if offsets is None else offsets.stride(),
-        None if indices is None else indices.stride(),
-    )
+    results = [y if t is None else t for t in (y, offsets, indices)]
+    own = unspecialised((g.H, g.W)), _Window.of(g), _Taps.of(g)
+    launch = _launch((g.N, g.P, g.Q), g.C, tile, (x, *results), *own)
     device.launch(
         max_pool2d_kernel,
         launch.grid,
@@ -384,15 +385,6 @@ def max_pool2d(
         device=x.device,
         num_warps=tile.warps,
     )
-
-
-@lru_cache(maxsize=4096)
-def _forward(
-    g: Pool2dGeometry, tile: Tile, itemsize: int, x: Strides, y: Strides, *others: Strides | None
-) -> _Launch:
-    results = [(g.y_shape, strides or y) for strides in (y, *others)]
-    own = unspecialised((g.H, g.W)), _Window.of(g), _Taps.of(g)
-    return _launch((g.N, g.P, g.Q), g.C, itemsize, tile, [(g.x_shape, x), *results], *own)
 
 
 @triton.jit
@@ -498,9 +490,12 @@ def max_pool2d_backward(
     dy: Tensor, offsets: Tensor, dx: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
     """dx[N,C,H,W] from dy[N,C,P,Q] and the offsets[N,C,P,Q] of the forward pass."""
-    kernel, launch = _backward(
-        g, tile, dy.element_size(), dy.stride(), offsets.stride(), dx.stride()
-    )
+    kernel: Any = max_pool2d_far_backward_kernel
+    own: tuple = unspecialised((g.P, g.Q)), _Window.of(g), g.covering
+    if _by_cells(g):
+        kernel = max_pool2d_backward_kernel
+        own = unspecialised((g.H, g.W, g.P, g.Q)), _Cell.of(g)
+    launch = _launch((g.N, *_cells(g)), g.C, tile, (dy, offsets, dx), *own)
     device.launch(
         kernel,
         launch.grid,
@@ -508,19 +503,6 @@ def max_pool2d_backward(
         device=dy.device,
         num_warps=tile.warps,
     )
-
-
-@lru_cache(maxsize=4096)
-def _backward(
-    g: Pool2dGeometry, tile: Tile, itemsize: int, dy: Strides, offsets: Strides, dx: Strides
-) -> tuple[Any, _Launch]:
-    layouts = (g.y_shape, dy), (g.y_shape, offsets), (g.x_shape, dx)
-    kernel: Any = max_pool2d_far_backward_kernel
-    own: tuple = unspecialised((g.P, g.Q)), _Window.of(g), g.covering
-    if _by_cells(g):
-        kernel = max_pool2d_backward_kernel
-        own = unspecialised((g.H, g.W, g.P, g.Q)), _Cell.of(g)
-    return kernel, _launch((g.N, *_cells(g)), g.C, itemsize, tile, layouts, *own)
 
 
 @triton.jit
@@ -554,7 +536,7 @@ def max_pool2d_gather(
     ddx: Tensor, offsets: Tensor, ddy: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
     """ddy[N,C,P,Q] from ddx[N,C,H,W] and offsets[N,C,P,Q]: the gradient of the gradient."""
-    launch = _gather(g, tile, ddx.element_size(), ddx.stride(), offsets.stride(), ddy.stride())
+    launch = _launch((g.N, g.P, g.Q), g.C, tile, (ddx, offsets, ddy), _Window.of(g))
     device.launch(
         max_pool2d_gather_kernel,
         launch.grid,
@@ -562,14 +544,6 @@ def max_pool2d_gather(
         device=ddx.device,
         num_warps=tile.warps,
     )
-
-
-@lru_cache(maxsize=4096)
-def _gather(
-    g: Pool2dGeometry, tile: Tile, itemsize: int, ddx: Strides, offsets: Strides, ddy: Strides
-) -> _Launch:
-    layouts = (g.x_shape, ddx), (g.y_shape, offsets), (g.y_shape, ddy)
-    return _launch((g.N, g.P, g.Q), g.C, itemsize, tile, layouts, _Window.of(g))
 
 
 @triton.jit
@@ -633,7 +607,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
     """
     N, C, H, W = y.shape
     P, Q = x.shape[2:]
-    _check_indices(indices, H, W)
+    indices = replay.derive(indices, partial(_checked, H=H, W=W))
     tile = _unpool_tile(y)
     device.launch(
         max_unpool2d_kernel,
@@ -649,7 +623,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
     )
 
 
-def _check_indices(indices: Tensor, H: int, W: int) -> None:
+def _checked(indices: Tensor, H: int, W: int) -> Tensor:
     if indices.device.type == "cpu" and indices.numel():
         for bad in indices.aminmax():
             if not 0 <= bad < H * W:
@@ -657,6 +631,7 @@ def _check_indices(indices: Tensor, H: int, W: int) -> None:
                     f"max_unpool2d: index {bad.item()} is outside [0, {H * W}), "
                     f"the range for a result of size {H}x{W}"
                 )
+    return indices
 
 
 def _unpool_tile(y: Tensor) -> Tile:
@@ -697,9 +672,8 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     N, C, H, W = dy.shape
     P, Q = dx.shape[2:]
     tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
-    layouts = [(t.shape, t.stride()) for t in (dy, indices, dx)]
     sizes = unspecialised((H * W, W))
-    launch = _launch((N, P, Q), C, dy.element_size(), tile, layouts, sizes)
+    launch = _launch((N, P, Q), C, tile, (dy, indices, dx), sizes)
     device.launch(
         max_unpool2d_backward_kernel,
         launch.grid,

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, replay
 from .device import Device
 from .epilogue import result_strides, store_result
-from .geometry import Conv2dGeometry
+from .geometry import Conv2dGeometry, contiguous_strides
 from .indexing import (
     cdiv,
     dot,
@@ -193,10 +193,10 @@ def pack_kernel(
 
 def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
     """The filters as ``convolve`` takes them."""
-    w = w.contiguous() if device.wide(0, w) else w
+    w = replay.contiguous(w) if device.wide(0, w) else w
     k_tiles, turns = cdiv(g.K, tile.columns), cdiv(g.R * run.segment, tile.depth)
     shape = k_tiles, turns, 2 * tile.columns, tile.depth
-    packed = torch.empty(shape, dtype=w.dtype, device=w.device)
+    packed = replay.new(w, shape, contiguous_strides(shape))
     device.launch(
         pack_kernel,
         (k_tiles * turns,),

@@ -1,6 +1,5 @@
 """The second pass of a reduction that was split: its parts are added in a fixed order."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -8,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
+from . import device, replay
 from .device import loop
 from .indexing import cdiv, narrow, power_of_2, program
 
@@ -43,25 +42,18 @@ def channel_walk(t: Tensor, pixels: int, elements: int, summed: bool) -> Channel
     For a sum there are as many programs as the device holds, as each leaves a part of it to be
     added in a second pass; otherwise one for each tile.
     """
-    programs = 2 * device.describe(t.device).multiprocessors if summed else 0
-    return _channel_walk(t.shape[1], t.stride(1) == 1, pixels, elements, programs)
-
-
-@lru_cache(maxsize=4096)
-def _channel_walk(
-    K: int, channels_last: bool, pixels: int, elements: int, programs: int
-) -> ChannelWalk:
-    """``programs`` are those that the device holds, 0 without a sum."""
+    K = t.shape[1]
     if device.INTERPRET:
         rows, columns = 4096, min(64, power_of_2(K))
-    elif channels_last:
+    elif t.stride(1) == 1:
         columns = min(64, power_of_2(K))
         rows = elements // columns
     else:
         rows, columns = elements // 2, 1
     tiles, column_tiles = cdiv(pixels, rows), cdiv(K, columns)
     parts = max(1, tiles)
-    if programs:
+    if summed:
+        programs = 2 * device.describe(t.device).multiprocessors
         # Never a single part, which would write the sum itself, by another binary.
         parts = max(2, min(tiles, programs // max(1, column_tiles)))
     return ChannelWalk(parts * column_tiles, cdiv(tiles, parts), parts, rows, columns, 8)
@@ -72,7 +64,7 @@ def parts_like(out: Tensor, splits: int) -> Tensor:
     if splits == 1:
         return out
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    return torch.empty((splits, out.numel()), dtype=dtype, device=out.device)
+    return replay.new(out, (splits, out.numel()), (out.numel(), 1), dtype)
 
 
 def split_sum(parts: Tensor, out: Tensor) -> None:

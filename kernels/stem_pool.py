@@ -11,9 +11,6 @@ falls from tap to tap. One integer maximum then keeps value and switch, and of e
 first. A NaN, made positive, exceeds all numbers; what is negative loses to zero as in the ReLU.
 """
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from . import device
 from .device import INTERPRET, Device
-from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
+from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
     narrow,
@@ -304,32 +301,6 @@ def stem_pool_kernel(
         tl.store(offsets_ptr + places, tap, mask=mask)
 
 
-class _Launch(NamedTuple):
-    """What of a launch follows from its geometry alone."""
-
-    programs: int
-    sizes: tuple[int, ...]
-    origin: Pair
-    window: tuple[int, int, int, int]
-
-
-@lru_cache(maxsize=4096)
-def _launch(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> _Launch:
-    images, rows, columns = tile.box or (1, 0, 0)
-    k_tiles = cdiv(g.K, tile.columns)
-    windows = (
-        cdiv(places, size // 2 - (kernel - 2))
-        for places, size, kernel in zip((pool.P, pool.Q), (rows, columns), pool.kernel, strict=True)
-    )
-    p_tiles, q_tiles = windows
-    return _Launch(
-        cdiv(g.N, images) * p_tiles * q_tiles * k_tiles,
-        unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
-        (-g.padding[0][0], -g.padding[1][0]),
-        (*pool.kernel, *pool.padding),
-    )
-
-
 def conv2d_relu_max_pool2d(
     x: Tensor,
     w: Tensor,
@@ -347,7 +318,14 @@ def conv2d_relu_max_pool2d(
     offsets[N,K,PP,PQ], uint8, are the taps that won, r * S + s in the pooling's window, and 255
     where y is zero: there no gradient flows. None are not wanted.
     """
-    programs, sizes, origin, window = _launch(g, pool, tile)
+    images, rows, columns = tile.box or (1, 0, 0)
+    p_tiles, q_tiles = (
+        cdiv(places, size // 2 - (kernel - 2))
+        for places, size, kernel in zip((pool.P, pool.Q), (rows, columns), pool.kernel, strict=True)
+    )
+    programs = cdiv(g.N, images) * p_tiles * q_tiles * cdiv(g.K, tile.columns)
+    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q))
+    origin, window = (-g.padding[0][0], -g.padding[1][0]), (*pool.kernel, *pool.padding)
     run = run_of(x, g, 2 - pool.kernel[1] - pool.padding[1])
     packed = pack(w, g, tile, run)
     y_strides = unspecialised_strides(y)

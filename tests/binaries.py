@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -53,6 +54,14 @@ LAYERS = {
 POOLS = {
     "pool 3x3/2": Pool2dGeometry(2, 64, 32, 32, (3, 3), (2, 2), (1, 1)),
     "pool 2x2/2": Pool2dGeometry(2, 6, 32, 32, (2, 2), (2, 2)),
+}
+# A layer, and the kernel, stride and padding of the pooling after it.
+BLOCKS = {
+    "3x3, pool 2x2/2": (LAYERS["3x3"], ((2, 2), (2, 2), (0, 0))),
+    "3x3, pool 3x3/2": (LAYERS["3x3"], ((3, 3), (2, 2), (1, 1))),
+    "12 channels, pool 3x2/1": (LAYERS["12 channels"], ((3, 2), (1, 1), (0, 1))),
+    "stem, pool 3x3/2": (LAYERS["stem"], ((3, 3), (2, 2), (1, 1))),
+    "lenet5, pool 2x2/2": (LAYERS["lenet5"], ((2, 2), (2, 2), (0, 0))),
 }
 BATCHES = (1, 2, 3, 16, 31, 64, 512)
 IMAGES = (
@@ -131,6 +140,24 @@ def launch_pool(direction: str, g: Pool2dGeometry, channels_last: bool) -> None:
         expansion.expand(y, offsets, x, bias, g)
 
 
+def launch_block(window: Any, direction: str, g: Conv2dGeometry, channels_last: bool) -> None:
+    """A convolution, ReLU and max-pooling as one, as the operators do."""
+    pool = Pool2dGeometry(*g.y_shape, *window)
+    x, y = empty(g.x_shape, channels_last), empty(pool.y_shape, channels_last)
+    w = torch.empty_strided(
+        g.w_shape, output_strides(g.w_shape, channels_last), dtype=x.dtype, device="meta"
+    )
+    bias, offsets = torch.empty(g.K, dtype=x.dtype, device="meta"), y.to(torch.uint8)
+    padding = (*g.padding[0], *g.padding[1])
+    arguments = (g.stride, padding, g.dilation, g.groups, None, *window)
+    if direction == "forward":
+        library._conv_pool(x, w, bias, *arguments, True)
+    else:
+        sizes = x.shape[2:], w.shape, w.stride()
+        wanted = g.C > 4, True, True  # images need no gradient
+        library._conv_pool_backward(y, offsets, x, w, *sizes, *arguments, channels_last, wanted)
+
+
 def sizes() -> Iterator[tuple[int, int, int]]:
     """N, H, W, of which the first one is to be enough."""
     yield 2, 64, 64
@@ -142,8 +169,12 @@ def rows(needed: set[Binary]) -> Iterator[dict[str, Any]]:
     """A row for each layer, layout and direction."""
     convolutions = product(LAYERS.items(), ("fprop", "dgrad", "wgrad"), [launch_convolution])
     pools = product(POOLS.items(), ("forward", "backward"), [launch_pool])
+    blocks = (
+        ((name, layer), direction, partial(launch_block, window))
+        for (name, (layer, window)), direction in product(BLOCKS.items(), ("forward", "backward"))
+    )
     for ((name, layer), direction, launch), channels_last in product(
-        [*convolutions, *pools], (False, True)
+        [*convolutions, *pools, *blocks], (False, True)
     ):
         needed.clear()
         first: set[Binary] = set()

@@ -193,9 +193,8 @@ def conv2d(g: Conv2dGeometry, relu: bool = False, precision: str | None = "ieee"
 
     def operator(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         pads = (*g.padding[0], *g.padding[1])
-        return functions.conv2d(
-            x, w, bias, residual, g.stride, pads, g.dilation, g.groups, relu, precision
-        )
+        call = functions.conv2d(g.stride, pads, g.dilation, g.groups, relu, precision)
+        return call(x, w, bias, residual)
 
     return operator
 
@@ -205,9 +204,11 @@ def conv_transpose2d(g: Conv2dGeometry):
 
     def operator(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         pads = (*g.padding[0], *g.padding[1])
-        return functions.conv_transpose2d(
-            x, w, bias, (g.H, g.W), g.stride, pads, g.dilation, g.groups, "ieee"
+        last = functions.channels_last(x, w)
+        call = functions.conv_transpose2d(
+            (g.H, g.W), g.stride, pads, g.dilation, g.groups, "ieee", last
         )
+        return call(x, w, bias)
 
     return operator
 

@@ -82,14 +82,15 @@ def forks() -> Iterator[Forks]:
         server.stdin.close()
 
 
-def normed(num_classes: int = 10, in_channels: int = 1) -> nn.Module:
-    """A network with batch normalisation, of torch's layers, for 32x32 pixels."""
+def normed(num_classes: int = 10, in_channels: int = 1, image_size: int = 32) -> nn.Module:
+    """A network with batch normalisation, of torch's layers."""
+    side = image_size // 4
     return nn.Sequential(
         nn.Conv2d(in_channels, 4, 3, stride=4, padding=1),
         nn.BatchNorm2d(4),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(4 * 8 * 8, num_classes),
+        nn.Linear(4 * side**2, num_classes),
     )
 
 

@@ -133,14 +133,15 @@ def test_a_state_dict_alone_is_a_model_if_it_is_named(tmp_path):
     path = tmp_path / "lenet.pth"
     model = cnn.models.lenet5(num_classes=7, in_channels=3)
     torch.save(model.state_dict(), path)
-    loaded, checkpoint = checkpoints.load_model(path, "lenet5")
+    parameters, checkpoint = checkpoints.load_parameters(path)
     assert checkpoint is None
+    loaded = checkpoints.build("lenet5", parameters, 32, path)
     for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(Problem, match="holds parameters alone: say of which model by --model"):
-        checkpoints.load_model(path)
-    with pytest.raises(Problem, match="does not hold the parameters of vgg_small"):
-        checkpoints.load_model(path, "vgg_small")
+    for name, size in (("lenet5", 28), ("vgg_small", 32)):
+        words = f"does not hold the parameters of {name} for {size}x{size} pixels"
+        with pytest.raises(Problem, match=words):
+            checkpoints.build(name, parameters, size, path)
 
 
 def test_a_run_begins_without_what_a_killed_one_was_writing(tmp_path):

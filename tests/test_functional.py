@@ -15,6 +15,7 @@ import torch.nn.functional as TF
 from calls import TENSORS, VALID, arguments
 from torch.testing import assert_close
 
+import cnn
 import cnn.functional as F
 
 DYNAMO = "ignore:.*should not be instantiated:DeprecationWarning"  # it makes a Function's ctx
@@ -497,6 +498,93 @@ def test_what_float8_refuses(changes, error, named, device):
         "input": float8(2, 32, 5, 5, device=device, seed=0),
         "weight": float8(24, 32, 3, 3, device=device, seed=1),
         "scale": torch.ones(24),
+    } | changes
+    call = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    with pytest.raises(error, match=named):
+        F.conv2d(**call)
+
+
+# Images in bytes.
+
+SCALE, SHIFT = (1 / 64, 1 / 32, 1 / 128), (-2, -1.5, 0.25)  # exact in every dtype, as their sums
+
+
+def bytes_and_operands(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (2, 3, 9, 8), generator=generator, dtype=torch.uint8).to(device)
+    scale, shift = (torch.tensor(v, device=device)[:, None, None] for v in (SCALE, SHIFT))
+    values = (x * scale + shift).to(dtype)
+    w, b = (torch.randn(s, generator=generator).to(device, dtype) for s in ((8, 3, 3, 3), (8,)))
+    return x, values, w.requires_grad_(), b.requires_grad_()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_are_images_that_were_normalised_before(dtype, layout, device):
+    """In value, bit for bit, and in all gradients of any order."""
+    x, values, w, b = bytes_and_operands(device, dtype)
+    x, values = x.contiguous(memory_format=layout), values.contiguous(memory_format=layout)
+    options = {"stride": 2, "padding": 1, "activation": "relu"}
+
+    def everything(input, **normalise):
+        y = F.conv2d(input, w, b, **options, **normalise)
+        (dw, db), dy = torch.autograd.grad(y.sum(), (w, b), create_graph=True), y.detach()
+        (dw_again,) = torch.autograd.grad((dw * w).sum(), w, retain_graph=True)
+        return y, dw, db, dw_again, dy
+
+    ours = everything(x, normalise=(SCALE, list(SHIFT)))
+    for got, right in zip(ours, everything(values), strict=True):
+        assert got.equal(right)
+        assert got.stride() == right.stride()
+    with torch.no_grad():
+        one = F.conv2d(x[0], w, b, **options, normalise=(torch.tensor(SCALE, device=device), SHIFT))
+    assert one.equal(ours[0][0])
+
+
+@pytest.mark.filterwarnings(DYNAMO)
+def test_bytes_compile_map_and_cast(device):
+    x, values, w, b = bytes_and_operands(device, torch.float32)
+    w, b = w.detach(), b.detach()
+
+    def first(x, w):
+        return F.conv2d(x, w, b, normalise=(SCALE, SHIFT))
+
+    assert torch.compile(first, backend="aot_eager", fullgraph=True)(x, w).equal(first(x, w))
+    weights = torch.stack([w, -w])
+    mapped = torch.vmap(first, (None, 0))(x, weights)
+    assert_close(mapped, torch.stack([F.conv2d(values, each, b) for each in weights]))
+    with torch.autocast(device.type, torch.bfloat16):
+        y = first(x, w)
+    assert y.equal(F.conv2d(values.bfloat16(), w.bfloat16(), b.bfloat16()))
+    layer = cnn.ConvReLU2d(3, 8, 3, device=device)
+    layer.normalise = SCALE, SHIFT
+    assert layer(x).equal(F.conv2d(values, layer.weight, layer.bias, activation="relu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "named"),
+    [
+        ({"normalise": None}, RuntimeError, "weight"),
+        ({"normalise": (1.0,)}, TypeError, "scale, shift"),
+        ({"normalise": (1.0, "0")}, TypeError, "numbers"),
+        ({"normalise": ((1.0, 2.0), 0.0)}, RuntimeError, r"\[3\]"),
+        ({"normalise": (torch.ones(3, dtype=torch.int64), 0.0)}, RuntimeError, "floats"),
+        ({"normalise": (torch.ones(3, requires_grad=True), 0.0)}, RuntimeError, "gradient"),
+        ({"input": torch.ones(1, 3, 5, 5)}, RuntimeError, "uint8"),
+        (
+            {"input": torch.ones(1, 5, 5, 5, dtype=torch.uint8), "weight": torch.ones(2, 5, 3, 3)},
+            NotImplementedError,
+            "1 to 4",
+        ),
+        ({"residual": torch.ones(1, 2, 3, 3)}, NotImplementedError, "residual"),
+    ],
+    ids=["none", "one", "word", "two", "integers", "gradient", "float", "channels", "residual"],
+)
+def test_what_bytes_refuse(changes, error, named, device):
+    call = {
+        "input": torch.ones(1, 3, 5, 5, dtype=torch.uint8),
+        "weight": torch.ones(2, 3, 3, 3),
+        "normalise": (1.0, 0.0),
     } | changes
     call = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     with pytest.raises(error, match=named):

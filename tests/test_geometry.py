@@ -13,6 +13,7 @@ from torch._prims_common import suggest_memory_format
 from kernels.geometry import (
     Conv2dGeometry,
     Pool2dGeometry,
+    ReceptiveField,
     channels_last_strides,
     contiguous_strides,
     conv_output_size,
@@ -344,6 +345,14 @@ def test_receptive_field(layers, size, stride, offset):
 def test_receptive_field_keeps_axes_apart():
     tall = Conv2dGeometry(1, 1, 9, 9, 1, 5, 1, (3, 1), ((2, 1), (0, 0)), (2, 1))
     assert receptive_field([tall, tall]) == ((33, 1), (9, 1), (-8, 0))
+
+
+def test_receptive_fields_of_branches_that_meet():
+    """The second begins further left and ends further down."""
+    one, other = ReceptiveField((5, 9), (4, 2), (-1, -3)), ReceptiveField((8, 3), (4, 2), (0, -5))
+    assert one | other == other | one == ReceptiveField((9, 11), (4, 2), (-1, -5))
+    with pytest.raises(ValueError, match="branches"):
+        one | ReceptiveField((5, 9), (2, 2), (-1, -3))
 
 
 def strides_in(shape, order):

@@ -17,7 +17,7 @@ ROWS = """
 kernels
 kernels.geometry
 kernels.device
-kernels.tile kernels.indexing
+kernels.tile kernels.indexing kernels.replay
 kernels.split_sum kernels.model kernels.descriptors
 kernels.epilogue kernels.expansion
 kernels.implicit_gemm kernels.pair_conv kernels.depthwise kernels.max_pool kernels.conv_pool
@@ -31,7 +31,9 @@ kernels.functions
 cnn.arguments cnn.autocast
 cnn.functional
 cnn.layers
-cnn.models.lenet5 cnn.models.vgg_small
+cnn.summary
+cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
+cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
 cnn.models
 cnn
 cnn.problem

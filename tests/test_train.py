@@ -357,17 +357,8 @@ def paint(folder: Path) -> Path:
 def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
     """It stops the program, or does not count. The model then names images; its file is tested."""
     images, run = paint(tmp_path / "images"), tmp_path / "run"
-    argv = [
-        "train",
-        "--data",
-        f"folder:{images}",
-        "--epochs",
-        8,
-        "--batch-size",
-        10,
-        "--output",
-        run,
-    ]
+    source = "--data", f"folder:{images}", "--size", 32
+    argv = ["train", *source, "--epochs", 8, "--batch-size", 10, "--output", run]
     code, out, err = cpu.run(*argv, "--seed", 1)
     reason = f"cannot read {images}/red/broken.png: cannot identify image file"
     assert (code, out, err) == (1, "", f"python -m cnn: {reason}\n")
@@ -387,7 +378,7 @@ def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
 
     weights, picture = tmp_path / "weights.pth", tmp_path / "confusion.png"
     torch.save(checkpoints.load(run / "last.pt")["state_dict"], weights)
-    argv = ["eval", weights, "--data", f"folder:{images}", "--model", "lenet5", "--limit", 3]
+    argv = ["eval", weights, *source, "--model", "lenet5", "--limit", 3]
     code, out, err = cpu.run(*argv, "--confusion", picture)
     assert code == 0, err
     assert "3 images, " in out
@@ -426,7 +417,7 @@ BAD = {
     "train --data digits:{tmp}": "digits come with scikit-learn and take no path",
     "train --data cifar10": "cifar10 needs a place: give it as cifar10:FOLDER",
     "train --model resnet1": "--model: invalid choice: 'resnet1'",
-    "train --size 28": "--size: lenet5 does not take 28x28 pixels",
+    "train --size 15": "--size: lenet5 does not take 15x15 pixels",
     "train --amp fp8": "--amp: invalid choice: 'fp8'",
     "train --sync-bn --device cpu": "--sync-bn: torch's SyncBatchNorm needs GPUs",
     "train --output {tmp}/text": "cannot write {tmp}/text: File exists",
@@ -445,15 +436,16 @@ BAD = {
     "eval {tmp}": "cannot read {tmp}: Is a directory",
     "eval {tmp}/text": "{tmp}/text is damaged or not a checkpoint",
     "eval {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint",
-    "eval {tmp}/bare.pt": "{tmp}/bare.pt holds parameters alone: say of which model by --model",
-    "eval {tmp}/bare.pt --model lenet5": "{tmp}/bare.pt does not say what to test on: give --data",
-    "eval {tmp}/bare.pt --model vgg_small": "{tmp}/bare.pt does not hold the parameters of",
+    "eval {tmp}/bare.pt": "{tmp}/bare.pt holds parameters alone: say by --model what it is of",
+    "eval {tmp}/bare.pt --model lenet5": "parameters alone: say by --data what to test on",
+    "eval {tmp}/bare.pt --data digits --model vgg_small": "{tmp}/bare.pt does not hold the parame",
+    "eval {tmp}/bare.pt --data digits --model lenet5 --size 16": "of lenet5 for 16x16 pixels",
     "eval {tmp}/last.pt --model vgg_small": "--model: vgg_small contradicts lenet5 of",
     "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
     "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
     "predict {tmp}/last.pt": "arguments are required: images",
     "predict {tmp}/last.pt {tmp}/bad": "{tmp}/bad holds no image",
-    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt holds parameters alone",
+    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt is not a checkpoint of",
 }
 
 

@@ -1,5 +1,7 @@
 """LeNet-5."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..layers import ConvReLUMaxPool2d
@@ -13,17 +15,22 @@ class LeNet5(nn.Module):
     84 units. Each of the 16 maps sees all six below it; the paper's table I leaves some out. With
     one channel and ten classes it has 61,706 parameters and takes 833,040 FLOPs an image.
 
-    Takes x[N, in_channels, 32, 32] or one image without N; returns logits [N, num_classes].
+    Takes x[N, in_channels, image_size, image_size] or one image without N; returns logits
+    [N, num_classes].
+
+    Args:
+        image_size: of the images to come, from 16 on. The first linear layer depends on it.
     """
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 1):
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, *, image_size: int = 32):
         super().__init__()
+        side = ((image_size - 4) // 2 - 4) // 2
         # Numbered as if the poolings stood apart, as checkpoints have it.
         self.features = nn.Sequential()
         self.features.add_module("0", ConvReLUMaxPool2d(in_channels, 6, 5, pool_kernel_size=2))
         self.features.add_module("2", ConvReLUMaxPool2d(6, 16, 5, pool_kernel_size=2))
         self.classifier = nn.Sequential(
-            nn.Linear(16 * 5 * 5, 120),
+            nn.Linear(16 * side * side, 120),
             nn.ReLU(),
             nn.Linear(120, 84),
             nn.ReLU(),
@@ -34,6 +41,6 @@ class LeNet5(nn.Module):
         return self.classifier(self.features(x).flatten(-3))
 
 
-def lenet5(num_classes: int = 10, in_channels: int = 1) -> LeNet5:
-    """A freshly initialised LeNet-5 for images of 32x32 pixels."""
-    return LeNet5(num_classes, in_channels)
+def lenet5(num_classes: int = 10, in_channels: int = 1, **options: Any) -> LeNet5:
+    """A freshly initialised LeNet-5. ``options`` are the class's."""
+    return LeNet5(num_classes, in_channels, **options)

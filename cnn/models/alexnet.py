@@ -1,0 +1,66 @@
+"""AlexNet."""
+
+from collections import OrderedDict
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import ConvReLU2d, ConvReLUMaxPool2d
+
+
+class AlexNet(nn.Module):
+    """AlexNet in one tower: five convolutions, three of them pooled, and three linear layers.
+
+    Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014), as
+    torchvision has it: 64 filters in the first layer, and without the normalisation across
+    channels of Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep convolutional
+    neural networks" (2012), figure 2. A convolution that is pooled, its ReLU and the pooling are
+    one kernel. Parameters have torchvision's names and shapes. With three channels and 1,000
+    classes it has 61,100,840 parameters and takes 1,428,376,960 FLOPs an image of 224x224.
+
+    Takes x[N, in_channels, H, W] or one image without N; returns logits [N, num_classes].
+
+    Args:
+        dropout: the share of units that training drops before the first two linear layers.
+        image_size: of the images to come, from 15 on. Below 64 the first convolution moves by one
+            pixel, not four, and maps are averaged to 3x3, not 6x6: what 32x32 leaves.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        *,
+        dropout: float = 0.5,
+        image_size: int = 224,
+    ):
+        super().__init__()
+        stride, padding, side = (4, 2, 6) if image_size >= 64 else (1, 5, 3)
+        pool: Any = {"pool_kernel_size": 3, "pool_stride": 2}
+        # Numbered as if ReLUs and poolings stood apart, as checkpoints have it.
+        layers = {
+            "0": ConvReLUMaxPool2d(in_channels, 64, 11, stride, padding, **pool),
+            "3": ConvReLUMaxPool2d(64, 192, 5, padding=2, **pool),
+            "6": ConvReLU2d(192, 384, 3, padding=1),
+            "8": ConvReLU2d(384, 256, 3, padding=1),
+            "10": ConvReLUMaxPool2d(256, 256, 3, padding=1, **pool),
+        }
+        self.features = nn.Sequential(OrderedDict(layers))
+        self.avgpool = nn.AdaptiveAvgPool2d(side)
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(256 * side * side, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Linear(4096, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(-3))
+
+
+def alexnet(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> AlexNet:
+    """A freshly initialised AlexNet. ``options`` are the class's."""
+    return AlexNet(num_classes, in_channels, **options)

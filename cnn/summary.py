@@ -1,0 +1,203 @@
+"""What a network is made of: a table of its layers, found without computing anything."""
+
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kernels.geometry import Pair, ReceptiveField
+
+
+class Layer(NamedTuple):
+    """One call of a layer: of a module, not an Identity, that has no modules of its own.
+
+    ``field`` is what a pixel of the result sees of the input, None where that is not known.
+    ``parameters`` counts those that no call before this one used; ``flops`` multiplications and
+    additions, as FlopCounterMode does.
+    """
+
+    name: str
+    kind: str
+    output_size: tuple[int, ...]
+    field: ReceptiveField | None
+    parameters: int
+    flops: int
+
+
+class Summary(NamedTuple):
+    """A network's layers in the order of their calls, and its totals. As text it is a table."""
+
+    layers: tuple[Layer, ...]
+    parameters: int
+    flops: int
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("layer", "kind", "output", "field", "parameters", "FLOPs")]
+        for name, kind, size, field, *numbers in self.layers:
+            seen = _by(field.size) if field else "-"
+            rows.append((name, kind, _by(size), seen, *(f"{number:,}" for number in numbers)))
+        rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.flops:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        form = "  ".join(f"{{:{side}{n}}}" for side, n in zip("<<>>>>", widths, strict=True))
+        return "\n".join(form.format(*row) for row in rows)
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
+
+
+def summary(
+    model: nn.Module, input_size: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Summary:
+    """The layers of any network, ours or not, with output size, receptive field and cost.
+
+    The network runs on the meta device, so nothing is computed or kept, in the mode that it is in.
+
+    Args:
+        input_size: of the input, with the batch where the network wants one: (1, 3, 224, 224).
+        dtype: of the input; by default that of the first parameter.
+
+    A receptive field is the least rectangle of pixels that holds all that any path from the input
+    brings. It grows in convolutions and poolings. It is not known behind layers that see
+    everything, such as linear ones, that change the map's size in other ways, such as transposed
+    convolutions, or where branches of unlike strides meet.
+    """
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
+    x = torch.empty(input_size, dtype=dtype or next(dtypes, None), device="meta")
+    names = {layer: name for name, layer in model.named_modules() if _is_layer(name, layer)}
+    uses = {layer: {id(p): p.numel() for p in layer.parameters()} for layer in names}
+    rows, used, flops = [], set(), 0
+    fields, counter = _Fields(x), FlopCounterMode(display=False)
+
+    def begin(*_: Any) -> None:
+        nonlocal flops
+        flops = counter.get_total_flops()
+
+    def end(layer: nn.Module, _: Any, output: Any) -> None:
+        y = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+        parameters = sum(n for p, n in uses[layer].items() if p not in used)
+        used.update(uses[layer])
+        cost = counter.get_total_flops() - flops
+        about = names[layer], type(layer).__name__, tuple(y.shape)
+        rows.append(Layer(*about, fields.of(y), parameters, cost))
+
+    hooks = [layer.register_forward_pre_hook(begin) for layer in names]
+    hooks += [layer.register_forward_hook(end) for layer in names]
+    state = [*model.named_parameters(), *model.named_buffers()]
+    try:
+        with torch.no_grad(), counter, fields:
+            functional_call(model, {name: t.to("meta") for name, t in state}, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total = sum(p.numel() for p in model.parameters())
+    return Summary(tuple(rows), total, counter.get_total_flops())
+
+
+def _is_layer(name: str, module: nn.Module) -> bool:
+    """Whether a module does something and has no modules but parametrizations."""
+    if isinstance(module, nn.Identity) or "parametrizations" in name.split("."):
+        return False
+    return all(child == "parametrizations" for child, _ in module.named_children())
+
+
+class _Fields(TorchDispatchMode):
+    """Follows, operator by operator, what the pixels of each map see of ``x``."""
+
+    def __init__(self, x: Tensor):
+        super().__init__()
+        self._fields: Any = WeakTensorKeyDictionary()
+        self._fields[x] = ReceptiveField()
+
+    def of(self, t: Tensor) -> ReceptiveField | None:
+        """None where it is not known."""
+        return self._fields.get(t)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sources = [t for t in _tensors((args, kwargs)) if t in self._fields]
+        if sources:
+            windows = _windows(func, args, kwargs or {})
+            for y in _tensors(result):
+                fields = [self._passed(t, y, windows if t is args[0] else []) for t in sources]
+                self._fields[y] = reduce(_both, fields)
+        return result
+
+    def _passed(self, t: Tensor, y: Tensor, windows: "Windows") -> ReceptiveField | None:
+        """What y sees through t, over which windows pass."""
+        field = self._fields[t]
+        if field is None or windows is None:
+            return None
+        if windows:
+            return reduce(ReceptiveField.through, windows, field)
+        one_pixel = t.shape[-2:] == (1, 1)
+        return field if one_pixel or t.shape[-2:] == y.shape[-2:] else None
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
+def _both(one: ReceptiveField | None, other: ReceptiveField | None) -> ReceptiveField | None:
+    return one | other if one and other and one.stride == other.stride else None
+
+
+class _Window(NamedTuple):
+    kernel: Pair
+    stride: Pair
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+
+Windows = list[_Window] | None
+
+
+def _windows(func: Any, args: Any, kwargs: dict[str, Any]) -> Windows:
+    """What an operator moves over its first tensor, one after another; none if it goes pixel by
+    pixel, None if that is not known.
+    """
+    values = {a.name: a.default_value for a in func._schema.arguments}
+    values |= dict(zip(values, args, strict=False)) | kwargs
+    match str(func.overloadpacket):
+        case "aten.convolution":
+            kernel = values["weight"].shape[2:]
+            window = _Window(kernel, values["stride"], values["padding"], values["dilation"])
+            return None if values["transposed"] else [window]
+        case "aten.max_pool2d_with_indices":
+            kernel, padding, dilation = (values[n] for n in ("kernel_size", "padding", "dilation"))
+            return [_Window(kernel, values["stride"] or kernel, padding, dilation)]
+        case "aten.avg_pool2d":
+            kernel = values["kernel_size"]
+            return [_Window(kernel, values["stride"] or kernel, values["padding"])]
+        case "aten._adaptive_avg_pool2d" | "aten.adaptive_max_pool2d":
+            sizes = zip(args[0].shape[-2:], values["output_size"], strict=True)
+            (height, top), (width, left) = (divmod(*pair) for pair in sizes)
+            kernel = height, width
+            return [_Window(kernel, kernel)] if top == left == 0 else None
+        case "aten.mean" | "aten.amax":
+            axes = {axis % args[0].dim() - args[0].dim() for axis in values.get("dim") or (-2, -1)}
+            return [_Window(args[0].shape[-2:], (1, 1))] if {-2, -1} <= axes else []
+        case (
+            "triton_cnn.conv2d"
+            | "triton_cnn.conv2d_bytes"
+            | "triton_cnn.conv2d_fp8"
+            | "triton_cnn.conv2d_relu_max_pool2d"
+        ):
+            top, _, left, _ = values["padding"]
+            kernel = values["w"].shape[2:]
+            windows = [_Window(kernel, values["stride"], (top, left), values["dilation"])]
+            if "pool_kernel" in values:
+                pool = (values[f"pool_{part}"] for part in ("kernel", "stride", "padding"))
+                windows.append(_Window(*pool))
+            return windows
+        case "triton_cnn.max_pool2d":
+            parts = (values[part] for part in ("kernel", "stride", "padding", "dilation"))
+            return [_Window(*parts)]
+        case _:
+            return None if func.overloadpacket in flop_registry else []
