@@ -1,5 +1,6 @@
 """The processes that share a run, one for each GPU: torchrun starts them."""
 
+import ctypes
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -31,6 +32,9 @@ class Group:
             torch.cuda.set_device(self.device)
         # What is exchanged on the CPU, as who was interrupted, does not wait for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # Gloo's destructor keeps the interpreter's lock while it waits for its threads, which may
+        # want that lock to free a tensor: it must never run.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
     @property
     def first(self) -> bool:
@@ -66,6 +70,7 @@ class Group:
         return values
 
     def close(self) -> None:
-        """Leave; the others may go on."""
+        """Leave, all together."""
         if self.world > 1:
+            dist.barrier()
             dist.destroy_process_group()
