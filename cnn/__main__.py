@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -230,7 +231,8 @@ def check_size(name: str, description: data.Description) -> None:
     """Raise Problem unless the model takes images of the data's size."""
     size, channels = description.size, description.channels
     try:
-        with torch.device("meta"), torch.no_grad():
+        # An empty layer is warned of before it fails.
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"), torch.no_grad():
             model = models.create(name, in_channels=channels, image_size=size).eval()
             model(torch.empty(1, channels, size, size))
     except (RuntimeError, ValueError):
@@ -275,8 +277,9 @@ def evaluate(args: argparse.Namespace) -> None:
         print(f"confusion matrix: {picture}")
     except Problem as problem:  # without matplotlib
         tell(str(problem))
-    print(f"{len(labels)} images, {rate:.0f} images/s")
-    report(args.device, (labels == given).double().mean().item())
+    right = int((labels == given).sum())
+    print(f"{right} of {len(labels)} images right, {rate:.0f} images/s")
+    report(args.device, right / len(labels))
 
 
 def check_agreed(args: argparse.Namespace, name: str, known: object) -> None:

@@ -111,7 +111,7 @@ def test_command_line_trains_through_the_kernels(few_digits, tmp_path, capfd):
     assert tested == trained
     assert re.search(r"precision +recall +f1-score +support\n", table)
     assert len(re.findall(r"^ +\d( +[01]\.\d{3}){3} +\d+$", table, re.MULTILINE)) == 10
-    assert re.search(r"^24 images, \d+ images/s$", table, re.MULTILINE)
+    assert re.search(r"^\d+ of 24 images right, \d+ images/s$", table, re.MULTILINE)
     for picture in ("curves.png", "last-confusion.png"):
         assert np.ptp(np.asarray(Image.open(folder / picture))) > 0
 
@@ -381,7 +381,7 @@ def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
     argv = ["eval", weights, *source, "--model", "lenet5", "--limit", 3]
     code, out, err = cpu.run(*argv, "--confusion", picture)
     assert code == 0, err
-    assert "3 images, " in out
+    assert "3 of 3 images right, " in out
     assert out.endswith("test accuracy 1.000\n")
     assert picture.exists()
 
