@@ -1,27 +1,39 @@
 """Train and test image classifiers.
 
-Results go to stdout; progress and errors go to stderr. Exit codes: 0, 2 for arguments or files that
-cannot be used, 130 after Ctrl-C.
+Results go to stdout; progress and errors go to stderr. Exit codes: 0, 1 for what failed, 2 for
+arguments or files that cannot be used, 130 after Ctrl-C and 143 after SIGTERM. ``torchrun`` starts
+``train`` on several GPUs.
 """
 
 import argparse
 import math
+import os
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from tqdm import tqdm
+from torch.utils.data import DataLoader, Subset
 
 from kernels.device import INTERPRET, launches
 
-from . import models
-from .data import digits
-from .train import accuracy, check_writable, fit, load, save
+from . import checkpoint as checkpoints
+from . import data, models
+from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
+from .data import load as load_data
+from .evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
+from .group import Group
+from .interruption import Interrupted, Interruption
+from .journal import tell
+from .problem import FAILURE, Problem
+from .train import OPTIMIZERS, SCHEDULES, Config, Run, Setting
 
-MODELS = {"lenet5": models.lenet5}
-DATA = {"digits": digits}
+LAST = Path()  # --resume without a path
+AMP = ("bf16", "fp16", "off")
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,76 +73,263 @@ def device(text: str) -> torch.device:
     return value
 
 
+def data_set(text: str) -> str:
+    """Read the name of a data set, with or without a place."""
+    if text.partition(":")[0] not in data.NAMES:
+        known = ", ".join(data.NAMES)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, or NAME:PATH of these")
+    return text
+
+
+def interval(text: str) -> tuple[float, bool]:
+    """Read steps, as "500", or minutes, as "10m": a number, and whether it is in seconds."""
+    minutes = text.endswith("m")
+    try:
+        value = float(text[:-1]) * 60 if minutes else int(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither steps, as 500, nor minutes, as 10m")
+    return value, minutes
+
+
+whole = number(int, 1, 2**31, "a whole number from 1 to 2147483647")
+not_negative = number(int, 0, 2**31, "a whole number from 0 to 2147483647")
+positive = number(float, sys.float_info.min, math.inf, "a positive number")
+share = number(float, 0, 1, "a number from 0 to less than 1")
+
+
 def parser() -> Parser:
     """The command line with its subcommands."""
     top = Parser(prog="python -m cnn", description="Train and test image classifiers.")
-    commands = top.add_subparsers(required=True)
+    commands = top.add_subparsers(required=True, metavar="{train,eval,predict}")
     common = Parser(add_help=False)
-    common.add_argument("--data", choices=DATA, default="digits", help="data set (%(default)s)")
     usual = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
     common.add_argument("--device", type=device, default=usual, help="cpu or cuda (%(default)s)")
-    whole = number(int, 1, 2**31, "a whole number from 1 to 2147483647")
-    seed = number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807")
-    rate = number(float, sys.float_info.min, math.inf, "a positive number")
+    help = "processes that load images (%(default)s)"
+    common.add_argument("--workers", type=not_negative, default=0, metavar="N", help=help)
+    common.add_argument("--debug", action="store_true", help="show where in the code errors arise")
 
     command = commands.add_parser("train", parents=[common], help="train a model")
     command.set_defaults(run=train)
-    command.add_argument("--model", choices=MODELS, default="lenet5", help="model (%(default)s)")
-    command.add_argument("--epochs", type=whole, default=6, help="passes (%(default)s)")
-    command.add_argument("--batch-size", type=whole, default=32, help="images (%(default)s)")
-    command.add_argument("--lr", type=rate, default=5e-3, help="peak rate (%(default)s)")
-    command.add_argument("--seed", type=seed, default=0, help="fixes the run (%(default)s)")
-    command.add_argument("--output", type=Path, help="checkpoint to write (MODEL-DATA.pt)")
+    _configuration(command)
+    add = command.add_argument
+    help = "go on from a checkpoint, by default the output's last"
+    add("--resume", type=Path, nargs="?", const=LAST, metavar="PATH", help=help)
+    help = "folder of checkpoints, log and curves (runs/MODEL-DATA)"
+    add("--output", type=Path, metavar="FOLDER", help=help)
+    add("--overwrite", action="store_true", help="replace the run that the folder holds")
+    help = "steps, or minutes as 10m, between checkpoints within an epoch (10m)"
+    add("--save-every", type=interval, default=(600.0, True), metavar="N", help=help)
+    _broken(command)
 
     command = commands.add_parser("eval", parents=[common], help="test a trained model")
     command.set_defaults(run=evaluate)
-    command.add_argument("checkpoint", type=Path, help="what train wrote")
+    add = command.add_argument
+    add("checkpoint", type=Path, help="what train wrote, or a file of a state_dict")
+    help = "model of a state_dict, which does not say"
+    add("--model", choices=models.list(), metavar="NAME", help=help)
+    add("--data", type=data_set, metavar="NAME", help="data set (the one trained on)")
+    add("--size", type=whole, help="side of the images in pixels, for a state_dict")
+    add("--amp", choices=AMP, help="16-bit arithmetic (as trained)")
+    add("--limit", type=whole, metavar="N", help="test the first N images alone")
+    help = "PNG of the confusion matrix (CHECKPOINT-confusion.png)"
+    add("--confusion", type=Path, metavar="PATH", help=help)
+    _broken(command)
+
+    command = commands.add_parser("predict", parents=[common], help="name what images show")
+    command.set_defaults(run=predict)
+    add = command.add_argument
+    add("checkpoint", type=Path, help="what train wrote")
+    add("images", type=Path, nargs="+", help="image files, or folders of them")
+    add("--top", type=whole, default=1, metavar="N", help="likeliest classes to name (1)")
     return top
 
 
+def _broken(command: Parser) -> None:
+    help = "at an image that cannot be read (%(default)s)"
+    command.add_argument("--broken", choices=("skip", "stop"), default="stop", help=help)
+
+
+def _configuration(command: Parser) -> None:
+    """The arguments of Config. None stands for one that is not given: a resumed run knows it."""
+    add = command.add_argument
+    switch = {"action": argparse.BooleanOptionalAction, "default": None}
+    _, rates, decays = zip(*OPTIMIZERS.values(), strict=True)
+    usual_rate, usual_decay = (
+        ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZERS, values, strict=True))
+        for values in (rates, decays)
+    )
+    known = ", ".join(models.list())
+    add("--model", choices=models.list(), metavar="NAME", help=f"{known} ({Config.model})")
+    help = f"{', '.join(data.NAMES)}, with its place as NAME:PATH ({Config.data})"
+    add("--data", type=data_set, metavar="NAME", help=help)
+    add("--size", type=whole, help="side of the images in pixels (folders 224, others 32)")
+    add("--epochs", type=whole, help=f"passes ({Config.epochs})")
+    help = f"images of a step, over all processes ({Config.batch_size})"
+    add("--batch-size", type=whole, metavar="N", help=help)
+    help = f"AdamW, or SGD with Nesterov's momentum ({Config.optimizer})"
+    add("--optimizer", choices=OPTIMIZERS, help=help)
+    add("--lr", type=positive, help=f"peak rate ({usual_rate})")
+    decay = number(float, 0, math.inf, "a number from 0")
+    add("--weight-decay", type=decay, metavar="X", help=f"decay of weights ({usual_decay})")
+    add("--schedule", choices=SCHEDULES, help=f"of the rate ({Config.schedule})")
+    help = f"share of a label spread over all classes ({Config.label_smoothing})"
+    add("--label-smoothing", type=share, metavar="X", help=help)
+    help = f"decay of a moving average of the parameters, as 0.999; 0 is none ({Config.ema})"
+    add("--ema", type=share, metavar="X", help=help)
+    add("--augment", **switch, help="shift images, and mirror them where that makes sense")
+    add("--amp", choices=AMP, help=f"16-bit arithmetic ({Config.amp})")
+    add("--channels-last", **switch, help="keep images and maps in NHWC")
+    add("--compile", **switch, help="through torch.compile")
+    add("--sync-bn", **switch, help="batch statistics over all GPUs")
+    seed = number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807")
+    add("--seed", type=seed, help=f"fixes the run ({Config.seed})")
+
+
 def train(args: argparse.Namespace) -> None:
-    """Train a model and keep the checkpoint of its last whole epoch."""
-    output = args.output or Path(f"{args.model}-{args.data}.pt")
+    """Train a model; its checkpoints, log and curves go to a folder."""
+    names = [field.name for field in fields(Config)]
+    given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    config, checkpoint = Config(**given), None
+    folder = args.output or Path("runs", f"{config.model}-{config.data.partition(':')[0]}")
+    source = folder / "last.pt" if args.resume == LAST else args.resume
+    if source:
+        checkpoint = checkpoints.load(source)
+        config = Config(**checkpoint["config"]).resumed(given, source)
+        folder = args.output or source.parent
+    last = folder / "last.pt"
+    if last.exists() and not args.overwrite and not (source and source.samefile(last)):
+        raise Problem(
+            f"{folder} holds a run: --resume it, --overwrite it, or name another --output"
+        )
+    group = Group(args.device)
+    if group.first:
+        checkpoints.prepare(folder)
+    sets = load_data(config.data, config.size, config.seed)
+    check_size(config.model, sets.description)
+    every = dict(zip(("save_every", "in_seconds"), args.save_every, strict=True))
+    run = Run(config, Setting(folder, args.workers, broken=args.broken, **every), sets, group)
+    if group.first and not checkpoint:
+        checkpoints.clear(folder)
+    if checkpoint:
+        run.restore(checkpoint, source)
+        if group.first:
+            tell(f"resumed {source}: {run.place}")
     try:
-        check_writable(output)
-    except OSError as error:
-        stop(f"cannot write {output}: {error.strerror}", 2)
-    training, test = DATA[args.data]()
-    torch.manual_seed(args.seed)
-    model = MODELS[args.model]().to(args.device)
-    chosen = {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "seed", "device")}
-    kept = "nothing was saved"
-    share = 0.0
+        with Interruption() as interruption:
+            run.go(interruption)
+        if group.first:
+            report(group.device, run.position.rows[-1]["test_accuracy"])
+    except Interrupted:
+        group.close()
+        raise
+    group.close()
+
+
+def check_size(name: str, description: data.Description) -> None:
+    """Raise Problem unless the model takes images of the data's size."""
+    size, channels = description.size, description.channels
     try:
-        for epoch, loss in enumerate(fit(model, training, **chosen), start=1):
-            share = accuracy(model, test, args.device)
-            contents = {"model": args.model, "state_dict": model.state_dict()}
-            try:
-                save({**contents, "epochs": epoch, "accuracy": share}, output)
-            except OSError as error:
-                stop(f"cannot write {output}: {error.strerror}; {kept}", 2)
-            kept = f"{output} holds epoch {epoch} of {args.epochs}"
-            log(f"epoch {epoch}/{args.epochs}  loss {loss:.4f}  test accuracy {share:.3f}")
-    except KeyboardInterrupt:
-        stop(f"interrupted; {kept}", 130)
-    report(args.device, share)
+        # An empty layer is warned of before it fails.
+        with warnings.catch_warnings(action="ignore"), torch.device("meta"), torch.no_grad():
+            model = models.create(name, in_channels=channels, image_size=size).eval()
+            model(torch.empty(1, channels, size, size))
+    except (RuntimeError, ValueError):
+        raise Problem(f"--size: {name} does not take {size}x{size} pixels") from None
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Test the model of a checkpoint."""
+    """Test a trained model: a table of its classes, their confusion, its speed and accuracy."""
+    parameters, checkpoint = checkpoints.load_parameters(args.checkpoint)
+    if checkpoint:
+        trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
+        check_agreed(args, "model", trained.model)
+        check_agreed(args, "size", known.size)
+    else:
+        for name, use in (("model", "what it is of"), ("data", "what to test on")):
+            if not vars(args)[name]:
+                raise Problem(f"{args.checkpoint} holds parameters alone: say by --{name} {use}")
+        trained, known = Config(model=args.model, data=args.data, size=args.size), None
+    size = known.size if known else trained.size
+    sets = load_data(args.data or trained.data, size, trained.seed)
+    known = known or sets.description
+    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
+    check_fit(model, known, sets.description, args)
+
+    count = min(args.limit or len(sets.test), len(sets.test))
+    layout = torch.channels_last if trained.channels_last else torch.contiguous_format
+    model = model.to(args.device, memory_format=layout)  # type: ignore[call-overload]
+    begun = time.monotonic()
+    labels, given = answers(
+        model,
+        Subset(sets.test, range(count)),
+        Preparation(known, args.device, layout),
+        args.amp or trained.amp,
+        Watch(sets.test, args.broken, tell),
+        args.workers,
+    )
+    rate = count / (time.monotonic() - begun)
+    print(class_table(labels, given, known.classes))
+    picture = args.confusion or args.checkpoint.with_name(f"{args.checkpoint.stem}-confusion.png")
     try:
-        checkpoint = load(args.checkpoint)
-    except OSError as error:
-        stop(f"cannot read {args.checkpoint}: {error.strerror}", 2)
-    except ValueError as error:
-        stop(str(error), 2)
-    try:
-        model = MODELS[checkpoint["model"]]()
-        model.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, TypeError, RuntimeError):
-        stop(f"{args.checkpoint} holds no model that this version knows", 2)
-    _, test = DATA[args.data]()
-    report(args.device, accuracy(model.to(args.device), test, args.device))
+        draw_confusion(labels, given, known.classes, picture)
+        print(f"confusion matrix: {picture}")
+    except Problem as problem:  # without matplotlib
+        tell(str(problem))
+    right = int((labels == given).sum())
+    print(f"{right} of {len(labels)} images right, {rate:.0f} images/s")
+    report(args.device, right / len(labels))
+
+
+def check_agreed(args: argparse.Namespace, name: str, known: object) -> None:
+    """Raise Problem if an argument is given that contradicts what the checkpoint holds."""
+    value = vars(args)[name]
+    if value not in (None, known):
+        raise Problem(f"--{name}: {value} contradicts {known} of {args.checkpoint}")
+
+
+def check_fit(
+    model: torch.nn.Module,
+    known: data.Description,
+    found: data.Description,
+    args: argparse.Namespace,
+) -> None:
+    """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
+    outputs = len([*model.parameters()][-1])
+    if found.classes != known.classes or len(known.classes) != outputs:
+        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
+    if found.channels != known.channels:
+        raise Problem(f"--data: {args.checkpoint} is for images of {known.channels} channels")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Print a line an image: its path, then the likeliest classes with their probabilities."""
+    checkpoint = checkpoints.load(args.checkpoint)
+    trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
+    parameters = checkpoint["state_dict"]
+    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
+    folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
+    paths = [path for files in folders for path in files]
+    if not paths:
+        raise Problem(f"{args.images[0]} holds no image")
+    images = ImageFiles(paths, [0] * len(paths), known.size, known.channels)
+    unread: list[str] = []
+    watch = Watch(images, "skip", unread.append)
+    loader = DataLoader(images, BATCH, **in_workers(args.workers))
+    prepare = Preparation(known, args.device)
+    ahead = iter(paths)
+    for logits, labels in outputs(model.to(args.device), loader, prepare, trained.amp, watch):
+        best = logits.softmax(1).topk(min(args.top, len(known.classes)))
+        rows = zip(labels.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
+        for (label, chances, classes), path in zip(rows, ahead, strict=False):
+            if label != UNCOUNTED:
+                pairs = zip(classes, chances, strict=True)
+                print(path, *(f"{known.classes[c]}\t{chance:.4f}" for c, chance in pairs), sep="\t")
+    for line in unread:
+        say(line)
+    if unread:
+        raise SystemExit(FAILURE)
 
 
 def report(where: torch.device, share: float) -> None:
@@ -144,15 +343,10 @@ def report(where: torch.device, share: float) -> None:
     print(f"kernels: {engine}\ntest accuracy {share:.3f}")
 
 
-def log(line: str) -> None:
-    """A line of progress; a bar that is on show steps aside."""
-    tqdm.write(line, file=sys.stderr)
-
-
-def stop(reason: str, code: int) -> NoReturn:
-    """End the program with one line that says why."""
-    print(f"python -m cnn: {reason}", file=sys.stderr)
-    raise SystemExit(code)
+def say(line: str) -> None:
+    """A line on stderr; of several processes the number is told."""
+    rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"python -m cnn{rank}: {line}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,7 +355,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except KeyboardInterrupt:
-        stop("interrupted", 130)
+        say("interrupted")
+        code = 130
+    except Interrupted as interrupted:
+        if os.environ.get("RANK", "0") == "0":
+            say(f"interrupted; {interrupted.kept}")
+        code = 128 + interrupted.signal
+    except Exception as error:
+        if args.debug:
+            raise
+        code, line = explain(error)
+        say(line)
+    else:
+        return
+    raise SystemExit(code)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The exit code and the one line that an error ends in."""
+    if isinstance(error, Problem):
+        return error.code, str(error)
+    if isinstance(error, OSError) and error.filename:
+        return FAILURE, f"{error.filename}: {error.strerror}"
+    words = " ".join(str(error).split())
+    return FAILURE, f"{type(error).__name__}: {words} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -33,8 +33,10 @@ PUBLISHED = {
     "vgg16_bn": (138_365_992, 15.470),
     "vgg19": (143_667_240, 19.632),
     "vgg19_bn": (143_678_248, 19.632),
+    "vgg_small": (767_370, 0.019696128),
     "zfnet": (62_357_608, 1.168),
 }
+SMALL = ("lenet5", "vgg_small")  # made for ten classes of 1x32x32 pixels
 
 
 class Plain(nn.Module):
@@ -137,11 +139,11 @@ def test_published_sizes(name):
     model = on_meta(builder)
     parameters, multiply_adds = PUBLISHED[name]
     assert sum(p.numel() for p in model.parameters()) == parameters
-    x = torch.empty(1, *((1, 32, 32) if name == "lenet5" else (3, 224, 224)), device="meta")
+    x = torch.empty(1, *((1, 32, 32) if name in SMALL else (3, 224, 224)), device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        assert model(x).shape == (1, 10 if name == "lenet5" else 1000)
+        assert model(x).shape == (1, 10 if name in SMALL else 1000)
     flops = counter.get_total_flops()
-    assert flops == pytest.approx(2e9 * multiply_adds, abs=1 if name == "lenet5" else 1e6)
+    assert flops == pytest.approx(2e9 * multiply_adds, abs=1 if name in SMALL else 1e6)
     text = " ".join(f"{builder.__doc__} {type(model).__doc__}".split())
     assert f"{parameters:,} parameters" in text
     assert name.endswith("_bn") or f"{flops:,} FLOPs an image" in text
@@ -392,3 +394,17 @@ def test_another_image_size_raises(device):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(torch.zeros(1, 1, 28, 28, device=device))
     assert cnn.models.lenet5(image_size=28)(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
+
+
+def test_vgg_small(device):
+    """Its logits are those of torch's layers."""
+    torch.manual_seed(0)
+    model = cnn.models.vgg_small(image_size=16).eval()
+    x = torch.randn(2, 1, 16, 16)
+    y = x
+    for layer, pool in zip(model.features, (True, True, False, True), strict=True):
+        y = nn.functional.conv2d(y, layer.weight, layer.bias, padding=1).relu()
+        y = nn.functional.max_pool2d(y, 2) if pool else y
+    expected = model.classifier(y.flatten(1))
+    logits = model.to(device)(x.to(device)).cpu()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("kernels", "cnn", "cnn.models")
+PACKAGES = ("kernels", "cnn", "cnn.data", "cnn.models")
 
 # Lowest first; a module may import those of lower rows, never its neighbours.
 ROWS = """
@@ -32,10 +32,18 @@ cnn.arguments cnn.autocast cnn.decisions
 cnn.functional cnn.fusion
 cnn.layers
 cnn.summary cnn.convert
-cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet cnn.models.vgg cnn.models.zfnet
+cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
+cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
 cnn.models
 cnn
-cnn.data cnn.train
+cnn.problem
+cnn.data.batches cnn.data.augment cnn.data.prepare cnn.data.formats cnn.data.files
+cnn.data.sets
+cnn.data
+cnn.checkpoint cnn.group cnn.interruption
+cnn.journal
+cnn.evaluate
+cnn.train
 cnn.__main__
 """
 ROW = {name: row for row, line in enumerate(ROWS.split("\n")) for name in line.split()}

@@ -1,154 +1,119 @@
-"""The digits, the training loop, checkpoints and the command line."""
+"""The command line: training, its end and its resumption; testing; predicting; errors."""
 
+import csv
+import json
 import os
+import random
 import re
+import shutil
 import signal
-import subprocess
+import socket
 import sys
+import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from forks import Fork, Forks, forks, normed
+from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import cnn
 from cnn import __main__ as cli
-from cnn.data import digits
-from cnn.train import accuracy, fit, load, save
+from cnn import checkpoint as checkpoints
+from cnn import data, journal
+from cnn.data import Preparation, Watch
+from cnn.evaluate import Evaluator
+from cnn.group import Group
+from cnn.journal import Progress
 from kernels.device import INTERPRET
 
-ROOT = Path(__file__).parents[1]
+RUN = ["last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"]
 
 
-def files(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
-def data():
-    return digits()
+def cpu():
+    """The command line on the CPU without the interpreter."""
+    with forks() as started:
+        yield started
 
 
-def test_digits_are_all_there_once(data):
-    train, test = data
-    assert (len(train), len(test)) == (1437, 360)
-    images = torch.cat([train.tensors[0], test.tensors[0]])
-    assert images.shape == (1797, 1, 32, 32)
-    assert images.dtype == torch.float32
-    # UCI's test set holds 1,797 digits, of each about 180; a few of its images are nearly alike.
-    labels = torch.cat([train.tensors[1], test.tensors[1]])
-    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert len(images.flatten(1).unique(dim=0)) == 1797
+def numbers(folder: Path) -> list[dict]:
+    """What the log says of each epoch, but for its speed."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key != "images_per_second"} for row in rows]
 
 
-def test_digits_are_normalised_by_the_training_set(data):
-    train, test = data
-    assert train.tensors[0].mean().abs() < 1e-5
-    assert abs(train.tensors[0].var() - 1) < 1e-5
-    assert test.tensors[0].mean().abs() > 1e-5
+def assert_same(first: object, second: object) -> None:
+    """Equal bit for bit, all tensors in them included."""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second)
+        for one, other in zip(first, second, strict=True):
+            assert_same(one, other)
+    else:
+        assert torch.equal(first, second) if torch.is_tensor(first) else first == second
 
 
-def test_digits_are_split_the_same_way_each_time_and_evenly(data):
-    for first, second in zip(data, digits(), strict=True):
-        assert all(map(torch.equal, first.tensors, second.tensors))
-    shares = [part.tensors[1].bincount() / len(part) for part in data]
-    torch.testing.assert_close(*shares, rtol=0, atol=2 / 360)
-
-
-def test_digits_take_a_size():
-    train, _ = digits(size=8)
-    assert train.tensors[0].shape == (1437, 1, 8, 8)
-    assert len(train.tensors[0].unique()) == 17  # each pixel is a count from 0 to 16
-
-
-def linear(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-
-
-def test_fit_learns_and_repeats_itself_bit_by_bit():
-    train, test = digits(size=8)
-    cpu = torch.device("cpu")
-    runs = []
-    for _ in range(2):
-        model = linear(0)
-        losses = list(fit(model, train, epochs=4, batch_size=64, lr=0.05, seed=3, device=cpu))
-        runs.append((losses, model[1].weight))
-        assert accuracy(model, test, cpu) > 0.9
-    (losses, weight), (again, same) = runs
-    assert losses == again
-    assert torch.equal(weight, same)
-    assert losses[-1] < losses[0] / 2
-
-
-def test_another_seed_takes_the_images_in_another_order():
-    train, _ = digits(size=8)
-    first, second = (
-        list(fit(linear(0), train, epochs=1, batch_size=64, lr=0.05, seed=seed, device="cpu"))
-        for seed in (0, 1)
-    )
-    assert first != second
-
-
-def test_accuracy_counts():
-    identity = nn.Flatten()
-    images = torch.eye(4).repeat(300, 1)
-    labels = torch.tensor([0, 1, 2, 0]).repeat(300)
-    assert accuracy(identity, TensorDataset(images, labels), torch.device("cpu")) == 0.75
-
-
-def test_save_and_load(tmp_path):
-    path = tmp_path / "model.pt"
-    for epochs in (1, 2):
-        save({"model": "m", "state_dict": {"w": torch.ones(2)}, "epochs": epochs}, path)
-        assert load(path)["epochs"] == epochs
-    assert files(tmp_path) == ["model.pt"]
-
-
-def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "model.pt"
-    save({"model": "old", "state_dict": {}}, path)
-
-    def full(self, data):
-        self.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        save({"model": "new", "state_dict": {}}, path)
-    assert files(tmp_path) == ["model.pt"]
-    assert load(path)["model"] == "old"
+def assert_same_runs(first: Path, second: Path) -> None:
+    """Two folders hold the same run: every number of its log and of its last checkpoint."""
+    assert numbers(first) == numbers(second)
+    one, other = (checkpoints.load(folder / "last.pt") for folder in (first, second))
+    for each in (one, other):
+        for row in each["position"]["rows"]:
+            row["images_per_second"] = 0
+    assert_same(one, other)
 
 
 @pytest.fixture
-def few_digits(data, monkeypatch):
+def few_digits(monkeypatch):
     """The digits with 48 images to train on and 24 to test: the interpreter takes its time."""
-    train, test = (TensorDataset(*part[:count]) for part, count in zip(data, (48, 24), strict=True))
-    monkeypatch.setitem(cli.DATA, "digits", lambda: (train, test))
+
+    def load(*args):
+        sets = data.load(*args)
+        parts = (
+            TensorDataset(*part[:count]) for part, count in ((sets.train, 48), (sets.test, 24))
+        )
+        return data.Data(*parts, sets.description, sets.mirrors)
+
+    monkeypatch.setattr(cli, "load_data", load)
 
 
 def test_command_line_trains_through_the_kernels(few_digits, tmp_path, capfd):
-    """And leaves a checkpoint of the model; a second run gives the same one."""
-    states = []
-    for name in ("first.pt", "second.pt"):
-        path = tmp_path / name
-        cli.main(["train", "--epochs", "2", "--output", str(path)])
-        trained, log = capfd.readouterr()
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        assert checkpoint.keys() == {"model", "state_dict", "epochs", "accuracy"}
-        assert (checkpoint["model"], checkpoint["epochs"]) == ("lenet5", 2)
-        states.append(checkpoint["state_dict"])
+    """And ``eval`` gives the accuracy of what it left, with a table of the classes."""
+    folder = tmp_path / "run"
+    cli.main(["train", "--epochs", "2", "--batch-size", "32", "--output", str(folder)])
+    trained, log = capfd.readouterr()
+    assert files(folder) == {*RUN}
     kernels, result = trained.splitlines()
     if INTERPRET:
         assert kernels == "kernels: triton (interpreter)"
     else:
         assert kernels == f"kernels: triton (cuda:{torch.cuda.get_device_name()})"
-    assert result == f"test accuracy {checkpoint['accuracy']:.3f}"
     assert [line.split("  ")[0] for line in log.splitlines()] == ["epoch 1/2", "epoch 2/2"]
-    for first, second in zip(states[0].values(), states[1].values(), strict=True):
-        assert torch.equal(first, second)
-    cli.main(["eval", str(path)])
-    assert capfd.readouterr().out == trained
+    with (folder / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["images"]) for row in rows] == [("1", "32"), ("2", "32")]
+    assert result == f"test accuracy {float(rows[1]['test_accuracy']):.3f}"
+    cli.main(["eval", str(folder / "last.pt")])
+    table, tested = re.split(r"(?=kernels)", capfd.readouterr().out)
+    assert tested == trained
+    assert re.search(r"precision +recall +f1-score +support\n", table)
+    assert len(re.findall(r"^ +\d( +[01]\.\d{3}){3} +\d+$", table, re.MULTILINE)) == 10
+    assert re.search(r"^\d+ of 24 images right, \d+ images/s$", table, re.MULTILINE)
+    for picture in ("curves.png", "last-confusion.png"):
+        assert np.ptp(np.asarray(Image.open(folder / picture))) > 0
 
 
 @pytest.mark.parametrize("given", [{}, {"fprop_kernel": 1}], ids=["none", "one"])
@@ -158,40 +123,347 @@ def test_the_line_on_kernels_comes_from_launches(given, monkeypatch, capsys):
     assert ("triton" in capsys.readouterr().out) == bool(given)
 
 
+def test_accuracy_and_loss_count():
+    images = torch.eye(4).mul(255).to(torch.uint8).view(4, 1, 2, 2).repeat(300, 1, 1, 1)
+    labels = torch.tensor([0, 1, 2, 0]).repeat(300)
+    sets = TensorDataset(images, labels)
+    prepare = Preparation(data.Description(("a",), 2, (0.0,), (1.0,)), torch.device("cpu"))
+    test = Evaluator(
+        sets, prepare, "off", Watch(sets, "stop", print), Group(torch.device("cpu")), 0
+    )
+    calls = []
+    loss, accuracy = test(nn.Flatten(), lambda: calls.append(0))
+    assert accuracy == 0.75
+    right = -torch.eye(4)[0].log_softmax(0)
+    assert loss == pytest.approx((3 * right[0] + right[1]).item() / 4)
+    assert len(calls) == 5
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory) -> str:
+    """A small data set: 96 images of noise to train with, and 40 to test."""
+    folder = tmp_path_factory.mktemp("noise")
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 96), ("t10k", 40)):
+        for name, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            header = bytes((0, 0, 8, len(shape))) + b"".join(n.to_bytes(4, "big") for n in shape)
+            values = draw.integers(256 if len(shape) == 3 else 10, size=shape, dtype=np.uint8)
+            (folder / f"{part}-{name}-ubyte").write_bytes(header + values.tobytes())
+    return f"mnist:{folder}"
+
+
+KINDS = {
+    "sgd": "--optimizer sgd --schedule cosine --channels-last --label-smoothing 0.1",
+    "ema": "--ema 0.9 --schedule constant --augment --workers 2",
+    "dropout": "--model vgg_small --weight-decay 0.1",
+    "bf16": "--amp bf16",
+    "fp16": "--amp fp16",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp_path):
+    """Ctrl-C finishes the step, saves and exits 130 in one line."""
+    argv = ["train", "--data", noise, "--epochs", 2, "--batch-size", 24, *KINDS[kind].split()]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cpu.run(*argv, "--output", whole)[0] == 0
+    every_step = [*argv, "--output", parts, "--save-every", 1]
+    code, out, err = cpu.run(*every_step, INTERRUPT_AFTER_SAVES=3)  # nothing left but the test
+    line = f"python -m cnn: interrupted; {parts}/last.pt holds epoch 0 of 2 and 4 steps\n"
+    assert (code, out, err) == (130, "", line)
+    code, out, err = cpu.run(*every_step, "--resume", INTERRUPT_AFTER_SAVES=3)  # in the next epoch
+    assert code == 130
+    assert err.endswith(f"{parts}/last.pt holds epoch 1 of 2 and 3 steps\n")
+    code, out, err = cpu.run("train", "--resume", "--output", parts)
+    assert (code, out.splitlines()[0]) == (0, "kernels: aten (cpu)"), err
+    assert err.startswith(f"resumed {parts}/last.pt: epoch 1 of 2 and 3 steps\n")
+    assert files(parts) == files(whole) == {*RUN}
+    assert_same_runs(whole, parts)
+
+
+def wait_for(path: Path, change: int | None = None) -> int:
+    """Wait until a file is there, or another than the one with inode ``change``."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if path.exists() and (found := path.stat().st_ino) != change:
+            return found
+        time.sleep(0.001)
+    raise TimeoutError(path)
+
+
+def test_a_run_that_is_killed_again_and_again_goes_on_with_the_same_bits(cpu, noise, tmp_path):
+    """SIGKILL at drawn moments loses at most the steps since the last checkpoint."""
+    draw = random.Random(0)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    last = parts / "last.pt"
+    argv = ["train", "--data", noise, "--epochs", 10, "--batch-size", 4, "--save-every", 7]
+    assert cpu.run(*argv, "--output", whole)[0] == 0
+    resume, kept, done = [], None, []
+    while len(done) < 4:
+        fork = cpu.start(*argv, "--output", parts, *resume)
+        wait_for(last, kept)
+        time.sleep(draw.uniform(0, 0.05))
+        os.kill(fork.pid, signal.SIGKILL)
+        if fork.wait() == 0:  # it was done before, on a machine that is busy
+            break
+        position = checkpoints.load(last)["position"]
+        assert position["step"] % 7 == 0
+        done.append((position["epoch"], position["step"]))
+        kept, resume = last.stat().st_ino, ["--resume"]
+    assert len(done) >= 2
+    assert done == sorted({*done})
+    assert cpu.run(*argv, "--output", parts, "--resume")[0] == 0
+    assert files(parts) == {*RUN}
+    assert_same_runs(whole, parts)
+
+
+def start_twice(cpu: Forks, *argv: object, **environment: object) -> list[Fork]:
+    """Two processes of one run, as torchrun starts them; the second has ``environment``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["TORCHELASTIC_RUN_ID"] = "test"
+    extra = ({}, environment)
+    return [cpu.start(*argv, **shared, **extra[n], RANK=n, LOCAL_RANK=n) for n in range(2)]
+
+
+def assert_nearly_same(first: Path, second: Path) -> None:
+    """Two folders hold the same run to rounding."""
+    one, other = (checkpoints.load(folder / "last.pt")["state_dict"] for folder in (first, second))
+    for name, weight in one.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
+    for row, same in zip(numbers(first), numbers(second), strict=True):
+        assert row["images"] == same["images"] == 96
+        for name in ("train_loss", "test_loss"):
+            assert row[name] == pytest.approx(same[name], rel=1e-4)
+        assert row["test_accuracy"] == pytest.approx(same["test_accuracy"], abs=1.5 / 40)
+
+
+def test_two_processes_train_as_one(cpu, noise, tmp_path):
+    """To rounding; stopped, they go on with the same bits, and one goes on with what they did."""
+    argv = ["train", "--data", noise, "--epochs", 2, "--batch-size", 24, "--optimizer", "sgd"]
+    one, two, parts, less = (tmp_path / name for name in ("one", "two", "parts", "less"))
+    assert cpu.run(*argv, "--output", one)[0] == 0
+    first, second = start_twice(cpu, *argv, "--output", two)
+    assert (first.wait(), second.wait()) == (0, 0), second.err.read_text()
+    assert (second.out.read_text(), second.err.read_text()) == ("", "")
+    assert first.out.read_text().startswith("kernels: aten (cpu)\ntest accuracy 0.")
+    assert files(two) == {*RUN}
+    assert_nearly_same(one, two)
+
+    pair = start_twice(cpu, *argv, "--output", parts, "--save-every", 1)
+    wait_for(parts / "last.pt")
+    os.kill(pair[1].pid, signal.SIGTERM)  # it tells the first
+    assert [fork.wait() for fork in pair] == [143, 143]
+    assert len(checkpoints.load(parts / "last.pt")["training"]["processes"]) == 2
+    shutil.copytree(parts, less)
+    pair = start_twice(cpu, "train", "--output", parts, "--resume")
+    assert [fork.wait() for fork in pair] == [0, 0]
+    assert_same_runs(two, parts)
+    assert cpu.run("train", "--output", less, "--resume")[0] == 0
+    assert_nearly_same(one, less)
+
+
+def test_two_processes_test_the_model_that_is_saved(cpu, noise, tmp_path):
+    """Their batch statistics differ; the first's are kept, and tested by both."""
+    argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--model", "normed"]
+    pair = start_twice(cpu, *argv, "--output", tmp_path)
+    assert [fork.wait() for fork in pair] == [0, 0], pair[0].err.read_text()
+    model = normed()
+    model.load_state_dict(checkpoints.load(tmp_path / "last.pt")["state_dict"])
+    sets = data.load(noise)
+    alone = torch.device("cpu")
+    rest = "off", Watch(sets.test, "stop", print), Group(alone), 0
+    test = Evaluator(sets.test, Preparation(sets.description, alone), *rest)
+    loss, _ = test(model, lambda: None)
+    assert numbers(tmp_path)[0]["test_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_second_ctrl_c_ends_at_once(cpu, noise, tmp_path):
+    argv = ["train", "--data", noise, "--batch-size", 24, "--output", tmp_path, "--save-every", 1]
+    code, out, err = cpu.run(*argv, INTERRUPT_AFTER_SAVES=2, INTERRUPT_TIMES=2)
+    assert (code, out, err) == (130, "", "python -m cnn: interrupted\n")
+    assert checkpoints.load(tmp_path / "last.pt")["position"]["step"] == 2
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    progress = Progress("epoch 1/2", 100, 20, "image")
+    assert progress.advance(30)
+    progress.show(loss="0.5", accuracy="0.75")
+    assert progress.advance(49)
+    assert not progress.advance(1)  # the end of an epoch has a line of its own
+    progress.close()
+    assert not Progress("other", 100, 0, "image", quiet=True).advance(10)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"epoch 1/2  50/100  loss 0\.5  accuracy 0\.75  \d+ images/s\n", err)
+
+
+def test_tensorboard_gets_each_epoch_where_it_is_installed(monkeypatch, tmp_path):
+    told = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            told.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            told.append(scalar)
+
+        def flush(self):
+            told.append("flush")
+
+    board = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(journal, "find_spec", lambda name: name == "tensorboard")
+    rows = [{"epoch": epoch, "test_loss": 0.5 / epoch} for epoch in (1, 2)]
+    journal.Journal(tmp_path, 1).write(rows, last=False)
+    assert told == [(str(tmp_path), 2), ("epoch", 2, 2), ("test_loss", 0.25, 2), "flush"]
+    assert (tmp_path / "log.csv").read_text() == "epoch,test_loss\n1,0.5\n2,0.25\n"
+
+
+def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    rows = [{"epoch": 1, "train_loss": 1, "test_loss": 1, "train_accuracy": 1, "test_accuracy": 1}]
+    journal.Journal(tmp_path, 0).write(rows, last=True)
+    line = "drawing curves needs matplotlib: pip install 'triton-cnn[train]'\n"
+    assert capsys.readouterr().err == line
+    assert files(tmp_path) == {"log.csv", "log.jsonl"}
+
+
+def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_path):
+    """Twice: the second run replaces the first where it is told to."""
+    argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--output", tmp_path]
+    code, out, _ = cpu.run(*argv)
+    (tmp_path / "notes").touch()
+    argv += ["--overwrite", "--save-every", 1]
+    assert cpu.run(*argv, INTERRUPT_AFTER_SAVES=1)[0] == 130
+    assert files(tmp_path) == {"last.pt", "notes"}
+    assert (code, cpu.run(*argv)[1]) == (0, out)
+    assert re.fullmatch(r"kernels: aten \(cpu\)\ntest accuracy 0\.\d{3}\n", out)
+
+
+def paint(folder: Path) -> Path:
+    """Twelve images each of blue and of red, and a broken one."""
+    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (32, 40), colour).save(folder / name / f"{number}.png")
+    (folder / "red" / "broken.png").write_text("no image")
+    return folder
+
+
+def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
+    """It stops the program, or does not count. The model then names images; its file is tested."""
+    images, run = paint(tmp_path / "images"), tmp_path / "run"
+    source = "--data", f"folder:{images}", "--size", 32
+    argv = ["train", *source, "--epochs", 8, "--batch-size", 10, "--output", run]
+    code, out, err = cpu.run(*argv, "--seed", 1)
+    reason = f"cannot read {images}/red/broken.png: cannot identify image file"
+    assert (code, out, err) == (1, "", f"python -m cnn: {reason}\n")
+    code, out, err = cpu.run(*argv, "--seed", 1, "--broken", "skip", "--workers", 1)
+    assert code == 0, err
+    assert err.startswith(f"{reason}; skipped\nepoch 1/8")
+    assert "1 broken images skipped" in err
+    assert out.endswith("test accuracy 1.000\n")
+
+    red, broken, blue = images / "red/3.png", images / "red/broken.png", images / "blue"
+    code, out, err = cpu.run("predict", run / "best.pt", red, broken, blue, "--top", 3)
+    assert (code, err) == (1, f"python -m cnn: {reason}; skipped\n")
+    first, *others = [line.split("\t") for line in out.splitlines()]
+    assert first[:2] == [str(red), "red"]
+    assert float(first[2]) + float(first[4]) == pytest.approx(1, abs=1e-3)
+    assert [line[:2] for line in others] == [[str(path), "blue"] for path in sorted(blue.iterdir())]
+
+    weights, picture = tmp_path / "weights.pth", tmp_path / "confusion.png"
+    torch.save(checkpoints.load(run / "last.pt")["state_dict"], weights)
+    argv = ["eval", weights, *source, "--model", "lenet5", "--limit", 3]
+    code, out, err = cpu.run(*argv, "--confusion", picture)
+    assert code == 0, err
+    assert "3 of 3 images right, " in out
+    assert out.endswith("test accuracy 1.000\n")
+    assert picture.exists()
+
+
+def test_a_run_that_diverges_stops(cpu, tmp_path):
+    argv = ["train", "--optimizer", "sgd", "--lr", 1e20, "--schedule", "constant"]
+    code, out, err = cpu.run(*argv, "--output", tmp_path / "run")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert re.search(r"the loss of epoch 1 is (nan|inf): lower --lr; nothing was saved", err)
+
+
 BAD = {
     "": "arguments are required",
     "train --epochs 0": "--epochs: '0' is not a whole number from 1",
     "train --epochs many": "--epochs: 'many' is not",
     "train --batch-size -1": "--batch-size: '-1' is not",
     "train --batch-size 1.5": "--batch-size: '1.5' is not",
+    "train --batch-size 1438": "--batch-size: 1438 is more than the 1437 images to train with",
     "train --lr 0": "--lr: '0' is not a positive number",
     "train --lr nan": "--lr: 'nan' is not",
     "train --lr inf": "--lr: 'inf' is not",
+    "train --ema 1": "--ema: '1' is not a number from 0 to less than 1",
+    "train --label-smoothing -1": "--label-smoothing: '-1' is not",
+    "train --weight-decay x": "--weight-decay: 'x' is not a number from 0",
     "train --seed -3": "--seed: '-3' is not",
+    "train --save-every 0": "--save-every: '0' is neither steps, as 500, nor minutes, as 10m",
+    "train --save-every 5h": "--save-every: '5h' is neither steps, as 500, nor minutes, as 10m",
     "train --device tpu7": "--device: 'tpu7' is not a device",
     "train --device meta": "--device: 'meta' is neither cpu nor cuda",
     "train --device cuda:99": "this machine has no 'cuda:99'",
-    "train --data mnist": "--data: invalid choice: 'mnist'",
+    "train --data imagenet": "--data: 'imagenet' is none of digits, mnist, fashion-mnist, cifar10",
+    "train --data mnist:{tmp}/none": "{tmp}/none is no folder",
+    "train --data digits:{tmp}": "digits come with scikit-learn and take no path",
+    "train --data cifar10": "cifar10 needs a place: give it as cifar10:FOLDER",
     "train --model resnet1": "--model: invalid choice: 'resnet1'",
-    "train --output {tmp}/none/model.pt": "cannot write {tmp}/none/model.pt: No such file",
-    "train --output {tmp}": "cannot write {tmp}: not a regular file",
-    "train --output {tmp}/text/model.pt": "cannot write {tmp}/text/model.pt: Not a directory",
+    "train --size 15": "--size: lenet5 does not take 15x15 pixels",
+    "train --amp fp8": "--amp: invalid choice: 'fp8'",
+    "train --sync-bn --device cpu": "--sync-bn: torch's SyncBatchNorm needs GPUs",
+    "train --output {tmp}/text": "cannot write {tmp}/text: File exists",
+    "train --output {tmp}/text/run": "cannot write {tmp}/text/run: Not a directory",
+    "train --output {tmp}": "{tmp} holds a run: --resume it, --overwrite it, or name another",
+    "train --resume --output {tmp}/none": "cannot read {tmp}/none/last.pt: No such file",
+    "train --resume --output {tmp}/bad": "{tmp}/bad/last.pt is damaged or not a checkpoint",
+    "train --resume {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint of python -m cnn train",
+    "train --resume {tmp}/last.pt --lr 0.5": "--lr: 0.5 contradicts 0.25 of {tmp}/last.pt",
+    "train --resume {tmp}/last.pt --augment": "--augment: True contradicts False of",
+    "train --resume {tmp}/last.pt --data mnist": "--data: mnist contradicts digits of",
+    "train --resume {tmp}/last.pt --output {tmp}/bad": "{tmp}/bad holds a run",
+    "train --resume {tmp}/last.pt": "--data: digits is not what {tmp}/last.pt was trained on",
     "eval": "arguments are required: checkpoint",
     "eval {tmp}/none.pt": "cannot read {tmp}/none.pt: No such file",
     "eval {tmp}": "cannot read {tmp}: Is a directory",
-    "eval {tmp}/text": "{tmp}/text is not a checkpoint",
+    "eval {tmp}/text": "{tmp}/text is damaged or not a checkpoint",
     "eval {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint",
-    "eval {tmp}/unknown.pt": "{tmp}/unknown.pt holds no model that this version knows",
-    "eval {tmp}/other.pt": "{tmp}/other.pt holds no model that this version knows",
+    "eval {tmp}/bare.pt": "{tmp}/bare.pt holds parameters alone: say by --model what it is of",
+    "eval {tmp}/bare.pt --model lenet5": "parameters alone: say by --data what to test on",
+    "eval {tmp}/bare.pt --data digits --model vgg_small": "{tmp}/bare.pt does not hold the parame",
+    "eval {tmp}/bare.pt --data digits --model lenet5 --size 16": "of lenet5 for 16x16 pixels",
+    "eval {tmp}/last.pt --model vgg_small": "--model: vgg_small contradicts lenet5 of",
+    "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
+    "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
+    "predict {tmp}/last.pt": "arguments are required: images",
+    "predict {tmp}/last.pt {tmp}/bad": "{tmp}/bad holds no image",
+    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt is not a checkpoint of",
 }
 
 
 @pytest.mark.parametrize(("line", "message"), BAD.items(), ids=list(BAD))
-def test_bad_arguments_get_one_line_and_exit_code_2(line, message, tmp_path, capsys):
+def test_bad_arguments_get_one_line_and_exit_code_2(line, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("not a checkpoint")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "last.pt").write_bytes(b"PK\3\4 cut")
     torch.save([1], tmp_path / "list.pt")
-    torch.save({"model": "unknown", "state_dict": {}}, tmp_path / "unknown.pt")
-    torch.save({"model": "lenet5", "state_dict": {}}, tmp_path / "other.pt")
+    state = cnn.models.lenet5(num_classes=2).state_dict()
+    torch.save(state, tmp_path / "bare.pt")
+    described = {"classes": ("a", "b"), "size": 32, "mean": (0.5,), "std": (0.5,)}
+    contents = {"config": {"model": "lenet5", "lr": 0.25}, "description": described}
+    contents |= {"state_dict": state, "position": {}, "training": {}}
+    config = {**vars(cli.Config()), **contents["config"]}
+    checkpoints.save({**contents, "config": config}, tmp_path / "last.pt")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
         cli.main(line.format(tmp=tmp_path).split())
     out, err = capsys.readouterr()
@@ -199,43 +471,26 @@ def test_bad_arguments_get_one_line_and_exit_code_2(line, message, tmp_path, cap
     assert out == ""
     assert err.count("\n") == 1
     assert message.format(tmp=tmp_path) in err
+    assert before.items() <= {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}.items()
 
 
-def run_on_aten(*arguments: str, **options) -> subprocess.Popen:
-    """The command line in a process of its own without the interpreter, on the CPU: quick."""
-    # Where the tests' own starter ignores Ctrl-C, its children would too.
-    script = (
-        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        "sys.argv[0] = 'cnn'; runpy.run_module('cnn', run_name='__main__')"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments, "--device", "cpu"],
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def test_intervals_are_steps_or_minutes():
+    args = cli.parser().parse_args(["train", "--save-every", "1.5m"])
+    assert args.save_every == (90.0, True)
+    args = cli.parser().parse_args(["train", "--save-every", "20"])
+    assert args.save_every == (20, False)
 
 
-def test_on_the_cpu_without_the_interpreter_nothing_is_launched(tmp_path):
-    with run_on_aten("train", "--epochs", "1", cwd=tmp_path) as process:
-        out, _ = process.communicate()
-    assert process.returncode == 0
-    assert re.fullmatch(r"kernels: aten \(cpu\)\ntest accuracy 0\.\d{3}\n", out)
-    assert files(tmp_path) == ["lenet5-digits.pt"]
+def test_an_error_is_one_line_unless_debug(monkeypatch, capsys):
+    def fail(args):
+        raise RuntimeError("two\nlines")
 
-
-def test_ctrl_c_keeps_the_last_epoch(tmp_path):
-    path = tmp_path / "model.pt"
-    with run_on_aten("train", "--epochs", "100000", "--output", str(path)) as process:
-        assert process.stderr.readline().startswith("epoch 1/100000")
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-    assert process.returncode == 130
-    assert out == ""
-    epochs = load(path)["epochs"]
+    monkeypatch.setattr(cli, "predict", fail)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["predict", "x", "y"])
+    assert stop.value.code == 1
     assert (
-        err.splitlines()[-1] == f"python -m cnn: interrupted; {path} holds epoch {epochs} of 100000"
+        capsys.readouterr().err == "python -m cnn: RuntimeError: two lines (--debug shows where)\n"
     )
-    assert files(tmp_path) == ["model.pt"]
+    with pytest.raises(RuntimeError):
+        cli.main(["predict", "x", "y", "--debug"])

@@ -14,6 +14,7 @@ from .alexnet import AlexNet, alexnet
 from .lenet5 import LeNet5, lenet5
 from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101
 from .vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
+from .vgg_small import VGGSmall, vgg_small
 from .zfnet import ZFNet, zfnet
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "AlexNet",
     "LeNet5",
     "ResNet",
+    "VGGSmall",
     "ZFNet",
     "alexnet",
     "create",
@@ -38,6 +40,7 @@ __all__ = [
     "vgg16_bn",
     "vgg19",
     "vgg19_bn",
+    "vgg_small",
     "zfnet",
 ]
 
@@ -45,7 +48,7 @@ _BUILDERS = {
     builder.__name__: builder
     for builder in (
         *(alexnet, lenet5, resnet18, resnet34, resnet50, resnet101),
-        *(vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn, zfnet),
+        *(vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn, vgg_small, zfnet),
     )
 }
 

@@ -1,0 +1,33 @@
+"""Augmentation without state."""
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class Augmented(Dataset):
+    """A data set whose images are shifted, and mirrored where that makes sense.
+
+    The crop is of the image padded with black by an eighth on each side; half the images are
+    mirrored. Both are drawn from (seed, epoch, index), so that no worker holds a state and an epoch
+    can be entered anywhere. Items are asked for by (epoch, index).
+    """
+
+    def __init__(self, data: Dataset, seed: int, *, shift: bool, mirror: bool):
+        self.data = data
+        self.seed = seed
+        self.shift = shift
+        self.mirror = mirror
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = place
+        image, label = self.data[index]
+        if not self.shift:
+            return image, label
+        size = image.shape[-1]
+        margin = size // 8
+        draw = np.random.default_rng((self.seed, epoch, index + 1))  # without index: the order
+        top, left, mirror = draw.integers((2 * margin + 1, 2 * margin + 1, 2)).tolist()
+        image = F.pad(image, (margin,) * 4)[:, top : top + size, left : left + size]
+        return (image.flip(-1) if mirror and self.mirror else image), label

@@ -1,0 +1,86 @@
+"""Readers of the files that data sets come in. Each raises Problem that names the file."""
+
+import gzip
+import io
+import pickle
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+
+def read(path: Path) -> bytearray:
+    """The contents of a file, unpacked where its name ends in .gz."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return bytearray(file.read())
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Problem(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise Problem(f"cannot read {path}: {error.strerror}") from None
+
+
+def idx(path: Path, axes: int) -> Tensor:
+    """Read bytes from the IDX format of MNIST, described at yann.lecun.com/exdb/mnist."""
+    contents = read(path)
+    start = 4 + 4 * axes
+    shape = [int.from_bytes(contents[at : at + 4], "big") for at in range(4, start, 4)]
+    if contents[:4] != bytes((0, 0, 8, axes)) or len(contents) != start + np.prod(shape):
+        raise Problem(f"{path} is not an IDX file of bytes with {axes} axes")
+    return torch.frombuffer(contents, dtype=torch.uint8, offset=start).view(shape)
+
+
+def cifar10_binary(path: Path) -> tuple[Tensor, Tensor]:
+    """Read images [N, 3, 32, 32] and labels [N] of CIFAR-10's binary version."""
+    contents = read(path)
+    if not contents or len(contents) % 3073:
+        raise Problem(f"{path} is not a CIFAR-10 file: records have 3073 bytes")
+    records = torch.frombuffer(contents, dtype=torch.uint8).view(-1, 3073)
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """An unpickler that builds numpy's arrays and nothing else."""
+
+    _ALLOWED: dict[tuple[str, str], Any] = {
+        (f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]
+        for core in ("core", "_core")
+    } | {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed") from None
+
+
+def cifar10_pickle(path: Path) -> tuple[Tensor, Tensor]:
+    """Read images [N, 3, 32, 32] and labels [N] of CIFAR-10's Python version.
+
+    Nothing but arrays is built from the pickle, which could else run any code.
+    """
+    try:
+        contents = _ArraysOnly(io.BytesIO(read(path)), encoding="bytes").load()
+        images = torch.from_numpy(contents[b"data"].reshape(-1, 3, 32, 32))
+        labels = torch.tensor(contents[b"labels"])
+    except Problem:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise Problem(f"{path} is not a CIFAR-10 file: {error}") from None
+    if images.dtype != torch.uint8 or labels.dtype != torch.int64:
+        raise Problem(f"{path} is not a CIFAR-10 file: it holds other types")
+    return images, labels
+
+
+def first_there(folder: Path, names: Sequence[str]) -> Path:
+    """The first of ``names`` that is in ``folder``."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise Problem(f"{folder} holds no {names[0]}")
