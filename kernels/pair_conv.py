@@ -542,7 +542,7 @@ def pair_wgrad_kernel(
 
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
     db = tl.zeros((ROWS, 16), tl.float32)
-    ones = tl.full((HEIGHT * WIDTH, 16), 1.0, DTYPE)
+    ones = narrow(tl.full((HEIGHT * WIDTH, 16), 1.0, tl.float32), DTYPE)
     for patch in loop(split * turns, tl.minimum((split + 1) * turns, patches)):
         row = quotient(patch, wide, by_wide, wide_shift)
         n = quotient(row, tall, by_tall, tall_shift)
