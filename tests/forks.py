@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,9 @@ class Fork:
 class Forks:
     """Starts ``python -m cnn`` again and again.
 
-    It knows one model more, "normed". Under INTERRUPT_AFTER_SAVES=N a process gets a Ctrl-C right
-    after writing its Nth checkpoint; under INTERRUPT_TIMES=2 it gets another at once.
+    It knows one model more, "normed". Under SIGNAL_AFTER_SAVES=N a process signals itself right
+    after writing its Nth checkpoint, or SIGNAL_DELAY seconds later: Ctrl-C, or what SIGNAL names,
+    SIGNAL_TIMES in a row.
     """
 
     def __init__(self, server: subprocess.Popen, folder: Path):
@@ -134,8 +136,13 @@ def run(argv: list[str], environment: dict[str, str], out: str, err: str) -> int
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may ignore it
     os.environ.update(environment)
-    if saves := environment.get("INTERRUPT_AFTER_SAVES"):
-        interrupt_after(int(saves), int(environment.get("INTERRUPT_TIMES", 1)))
+    if saves := environment.get("SIGNAL_AFTER_SAVES"):
+        signal_after(
+            int(saves),
+            signal.Signals[environment.get("SIGNAL", "SIGINT")],
+            int(environment.get("SIGNAL_TIMES", 1)),
+            float(environment.get("SIGNAL_DELAY", 0)),
+        )
     for path, number in (out, 1), (err, 2):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     code = 0
@@ -150,16 +157,20 @@ def run(argv: list[str], environment: dict[str, str], out: str, err: str) -> int
     return code
 
 
-def interrupt_after(saves: int, times: int) -> None:
+def signal_after(saves: int, number: int, times: int, delay: float) -> None:
     from cnn import checkpoint
 
     save, left = checkpoint.save, [saves]
 
+    def send() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+
     def counting(*args) -> None:
         save(*args)
         left[0] -= 1
-        for _ in range(times if left[0] == 0 else 0):
-            os.kill(os.getpid(), signal.SIGINT)
+        if left[0] == 0:
+            threading.Timer(delay, send).start() if delay else send()
 
     checkpoint.save = counting
 

@@ -2,14 +2,12 @@
 
 import csv
 import json
-import os
 import random
 import re
 import shutil
 import signal
 import socket
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -168,10 +166,10 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cpu.run(*argv, "--output", whole)[0] == 0
     every_step = [*argv, "--output", parts, "--save-every", 1]
-    code, out, err = cpu.run(*every_step, INTERRUPT_AFTER_SAVES=3)  # nothing left but the test
+    code, out, err = cpu.run(*every_step, SIGNAL_AFTER_SAVES=3)  # nothing left but the test
     line = f"python -m cnn: interrupted; {parts}/last.pt holds epoch 0 of 2 and 4 steps\n"
     assert (code, out, err) == (130, "", line)
-    code, out, err = cpu.run(*every_step, "--resume", INTERRUPT_AFTER_SAVES=3)  # in the next epoch
+    code, out, err = cpu.run(*every_step, "--resume", SIGNAL_AFTER_SAVES=3)  # in the next epoch
     assert code == 130
     assert err.endswith(f"{parts}/last.pt holds epoch 1 of 2 and 3 steps\n")
     code, out, err = cpu.run("train", "--resume", "--output", parts)
@@ -181,16 +179,6 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp
     assert_same_runs(whole, parts)
 
 
-def wait_for(path: Path, change: int | None = None) -> int:
-    """Wait until a file is there, or another than the one with inode ``change``."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        if path.exists() and (found := path.stat().st_ino) != change:
-            return found
-        time.sleep(0.001)
-    raise TimeoutError(path)
-
-
 def test_a_run_that_is_killed_again_and_again_goes_on_with_the_same_bits(cpu, noise, tmp_path):
     """SIGKILL at drawn moments loses at most the steps since the last checkpoint."""
     draw = random.Random(0)
@@ -198,19 +186,15 @@ def test_a_run_that_is_killed_again_and_again_goes_on_with_the_same_bits(cpu, no
     last = parts / "last.pt"
     argv = ["train", "--data", noise, "--epochs", 10, "--batch-size", 4, "--save-every", 7]
     assert cpu.run(*argv, "--output", whole)[0] == 0
-    resume, kept, done = [], None, []
-    while len(done) < 4:
-        fork = cpu.start(*argv, "--output", parts, *resume)
-        wait_for(last, kept)
-        time.sleep(draw.uniform(0, 0.05))
-        os.kill(fork.pid, signal.SIGKILL)
-        if fork.wait() == 0:  # it was done before, on a machine that is busy
-            break
+    resume, done = [], []
+    for _ in range(4):
+        moment = {"SIGNAL_AFTER_SAVES": draw.randint(1, 4), "SIGNAL_DELAY": draw.uniform(0, 0.03)}
+        code, *_ = cpu.run(*argv, "--output", parts, *resume, SIGNAL="SIGKILL", **moment)
+        assert code == -signal.SIGKILL
         position = checkpoints.load(last)["position"]
         assert position["step"] % 7 == 0
         done.append((position["epoch"], position["step"]))
-        kept, resume = last.stat().st_ino, ["--resume"]
-    assert len(done) >= 2
+        resume = ["--resume"]
     assert done == sorted({*done})
     assert cpu.run(*argv, "--output", parts, "--resume")[0] == 0
     assert files(parts) == {*RUN}
@@ -218,13 +202,13 @@ def test_a_run_that_is_killed_again_and_again_goes_on_with_the_same_bits(cpu, no
 
 
 def start_twice(cpu: Forks, *argv: object, **environment: object) -> list[Fork]:
-    """Two processes of one run, as torchrun starts them; the second has ``environment``."""
+    """Two processes of one run, as torchrun starts them; the first has ``environment``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared["TORCHELASTIC_RUN_ID"] = "test"
-    extra = ({}, environment)
+    extra = (environment, {})
     return [cpu.start(*argv, **shared, **extra[n], RANK=n, LOCAL_RANK=n) for n in range(2)]
 
 
@@ -252,10 +236,10 @@ def test_two_processes_train_as_one(cpu, noise, tmp_path):
     assert files(two) == {*RUN}
     assert_nearly_same(one, two)
 
-    pair = start_twice(cpu, *argv, "--output", parts, "--save-every", 1)
-    wait_for(parts / "last.pt")
-    os.kill(pair[1].pid, signal.SIGTERM)  # it tells the first
+    stop = {"SIGNAL": "SIGTERM", "SIGNAL_AFTER_SAVES": 2}  # the first tells the second
+    pair = start_twice(cpu, *argv, "--output", parts, "--save-every", 1, **stop)
     assert [fork.wait() for fork in pair] == [143, 143]
+    assert checkpoints.load(parts / "last.pt")["position"]["step"] == 3
     assert len(checkpoints.load(parts / "last.pt")["training"]["processes"]) == 2
     shutil.copytree(parts, less)
     pair = start_twice(cpu, "train", "--output", parts, "--resume")
@@ -282,7 +266,7 @@ def test_two_processes_test_the_model_that_is_saved(cpu, noise, tmp_path):
 
 def test_a_second_ctrl_c_ends_at_once(cpu, noise, tmp_path):
     argv = ["train", "--data", noise, "--batch-size", 24, "--output", tmp_path, "--save-every", 1]
-    code, out, err = cpu.run(*argv, INTERRUPT_AFTER_SAVES=2, INTERRUPT_TIMES=2)
+    code, out, err = cpu.run(*argv, SIGNAL_AFTER_SAVES=2, SIGNAL_TIMES=2)
     assert (code, out, err) == (130, "", "python -m cnn: interrupted\n")
     assert checkpoints.load(tmp_path / "last.pt")["position"]["step"] == 2
 
@@ -338,7 +322,7 @@ def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_
     code, out, _ = cpu.run(*argv)
     (tmp_path / "notes").touch()
     argv += ["--overwrite", "--save-every", 1]
-    assert cpu.run(*argv, INTERRUPT_AFTER_SAVES=1)[0] == 130
+    assert cpu.run(*argv, SIGNAL_AFTER_SAVES=1)[0] == 130
     assert files(tmp_path) == {"last.pt", "notes"}
     assert (code, cpu.run(*argv)[1]) == (0, out)
     assert re.fullmatch(r"kernels: aten \(cpu\)\ntest accuracy 0\.\d{3}\n", out)
