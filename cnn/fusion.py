@@ -296,13 +296,20 @@ def _is_kept(thing: weakref.ref) -> bool:
 
 @contextmanager
 def _watched_by(watch: Callable) -> Iterator[None]:
-    """Within this context each call of a function is shown to ``watch``."""
+    """Within this context each call of a function is shown to ``watch``.
+
+    Python collects no garbage meanwhile: who listens to that, by gc.callbacks, would be shown too.
+    """
     previous: Any = sys.getprofile()
+    collects = gc.isenabled()
+    gc.disable()
     sys.setprofile(watch)
     try:
         yield
     finally:
         sys.setprofile(previous if callable(previous) else None)
+        if collects:
+            gc.enable()
         if enable := getattr(previous, "enable", None):  # cProfile's is no function
             enable()
 

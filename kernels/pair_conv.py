@@ -510,16 +510,18 @@ def pair_wgrad_kernel(
     half = m // 8 % 2
     k = k_tile * (ROWS // 2) + m // 16 * 8 + m % 8
     k_mask = (k < K) & (half < tl.where(single, 1, 2))
-    i = tl.arange(0, HEIGHT * WIDTH) + pid * 0  # as wide as the offsets
+    zero = pid * 0  # as wide as the offsets
+    i = tl.arange(0, HEIGHT * WIDTH) + zero
     p_in = i // WIDTH
     across_in = i % WIDTH
     dy_in = (k * dy_strides[1] + half * dy_strides[3])[:, None]
     dy_in += (p_in * dy_strides[2])[None, :]
-    dy_in += (across_in * tl.where(single, dy_strides[0], 2 * dy_strides[3]))[None, :]
+    dy_step = tl.where(single, zero + dy_strides[0], zero + 2 * dy_strides[3])
+    dy_in += (across_in * dy_step)[None, :]
 
     column = tl.arange(0, COLUMNS)
     r = line_tile * LINES + column // RUN.segment
-    place = column % RUN.segment + pid * 0
+    place = column % RUN.segment + zero
     j = place - RUN.lead
     c, column = run_element(j, C, RUN.columns, RUN.flat)
     scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
@@ -529,13 +531,13 @@ def pair_wgrad_kernel(
         w_step = STEP * C
         w_in = place
         x_in = tl.multiple_of(r * FILTERS[5] * x_strides[2], UNIT) + place
-        x_step = tl.where(single, x_strides[0], w_step)
+        x_step = tl.where(single, zero + x_strides[0], zero + w_step)
     else:
         width = W
         w_step = STEP
         w_in = tl.where(c < C, column, W - origin[1])
         x_in = r * FILTERS[5] * x_strides[2] + c * x_strides[1] + column * x_strides[3]
-        x_step = tl.where(single, x_strides[0], w_step * x_strides[3])
+        x_step = tl.where(single, zero + x_strides[0], zero + w_step * x_strides[3])
     h_in = tl.where(r < R, r * FILTERS[5], H - origin[0])  # beyond the image from any row
     x_in = tl.multiple_of(across_in * x_step, UNIT)[:, None] + x_in[None, :]
     x_in += tl.multiple_of(p_in * (FILTERS[4] * x_strides[2]), UNIT)[:, None]
@@ -546,10 +548,10 @@ def pair_wgrad_kernel(
     for patch in loop(split * turns, tl.minimum((split + 1) * turns, patches)):
         row = quotient(patch, wide, by_wide, wide_shift)
         n = quotient(row, tall, by_tall, tall_shift)
-        p = (row - n * tall) * HEIGHT
+        p = zero + (row - n * tall) * HEIGHT
         first = (patch - row * wide) * WIDTH
-        n = tl.where(single, first, n)
-        q = tl.where(single, Q - 1, 2 * first)
+        n = zero + tl.where(single, first, n)
+        q = zero + tl.where(single, Q - 1, 2 * first)
         inside = (p_in < P - p) & (across_in < across - first)
         # [ROWS, pairs]
         dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]

@@ -1,6 +1,7 @@
 """What conversion fuses, and above all what it does not: each trap, and what it must catch."""
 
 import copy
+import gc
 import random
 import time
 
@@ -616,6 +617,21 @@ class Storing(Chain):
         self.seen = self.conv(x)
         return self.relu(self.seen)
 """
+
+
+def test_who_listens_to_the_collector_is_no_part_of_a_forward():
+    def listen(phase, info):
+        pass
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(listen)
+    gc.set_threshold(1)
+    try:
+        assert fused(block()) == {"0"}
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(listen)
+    assert gc.isenabled()
 
 
 def test_code_without_a_source():
