@@ -619,10 +619,15 @@ class Storing(Chain):
 """
 
 
-def test_who_listens_to_the_collector_is_no_part_of_a_forward():
-    def listen(phase, info):
-        pass
+collections = 0
 
+
+def listen(phase, info):
+    global collections
+    collections += 1
+
+
+def test_who_listens_to_the_collector_is_no_part_of_a_forward():
     thresholds = gc.get_threshold()
     gc.callbacks.append(listen)
     gc.set_threshold(1)
