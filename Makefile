@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 
 demo: $(READY)
 	@TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
-		$(PY) -m cnn train --model lenet5 --data digits --epochs 6 --batch-size 32 \
+		$(PY) -m cnn train --model lenet5 --data digits --epochs 4 --batch-size 32 \
 		--lr 0.005 --output $(VENV)/lenet5-digits --overwrite
 
 test: $(READY)

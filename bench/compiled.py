@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import library, max_pool, planner
+from kernels import expansion, library, max_pool, planner
 from kernels.device import Device
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from kernels.tile import Tile
@@ -163,6 +163,34 @@ def launch_block(block: suites.Block, dtype: measure.Dtype, gpu: Device) -> tupl
     return engine, tile
 
 
+def launch_block_backward(
+    block: suites.Block, dtype: measure.Dtype, gpu: Device
+) -> tuple[Any, Tile]:
+    """Launch a fused block's gradients, of images without their own; returns the engine and tile
+    of the first kernel.
+    """
+    g, pool = block
+    x, w, z = selection.operands(g, dtype.torch)
+    dy = selection.empty(pool.y_shape, dtype.torch)
+    offsets = selection.empty(pool.y_shape, max_pool.offset_dtype(pool))
+    padding = (*g.padding[0], *g.padding[1])
+    geometry = g.stride, padding, g.dilation, g.groups, dtype.precision
+    window = pool.kernel, pool.stride, pool.padding
+    wanted = g.C > 4, True, True
+    sizes = x.shape[2:], w.shape, w.stride()
+    library._conv_pool_backward(dy, offsets, x, w, *sizes, *geometry, *window, True, wanted)
+    precision = library.resolve_precision(dtype.precision, x)
+    directions: list[Direction] = ["dgrad"] * wanted[0] + ["wgrad"]
+    plans = [
+        planner.plan_expanded(direction, g, pool, x.dtype, precision, gpu)
+        for direction in directions
+    ]
+    if plans[0] is not None and all(plans):
+        return plans[0]
+    walk = expansion.walk_of(z, pool, True)
+    return expansion, Tile(walk.rows, walk.columns)
+
+
 def launch_pool(op: str, g: Pool2dGeometry, dtype: torch.dtype, gpu: Device) -> tuple[Any, Tile]:
     """Launch a pooling, or its backward pass, with offsets."""
     x, y = selection.empty(g.x_shape, dtype), selection.empty(g.y_shape, dtype)
@@ -208,12 +236,18 @@ class Reader:
         self._launched.clear()
         if isinstance(g, Conv2dGeometry):
             tensors = selection.operands(g, dtype.torch)
-            plan = selection.plan(case.op, g, dtype.precision, *tensors)
-            launch(case.op, g, tensors, plan, dtype.precision, **epilogue)
+            direction = suites.NAMED.get(case.op, case.op)
+            if case.op == "conv_relu":
+                direction, epilogue = "fprop", {**epilogue, "bias": True, "relu": True}
+            plan = selection.plan(direction, g, dtype.precision, *tensors)
+            launch(direction, g, tensors, plan, dtype.precision, **epilogue)
             engine, tile, kernel = plan.engine, plan.tile, principal(self._launched, g, plan)
-        elif isinstance(g, suites.Block):
+        elif case.op == "conv_relu_max_pool":
             engine, tile = launch_block(g, dtype, self._gpu)
             kernel = self._launched[-1]  # the first may lay out filters
+        elif isinstance(g, suites.Block):
+            engine, tile = launch_block_backward(g, dtype, self._gpu)
+            kernel = self._launched[0]  # what expands the pooled gradient, alone or in its loads
         else:
             engine, tile = launch_pool(case.op, g, dtype.torch, self._gpu)
             (kernel,) = self._launched
@@ -272,7 +306,7 @@ def issue_share(code: Code, dtype: str, gpu: Device) -> float | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m bench compiled``."""
-    selection.add_arguments(parser, "conv_relu_max_pool", *suites.POOLINGS)
+    selection.add_arguments(parser, *suites.OPS[len(selection.DIRECTIONS) :])
     for part, text in (
         ("bias", "fprop adds a bias, wgrad computes its gradient"),
         ("relu", "fprop ends with a ReLU"),

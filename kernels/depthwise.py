@@ -547,6 +547,7 @@ def wgrad(
         device=x.device,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **device.all_registers(x.device),
     )
     if dw is not None and dw_parts is not None:
         split_sum(dw_parts, dw)

@@ -260,6 +260,13 @@ def launch_nothing(target: GPUTarget) -> Iterator[None]:
         _pretended = None
 
 
+def all_registers(where: torch.device) -> dict[str, int]:
+    """Launch options that allow a thread all registers there are. Left alone, ptxas may spill a few
+    bytes to let one block more share a multiprocessor.
+    """
+    return {"maxnreg": 255} if describe(where).backend == "cuda" else {}
+
+
 def wide(pixels: int, *tensors: torch.Tensor | None) -> bool:
     """Whether offsets need 64 bits: a tensor's largest, or the count of pixels walked.
 

@@ -29,7 +29,7 @@ from .indexing import (
     widen,
     within,
 )
-from .split_sum import channel_walk, parts_like, split_sum
+from .split_sum import ChannelWalk, channel_walk, parts_like, split_sum
 
 _UNROLLED = 36  # windows times pixels, at most, for loops over them to be unrolled
 
@@ -176,15 +176,23 @@ def expand_kernel(
         tl.store(db_ptr + part * K + k, db, mask=k < K)
 
 
+def _blocks(size: int, padding: int, stride: int) -> int:
+    return cdiv(size + padding, stride)
+
+
+def walk_of(dz: Tensor, pool: Pool2dGeometry, summed: bool) -> ChannelWalk:
+    """How ``expand`` walks the map, in blocks of the pooling's stride."""
+    blocks = map(_blocks, dz.shape[2:], pool.padding, pool.stride)
+    return channel_walk(dz, dz.shape[0] * prod(blocks), 2048, summed)
+
+
 def expand(
     dy: Tensor, offsets: Tensor, dz: Tensor, db: Tensor | None, pool: Pool2dGeometry
 ) -> None:
     """dz[N,K,P,Q], the map's gradient, and its sum db[K], from dy[N,K,PP,PQ] and the offsets."""
     N, K, P, Q = dz.shape
-    blocks_p = cdiv(P + pool.padding[0], pool.stride[0])
-    blocks_q = cdiv(Q + pool.padding[1], pool.stride[1])
-    blocks = N * blocks_p * blocks_q
-    walk = channel_walk(dz, blocks, 2048, db is not None)
+    blocks_p, blocks_q = map(_blocks, (P, Q), pool.padding, pool.stride)
+    walk = walk_of(dz, pool, db is not None)
     expansion, window = pooled(pool, offsets)
     parts = None if db is None else parts_like(db, walk.parts)
     device.launch(
@@ -192,7 +200,7 @@ def expand(
         (walk.programs,),
         *(dy, dz, parts, unspecialised_strides(dy), unspecialised_strides(dz), expansion),
         *(unspecialised((N, P, Q, blocks_p, blocks_q)), K, walk.turns, window),
-        *(device.wide(blocks, dy, offsets, dz), walk.rows, walk.columns),
+        *(device.wide(N * blocks_p * blocks_q, dy, offsets, dz), walk.rows, walk.columns),
         device=dz.device,
         num_warps=walk.warps,
     )

@@ -668,6 +668,7 @@ def wgrad(
             device=x.device,
             num_warps=warps,
             num_stages=stages,
+            **device.all_registers(x.device),
         )
     if dw is not None and dw_parts is not None:
         split_sum(dw_parts, dw)

@@ -31,6 +31,7 @@ LAYERS = {
     "lenet5 conv2": Conv2dGeometry(64, 6, 14, 14, 16, 5, 5),
     "depthwise": Conv2dGeometry(32, 96, 112, 112, 96, 3, 3, (2, 2), ONE, (1, 1), 96),
 }
+ALIKE = {"alexnet conv1", "1x1", "vgg16 conv1", "vgg16 conv5", "regnet grouped"}
 # Beside all layers in bfloat16. A layout is the planner's: "channels_last" has engine 1 take what
 # engine 2 takes of "aligned" operands.
 OTHERS = (
@@ -88,11 +89,19 @@ def _found(where: str, dtype: torch.dtype, launched: list[Any]) -> Kernels:
     return {kernel.hash: (where, str(dtype)[6:], kernel) for kernel in launched}
 
 
+def _comes_first(gpu: device.Device) -> bool:
+    """Whether all is read: it takes seconds a kernel. Of other architectures what only differs in
+    the layer is left out.
+    """
+    return gpu.arch in (80, 90)
+
+
 def convolutions(gpu: device.Device, launched: list[Any]) -> Kernels:
     """Every direction of the layers, with what it has of an epilogue."""
-    runs = [(layer, torch.bfloat16, "ieee", "channels_last") for layer in LAYERS]
-    # Each takes a second: of architectures that come after, what only differs in the layer is left.
-    others = OTHERS if gpu.arch in (80, 90) else OTHERS[:1] + OTHERS[4:]
+    first = _comes_first(gpu)
+    layers = [layer for layer in LAYERS if first or layer not in ALIKE]
+    runs = [(layer, torch.bfloat16, "ieee", "channels_last") for layer in layers]
+    others = OTHERS if first else OTHERS[:1] + OTHERS[4:]
     found: Kernels = {}
     for layer, dtype, precision, layout in (*runs, *others):
         g = LAYERS[layer]
@@ -109,7 +118,7 @@ def convolutions(gpu: device.Device, launched: list[Any]) -> Kernels:
 def fused_poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
     """Convolution, bias, ReLU and max-pool in one kernel."""
     found: Kernels = {}
-    for layer, dtype, precision, window in FUSED_POOLS[:: 1 if gpu.arch in (80, 90) else 2]:
+    for layer, dtype, precision, window in FUSED_POOLS[:: 1 if _comes_first(gpu) else 2]:
         g = LAYERS[layer]
         pool = Pool2dGeometry(*g.y_shape, *window)
         if not descriptor_pool.supports(g, pool, dtype, gpu, "aligned", precision):
@@ -128,7 +137,7 @@ def fused_poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
 def poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
     """All pooling kernels, and a ReLU's backward."""
     found: Kernels = {}
-    for g, dtype, channels_last in POOLS:
+    for g, dtype, channels_last in POOLS if _comes_first(gpu) else POOLS[1::2]:
         launched.clear()
         launch_pool(g, dtype, channels_last, gpu)
         found = _found(f"{g.kernel} channels_last={channels_last}", dtype, launched) | found
@@ -156,7 +165,7 @@ def launch_pool(
 def expansions(gpu: device.Device, launched: list[Any]) -> Kernels:
     """Gradients of pooled results: written out, and where that is dearer expanded in loads."""
     found: Kernels = {}
-    for g, dtype, channels_last in POOLS:
+    for g, dtype, channels_last in POOLS if _comes_first(gpu) else POOLS[1::2]:
         launched.clear()
         dz = _meta(g.x_shape, dtype, channels_last)
         dy = _meta(g.y_shape, dtype, channels_last)
@@ -191,7 +200,7 @@ def stems(gpu: device.Device, launched: list[Any]) -> Kernels:
     """The first layers with their pooling, where the device has the kernel."""
     found: Kernels = {}
     for layer, kernel, padding, dtype, precision, channels_last in STEMS[
-        :: 1 if gpu.arch in (80, 90) else 2
+        :: 1 if _comes_first(gpu) else 2
     ]:
         g = LAYERS[layer]
         pool = Pool2dGeometry(g.N, g.K, g.P, g.Q, kernel, (2, 2), padding)

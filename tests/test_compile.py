@@ -188,6 +188,33 @@ def _check_identities(binaries: dict[tuple[str, str], str], path: Path) -> None:
     assert again["binary"] != binaries["fprop", "l2.0.conv2"]
 
 
+def test_operators_under_their_own_names_are_read(tmp_path):
+    """conv_relu is fprop with its epilogue; a block's gradient shows what expands it."""
+    path = tmp_path / "report.json"
+    read = ("-m", "bench", "compiled", "--json", str(path))
+    run(*read, "--suite", "lenet5_n256", "--layer", "C1", "C1+pool", "--op", *NAMED_OPS)
+    rows = {row["op"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == set(NAMED_OPS)
+    assert {row["spill_bytes"] for row in rows.values()} == {0}
+    engines = {op: (row["engine"], row["kernel"]) for op, row in rows.items()}
+    assert engines["first_layer_wgrad"] == ("direct_conv", "pair_wgrad_kernel")
+    assert engines["conv_relu_max_pool_backward"] == engines["first_layer_wgrad"]
+    assert rows["conv_relu"]["binary"] != rows["first_layer"]["binary"]
+    run(*read, "--suite", "lenet5_n256", "--layer", "C1", "--op", "fprop", "--bias", "--relu")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["binary"] == rows["conv_relu"]["binary"]
+    layer = ("--suite", "mobilenetv2_depthwise", "--layer", "b1.0.dw")
+    run(*read, *layer, "--op", "depthwise_wgrad")
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["kernel"], row["spill_bytes"]) == ("depthwise_wgrad_kernel", 0)
+
+
+NAMED_OPS = (
+    *("conv_relu", "first_layer", "first_layer_wgrad"),
+    *("conv_relu_max_pool", "conv_relu_max_pool_backward"),
+)
+
+
 # Without compiling.
 
 

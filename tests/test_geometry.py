@@ -369,13 +369,13 @@ def layouts():
         for order in itertools.permutations(range(4)):
             yield shape, strides_in(shape, order)
     for shape in itertools.product((1, 2), repeat=4):
-        yield from ((shape, strides) for strides in itertools.product((0, 1, 2, 4, 8), repeat=4))
+        yield from ((shape, strides) for strides in itertools.product((0, 1, 2, 4), repeat=4))
 
 
 def test_channels_last_is_what_torch_takes_for_it():
     """Torch's rule is asked twice: in Python, and by the layout its max-pool gives its result."""
     memory = torch.zeros(200)
-    for shape, strides in layouts():
+    for shape, strides in set(layouts()):
         t = memory.as_strided(shape, strides)
         ours = is_channels_last(shape, strides)
         assert ours == (suggest_memory_format(t) == torch.channels_last), (shape, strides)
