@@ -68,7 +68,7 @@ def _kept(name: str, kernels: Callable, count: int) -> Callable[..., Any]:
     """
 
     def call(*args: Any) -> Any:
-        if not device.may_replay() or autotune.is_enabled():
+        if not _may_replay():
             return kernels(*args)
         key = _key(name, args, count)
         if (recording := _recordings.get(key)) is not None:
@@ -83,6 +83,10 @@ def _kept(name: str, kernels: Callable, count: int) -> Callable[..., Any]:
     return call
 
 
+def _may_replay() -> bool:
+    return device.may_replay() and not autotune.is_enabled()
+
+
 def _of_lists(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: function(*with_tuples(args))
 
@@ -93,14 +97,18 @@ def with_tuples(args: Sequence[Any]) -> tuple:
 
 
 def _key(name: str, args: tuple, count: int) -> tuple:
-    x = args[0]
-    key = [name, describe(x.device), x.dtype == torch.float32 and resolve_precision(None, x)]
+    key: list[Any] = [name, describe(args[0].device)]
+    single = None
     for t in args[:count]:
         if t is None:
             key.append(None)
         else:
             key += (t.shape, t.stride(), t.dtype, t.data_ptr() & 15)
+            if t.dtype == torch.float32:
+                single = t
     key += args[count:]
+    if single is not None:
+        key.append(resolve_precision(None, single))
     return tuple(key)
 
 
@@ -147,7 +155,7 @@ def is_watched() -> bool:
 
 def setting(x: Tensor) -> tuple | None:
     """What a call on x depends on besides its arguments; None where it may not be kept."""
-    if is_watched() or torch._C._is_torch_function_mode_enabled():
+    if is_watched() or torch._C._is_torch_function_mode_enabled() or not _may_replay():
         return None
     if not (x.is_cuda or (INTERPRET and x.is_cpu)):
         return None

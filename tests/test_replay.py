@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cnn.functional as F
-from kernels import descriptor_gemm, descriptor_pool, library, planner, replay
+from kernels import autotune, descriptor_gemm, descriptor_pool, device, library, planner, replay
 from kernels.device import INTERPRET, Device, launches
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 
@@ -128,6 +128,35 @@ def test_strides_alignment_dtype_and_numbers_make_another_call(forget):
     F.conv2d(x.half(), w.half(), bias.half())
     F.conv2d(x, w, bias, stride=2)
     assert len(library._recordings) == len(known) + 2
+
+
+@pytest.mark.parametrize("name", ["product", "pool", "block"])
+def test_nothing_is_replayed_while_tuning_or_warming_up(name, forget, monkeypatch):
+    """Then a call that is known is made in full: it may take another plan, or a family of them."""
+    call, sizes = CALLS[name]
+    operands = [random(*size) for size in sizes]
+    call(*operands)
+    assert F._calls
+    monkeypatch.setattr(replay.Recording, "__call__", lambda *_: pytest.fail("replayed"))
+    for owner, state in ((autotune, "_on"), (device, "_warming_up")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, state, True)
+            patch.setattr(library, "_run", lambda *_, **__: None)
+            patch.setattr(device, "launch", lambda *_, **__: None)
+            call(*operands)
+
+
+def test_the_setting_of_float32_makes_another_call(forget, monkeypatch):
+    """Of bytes too, whose weight is float32 where the input is not."""
+    x, w, one = random(1, 3, 6, 6), random(4, 3, 3, 3), random(3)
+    numbers = (1, 1), (0, 0, 0, 0), (1, 1), 1, None, False
+    bytes_ = x.to(torch.uint8)
+    keys = set()
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(library, "resolve_precision", lambda *_, p=precision: p)
+        keys.add(library._key("conv2d", (x, w, None, None, *numbers), 4))
+        keys.add(library._key("conv2d_bytes", (bytes_, w, None, one, one, *numbers), 5))
+    assert len(keys) == 4
 
 
 def test_a_recording_holds_no_tensor(forget):
