@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("kernels", "cnn", "cnn.data", "cnn.models")
+PACKAGES = ("kernels", "cnn", "cnn.data", "cnn.models", "cnn.visualize")
 
 # Lowest first; a module may import those of lower rows, never its neighbours.
 ROWS = """
@@ -43,6 +43,9 @@ cnn.data
 cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
 cnn.evaluate
+cnn.visualize.layers cnn.visualize.pictures
+cnn.visualize.maps
+cnn.visualize
 cnn.train
 cnn.__main__
 """

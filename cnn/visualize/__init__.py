@@ -1,0 +1,11 @@
+"""What the layers of a network have learned, as pictures.
+
+After Zeiler and Fergus, "Visualizing and understanding convolutional networks" (2014). Each tool is
+a function that returns tensors, with a ``figure`` of them, for any network of torch's layers or
+this library's.
+"""
+
+from .maps import Maps, strongest_maps
+from .pictures import normalise_first
+
+__all__ = ["Maps", "normalise_first", "strongest_maps"]

@@ -1,0 +1,99 @@
+"""Tensors as pictures, and pictures as figures of matplotlib's."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..journal import new_figure
+
+SIZE = 8.0
+"""Width of a figure in inches."""
+
+
+def normalise_first(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Let the model take pixels, black 0 and white 1: it normalises them itself from now on.
+
+    So each picture of an input, and of what is projected back to it, has its true colours. This
+    registers a hook on the model and returns it.
+    """
+
+    def normalise(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, *rest = args
+        shift, scale = (x.new_tensor(values)[:, None, None] for values in (mean, std))
+        return (x - shift) / scale, *rest
+
+    model.register_forward_pre_hook(normalise)
+    return model
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Images [N, C, H, W], or one without N, as levels from 0 to 1 of one or three channels.
+
+    An image within 0 and 1 stays as it is, to a rounding; others are stretched to that. Of neither
+    one nor three channels the mean is shown.
+    """
+    images = _shown(images)
+    low = images.amin((-3, -2, -1), keepdim=True)
+    high = images.amax((-3, -2, -1), keepdim=True)
+    within = (low >= -1e-4) & (high <= 1 + 1e-4)
+    span = (high - low).clamp(min=1e-12)
+    return torch.where(within, images, (images - low) / span).clamp(0, 1)
+
+
+def signed(images: Tensor) -> Tensor:
+    """Images [N, C, H, W] of either sign as levels: 0 is grey, each one's largest white or black."""
+    images = _shown(images)
+    largest = images.abs().amax((-3, -2, -1), keepdim=True).clamp(min=1e-12)
+    return 0.5 + images / (2 * largest)
+
+
+def _shown(images: Tensor) -> Tensor:
+    images = images.detach().float().cpu().nan_to_num()
+    return images if images.shape[-3] in (1, 3) else images.mean(-3, keepdim=True)
+
+
+def tiles(images: Tensor, columns: int | None = None, gap: int = 1, level: float = 1.0) -> Tensor:
+    """Images [N, C, H, W] row by row as one [C, H', W'], ``gap`` pixels of ``level`` between them.
+
+    By default as many columns as make it about square.
+    """
+    count, channels, height, width = images.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows = -(-count // columns)
+    blank = images.new_full((rows * columns - count, channels, height, width), level)
+    whole = F.pad(torch.cat([images, blank]), (0, gap, 0, gap), value=level)
+    whole = whole.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return whole[:, : whole.shape[1] - gap, : whole.shape[2] - gap]
+
+
+def show(axes: Any, image: Tensor, title: str = "", **options: Any) -> Any:
+    """Draw levels [C, H, W] or [H, W] in ``axes``, without ticks. ``options`` are imshow's."""
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=9)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if image.dim() == 3:
+        image = image.permute(1, 2, 0) if len(image) == 3 else image[0]
+    colour = {} if image.dim() == 3 else {"cmap": "gray", "vmin": 0, "vmax": 1}
+    return axes.imshow(image.numpy(), **{"interpolation": "nearest", **colour, **options})
+
+
+def panels(
+    images: Sequence[Tensor], titles: Sequence[str], columns: int, use: str, width: float = SIZE
+) -> Any:
+    """A figure of pictures, of levels [C, H, W], with a title each, row by row."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    high = max(image.shape[-2] / image.shape[-1] for image in images)
+    height = rows * (width / columns * high + 0.3)
+    figure = new_figure(use, figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for place, image, title in zip(axes, images, titles, strict=False):
+        show(place, image, title)
+    for place in list(axes)[len(images) :]:
+        place.set_visible(False)
+    return figure
