@@ -45,7 +45,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def signed(images: Tensor) -> Tensor:
-    """Images [N, C, H, W] of either sign as levels: 0 is grey, each one's largest white or black."""
+    """Images [N, C, H, W] of either sign as levels: 0 is grey, its largest white or black."""
     images = _shown(images)
     largest = images.abs().amax((-3, -2, -1), keepdim=True).clamp(min=1e-12)
     return 0.5 + images / (2 * largest)
