@@ -88,12 +88,12 @@ class Progress:
 
     EVERY = 30.0  # seconds
 
-    def __init__(self, title: str, total: int, done: int, unit: str, *, quiet: bool = False):
+    def __init__(self, title: str, total: int | None, done: int, unit: str, *, quiet: bool = False):
         self.title = title
         options = {"leave": False, "disable": True if quiet else None, "unit": unit}
         self._bar = tqdm(total=total, initial=done, desc=title, unit_scale=True, **options)
         self._plain = self._bar.disable and not quiet
-        self._total = total
+        self._total, self._unit = total, unit
         self._done = self._first = done
         self._begun = time.monotonic()
         self._next = self._begun + self.EVERY
@@ -103,7 +103,12 @@ class Progress:
         self._done += count
         if not self._bar.disable:
             return bool(self._bar.update(count))
-        return self._plain and self._done < self._total and time.monotonic() >= self._next
+        return self._plain and self._done != self._total and time.monotonic() >= self._next
+
+    def tick(self, count: int) -> None:
+        """Count on, and show that where no figures are to be."""
+        if self.advance(count):
+            self.show()
 
     def show(self, **figures: str) -> None:
         """Show figures beside the count."""
@@ -113,8 +118,9 @@ class Progress:
         now = time.monotonic()
         self._next = now + self.EVERY
         rate = (self._done - self._first) / (now - self._begun)
-        words = "  ".join(f"{name} {value}" for name, value in figures.items())
-        tell(f"{self.title}  {self._done}/{self._total}  {words}  {rate:.0f} images/s")
+        words = [self.title, f"{self._done}/{self._total}" if self._total else f"{self._done}"]
+        words += [f"{name} {value}" for name, value in figures.items()]
+        tell("  ".join([*words, f"{rate:.0f} {self._unit}s/s"]))
 
     def close(self) -> None:
         """Take the bar away."""

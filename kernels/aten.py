@@ -123,11 +123,12 @@ def _winners(g: Pool2dGeometry, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices[N, C, P * Q] of the winning pixels, and where a window has one at all."""
     taps = offsets.to(torch.int64)
     found = taps < g.taps if offsets.dtype != torch.int32 else taps >= 0
-    taps = torch.where(found, taps, 0)
     rows, columns = _taps(g)
-    h = rows[torch.arange(g.P)[:, None], taps // g.kernel[1]]
-    w = columns[torch.arange(g.Q), taps % g.kernel[1]]
-    return torch.where(found, h * g.W + w, 0).flatten(2), found
+    first = rows[:, :1] * g.W + columns[:, 0]  # [P, Q], may lie outside
+    apart = (rows[0, :, None] * g.W + columns[0]).flatten() - first[0, 0]  # [R * S]
+    # Looked up, as dividing by the kernel's width takes several times as long.
+    winners = first + apart[torch.where(found, taps, 0)]
+    return torch.where(found, winners, 0).flatten(2), found
 
 
 def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices):

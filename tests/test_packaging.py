@@ -34,6 +34,7 @@ cnn.layers
 cnn.summary cnn.convert
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
 cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
+cnn.models.hed
 cnn.models
 cnn
 cnn.problem
@@ -44,7 +45,8 @@ cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
 cnn.evaluate
 cnn.visualize.layers cnn.visualize.pictures
-cnn.visualize.maps
+cnn.visualize.deconvnet cnn.visualize.maps
+cnn.visualize.evolution cnn.visualize.filters
 cnn.visualize
 cnn.train
 cnn.__main__

@@ -6,12 +6,13 @@ them what a model takes.
 
 from .augment import Augmented
 from .batches import Batches
-from .files import UNCOUNTED, ImageFiles, Watch, image_files
+from .files import PHOTOGRAPHS, UNCOUNTED, ImageFiles, Watch, image_files, photograph
 from .prepare import Description, Preparation
 from .sets import NAMES, Data, load
 
 __all__ = [
     "NAMES",
+    "PHOTOGRAPHS",
     "UNCOUNTED",
     "Augmented",
     "Batches",
@@ -22,4 +23,5 @@ __all__ = [
     "Watch",
     "image_files",
     "load",
+    "photograph",
 ]

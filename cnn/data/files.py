@@ -43,13 +43,52 @@ class ImageFiles(Dataset):
         path = self.paths[index]
         try:
             with image.open(path) as file:
-                upright = ops.exif_transpose(file).convert("L" if self.channels == 1 else "RGB")
+                return fit(ops.exif_transpose(file), self.size, self.channels)
         except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or f"{error}".replace(f" {str(path)!r}", "")
             raise Problem(f"cannot read {path}: {reason}", FAILURE) from None
-        square = ops.fit(upright, (self.size, self.size), image.Resampling.BILINEAR)
-        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-        return pixels.view(self.size, self.size, self.channels).permute(2, 0, 1)
+
+
+def fit(picture: Any, size: int, channels: int) -> Tensor:
+    """An image of Pillow's as uint8 [channels, size, size]: scaled, then its middle cut out."""
+    image, ops = _pillow()
+    coloured = picture.convert("L" if channels == 1 else "RGB")
+    square = ops.fit(coloured, (size, size), image.Resampling.BILINEAR)
+    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+    return pixels.view(size, size, channels).permute(2, 0, 1)
+
+
+PHOTOGRAPHS = {
+    "skimage": (
+        *("astronaut", "brick", "camera", "chelsea", "coffee", "coins", "colorwheel", "grass"),
+        *("gravel", "hubble_deep_field", "moon", "retina", "rocket"),
+    ),
+    "sklearn": ("china", "flower"),
+}
+"""The images that come with scikit-image and with scikit-learn."""
+
+
+def photograph(name: str, size: int, channels: int = 3) -> Tensor:
+    """An image as uint8 [channels, size, size]: a file, or "skimage:coffee" of PHOTOGRAPHS.
+
+    Raises Problem where there is none, or it cannot be read.
+    """
+    source, _, which = name.partition(":")
+    if source not in PHOTOGRAPHS:
+        return ImageFiles([Path(name)], [0], size, channels).read(0)
+    if which not in PHOTOGRAPHS[source]:
+        known = ", ".join(f"{source}:{which}" for which in PHOTOGRAPHS[source])
+        raise Problem(f"{name!r} is none of {known}")
+    image, _ = _pillow()
+    if source == "sklearn":
+        from sklearn.datasets import load_sample_image  # takes its time
+
+        return fit(image.fromarray(load_sample_image(f"{which}.jpg")), size, channels)
+    try:
+        from skimage import data
+    except ImportError:
+        raise missing("scikit-image", f"the image {name}", "show") from None
+    return fit(image.fromarray(getattr(data, which)()), size, channels)
 
 
 class Watch:

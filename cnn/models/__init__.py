@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .alexnet import AlexNet, alexnet
+from .hed import vgg16_hed
 from .lenet5 import LeNet5, lenet5
 from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101
 from .vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
@@ -38,6 +39,7 @@ __all__ = [
     "vgg13_bn",
     "vgg16",
     "vgg16_bn",
+    "vgg16_hed",
     "vgg19",
     "vgg19_bn",
     "vgg_small",

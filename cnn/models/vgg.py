@@ -49,7 +49,7 @@ class VGG(nn.Module):
     ):
         super().__init__()
         side = min(7, max(1, image_size >> len(stages)))
-        self.features = (_normalised if batch_norm else _fused)(stages, in_channels)
+        self.features = (_normalised if batch_norm else features)(stages, in_channels)
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         self.classifier = nn.Sequential(
             nn.Linear(stages[-1][-1] * side * side, hidden),
@@ -67,8 +67,10 @@ class VGG(nn.Module):
         return self.classifier(self.avgpool(self.features(x)).flatten(-3))
 
 
-def _fused(stages: Sequence[Sequence[int]], channels: int) -> nn.Sequential:
-    """Numbered as if ReLUs and poolings stood apart, as checkpoints have it."""
+def features(stages: Sequence[Sequence[int]], channels: int) -> nn.Sequential:
+    """The convolutions with ReLUs and poolings, numbered as if these stood apart, as checkpoints
+    have it.
+    """
     layers, number = nn.Sequential(), 0
     for *widths, last in stages:
         for width in widths:

@@ -5,7 +5,22 @@ a function that returns tensors, with a ``figure`` of them, for any network of t
 this library's.
 """
 
-from .maps import Maps, strongest_maps
+from .deconvnet import Deconvnet, Projections, deconvnet, project
+from .evolution import Evolution, evolution
+from .filters import Filters, filters
+from .maps import Maps, maps
 from .pictures import normalise_first
 
-__all__ = ["Maps", "normalise_first", "strongest_maps"]
+__all__ = [
+    "Deconvnet",
+    "Evolution",
+    "Filters",
+    "Maps",
+    "Projections",
+    "deconvnet",
+    "evolution",
+    "filters",
+    "maps",
+    "normalise_first",
+    "project",
+]

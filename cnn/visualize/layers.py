@@ -53,8 +53,12 @@ def field_of(model: nn.Module, name: str, x: Tensor) -> ReceptiveField:
     return field
 
 
+class _Enough(Exception):
+    """Every layer that was asked for has been called."""
+
+
 def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """What the layers ``names`` give on x: of those that are called more than once, the last.
+    """What the layers ``names`` give on x, at their first call. Nothing after that is computed.
 
     The model runs as it is: in its mode, and with gradients where they are enabled. Raises
     ValueError for a layer that does not exist, is not called or gives no tensor.
@@ -65,13 +69,17 @@ def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tens
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensor = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
             if tensor is not None:
-                found[name] = tensor
+                found.setdefault(name, tensor)
+            if len(found) == len(set(names)):
+                raise _Enough
 
         return hook
 
     hooks = [find(model, name).register_forward_hook(keep(name)) for name in names]
     try:
         model(x)
+    except _Enough:
+        pass
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,7 +89,7 @@ def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tens
     return found
 
 
-def maps(model: nn.Module, x: Tensor, name: str) -> Tensor:
+def maps_of(model: nn.Module, x: Tensor, name: str) -> Tensor:
     """The maps [N, K, P, Q] that the layer ``name`` gives on x, without gradients.
 
     Raises ValueError as ``outputs`` does, and where the layer gives no maps.

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import maps
+from .layers import maps_of
 from .pictures import panels, pixels
 
 
@@ -35,14 +35,14 @@ def pixels_of_each(values: Tensor) -> Tensor:
     return ((values - low) / (high - low).clamp(min=1e-12)).detach().float().cpu()[:, None]
 
 
-def strongest_maps(model: nn.Module, x: Tensor, layer: str, count: int = 16) -> Maps:
+def maps(model: nn.Module, x: Tensor, layer: str, count: int = 16) -> Maps:
     """The ``count`` maps of ``layer`` with the largest values on x[C, H, W].
 
     Raises ValueError for a layer that does not exist or gives no maps.
     """
     if count < 1:
         raise ValueError(f"count must be positive, got count={count}")
-    (found,) = maps(model, x[None], layer)
+    (found,) = maps_of(model, x[None], layer)
     peaks = found.amax((1, 2))
     numbers = peaks.argsort(descending=True, stable=True)[:count]
     return Maps(layer, x, numbers, found[numbers])

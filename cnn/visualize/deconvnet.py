@@ -1,0 +1,284 @@
+"""The deconvnet: what in an image made a map respond, projected back to its pixels.
+
+Zeiler and Fergus, "Visualizing and understanding convolutional networks" (2014), section 2.1. Their
+network runs each step backwards: pooling by its switches, a ReLU by a ReLU, a convolution by the
+transposed filters. But for the ReLU that is what a gradient does, too, through the same kernels:
+pooling's gradient places values by the one-byte switches of the forward pass, a convolution's is
+the transposed convolution by the same weights. So a projection is a gradient with one rule changed,
+as Springenberg, Dosovitskiy, Brox and Riedmiller, "Striving for simplicity" (2015, section 3.4),
+observe, and it exists for any network.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+from kernels.geometry import ReceptiveField
+
+from .. import functional as F
+from ..journal import Progress
+from .layers import evaluating, field_of, outputs
+from .pictures import panels, pixels, signed, tiles
+
+BATCH = 16
+"""Images that are projected at once."""
+
+
+class _Rectify(Function):
+    """y = relu(x); backwards dx = relu(dy), whatever x was, or if ``guided`` where y > 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, relu: Any, guided: bool) -> Tensor:
+        y = relu(x)
+        ctx.save_for_backward(y > 0 if guided else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        (passed,) = ctx.saved_tensors
+        dx = torch.relu(dy)
+        return dx if passed is None else dx * passed, None, None
+
+
+_IN_PLACE = (torch.relu_, Tensor.relu_)
+_RELUS = {
+    **dict.fromkeys((TF.relu, torch.relu, Tensor.relu, *_IN_PLACE), torch.relu),
+    TF.relu6: TF.relu6,
+}
+
+
+class Deconvnet(TorchFunctionMode):
+    """Within it, gradients of what a network computes are the deconvnet's projections.
+
+    Each ReLU, be it a module, a function or part of this library's fused operators, is a ReLU of
+    the gradient as well. Other steps have their own gradients: where windows of a pooling overlap,
+    what they place at one pixel adds up; a normalisation scales.
+
+    If ``guided``, a ReLU also stops what its own result was zero at, as a plain gradient does
+    (Springenberg et al., section 3.4): sharper in deep layers.
+    """
+
+    def __init__(self, guided: bool = False):
+        super().__init__()
+        self._guided = guided
+
+    def _rectify(self, x: Tensor, relu: Any = torch.relu) -> Tensor:
+        return _Rectify.apply(x, relu, self._guided)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _RELUS:
+            in_place = kwargs.pop("inplace", func in _IN_PLACE)
+            (x,) = (*args, *kwargs.values())
+            y = self._rectify(x, _RELUS[func])
+            return x.copy_(y) if in_place else y
+        if func is F.conv2d and kwargs.get("activation"):
+            return self._rectify(func(*args, **{**kwargs, "activation": None}))
+        if func is F.conv2d_relu_max_pool2d:
+            window = {name: kwargs.pop(name) for name in [*kwargs] if name.startswith("pool_")}
+            y = self._rectify(F.conv2d(*args, **kwargs))
+            return F.max_pool2d(y, **{n.removeprefix("pool_"): v for n, v in window.items()})
+        return func(*args, **kwargs)
+
+
+def project(
+    model: nn.Module,
+    x: Tensor,
+    layer: str,
+    numbers: Tensor,
+    places: Tensor | None = None,
+    *,
+    guided: bool = False,
+) -> Tensor:
+    """Project what a layer gives on x[N, C, H, W] back to pixels, of each image one map.
+
+    Args:
+        layer: one that gives maps [N, K, P, Q], or units [N, K], which are maps of one pixel.
+        numbers: the map of each image, [N]; all others are set to zero.
+        places: the pixel (p, q) of its map that alone is kept, [N, 2]; by default all are.
+        guided: see ``Deconvnet``.
+
+    Returns [N, C, H, W]. Raises ValueError for a layer that does not exist, is not called or gives
+    something else.
+    """
+    pieces = []
+    with evaluating(model), torch.enable_grad():
+        for start in range(0, len(x), BATCH):
+            part = slice(start, start + BATCH)
+            image = x[part].detach().requires_grad_()
+            with Deconvnet(guided):
+                y = _as_maps(outputs(model, image, [layer])[layer], layer)
+            where = [torch.arange(len(y)), numbers[part]]
+            where += [] if places is None else places[part].unbind(1)
+            where = tuple(index.to(y.device) for index in where)
+            seed = torch.zeros_like(y)
+            seed[where] = y.detach()[where]
+            pieces += torch.autograd.grad(y, image, seed)
+    return torch.cat(pieces)
+
+
+def _as_maps(y: Tensor, layer: str) -> Tensor:
+    if y.dim() not in (2, 4):
+        size = list(y.shape)
+        raise ValueError(f"layer must give maps or units, got {size} of layer={layer!r}")
+    return y if y.dim() == 4 else y[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The strongest activations of M maps of a layer, ``top`` of each, no two in one image.
+
+    Attributes:
+        numbers: of the maps, [M].
+        values: the activations, [M, top], of each map in falling order.
+        sources: the images in which they are, [M, top], by their places in the order of all.
+        places: their pixels (p, q), [M, top, 2].
+        images: what the network saw, [M, top, C, H, W].
+        projections: of the activations, or of the whole maps, to the pixels, [M, top, C, H, W].
+        field: what a pixel of the maps sees of the image; None where that is all, or not known, or
+            whole maps were projected.
+    """
+
+    layer: str
+    numbers: Tensor
+    values: Tensor
+    sources: Tensor
+    places: Tensor
+    images: Tensor
+    projections: Tensor
+    field: ReceptiveField | None
+
+    def patches(self) -> tuple[Tensor, Tensor]:
+        """Projections and images, cut to what each activation saw: [M, top, C, h, w] both.
+
+        A cut has the size of the receptive field. Where this reaches beyond the image, the cut is
+        moved into it, and is the image where that is smaller.
+        """
+        if self.field is None:
+            return self.projections, self.images
+        size = torch.tensor(self.images.shape[-2:])
+        field, stride, offset = map(torch.tensor, self.field)
+        field = field.minimum(size)
+        starts = (self.places.cpu() * stride + offset).clamp(min=0).minimum(size - field)
+        corners, (h, w) = starts.flatten(0, 1).tolist(), field.tolist()
+
+        def cut(images: Tensor) -> Tensor:
+            pairs = zip(images.flatten(0, 1), corners, strict=True)
+            pieces = [image[:, top : top + h, left : left + w] for image, (top, left) in pairs]
+            return torch.stack(pieces).unflatten(0, images.shape[:2])
+
+        return cut(self.projections), cut(self.images)
+
+    def figure(self) -> Any:
+        """Of each map its projections, 0 being grey, and right of them the images there."""
+        projections, images = self.patches()
+        gap = max(1, images.shape[-1] // 12)
+        pictures = []
+        for pair in zip(projections, images, strict=True):
+            left, right = (
+                tiles(shown(part), gap=max(1, gap // 2))
+                for shown, part in zip((signed, pixels), pair, strict=True)
+            )
+            between = torch.ones_like(left[:, :, : 2 * gap])
+            pictures.append(torch.cat([left, between, right], 2))
+        titles = [f"{number}" for number in self.numbers.tolist()]
+        return panels(pictures, titles, 4 if self.values.shape[1] == 1 else 3, "projections")
+
+
+def deconvnet(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor],
+    layer: str,
+    numbers: list[int] | None = None,
+    *,
+    count: int = 9,
+    top: int = 9,
+    whole: bool = False,
+    guided: bool = False,
+) -> Projections:
+    """The activations of a layer's maps that are strongest, projected back to the pixels.
+
+    Of each map the ``top`` images that excite it most are found, and in each the strongest
+    activation is projected, all others of the layer set to zero, as in figure 2 of the paper.
+
+    Args:
+        images: one image [C, H, W], several [N, C, H, W], or batches of these, each as the model
+            takes them. They are passed through the model once, and only the strongest are kept.
+        layer: one that gives maps [N, K, P, Q], or units [N, K].
+        numbers: the maps; by default the ``count`` with the strongest activations in the first
+            batch, the strongest first.
+        whole: whether to project all activations of a map, not the strongest alone.
+        guided: see ``Deconvnet``.
+
+    Raises ValueError for a layer that does not exist or gives something else, and for a map that
+    it does not have.
+    """
+    for name, value in (("count", count), ("top", top)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {name}={value}")
+    batches = [images[None] if images.dim() == 3 else images] if torch.is_tensor(images) else images
+    found = _strongest(model, batches, layer, numbers, count, top)
+    kept, places, chosen = found["images"], found["places"], found["numbers"]
+    flat = kept.flatten(0, 1), layer, chosen.repeat_interleave(kept.shape[1])
+    projections = project(model, *flat, None if whole else places.flatten(0, 1), guided=guided)
+    try:
+        field = None if whole else field_of(model, layer, kept[0])
+    except ValueError:
+        field = None
+    return Projections(layer, **found, projections=projections.view_as(kept), field=field)
+
+
+def _strongest(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    layer: str,
+    numbers: list[int] | None,
+    count: int,
+    top: int,
+) -> dict[str, Tensor]:
+    """All fields of Projections that one pass over the images tells."""
+    best: dict[str, Tensor] = {}
+    chosen, seen = None if numbers is None else torch.tensor(numbers), 0
+    bar = Progress(f"strongest of {layer}", None, 0, "image")
+    try:
+        for x in batches:
+            with evaluating(model), torch.no_grad():
+                y = _as_maps(outputs(model, x, [layer])[layer], layer)
+            if chosen is None:
+                peaks = y.amax((0, 2, 3))
+                chosen = peaks.argsort(descending=True, stable=True)[:count].cpu()
+            if wrong := [k for k in chosen.tolist() if not 0 <= k < y.shape[1]]:
+                raise ValueError(
+                    f"numbers must be of the {y.shape[1]} maps of {layer}, got {wrong[0]}"
+                )
+            values, pixels = y[:, chosen.to(y.device)].flatten(2).max(2)  # [N, M]
+            order = values.T.argsort(dim=1, descending=True, stable=True)[:, :top]
+            pixels = pixels.T.gather(1, order)
+            here = {
+                "values": values.T.gather(1, order),
+                "sources": seen + order,
+                "places": torch.stack([pixels // y.shape[3], pixels % y.shape[3]], 2),
+                "images": x[order],
+            }
+            best = _merged(best, here, top)
+            seen += len(x)
+            bar.tick(len(x))
+    finally:
+        bar.close()
+    if chosen is None or not seen:
+        raise ValueError("images must hold at least one image, got none")
+    return {"numbers": chosen, **best}
+
+
+def _merged(best: dict[str, Tensor], more: dict[str, Tensor], top: int) -> dict[str, Tensor]:
+    """Of each map the ``top`` of both, of equal ones those that came first."""
+    both = {name: torch.cat([best[name], t], 1) if best else t for name, t in more.items()}
+    order = both["values"].argsort(dim=1, descending=True, stable=True)[:, :top]
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    return {name: t[rows, order] for name, t in both.items()}
