@@ -1,4 +1,4 @@
-"""Train and test image classifiers.
+"""Train and test image classifiers, and show what they have learned.
 
 Results go to stdout; progress and errors go to stderr. Exit codes: 0, 1 for what failed, 2 for
 arguments or files that cannot be used, 130 after Ctrl-C and 143 after SIGTERM. ``torchrun`` starts
@@ -11,10 +11,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -22,93 +21,39 @@ from torch.utils.data import DataLoader, Subset
 from kernels.device import INTERPRET, launches
 
 from . import checkpoint as checkpoints
-from . import data, models
+from . import data, models, show
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
 from .data import load as load_data
 from .evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
 from .group import Group
 from .interruption import Interrupted, Interruption
 from .journal import tell
+from .options import (
+    AMP,
+    Parser,
+    add_common,
+    data_set,
+    interval,
+    not_negative,
+    number,
+    positive,
+    share,
+    whole,
+)
 from .problem import FAILURE, Problem
 from .train import OPTIMIZERS, SCHEDULES, Config, Run, Setting
 
 LAST = Path()  # --resume without a path
-AMP = ("bf16", "fp16", "off")
-
-
-class Parser(argparse.ArgumentParser):
-    """Argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def number(
-    kind: type[int] | type[float], least: float, below: float, words: str
-) -> Callable[[str], int | float]:
-    """A reader of numbers from ``least`` up to, not including, ``below``."""
-
-    def read(text: str) -> int | float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < below:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
-        return value
-
-    return read
-
-
-def device(text: str) -> torch.device:
-    """Read the name of the CPU or of a CUDA device that this machine has."""
-    try:
-        value = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device") from None
-    if value.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
-    if value.type == "cuda" and (value.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"this machine has no {text!r}")
-    return value
-
-
-def data_set(text: str) -> str:
-    """Read the name of a data set, with or without a place."""
-    if text.partition(":")[0] not in data.NAMES:
-        known = ", ".join(data.NAMES)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, or NAME:PATH of these")
-    return text
-
-
-def interval(text: str) -> tuple[float, bool]:
-    """Read steps, as "500", or minutes, as "10m": a number, and whether it is in seconds."""
-    minutes = text.endswith("m")
-    try:
-        value = float(text[:-1]) * 60 if minutes else int(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither steps, as 500, nor minutes, as 10m")
-    return value, minutes
-
-
-whole = number(int, 1, 2**31, "a whole number from 1 to 2147483647")
-not_negative = number(int, 0, 2**31, "a whole number from 0 to 2147483647")
-positive = number(float, sys.float_info.min, math.inf, "a positive number")
-share = number(float, 0, 1, "a number from 0 to less than 1")
 
 
 def parser() -> Parser:
     """The command line with its subcommands."""
-    top = Parser(prog="python -m cnn", description="Train and test image classifiers.")
-    commands = top.add_subparsers(required=True, metavar="{train,eval,predict}")
+    top = Parser(prog="python -m cnn", description="Train, test and look into image classifiers.")
+    commands = top.add_subparsers(required=True, metavar="{train,eval,predict,show}")
     common = Parser(add_help=False)
-    usual = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
-    common.add_argument("--device", type=device, default=usual, help="cpu or cuda (%(default)s)")
+    add_common(common)
     help = "processes that load images (%(default)s)"
     common.add_argument("--workers", type=not_negative, default=0, metavar="N", help=help)
-    common.add_argument("--debug", action="store_true", help="show where in the code errors arise")
 
     command = commands.add_parser("train", parents=[common], help="train a model")
     command.set_defaults(run=train)
@@ -121,6 +66,8 @@ def parser() -> Parser:
     add("--overwrite", action="store_true", help="replace the run that the folder holds")
     help = "steps, or minutes as 10m, between checkpoints within an epoch (10m)"
     add("--save-every", type=interval, default=(600.0, True), metavar="N", help=help)
+    help = "keep a checkpoint of each N-th epoch, as epoch-N.pt"
+    add("--keep-every", type=whole, default=0, metavar="N", help=help)
     _broken(command)
 
     command = commands.add_parser("eval", parents=[common], help="test a trained model")
@@ -143,6 +90,8 @@ def parser() -> Parser:
     add("checkpoint", type=Path, help="what train wrote")
     add("images", type=Path, nargs="+", help="image files, or folders of them")
     add("--top", type=whole, default=1, metavar="N", help="likeliest classes to name (1)")
+
+    show.add_parsers(commands)
     return top
 
 
@@ -208,8 +157,8 @@ def train(args: argparse.Namespace) -> None:
         checkpoints.prepare(folder)
     sets = load_data(config.data, config.size, config.seed)
     check_size(config.model, sets.description)
-    every = dict(zip(("save_every", "in_seconds"), args.save_every, strict=True))
-    run = Run(config, Setting(folder, args.workers, broken=args.broken, **every), sets, group)
+    setting = Setting(folder, args.workers, *args.save_every, args.broken, args.keep_every)
+    run = Run(config, setting, sets, group)
     if group.first and not checkpoint:
         checkpoints.clear(folder)
     if checkpoint:

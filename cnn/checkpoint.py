@@ -71,6 +71,14 @@ def clear(folder: Path) -> None:
     """Remove the run that ``folder`` holds, and nothing else."""
     for name in ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"):
         (folder / name).unlink(missing_ok=True)
+    for path in kept(folder).values():
+        path.unlink()
+
+
+def kept(folder: Path) -> dict[int, Path]:
+    """The checkpoints of whole epochs that the run in ``folder`` has kept, by epoch."""
+    found = {path.stem.removeprefix("epoch-"): path for path in folder.glob("epoch-*.pt")}
+    return {int(epoch): found[epoch] for epoch in sorted(filter(str.isdecimal, found), key=int)}
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class Setting:
         workers: processes that load images, for each process of the run.
         save_every: steps, or seconds if ``in_seconds``, between checkpoints within an epoch.
         broken: "skip" or "stop" at an image that cannot be read.
+        keep_every: epochs between checkpoints that stay, as epoch-1.pt; 0 for none.
     """
 
     folder: Path
@@ -95,6 +96,7 @@ class Setting:
     save_every: float = 600.0
     in_seconds: bool = True
     broken: str = "stop"
+    keep_every: int = 0
 
 
 @dataclass
@@ -275,7 +277,9 @@ class Run:
                 + (f"  {lost} broken images skipped" if lost else "")
             )
             journal.write(position.rows, last=position.epoch == self.config.epochs)
-        self.save(best=better)
+        kept = self.setting.keep_every and position.epoch % self.setting.keep_every == 0
+        names = {"best.pt": better, f"epoch-{position.epoch}.pt": kept}
+        self.save(*(name for name, wanted in names.items() if wanted))
 
     def _check_loss(self) -> None:
         loss = self.totals[0].item()
@@ -287,8 +291,8 @@ class Run:
     def last(self) -> Path:
         return self.setting.folder / "last.pt"
 
-    def save(self, *, best: bool = False) -> None:
-        """Write last.pt, and best.pt before it if this is the best so far."""
+    def save(self, *names: str) -> None:
+        """Write last.pt, and before it the same as files of other ``names``."""
         self._check_loss()
         device = self.group.device
         own = {"totals": self.totals.cpu(), "random": torch.get_rng_state()}
@@ -312,9 +316,8 @@ class Run:
                     "processes": processes,
                 },
             }
-            checkpoints.save(
-                contents, *([self.setting.folder / "best.pt"] if best else []), self.last
-            )
+            folder = self.setting.folder
+            checkpoints.save(contents, *(folder / name for name in names), self.last)
         self._saved = time.monotonic()
         self._kept = f"{self.last} holds {self.place}"
 

@@ -44,11 +44,12 @@ cnn.data
 cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
 cnn.evaluate
-cnn.visualize.layers cnn.visualize.pictures
+cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page
 cnn.visualize.deconvnet cnn.visualize.maps
 cnn.visualize.evolution cnn.visualize.filters
 cnn.visualize
-cnn.train
+cnn.options
+cnn.train cnn.show
 cnn.__main__
 """
 ROW = {name: row for row, line in enumerate(ROWS.split("\n")) for name in line.split()}

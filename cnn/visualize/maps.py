@@ -26,7 +26,7 @@ class Maps:
         """The image, then each map from black, its least value, to white, its largest."""
         pictures = [pixels(self.image), *pixels_of_each(self.maps)]
         titles = ["image", *(f"{number}" for number in self.numbers.tolist())]
-        return panels(pictures, titles, 6, "maps")
+        return panels(pictures, titles, 4 if len(pictures) < 9 else 6, "maps")
 
 
 def pixels_of_each(values: Tensor) -> Tensor:

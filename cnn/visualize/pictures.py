@@ -91,9 +91,9 @@ def panels(
     high = max(image.shape[-2] / image.shape[-1] for image in images)
     height = rows * (width / columns * high + 0.3)
     figure = new_figure(use, figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for place, image, title in zip(axes, images, titles, strict=False):
         show(place, image, title)
-    for place in list(axes)[len(images) :]:
+    for place in axes[len(images) :]:
         place.set_visible(False)
     return figure

@@ -1,0 +1,85 @@
+"""What the subcommands' arguments are read by."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import torch
+
+from kernels.device import INTERPRET
+
+from . import data
+
+AMP = ("bf16", "fp16", "off")
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(
+    kind: type[int] | type[float], least: float, below: float, words: str
+) -> Callable[[str], int | float]:
+    """A reader of numbers from ``least`` up to, not including, ``below``."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value < below:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+        return value
+
+    return read
+
+
+def device(text: str) -> torch.device:
+    """Read the name of the CPU or of a CUDA device that this machine has."""
+    try:
+        value = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device") from None
+    if value.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither cpu nor cuda")
+    if value.type == "cuda" and (value.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"this machine has no {text!r}")
+    return value
+
+
+def data_set(text: str) -> str:
+    """Read the name of a data set, with or without a place."""
+    if text.partition(":")[0] not in data.NAMES:
+        known = ", ".join(data.NAMES)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, or NAME:PATH of these")
+    return text
+
+
+def interval(text: str) -> tuple[float, bool]:
+    """Read steps, as "500", or minutes, as "10m": a number, and whether it is in seconds."""
+    minutes = text.endswith("m")
+    try:
+        value = float(text[:-1]) * 60 if minutes else int(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither steps, as 500, nor minutes, as 10m")
+    return value, minutes
+
+
+whole = number(int, 1, 2**31, "a whole number from 1 to 2147483647")
+not_negative = number(int, 0, 2**31, "a whole number from 0 to 2147483647")
+positive = number(float, sys.float_info.min, math.inf, "a positive number")
+share = number(float, 0, 1, "a number from 0 to less than 1")
+
+
+def add_common(command: argparse.ArgumentParser) -> None:
+    """The arguments that every subcommand takes."""
+    usual = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+    command.add_argument("--device", type=device, default=usual, help="cpu or cuda (%(default)s)")
+    command.add_argument("--debug", action="store_true", help="show where in the code errors arise")

