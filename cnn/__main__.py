@@ -157,7 +157,9 @@ def train(args: argparse.Namespace) -> None:
         checkpoints.prepare(folder)
     sets = load_data(config.data, config.size, config.seed)
     check_size(config.model, sets.description)
-    setting = Setting(folder, args.workers, *args.save_every, args.broken, args.keep_every)
+    period, in_seconds = args.save_every
+    rest = {"broken": args.broken, "keep_every": args.keep_every}
+    setting = Setting(folder, args.workers, period, in_seconds, **rest)
     run = Run(config, setting, sets, group)
     if group.first and not checkpoint:
         checkpoints.clear(folder)
