@@ -11,6 +11,7 @@ observe, and it exists for any network.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,10 +48,16 @@ class _Rectify(Function):
 
 
 _IN_PLACE = (torch.relu_, Tensor.relu_)
-_RELUS = {
-    **dict.fromkeys((TF.relu, torch.relu, Tensor.relu, *_IN_PLACE), torch.relu),
-    TF.relu6: TF.relu6,
-}
+_RELUS = (TF.relu, torch.relu, Tensor.relu, *_IN_PLACE)
+
+
+def _relu_of(func: Any, kwargs: dict[str, Any]) -> Any:
+    """The ReLU that a function is, also one that ends at a largest value; None if it is none."""
+    if func in _RELUS:
+        return torch.relu
+    if func is TF.hardtanh and kwargs["min_val"] == 0:  # of nn.ReLU6
+        return partial(torch.clamp, min=0, max=kwargs["max_val"])
+    return TF.relu6 if func is TF.relu6 else None
 
 
 class Deconvnet(TorchFunctionMode):
@@ -73,11 +80,10 @@ class Deconvnet(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _RELUS:
-            in_place = kwargs.pop("inplace", func in _IN_PLACE)
-            (x,) = (*args, *kwargs.values())
-            y = self._rectify(x, _RELUS[func])
-            return x.copy_(y) if in_place else y
+        if relu := _relu_of(func, kwargs):
+            x = args[0] if args else kwargs["input"]
+            y = self._rectify(x, relu)
+            return x.copy_(y) if kwargs.get("inplace", func in _IN_PLACE) else y
         if func is F.conv2d and kwargs.get("activation"):
             return self._rectify(func(*args, **{**kwargs, "activation": None}))
         if func is F.conv2d_relu_max_pool2d:
