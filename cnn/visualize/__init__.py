@@ -6,6 +6,7 @@ this library's.
 """
 
 from .maps import Maps, strongest_maps
+from .occlusion import Occlusion, occlusion
 from .pictures import normalise_first
 
-__all__ = ["Maps", "normalise_first", "strongest_maps"]
+__all__ = ["Maps", "Occlusion", "normalise_first", "occlusion", "strongest_maps"]

@@ -59,11 +59,18 @@ def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tens
     The model runs as it is: in its mode, and with gradients where they are enabled. Raises
     ValueError for a layer that does not exist, is not called or gives no tensor.
     """
+    return run(model, x, names)[1]
+
+
+def run(
+    model: nn.Module, x: Tensor, names: Sequence[str]
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The first tensor that the model gives on x, and the ``outputs`` of its layers ``names``."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
+            tensor = _first_tensor(output)
             if tensor is not None:
                 found[name] = tensor
 
@@ -71,14 +78,43 @@ def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tens
 
     hooks = [find(model, name).register_forward_hook(keep(name)) for name in names]
     try:
-        model(x)
+        result = _first_tensor(model(x))
     finally:
         for hook in hooks:
             hook.remove()
     for name in names:
         if name not in found:
             raise ValueError(f"layer must be called and give a tensor, got layer={name!r}")
-    return found
+    return result, found
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    return next((t for t in tree_leaves(values) if isinstance(t, Tensor)), None)
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32 at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def probabilities(result: Tensor | None) -> Tensor | None:
+    """Those of classes, of what a model gives: logits [N, classes]. None where it is not that."""
+    return None if result is None or result.dim() != 2 else wide(result).softmax(1)
+
+
+def class_names(given: Sequence[str], count: int) -> tuple[str, ...]:
+    """The names of ``count`` classes: those given, or their numbers."""
+    if given and len(given) != count:
+        raise ValueError(f"classes must be {count} names, got {len(given)}")
+    return tuple(given) or tuple(f"class {number}" for number in range(count))
+
+
+def check_class(number: int, count: int, name: str) -> int:
+    """Raises ValueError where the argument ``name`` is not one of a model's ``count`` classes."""
+    if not 0 <= number < count:
+        known = f"one of the {count} classes that the model gives, from 0 on"
+        raise ValueError(f"{name} must be {known}, got {name}={number}")
+    return number
 
 
 def maps(model: nn.Module, x: Tensor, name: str) -> Tensor:
