@@ -44,7 +44,7 @@ cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
 cnn.evaluate
 cnn.visualize.layers cnn.visualize.pictures
-cnn.visualize.maps cnn.visualize.occlusion
+cnn.visualize.maps cnn.visualize.invariance cnn.visualize.occlusion
 cnn.visualize
 cnn.train
 cnn.__main__

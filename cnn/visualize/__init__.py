@@ -5,8 +5,19 @@ a function that returns tensors, with a ``figure`` of them, for any network of t
 this library's.
 """
 
+from .invariance import Curves, Invariance, invariance, transformed
 from .maps import Maps, strongest_maps
 from .occlusion import Occlusion, occlusion
 from .pictures import normalise_first
 
-__all__ = ["Maps", "Occlusion", "normalise_first", "occlusion", "strongest_maps"]
+__all__ = [
+    "Curves",
+    "Invariance",
+    "Maps",
+    "Occlusion",
+    "invariance",
+    "normalise_first",
+    "occlusion",
+    "strongest_maps",
+    "transformed",
+]

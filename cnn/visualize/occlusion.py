@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -68,13 +69,14 @@ class Occlusion:
         places = iter(figure.subplots(rows, columns, squeeze=False).flat)
         title, _, heat = heats[0]
         square = covered(self.image, self._corner(heat)[None], self.size, self.level)
-        show(next(places), pixels(square[0]), f"least {title}")
+        show(next(places), pixels(square[0]), fill(f"least {title}", 30))
         if self.map is not None:
             title = f"map {self.number} of {self.layer}"
             show(next(places), self.map.float().cpu(), title, **_COLOURS)
         for title, whole, heat in reversed(heats):
             axes = next(places)
-            drawn = self._draw(axes, heat, f"{title}\n{whole:.3g} without a square", **_COLOURS)
+            title = f"{fill(title, 30)}\n{whole:.3g} without a square"
+            drawn = self._draw(axes, heat, title, **_COLOURS)
             figure.colorbar(drawn, ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
         if self.answers is not None:
             self._draw_answers(next(places), next(places), self.answers)
@@ -198,11 +200,10 @@ def occlusion(
                 parts.append(_read(model, covered(x, part, size, grey), *chosen))
                 if bar.advance(len(part)):
                     bar.show()
-    heats = {
-        name: torch.cat([part[name] for part in parts]).view(corners.shape[:2]) for name in whole
-    }
+    for name in whole:
+        about[name] = torch.cat([part[name] for part in parts]).view(corners.shape[:2])
     values = {name: float(value) for name, value in whole.items() if name != "answers"}
-    return Occlusion(x, size, stride, grey, corners, values, **about, **heats)
+    return Occlusion(x, size, stride, grey, corners, values, **about)
 
 
 def covered(x: Tensor, corners: Tensor, size: int, level: Tensor) -> Tensor:
