@@ -44,8 +44,7 @@ cnn.data
 cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
 cnn.evaluate
-cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page
-cnn.visualize.deconvnet cnn.visualize.maps
+cnn.visualize.deconvnet cnn.visualize.maps cnn.visualize.occlusion cnn.visualize.invariance
 cnn.visualize.evolution cnn.visualize.filters
 cnn.visualize
 cnn.options

@@ -1,7 +1,7 @@
 """A network's layers by name, and what they give."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -63,30 +63,77 @@ def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tens
     The model runs as it is: in its mode, and with gradients where they are enabled. Raises
     ValueError for a layer that does not exist, is not called or gives no tensor.
     """
+    with _kept(model, names, stop=True) as found, suppress(_Enough):
+        model(x)
+    return _checked(found, names)
+
+
+def run(
+    model: nn.Module, x: Tensor, names: Sequence[str]
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The first tensor that the model gives on x, and the ``outputs`` of its layers ``names``."""
+    with _kept(model, names, stop=False) as found:
+        result = _first_tensor(model(x))
+    return result, _checked(found, names)
+
+
+@contextmanager
+def _kept(model: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
+    """Meanwhile, what the layers ``names`` give is kept; the last of them can ``stop`` the run."""
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = next((t for t in tree_leaves(output) if isinstance(t, Tensor)), None)
+            tensor = _first_tensor(output)
             if tensor is not None:
                 found.setdefault(name, tensor)
-            if len(found) == len(set(names)):
+            if stop and len(found) == len(set(names)):
                 raise _Enough
 
         return hook
 
     hooks = [find(model, name).register_forward_hook(keep(name)) for name in names]
     try:
-        model(x)
-    except _Enough:
-        pass
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _checked(found: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     for name in names:
         if name not in found:
             raise ValueError(f"layer must be called and give a tensor, got layer={name!r}")
     return found
+
+
+def _first_tensor(values: Any) -> Tensor | None:
+    return next((t for t in tree_leaves(values) if isinstance(t, Tensor)), None)
+
+
+def wide(t: Tensor) -> Tensor:
+    """In float32 at least."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def probabilities(result: Tensor | None) -> Tensor | None:
+    """Those of classes, of what a model gives: logits [N, classes]. None where it is not that."""
+    return None if result is None or result.dim() != 2 else wide(result).softmax(1)
+
+
+def class_names(given: Sequence[str], count: int) -> tuple[str, ...]:
+    """The names of ``count`` classes: those given, or their numbers."""
+    if given and len(given) != count:
+        raise ValueError(f"classes must be {count} names, got {len(given)}")
+    return tuple(given) or tuple(f"class {number}" for number in range(count))
+
+
+def check_class(number: int, count: int, name: str) -> int:
+    """Raises ValueError where the argument ``name`` is not one of a model's ``count`` classes."""
+    if not 0 <= number < count:
+        known = f"one of the {count} classes that the model gives, from 0 on"
+        raise ValueError(f"{name} must be {known}, got {name}={number}")
+    return number
 
 
 def maps_of(model: nn.Module, x: Tensor, name: str) -> Tensor:

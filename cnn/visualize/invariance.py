@@ -1,0 +1,267 @@
+"""How far a network's features move when an image is shifted, magnified or rotated."""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..journal import Progress, new_figure
+from ..summary import summary, table
+from .layers import check_class, class_names, evaluating, probabilities, run, wide
+from .pictures import pixels, show, tiles
+
+UNITS = {"translation": "pixels down", "scale": "times", "rotation": "degrees anticlockwise"}
+"""The transforms, and what their steps count."""
+
+NEUTRAL = {"translation": 0.0, "scale": 1.0, "rotation": 0.0}
+SHOWN = 5
+"""Images, and steps of each, that a figure shows."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What one transform does to N images at each of its S ``steps``.
+
+    ``distances`` [layers, N, S] are Euclidean, between a layer's values on the image as it is and
+    transformed. ``probability`` [N, S] is that of the image's class, None of a network without.
+    """
+
+    steps: tuple[float, ...]
+    distances: Tensor
+    probability: Tensor | None
+
+
+@dataclass(frozen=True)
+class Invariance:
+    """The curves of each transform for ``images`` [N, C, H, W], and the layers they are of.
+
+    ``labels`` [N] are the classes whose probabilities are asked for, ``classes`` the names of all.
+    """
+
+    images: Tensor
+    layers: tuple[str, ...]
+    curves: dict[str, Curves]
+    labels: Tensor | None
+    classes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Means over the images, a line a step."""
+        rows: list[tuple[str, ...]] = [("transform", "step", *self._titles())]
+        for kind, curves in self.curves.items():
+            means = [lines.mean(0).tolist() for lines in self._lines(curves)]
+            for step, *values in zip(curves.steps, *means, strict=True):
+                rows.append((kind, f"{step:g}", *(f"{value:.4g}" for value in values)))
+        return table(rows, "<" + ">" * len(rows[0][1:]))
+
+    def figure(self) -> Any:
+        """A row a transform: the first images, distances in each layer, probabilities.
+
+        The lines of images that are not shown are grey.
+        """
+        titles = self._titles()
+        columns = 1 + len(titles)
+        options = {"figsize": (3 * columns, 2.7 * len(self.curves)), "layout": "constrained"}
+        figure = new_figure("invariance", **options)
+        places = figure.subplots(len(self.curves), columns, squeeze=False)
+        for row, (kind, curves) in zip(places, self.curves.items(), strict=True):
+            self._show_examples(row[0], kind, curves.steps)
+            for axes, title, lines in zip(row[1:], titles, self._lines(curves), strict=True):
+                for number, line in enumerate(lines.cpu()):
+                    style = {"label": self._name(number), "color": f"C{number}", "zorder": 3}
+                    shown = style if number < SHOWN else {"color": "0.75"}
+                    axes.plot(curves.steps, line, linewidth=1.2, **shown)
+                axes.set_title(title, fontsize=9)
+                axes.set_xlabel(UNITS[kind], fontsize=8)
+                axes.tick_params(labelsize=8)
+                axes.set_ylim(bottom=0)
+                axes.grid(alpha=0.3)
+        handles, names = places[0, 1].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=SHOWN, fontsize=8)
+        return figure
+
+    def _titles(self) -> list[str]:
+        """Of what ``_lines`` gives."""
+        distances = [f"distance in {name}" for name in self.layers]
+        return distances if self.labels is None else [*distances, "probability"]
+
+    def _lines(self, curves: Curves) -> list[Tensor]:
+        """Distances [N, S] in each layer, and probabilities [N, S] if there are any."""
+        chances = [] if curves.probability is None else [curves.probability]
+        return [*curves.distances, *chances]
+
+    def _name(self, number: int) -> str:
+        if self.labels is None:
+            return f"image {number + 1}"
+        return f"image {number + 1}: {self.classes[int(self.labels[number])]}"
+
+    def _show_examples(self, axes: Any, kind: str, steps: Sequence[float]) -> None:
+        """The first images, a row each, at steps from the first to the last."""
+        count = min(SHOWN, len(steps))
+        chosen = [steps[round(n)] for n in torch.linspace(0, len(steps) - 1, count).tolist()]
+        moved = [pixels(transformed(self.images[:SHOWN], kind, step)) for step in chosen]
+        whole = tiles(torch.stack(moved, 1).flatten(0, 1), count)
+        title = f"{kind}: {', '.join(f'{step:g}' for step in chosen)}"
+        show(axes, whole, title, interpolation="antialiased")
+
+
+def transformed(images: Tensor, kind: str, step: float) -> Tensor:
+    """Images [N, C, H, W] that show the content transformed, by bilinear interpolation.
+
+    Args:
+        kind: "translation": ``step`` pixels down; "scale": ``step`` times as large, about the
+            middle; "rotation": by ``step`` degrees anticlockwise, about the middle.
+
+    Where content would come from outside the image, its border's pixels are repeated. A step that
+    changes nothing (0, 1, or full turns) returns the images themselves. Raises ValueError for
+    another kind, and for a scale that is not positive.
+    """
+    _check_step(kind, step)
+    step = step % 360 if kind == "rotation" else step
+    if step == NEUTRAL[kind]:
+        return images
+    height, width = images.shape[2:]
+    # Where in the image a place of the result is taken from; both reach from -1 to 1.
+    if kind == "translation":
+        rows = (1, 0, 0), (0, 1, -2 * step / height)
+    elif kind == "scale":
+        rows = (1 / step, 0, 0), (0, 1 / step, 0)
+    else:
+        cos, sin = math.cos(math.radians(step)), math.sin(math.radians(step))
+        rows = (cos, -sin * height / width, 0), (sin * width / height, cos, 0)
+    source = wide(images)
+    matrix = source.new_tensor(rows).expand(len(images), 2, 3)
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    moved = F.grid_sample(source, grid, padding_mode="border", align_corners=False)
+    return moved.to(images.dtype)
+
+
+def _check_step(kind: str, step: float) -> None:
+    if kind not in UNITS:
+        raise ValueError(f"transform must be one of {', '.join(UNITS)}, got {kind!r}")
+    if not math.isfinite(step) or (kind == "scale" and step <= 0):
+        sign = "positive and " if kind == "scale" else ""
+        raise ValueError(f"step of {kind} must be {sign}finite, got step={step}")
+
+
+def _steps(height: int) -> dict[str, tuple[float, ...]]:
+    """Those of the paper's figure, but shifts of whole pixels in proportion to the height."""
+    shift = max(1, round(height * 10 / 224))
+    return {
+        "translation": tuple(float(shift * n) for n in range(-6, 7)),
+        "scale": tuple(1 + n / 10 for n in range(9)),
+        "rotation": tuple(float(degrees) for degrees in range(0, 360, 15)),
+    }
+
+
+def invariance(
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[str] | None = None,
+    labels: Sequence[int] | Tensor | None = None,
+    *,
+    steps: Mapping[str, Sequence[float]] | None = None,
+    classes: Sequence[str] = (),
+    batch: int = 64,
+) -> Invariance:
+    """How a network's features and answers change when images are shifted, magnified or rotated.
+
+    Zeiler and Fergus (2014; arXiv:1311.2901), section 4, "Feature invariance", and figure 5: small
+    transforms change the first layer much and the last ones little, and but for rotations the
+    answers hardly.
+
+    Args:
+        images: [N, C, H, W] of floats, as the model takes them.
+        layers: whose values are compared; by default the first that gives maps, and the last before
+            the one that ends the network.
+        labels: N classes whose probabilities are asked for; by default the most probable ones.
+        steps: of each transform of ``transformed`` that is wanted. By default those of the paper's
+            figure: shifts by up to 27 % of the height, scales from 1 to 1.8, rotations of a turn.
+        classes: names of the classes, for texts.
+        batch: images that the model gets at once.
+
+    What a model gives is taken for logits if it is [N, classes]; of another there are only
+    distances. Raises ValueError for arguments that do not fit.
+    """
+    if images.dim() != 4 or not images.numel() or not images.is_floating_point():
+        given = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"images must be floats [N, C, H, W], got {given}")
+    if batch < 1:
+        raise ValueError(f"batch must be positive, got batch={batch}")
+    wanted = _steps(images.shape[2]) if steps is None else steps
+    for kind, values in wanted.items():
+        for step in values:
+            _check_step(kind, step)
+    if layers is not None and not layers:
+        raise ValueError(f"layers must not be empty, got layers={layers}")
+    if not wanted or not all(map(len, wanted.values())):
+        raise ValueError(f"steps must not be empty, got steps={steps}")
+    with evaluating(model), torch.no_grad():
+        known, count = _labels(model, images, labels, batch)
+        class_texts = class_names(classes, count) if count else ()
+        names = tuple(_ends(model, images[:1]) if layers is None else layers)
+        empty = wide(images[:0]).new_empty
+        curves = {}
+        for kind, values in wanted.items():
+            size = len(images), len(values)
+            chances = None if known is None else empty(size)
+            curves[kind] = Curves(tuple(values), empty((len(names), *size)), chances)
+        total = len(images) * sum(map(len, wanted.values()))
+        with closing(Progress("invariance", total, 0, "image")) as bar:
+            for part in torch.arange(len(images), device=images.device).split(batch):
+                _fill(curves, part, model, images[part], names, known, bar)
+    return Invariance(images, names, curves, known, class_texts)
+
+
+def _fill(
+    curves: dict[str, Curves],
+    part: Tensor,
+    model: nn.Module,
+    images: Tensor,
+    layers: Sequence[str],
+    labels: Tensor | None,
+    bar: Progress,
+) -> None:
+    """Write into the curves what the images, which have the numbers ``part``, give."""
+    begin = run(model, images, layers)
+    for kind, curve in curves.items():
+        for place, step in enumerate(curve.steps):
+            moved = transformed(images, kind, step)
+            result, found = begin if moved is images else run(model, moved, layers)
+            for layer, name in enumerate(layers):
+                change = (wide(found[name]) - wide(begin[1][name])).flatten(1)
+                curve.distances[layer, part, place] = change.norm(dim=1)
+            chances = probabilities(result)
+            if curve.probability is not None and chances is not None and labels is not None:
+                curve.probability[part, place] = chances.gather(1, labels[part, None])[:, 0]
+            if bar.advance(len(images)):
+                bar.show()
+
+
+def _labels(
+    model: nn.Module, images: Tensor, labels: Sequence[int] | Tensor | None, batch: int
+) -> tuple[Tensor | None, int]:
+    """The classes [N] whose probabilities are asked for, and how many the model knows."""
+    chances = [probabilities(run(model, part, [])[0]) for part in images.split(batch)]
+    known = [each for each in chances if each is not None]
+    count = known[0].shape[1] if known else 0
+    if labels is None:
+        return torch.cat(known).argmax(1) if known else None, count
+    numbers = torch.as_tensor(labels, device=images.device)
+    if numbers.shape != images.shape[:1]:
+        raise ValueError(f"labels must be {len(images)} classes, got {list(numbers.shape)}")
+    for number in numbers.tolist():
+        check_class(number, count, "labels")
+    return numbers, count
+
+
+def _ends(model: nn.Module, images: Tensor) -> dict[str, None]:
+    """The first layer that gives maps, and the last but one."""
+    layers = summary(model, tuple(images.shape), images.dtype).layers
+    maps = [row.name for row in layers if len(row.output_size) == 4]
+    names = [row.name for row in layers]
+    return dict.fromkeys([(maps or names)[0], names[-2:][0]])

@@ -1,0 +1,265 @@
+"""What a network loses when a part of the image is covered."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from textwrap import fill
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..journal import Progress, new_figure
+from ..summary import summary, table
+from .layers import check_class, check_maps, class_names, evaluating, probabilities, run, wide
+from .pictures import SIZE, pixels, show
+
+
+@dataclass(frozen=True)
+class Occlusion:
+    """What a network gives while a grey square covers one part of an image after another.
+
+    ``corners`` [rows, columns, 2] are the first line and column of each square, negative where it
+    hangs over the border; ``size`` is its side, ``level`` [C] what its pixels have.
+
+    ``probability`` [rows, columns] is that of the class ``class_`` and ``answers`` [rows, columns]
+    are the most probable classes. Both are None of a network that does not give [N, classes].
+
+    ``activation`` [rows, columns] is the sum of the map ``number`` of ``layer``, the one with the
+    largest value on the whole image, where it is ``map`` [P, Q]. All are None of a network without
+    maps. ``whole`` has "probability" and "activation", as far as they exist, without a square.
+    """
+
+    image: Tensor
+    size: int
+    stride: int
+    level: Tensor
+    corners: Tensor
+    whole: dict[str, float]
+    class_: int | None = None
+    classes: tuple[str, ...] = ()
+    probability: Tensor | None = None
+    answers: Tensor | None = None
+    layer: str | None = None
+    number: int | None = None
+    map: Tensor | None = None
+    activation: Tensor | None = None
+
+    def __str__(self) -> str:
+        """Each heat map's extremes, and how often which class is the most probable."""
+        rows = [("", "whole image", "least", "of the square at", "most")]
+        for title, whole, heat in self._heats():
+            corner = "{}, {}".format(*self._corner(heat).tolist())
+            rows.append((title, f"{whole:.4g}", f"{heat.min():.4g}", corner, f"{heat.max():.4g}"))
+        text = table(rows, "<>>>>")
+        if self.answers is None:
+            return text
+        rows = [("most probable class", "squares")]
+        rows += [(self.classes[number], f"{n:,}") for number, n in _by_count(self.answers)]
+        return f"{text}\n\n{table(rows, '<>')}"
+
+    def figure(self) -> Any:
+        """The image with the square where it matters most, heat maps and most probable classes."""
+        heats = self._heats()
+        count = 1 + len(heats) + (self.map is not None) + 2 * (self.answers is not None)
+        rows, columns = -(-count // 3), min(count, 3)
+        height, width = self.image.shape[1:]
+        size = SIZE, rows * (SIZE / columns * 0.8 * height / width + 0.4)
+        figure = new_figure("occlusion", figsize=size, layout="constrained")
+        places = iter(figure.subplots(rows, columns, squeeze=False).flat)
+        title, _, heat = heats[0]
+        square = covered(self.image, self._corner(heat)[None], self.size, self.level)
+        show(next(places), pixels(square[0]), fill(f"least {title}", 30))
+        if self.map is not None:
+            title = f"map {self.number} of {self.layer}"
+            show(next(places), self.map.float().cpu(), title, **_COLOURS)
+        for title, whole, heat in reversed(heats):
+            axes = next(places)
+            title = f"{fill(title, 30)}\n{whole:.3g} without a square"
+            drawn = self._draw(axes, heat, title, **_COLOURS)
+            figure.colorbar(drawn, ax=axes, shrink=0.8).ax.tick_params(labelsize=8)
+        if self.answers is not None:
+            self._draw_answers(next(places), next(places), self.answers)
+        for axes in places:
+            axes.set_visible(False)
+        return figure
+
+    def _heats(self) -> list[tuple[str, float, Tensor]]:
+        """Title, value without a square, and heat map of what there is."""
+        heats = []
+        if self.probability is not None:
+            title = f"probability of {self.classes[self.class_ or 0]}"
+            heats.append((title, self.whole["probability"], self.probability))
+        if self.activation is not None:
+            title = f"sum of map {self.number} of {self.layer}"
+            heats.append((title, self.whole["activation"], self.activation))
+        return heats
+
+    def _corner(self, heat: Tensor) -> Tensor:
+        """That of the square under which ``heat`` is least."""
+        return self.corners.flatten(0, 1)[int(heat.argmin())]
+
+    def _draw(self, axes: Any, values: Tensor, title: str, **options: Any) -> Any:
+        """A value a cell, over the image."""
+        rows, columns = (count * self.stride - 0.5 for count in values.shape)
+        options |= {"extent": (-0.5, columns, rows, -0.5), "alpha": 0.75}
+        show(axes, pixels(self.image).mean(0))
+        drawn = show(axes, values.float().cpu(), title, **options)
+        height, width = self.image.shape[1:]
+        axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        return drawn
+
+    def _draw_answers(self, axes: Any, names: Any, answers: Tensor) -> None:
+        """A colour for each of the nine most frequent classes, and the tenth for all others."""
+        numbers = [number for number, _ in _by_count(answers)]
+        places = torch.full_like(answers, 9)
+        for place, number in enumerate(numbers[:9]):
+            places[answers == number] = place
+        options = {"cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
+        drawn = self._draw(axes, places, "most probable class", **options)
+        labels = [self.classes[number] for number in numbers[:9]] + ["others"] * (len(numbers) > 9)
+        for place, label in enumerate(labels):
+            names.scatter([], [], marker="s", color=drawn.cmap(place), label=label)
+        names.legend(fontsize=9, loc="center left", frameon=False)
+        names.axis("off")
+
+
+_COLOURS = {"cmap": "viridis", "vmin": None, "vmax": None}
+
+
+def _by_count(answers: Tensor) -> list[tuple[int, int]]:
+    """Classes and how often each is among the answers, the most frequent first."""
+    numbers, counts = answers.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    return list(zip(numbers[order].tolist(), counts[order].tolist(), strict=True))
+
+
+def occlusion(
+    model: nn.Module,
+    x: Tensor,
+    class_: int | None = None,
+    layer: str | None = None,
+    *,
+    size: int | None = None,
+    stride: int | None = None,
+    level: float | Sequence[float] | None = None,
+    classes: Sequence[str] = (),
+    batch: int = 64,
+) -> Occlusion:
+    """Cover one part of an image after another by a grey square and see what a network makes of it.
+
+    Zeiler and Fergus (2014; arXiv:1311.2901), section 4.2 and figure 7: if the network sees the
+    object, not what is around it, then covering the object makes its class less probable, and its
+    strongest map weaker.
+
+    The image is divided into cells of ``stride`` pixels a side, from its upper left corner on. A
+    square is centred on each (a remaining half of a pixel goes down and right) and may hang over
+    the border. So every pixel is covered, and a heat map has one value a cell.
+
+    Args:
+        x: one image [C, H, W] of floats, as the model takes it.
+        class_: whose probability is asked for; by default the most probable of the whole image.
+        layer: whose strongest map is watched; by default the last that gives maps of more than one
+            pixel.
+        size: side of the square in pixels; by default a fourth of the image's shorter side.
+        stride: pixels from a square to the next, at most ``size``; by default a fourth of it.
+        level: of the square's pixels, one or one a channel. By default 0.5 where the image is
+            within 0 and 1, else the mean of each of the image's channels.
+        classes: names of the classes, for texts.
+        batch: images that the model gets at once.
+
+    What a model gives is taken for logits if it is [N, classes]. Raises ValueError for arguments
+    that do not fit, and for a model that has neither classes nor maps.
+    """
+    if x.dim() != 3 or not x.numel() or not x.is_floating_point():
+        raise ValueError(f"x must be floats [C, H, W], got {x.dtype} {list(x.shape)}")
+    if batch < 1:
+        raise ValueError(f"batch must be positive, got batch={batch}")
+    size = max(1, min(x.shape[1:]) // 4) if size is None else size
+    stride = max(1, size // 4) if stride is None else stride
+    corners, grey = _corners(x, size, stride), _level(x, level)
+    with evaluating(model), torch.no_grad():
+        layer = _last_maps(model, x[None]) if layer is None else layer
+        chances, maps = _look(model, x[None], layer)
+        about: dict[str, Any] = {}
+        if chances is not None:
+            about["classes"] = class_names(classes, chances.shape[1])
+            about["class_"] = int(chances.argmax()) if class_ is None else class_
+        if class_ is not None:
+            check_class(class_, 0 if chances is None else chances.shape[1], "class_")
+        if maps is not None:
+            number = int(maps[0].amax((1, 2)).argmax())
+            about |= {"layer": layer, "number": number, "map": maps[0, number]}
+        if not about:
+            raise ValueError("model must give [N, classes], or maps in one of its layers")
+        chosen = layer, about.get("class_"), about.get("number")
+        whole = _read(model, x[None], *chosen)
+        parts = []
+        with closing(Progress("occlusion", corners[..., 0].numel(), 0, "image")) as bar:
+            for part in corners.flatten(0, 1).split(batch):
+                parts.append(_read(model, covered(x, part, size, grey), *chosen))
+                if bar.advance(len(part)):
+                    bar.show()
+    for name in whole:
+        about[name] = torch.cat([part[name] for part in parts]).view(corners.shape[:2])
+    values = {name: float(value) for name, value in whole.items() if name != "answers"}
+    return Occlusion(x, size, stride, grey, corners, values, **about)
+
+
+def covered(x: Tensor, corners: Tensor, size: int, level: Tensor) -> Tensor:
+    """Copies [N, C, H, W] of x[C, H, W], each with a square of ``level`` [C] from its corner on.
+
+    ``corners`` [N, 2] are the first line and column of each; a square may hang over the border.
+    """
+    inside = []
+    for axis in (0, 1):
+        first = corners[:, axis, None].to(x.device)
+        place = torch.arange(x.shape[1 + axis], device=x.device)
+        inside.append((place >= first) & (place < first + size))
+    square = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+    return torch.where(square, level[:, None, None], x)
+
+
+def _corners(x: Tensor, size: int, stride: int) -> Tensor:
+    if not 1 <= stride <= size:
+        raise ValueError(f"stride must be from 1 to size={size}, got stride={stride}")
+    over = (size - stride) // 2
+    lines, columns = (torch.arange(0, side, stride) - over for side in x.shape[1:])
+    return torch.stack(torch.meshgrid(lines, columns, indexing="ij"), -1)
+
+
+def _level(x: Tensor, level: float | Sequence[float] | None) -> Tensor:
+    """That of a square's pixels [C]."""
+    if level is None:
+        return torch.full_like(x[:, 0, 0], 0.5) if 0 <= x.min() <= x.max() <= 1 else x.mean((1, 2))
+    values = x.new_tensor(level)
+    if values.dim() > 1 or values.numel() not in (1, len(x)):
+        raise ValueError(f"level must be one number or {len(x)}, one a channel, got level={level}")
+    return values.expand(len(x))
+
+
+def _last_maps(model: nn.Module, x: Tensor) -> str | None:
+    """The last layer that gives maps, if possible of more than one pixel."""
+    layers = summary(model, tuple(x.shape), x.dtype).layers
+    maps = [row for row in layers if len(row.output_size) == 4]
+    large = [row for row in maps if row.output_size[2:] != (1, 1)]
+    return next((row.name for row in reversed(large or maps)), None)
+
+
+def _look(model: nn.Module, images: Tensor, layer: str | None) -> tuple[Any, Any]:
+    """Probabilities [N, classes] and the layer's maps [N, K, P, Q]; None where there are none."""
+    result, found = run(model, images, [] if layer is None else [layer])
+    return probabilities(result), None if layer is None else check_maps(found[layer], layer)
+
+
+def _read(
+    model: nn.Module, images: Tensor, layer: str | None, class_: int | None, number: int | None
+) -> dict[str, Tensor]:
+    """A class's probability, the most probable class, and a map's sum, [N] each: what there is."""
+    chances, maps = _look(model, images, layer)
+    values = {}
+    if chances is not None:
+        values |= {"probability": chances[:, class_], "answers": chances.argmax(1)}
+    if maps is not None:
+        values["activation"] = wide(maps[:, number]).sum((1, 2))
+    return values
