@@ -43,7 +43,7 @@ cnn.data
 cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
 cnn.evaluate
-cnn.visualize.layers cnn.visualize.pictures
+cnn.visualize.layers cnn.visualize.pictures cnn.visualize.fields
 cnn.visualize.maps
 cnn.visualize
 cnn.train
