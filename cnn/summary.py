@@ -1,5 +1,6 @@
 """What a network is made of: a table of its layers, found without computing anything."""
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -43,9 +44,14 @@ class Summary(NamedTuple):
             seen = _by(field.size) if field else "-"
             rows.append((name, kind, _by(size), seen, *(f"{number:,}" for number in numbers)))
         rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.flops:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        form = "  ".join(f"{{:{side}{n}}}" for side, n in zip("<<>>>>", widths, strict=True))
-        return "\n".join(form.format(*row) for row in rows)
+        return table(rows, "<<>>>>")
+
+
+def table(rows: Sequence[Sequence[str]], sides: str) -> str:
+    """Rows as lines whose columns stand below each other, each at its left < or its right >."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join(f"{{:{side}{n}}}" for side, n in zip(sides, widths, strict=True))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 def _by(size: tuple[int, ...]) -> str:

@@ -5,7 +5,8 @@ a function that returns tensors, with a ``figure`` of them, for any network of t
 this library's.
 """
 
+from .correspondence import Correspondence, correspondence
 from .maps import Maps, strongest_maps
 from .pictures import normalise_first
 
-__all__ = ["Maps", "normalise_first", "strongest_maps"]
+__all__ = ["Correspondence", "Maps", "correspondence", "normalise_first", "strongest_maps"]
