@@ -44,7 +44,7 @@ cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
 cnn.evaluate
 cnn.visualize.layers cnn.visualize.pictures cnn.visualize.fields
-cnn.visualize.maps cnn.visualize.correspondence
+cnn.visualize.maps cnn.visualize.ablation cnn.visualize.correspondence
 cnn.visualize
 cnn.train
 cnn.__main__

@@ -5,8 +5,19 @@ a function that returns tensors, with a ``figure`` of them, for any network of t
 this library's.
 """
 
+from .ablation import Ablation, MapAblation, ablation, map_ablation
 from .correspondence import Correspondence, correspondence
 from .maps import Maps, strongest_maps
 from .pictures import normalise_first
 
-__all__ = ["Correspondence", "Maps", "correspondence", "normalise_first", "strongest_maps"]
+__all__ = [
+    "Ablation",
+    "Correspondence",
+    "MapAblation",
+    "Maps",
+    "ablation",
+    "correspondence",
+    "map_ablation",
+    "normalise_first",
+    "strongest_maps",
+]
