@@ -9,15 +9,18 @@ from .ablation import Ablation, MapAblation, ablation, map_ablation
 from .correspondence import Correspondence, correspondence
 from .maps import Maps, strongest_maps
 from .pictures import normalise_first
+from .receptive_field import ReceptiveFields, receptive_field
 
 __all__ = [
     "Ablation",
     "Correspondence",
     "MapAblation",
     "Maps",
+    "ReceptiveFields",
     "ablation",
     "correspondence",
     "map_ablation",
     "normalise_first",
+    "receptive_field",
     "strongest_maps",
 ]
