@@ -1,7 +1,5 @@
 """``python -m cnn show``, the images it can be given and the weights it knows of."""
 
-import importlib.util
-import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,9 +11,6 @@ import cnn
 from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
 from cnn import data, show
-from cnn.models import hed
-from cnn.models.vgg import D
-from cnn.problem import Problem
 from cnn.train import Config
 
 

@@ -5,6 +5,8 @@ a function that returns tensors, with a ``figure`` of them, for any network of t
 this library's.
 """
 
+from .ablation import Ablation, MapAblation, ablation, map_ablation
+from .correspondence import Correspondence, correspondence
 from .deconvnet import Deconvnet, Projections, deconvnet, project
 from .evolution import Evolution, evolution
 from .filters import Filters, filters
@@ -12,23 +14,32 @@ from .invariance import Curves, Invariance, invariance, transformed
 from .maps import Maps, maps
 from .occlusion import Occlusion, occlusion
 from .pictures import normalise_first
+from .receptive_field import ReceptiveFields, receptive_field
 
 __all__ = [
+    "Ablation",
+    "Correspondence",
     "Curves",
     "Deconvnet",
     "Evolution",
     "Filters",
     "Invariance",
+    "MapAblation",
     "Maps",
     "Occlusion",
     "Projections",
+    "ReceptiveFields",
+    "ablation",
+    "correspondence",
     "deconvnet",
     "evolution",
     "filters",
     "invariance",
+    "map_ablation",
     "maps",
     "normalise_first",
     "occlusion",
     "project",
+    "receptive_field",
     "transformed",
 ]

@@ -56,6 +56,23 @@ def _shown(images: Tensor) -> Tensor:
     return images if images.shape[-3] in (1, 3) else images.mean(-3, keepdim=True)
 
 
+def grey(images: Tensor, level: float | Sequence[float] | None = None) -> Tensor:
+    """What stands for nothing in images [N, C, H, W]: levels [N, C, 1, 1].
+
+    ``level`` is one number, or one a channel. By default it is 0.5 for an image within 0 and 1,
+    else the mean of each of its channels.
+    """
+    if level is None:
+        within = (images.amin((1, 2, 3)) >= 0) & (images.amax((1, 2, 3)) <= 1)
+        middle = images.new_tensor(0.5)
+        return torch.where(within[:, None, None, None], middle, images.mean((2, 3), keepdim=True))
+    count, channels = images.shape[:2]
+    values = images.new_tensor(level)
+    if values.dim() > 1 or values.numel() not in (1, channels):
+        raise ValueError(f"level must be one number or {channels}, one a channel, got {level}")
+    return values.expand(count, channels)[:, :, None, None]
+
+
 def tiles(images: Tensor, columns: int | None = None, gap: int = 1, level: float = 1.0) -> Tensor:
     """Images [N, C, H, W] row by row as one [C, H', W'], ``gap`` pixels of ``level`` between them.
 
@@ -80,6 +97,24 @@ def show(axes: Any, image: Tensor, title: str = "", **options: Any) -> Any:
         image = image.permute(1, 2, 0) if len(image) == 3 else image[0]
     colour = {} if image.dim() == 3 else {"cmap": "gray", "vmin": 0, "vmax": 1}
     return axes.imshow(image.numpy(), **{"interpolation": "nearest", **colour, **options})
+
+
+def frame(axes: Any, box: Sequence[int], colour: Any, **options: Any) -> Any:
+    """Draw a rectangle around the pixels from top, left to before bottom, right in ``axes``."""
+    from matplotlib.patches import Rectangle  # optional, as all of matplotlib
+
+    top, left, bottom, right = box
+    options = {"linewidth": 1.5, "fill": False, "edgecolor": colour} | options
+    return axes.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, **options))
+
+
+def colours(count: int) -> list[Any]:
+    """``count`` colours that are told apart: ten distinct ones, or more from blue to red."""
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return list(colormaps["tab10"].colors[:count])  # type: ignore[attr-defined]
+    return list(colormaps["turbo"](torch.linspace(0.05, 0.95, count).numpy()))
 
 
 def panels(

@@ -1,0 +1,229 @@
+"""Whether a network finds the same part of an object in different images."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..journal import Progress, new_figure
+from ..summary import table
+from .layers import evaluating, outputs
+from .pictures import SIZE, colours, frame, grey, pixels, show
+
+SHOWN = 10
+"""Images in a figure."""
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """How differently the features of images change when the same part of each is covered.
+
+    ``parts`` names the boxes [N, 4] that were covered in ``images`` [N, C, H, W], each top, left,
+    bottom and right, of which the last two are the first outside.
+
+    ``shares`` [layers, parts, N, N] says of any two images for how many of a layer's features the
+    changes differ in sign, up, down or none, as a share of all. ``random`` [layers, parts, draws,
+    N, N] is the same of boxes as large as the part's, at random places.
+    """
+
+    images: Tensor
+    parts: dict[str, Tensor]
+    layers: tuple[str, ...]
+    shares: Tensor
+    random: Tensor
+
+    @property
+    def change(self) -> Tensor:
+        """The score of each layer and part, and its spread: [2, layers, parts].
+
+        The score is the mean share over all pairs of images: 0 where each feature changes in the
+        same direction in all images. The spread is the standard deviation, over the images, of the
+        mean of an image's pairs.
+        """
+        return _mean_and_spread(self.shares[:, :, None])
+
+    @property
+    def random_change(self) -> Tensor:
+        """The same of random boxes: [2, layers, parts], over images and draws."""
+        return _mean_and_spread(self.random)
+
+    def __str__(self) -> str:
+        """The scores of each layer and part."""
+        rows = [("layer", "part", "sign change", "random boxes")]
+        scores = torch.stack([self.change, self.random_change]).permute(2, 3, 0, 1).tolist()
+        for layer, of_layer in zip(self.layers, scores, strict=True):
+            for part, of_part in zip(self.parts, of_layer, strict=True):
+                own, random = (f"{mean:.3f} ± {spread:.3f}" for mean, spread in of_part)
+                rows.append((layer, part, own, random))
+        return table(rows, "<<>>")
+
+    def figure(self) -> Any:
+        """The first images with the parts' boxes, and the scores of each layer as bars."""
+        images = self.images[:SHOWN]
+        height, width = images.shape[2:]
+        rows, down = -(-len(images) // 5), -(-len(self.layers) // 3)
+        columns, across = -(-len(images) // rows), -(-len(self.layers) // down)
+        heights = [rows * SIZE / columns * height / width, 2.6 * down]
+        figure = new_figure("parts", figsize=(SIZE, sum(heights)), layout="constrained")
+        halves: Any = figure.subfigures(2, 1, height_ratios=heights)
+        above, below = halves
+        colour = dict(zip(self.parts, colours(len(self.parts)), strict=True))
+        for number in range(len(images)):
+            axes = above.add_subplot(rows, columns, number + 1)
+            show(axes, pixels(images[number]))
+            for part, boxes in self.parts.items():
+                frame(axes, boxes[number].tolist(), colour[part])
+        first = None
+        for number, layer in enumerate(self.layers):
+            first = axes = below.add_subplot(down, across, number + 1, sharey=first)
+            _bars(axes, self.change[:, number], colour, 0)
+            _bars(axes, self.random_change[:, number], dict.fromkeys(colour, "0.8"), 0.4)
+            axes.set_xticks([place + 0.2 for place in range(len(colour))], list(colour))
+            axes.set_title(layer, fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.tick_params("x", rotation=30 if len(colour) > 4 else 0)
+        below.supylabel("features whose signs differ\n(grey: random boxes)", fontsize=9)
+        return figure
+
+
+def _bars(axes: Any, scores: Tensor, colour: Mapping[str, Any], shift: float) -> None:
+    means, spreads = scores.tolist()
+    places = [place + shift for place in range(len(means))]
+    options = {"color": list(colour.values()), "ecolor": "0.3", "capsize": 2}
+    axes.bar(places, means, 0.4, yerr=spreads, **options)
+
+
+def _mean_and_spread(shares: Tensor) -> Tensor:
+    """Of shares [layers, parts, draws, N, N], over draws and images: [2, layers, parts]."""
+    count = shares.shape[-1]
+    means = (shares.sum(-1) / (count - 1)).flatten(2)  # an image does not differ from itself
+    return torch.stack([means.mean(-1), means.std(-1)])
+
+
+def correspondence(
+    model: nn.Module,
+    images: Tensor,
+    parts: Mapping[str, Any],
+    layers: Sequence[str],
+    *,
+    random: int = 10,
+    within: Any = None,
+    level: float | Sequence[float] | None = None,
+    seed: int = 0,
+    batch: int = 64,
+) -> Correspondence:
+    """Cover the same part in images of one kind of object and compare what changes in them.
+
+    Zeiler and Fergus (2014; arXiv:1311.2901), section 4.3 and table 1. Nothing tells a network that
+    eyes of different dogs correspond. If it knows, covering them changes its features alike. Of ε,
+    the features of an image less those of the image with its part covered, the signs (-1, 0 or 1)
+    are compared: Δ is the sum of the Hamming distances of sign(ε) over all ordered pairs of images.
+    The score here is Δ divided by the number of such pairs and of features; by what the paper's own
+    values are divided, it does not say. A lower score means more alike.
+
+    Boxes at random places, drawn for each image apart, are what to compare with. Where objects lie
+    alike in all images, the parts' boxes do, too, and random ones do not: this alone lowers the
+    scores of layers that keep the map's size.
+
+    Args:
+        images: floats [N, C, H, W] as the model takes them, at least two.
+        parts: the boxes [N, 4] of each part by its name, in whole pixels: top, left, bottom and
+            right, of which the last two are the first outside.
+        layers: names of those whose features are compared, in any number of axes.
+        random: how often random boxes are drawn for a part.
+        within: the boxes [N, 4] of the objects, for the random boxes; by default the whole images.
+        level: of the pixels that cover, one number or one a channel. By default 0.5 for an image
+            within 0 and 1, else the mean of each of its channels.
+        seed: of the random places.
+        batch: images that the model gets at once. The features of all images are kept.
+
+    Raises ValueError for arguments that do not fit.
+    """
+    if images.dim() != 4 or len(images) < 2 or not images.is_floating_point():
+        size = list(images.shape)
+        raise ValueError(f"images must be floats [N, C, H, W], N > 1, got {images.dtype} {size}")
+    counts = {"parts": len(parts), "layers": len(layers), "random": random, "batch": batch}
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least one, got {name}={count}")
+    image = torch.tensor([0, 0, *images.shape[2:]]).expand(len(images), 4)
+    boxes = {name: _boxes(name, values, image) for name, values in parts.items()}
+    objects = image if within is None else _boxes("within", within, image)
+    places = _with_random(boxes, objects, random, seed)
+    levels = grey(images, level)
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        closing(Progress("correspondence", images.shape[0] * len(places), 0, "image")) as bar,
+    ):
+        before = _features(model, images, layers, batch)
+        found = []
+        for place in places:
+            after = _features(model, _covered(images, place, levels), layers, batch)
+            found.append(torch.stack([_shares(*pair) for pair in zip(before, after, strict=True)]))
+            if bar.advance(len(images)):
+                bar.show()
+    shares = torch.stack(found, 1).unflatten(1, (len(parts), 1 + random))
+    return Correspondence(images, boxes, tuple(layers), shares[:, :, 0], shares[:, :, 1:])
+
+
+def _boxes(name: str, values: Any, whole: Tensor) -> Tensor:
+    """The boxes [N, 4] that an argument gives, checked to lie within the images."""
+    boxes = torch.as_tensor(values).cpu()
+    if boxes.shape != whole.shape or boxes.is_floating_point():
+        size = f"{boxes.dtype} {list(boxes.shape)}"
+        raise ValueError(f"boxes must be whole numbers {list(whole.shape)}, got {name} of {size}")
+    (first, last), (_, side) = (t.unflatten(1, (2, 2)).unbind(1) for t in (boxes, whole))
+    bad = ((first < 0) | (first >= last) | (last > side)).any(1)
+    if bad.any():
+        number = int(bad.nonzero()[0])
+        text = f"{name}={boxes[number].tolist()} of image {number}"
+        raise ValueError(f"boxes must hold pixels of {side[0].tolist()} only, got {text}")
+    return boxes
+
+
+def _with_random(boxes: dict[str, Tensor], within: Tensor, count: int, seed: int) -> Tensor:
+    """Each part's boxes, and after them ``count`` times as large ones at random places."""
+    generator = torch.Generator().manual_seed(seed)
+    low, high = within.unflatten(1, (2, 2)).unbind(1)
+    places = []
+    for name, own in boxes.items():
+        size = own[:, 2:] - own[:, :2]
+        room = high - low - size
+        if (room < 0).any():
+            number = int((room < 0).any(1).nonzero()[0])
+            text = f"within={within[number].tolist()} of image {number}"
+            raise ValueError(f"within must have room for each part, got {text} for {name}")
+        places.append(own)
+        for _ in range(count):
+            drawn = torch.rand(size.shape, generator=generator, dtype=torch.float64)
+            corner = low + (drawn * (room + 1)).long()
+            places.append(torch.cat([corner, corner + size], 1))
+    return torch.stack(places)
+
+
+def _covered(images: Tensor, boxes: Tensor, levels: Tensor) -> Tensor:
+    """Copies of the images, each with its box at its level."""
+    images = images.clone()
+    for image, box, level in zip(images, boxes.tolist(), levels, strict=True):
+        top, left, bottom, right = box
+        image[:, top:bottom, left:right] = level
+    return images
+
+
+def _features(model: nn.Module, images: Tensor, layers: Sequence[str], batch: int) -> list[Tensor]:
+    """[N, features] of each layer.
+
+    The batches are always the same, so that a feature that sees no change has the same bits.
+    """
+    found = [outputs(model, part, layers) for part in images.split(batch)]
+    return [torch.cat([each[name].flatten(1) for each in found]) for name in layers]
+
+
+def _shares(before: Tensor, after: Tensor) -> Tensor:
+    """For how many of the features [N, features] two images' changes differ in sign: [N, N]."""
+    signs = (before - after).sign()
+    return torch.stack([(signs != own).double().mean(1) for own in signs]).cpu()

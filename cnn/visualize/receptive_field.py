@@ -1,0 +1,110 @@
+"""What the layers of a network see of an image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from kernels.geometry import ReceptiveField
+
+from ..journal import new_figure
+from ..summary import summary, table
+from .fields import Box, window
+from .layers import field_of
+from .pictures import SIZE, colours, frame, pixels, show
+
+
+class Seen(NamedTuple):
+    """What the pixel ``position`` of a layer's maps sees.
+
+    ``box`` is top, left, bottom and right in the image's pixels, of which the last two are the
+    first outside; it reaches beyond the image where the layer sees padding.
+    """
+
+    layer: str
+    field: ReceptiveField
+    position: tuple[int, int]
+    box: Box
+
+
+@dataclass(frozen=True)
+class ReceptiveFields:
+    """What the central pixel of each layer's maps sees of ``image`` [C, H, W]."""
+
+    image: Tensor
+    seen: tuple[Seen, ...]
+
+    def __str__(self) -> str:
+        """Size and stride of each layer's field, and the pixels that its central one spans."""
+        rows = [("layer", "field", "stride", "pixel", "rows", "columns")]
+        for layer, field, position, (top, left, bottom, right) in self.seen:
+            spans = f"{top} to {bottom - 1}", f"{left} to {right - 1}"
+            place = "{}, {}".format(*position)
+            rows.append((layer, _by(field.size), _by(field.stride), place, *spans))
+        return table(rows, "<>>>>>")
+
+    def figure(self) -> Any:
+        """The image with a rectangle a layer, dashed where it sees padding.
+
+        Of what is outside the image, no more shows than half the image's size on each side.
+        """
+        figure = new_figure("fields", figsize=(SIZE, 0.7 * SIZE), layout="constrained")
+        axes = figure.subplots()
+        show(axes, pixels(self.image))
+        height, width = self.image.shape[1:]
+        image = frame(axes, (0, 0, height, width), "0.6", linewidth=0.5)
+        for (layer, field, _, box), colour in zip(self.seen, colours(len(self.seen)), strict=True):
+            frame(axes, box, colour, linestyle="--", linewidth=1)
+            inside = frame(axes, box, colour, label=f"{layer}  {_by(field.size)}")
+            inside.set_clip_path(image)
+        tops, lefts, bottoms, rights = zip(*(seen.box for seen in self.seen), strict=True)
+        axes.set_ylim(*reversed(_limits(tops, bottoms, height)))
+        axes.set_xlim(*_limits(lefts, rights, width))
+        columns = -(-len(self.seen) // 28)
+        figure.legend(loc="outside right center", fontsize=8, frameon=False, ncols=columns)
+        return figure
+
+
+def _by(pair: tuple[int, int]) -> str:
+    return "x".join(map(str, pair))
+
+
+def _limits(first: Sequence[int], last: Sequence[int], side: int) -> tuple[float, float]:
+    """What of an axis is shown: the image and all boxes, with a margin, but no more than twice it.
+
+    Pixels are drawn around whole numbers.
+    """
+    margin = 0.02 * side
+    low, high = min(0, *first) - margin, max(side, *last) + margin
+    return max(low, -side / 2) - 0.5, min(high, 1.5 * side) - 0.5
+
+
+def receptive_field(
+    model: nn.Module, x: Tensor, layers: Sequence[str] | None = None
+) -> ReceptiveFields:
+    """The field of the central pixel of layers' maps, drawn on the image x[C, H, W].
+
+    ``layers`` are names; by default all whose field is known, those left out whose field is that of
+    one before. A field is the least rectangle of pixels that holds all that any path from the image
+    brings, as ``cnn.summary`` finds it without computing anything. Of an even number of rows or
+    columns the one behind the middle is central.
+
+    Raises ValueError for a layer that does not exist, or whose field is not known: one that sees
+    everything, such as a linear one.
+    """
+    if x.dim() != 3:
+        raise ValueError(f"x must be one image [C, H, W], got {list(x.shape)}")
+    rows = {row.name: row for row in summary(model, (1, *x.shape), x.dtype).layers}
+    if layers is None:
+        fields = {row.field: row.name for row in reversed(rows.values()) if row.field}
+        layers = [name for name in rows if name in fields.values()]
+        if not layers:
+            raise ValueError("model must have layers whose receptive field is known")
+    seen = []
+    for name in layers:
+        field = rows[name].field if name in rows else None
+        field = field or field_of(model, name, x[None])  # which says what is wrong
+        p, q = (side // 2 for side in rows[name].output_size[-2:])
+        seen.append(Seen(name, field, (p, q), window(field, p, q)))
+    return ReceptiveFields(x, tuple(seen))
