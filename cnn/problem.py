@@ -16,6 +16,6 @@ class Problem(Exception):
         self.code = code
 
 
-def missing(package: str, use: str) -> Problem:
+def missing(package: str, use: str, extra: str = "train") -> Problem:
     """The problem that an optional package is not installed."""
-    return Problem(f"{use} needs {package}: pip install 'triton-cnn[train]'")
+    return Problem(f"{use} needs {package}: pip install 'triton-cnn[{extra}]'")
