@@ -6,8 +6,9 @@ Importing this touches no GPU and compiles nothing.
 from kernels.autotune import enabled as autotune
 from kernels.device import warm_up
 
-from . import functional, models
+from . import export, functional, models
 from .convert import convert, revert
+from .export import export_onnx
 from .layers import (
     Conv2d,
     ConvReLU2d,
@@ -28,6 +29,8 @@ __all__ = [
     "MaxUnpool2d",
     "autotune",
     "convert",
+    "export",
+    "export_onnx",
     "fold_batch_norm",
     "functional",
     "models",

@@ -28,16 +28,15 @@ kernels.planner kernels.aten kernels.vmap kernels.winners
 kernels.autotune
 kernels.library
 kernels.functions
-cnn.arguments cnn.autocast cnn.decisions
+cnn.arguments cnn.autocast cnn.decisions cnn.problem
 cnn.functional cnn.fusion
 cnn.layers
-cnn.summary cnn.convert
+cnn.summary cnn.convert cnn.export
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
 cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
 cnn.models.hed
 cnn.models
 cnn
-cnn.problem
 cnn.data.batches cnn.data.augment cnn.data.prepare cnn.data.formats cnn.data.files
 cnn.data.sets
 cnn.data

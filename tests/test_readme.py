@@ -10,7 +10,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_example(device):
-    example, conversion = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, conversion, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(example, names)
     x, w, y = names["x"], names["w"], names["y"]
