@@ -103,19 +103,19 @@ class Images:
     names: Sequence[str]
     data: str | None
     limit: int
-    broken: str = "skip"
+    only: str | None = None
 
-    def only(self) -> Iterator[Tensor]:
+    def without_labels(self) -> Iterator[Tensor]:
         """Batches without labels."""
         return (images for images, _ in self.batches())
 
     def one(self) -> Tensor:
         """The first, [C, H, W]."""
-        return next(self.only())[0]
+        return next(self.without_labels())[0]
 
     def all(self) -> Tensor:
         """All of them, [N, C, H, W]."""
-        return torch.cat([*self.only()])
+        return torch.cat([*self.without_labels()])
 
     def labels(self) -> Tensor | None:
         """The classes of all, [N], where they are known."""
@@ -138,11 +138,26 @@ class Images:
         name = self.data or self.subject.data
         if not name:
             raise Problem("say which images to look at, by --image or --data")
-        test = data.load(name, known.size).test
-        watch = Watch(test, self.broken, tell)
-        for images, labels in DataLoader(Subset(test, range(min(self.limit, len(test)))), 64):
+        sets = data.load(name, known.size)
+        chosen = self._chosen(sets)
+        watch = Watch(sets.test, "skip", tell)
+        for images, labels in DataLoader(Subset(sets.test, chosen), 64):
             counted = watch(labels) != UNCOUNTED
-            yield self.subject.pixels(images[counted]), labels[counted]
+            images = images[counted].expand(-1, known.channels, -1, -1)
+            yield self.subject.pixels(images), labels[counted]
+
+    def _chosen(self, sets: data.Data) -> list[int]:
+        """The first of the test set, or of one class in it."""
+        classes, channels = sets.description.classes, sets.description.channels
+        if channels not in (1, self.subject.description.channels):
+            raise Problem(f"--data: its images have {channels} channels, which the model does not")
+        every = range(len(sets.test))
+        if self.only is None:
+            return [*every[: self.limit]]
+        if self.only not in classes:
+            raise Problem(f"--only: {self.only} is none of {', '.join(classes)}")
+        label = classes.index(self.only)
+        return [i for i in every if int(sets.test[i][1]) == label][: self.limit]
 
 
 # One function a tool: what its result is, of which the rest is made.
@@ -150,7 +165,7 @@ class Images:
 
 def _filters(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     options = {"count": args.count, "guided": args.guided}
-    return visualize.filters(subject.model, args.layer, images.only(), **options)
+    return visualize.filters(subject.model, args.layer, images.without_labels(), **options)
 
 
 def _maps(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
@@ -159,7 +174,7 @@ def _maps(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
 
 def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     return visualize.deconvnet(
-        *(subject.model, images.only(), subject.layer(args), args.map),
+        *(subject.model, images.without_labels(), subject.layer(args), args.map),
         count=args.count,
         top=args.top,
         whole=args.whole,
@@ -176,7 +191,7 @@ def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> An
         raise Problem(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
     stages = {epoch: look_up(args, kept[epoch]).model for epoch in chosen}
     return visualize.evolution(
-        *(stages, images.only, subject.layer(args), args.map),
+        *(stages, images.without_labels, subject.layer(args), args.map),
         count=args.count,
         guided=args.guided,
     )
@@ -332,6 +347,7 @@ def add_parsers(commands: Any) -> None:
         known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())
         add("--image", nargs="+", default=(), metavar="PATH", help=f"images; or {known} and others")
         add("--data", type=data_set, metavar="NAME", help="or a test set (of the one trained on)")
+        add("--only", metavar="CLASS", help="of one class alone, by its name")
         first = "its first images (%(default)s)"
         add("--limit", type=whole, default=limit, metavar="N", help=first)
         for argument in arguments:
@@ -346,7 +362,7 @@ def add_parsers(commands: Any) -> None:
 def show(args: argparse.Namespace) -> None:
     """Print the table there is, and write the figure as a PNG and in an HTML page."""
     subject = look_up(args, args.checkpoint)
-    images = Images(subject, args.image, args.data, args.limit)
+    images = Images(subject, args.image, args.data, args.limit, args.only)
     try:
         result = args.make(args, subject, images)
         picture = png(result.figure())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..problem import Problem
+from ..problem import Problem, missing
 from .files import ImageFiles, image_files
 from .formats import cifar10_binary, cifar10_pickle, first_there, idx
 from .prepare import Description
@@ -118,6 +118,26 @@ def digits(path: Path | None, size: int | None, seed: int) -> Data:
     return in_memory(*parts, DIGITS, size, "scikit-learn", mirrors=False)
 
 
+def faces(path: Path | None, size: int | None, seed: int) -> Data:
+    """scikit-image's 100 faces and 100 other cuttings of photographs, grey, of 25x25 pixels.
+
+    A fixed fifth of each is the test set.
+    """
+    from sklearn.model_selection import train_test_split  # takes its time
+
+    try:
+        from skimage.data import lfw_subset
+    except ImportError:
+        raise missing("scikit-image", "the data set faces", "show") from None
+    if path:
+        raise Problem("faces come with scikit-image and take no path")
+    images = torch.from_numpy(lfw_subset()).mul(255).round().to(torch.uint8)[:, None]
+    labels = torch.arange(2).repeat_interleave(100)
+    train, test = train_test_split(range(200), test_size=0.2, stratify=labels, random_state=0)
+    parts = (images[train], labels[train]), (images[test], labels[test])
+    return in_memory(*parts, ("face", "other"), size or 32, "scikit-image", mirrors=True)
+
+
 @dataclass(frozen=True)
 class IdxSet:
     """A reader of the four IDX files that MNIST, and what was made like it, consists of."""
@@ -200,6 +220,7 @@ def _labelled(classes: Sequence[list[Path]], size: int) -> ImageFiles:
 
 NAMES: dict[str, Callable[[Path | None, int | None, int], Data]] = {
     "digits": digits,
+    "faces": faces,
     "mnist": IdxSet(DIGITS, DEBIAN / "mnist", mirrors=False),
     "fashion-mnist": IdxSet(CLOTHES, DEBIAN / "fashion-mnist", mirrors=True),
     "cifar10": cifar10,

@@ -86,7 +86,7 @@ def _kept(model: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[s
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             tensor = _first_tensor(output)
             if tensor is not None:
-                found.setdefault(name, tensor)
+                found.setdefault(name, tensor.clone())  # before a ReLU in place
             if stop and len(found) == len(set(names)):
                 raise _Enough
 
