@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import cnn
 from cnn.visualize import invariance, transformed
+from cnn.visualize.pictures import pixels
 
 STEPS = {"translation": (-2, 0, 1), "scale": (1, 1.5), "rotation": (0, 30, 90, 360)}
 
@@ -186,6 +187,14 @@ def test_a_converted_model_says_the_same(device):
     found.figure()
 
 
+def test_numbers_of_16_bits_are_compared_in_32():
+    found = invariance(network().bfloat16(), pictures(2, 2, 9, 8).bfloat16(), steps=STEPS)
+    curves = found.curves["scale"]
+    assert curves.distances.dtype == curves.probability.dtype == torch.float32
+    assert curves.distances[..., 0].eq(0).all()
+    found.figure()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -223,8 +232,10 @@ def test_figure_and_text():
     for row, (kind, curves) in enumerate(found.curves.items()):
         shown, *plots = figure.axes[4 * row : 4 * row + 4]
         assert shown.get_title().startswith(f"{kind}: ")
-        size = shown.images[0].get_array().shape
-        assert size == (5 * 10 - 1, len(curves.steps) * 9 - 1), "five images, all steps"
+        montage = torch.tensor(shown.images[0].get_array())
+        assert montage.shape == (5 * 10 - 1, len(curves.steps) * 9 - 1), "five images, all steps"
+        last = pixels(transformed(x[:1], kind, curves.steps[-1]))[0, 0]
+        assert_close(montage[:9, -8:], last)
         titles = ["distance in 0", "distance in 3", "probability"]
         assert [axes.get_title() for axes in plots] == titles
         for axes, lines in zip(plots, [*curves.distances, curves.probability], strict=True):

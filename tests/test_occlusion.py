@@ -107,6 +107,24 @@ def test_the_square_is_grey(image, level, grey):
     assert covered(x, torch.tensor([[0, 1]]), 1, found.level)[0, :, 0, 1].tolist() == grey
 
 
+def test_the_map_with_the_largest_value_falls_where_it_is_covered():
+    model = nn.Conv2d(2, 2, 1, bias=False)
+    model.weight.data = torch.eye(2)[:, :, None, None]  # each channel is a map
+    x = torch.zeros(2, 4, 6)
+    x[0] = 0.5
+    x[1, 2, 3] = 1
+    found = occlusion(nn.Sequential(model), x, size=2, stride=2, level=0.125)
+    assert (found.layer, found.number, found.whole) == ("0", 1, {"activation": 1.0})
+    assert found.activation.tolist() == [[1.5, 1.5, 1.5], [1.5, 0.5, 1.5]]
+
+
+def test_numbers_of_16_bits_are_added_in_32():
+    model, x = network().bfloat16(), picture(2, 6, 9).bfloat16()
+    found = occlusion(model, x, size=3, stride=3)
+    assert found.probability.dtype == found.activation.dtype == torch.float32
+    found.figure()
+
+
 def titles(found):
     """The first words of those of its figure's pictures."""
     axes = [axes for axes in found.figure().axes if axes.get_title() and axes.get_visible()]

@@ -251,7 +251,7 @@ def _labels(
     count = known[0].shape[1] if known else 0
     if labels is None:
         return torch.cat(known).argmax(1) if known else None, count
-    numbers = torch.as_tensor(labels, device=images.device)
+    numbers = torch.as_tensor(labels, dtype=torch.int64, device=images.device)
     if numbers.shape != images.shape[:1]:
         raise ValueError(f"labels must be {len(images)} classes, got {list(numbers.shape)}")
     for number in numbers.tolist():
