@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Subset
 from . import checkpoint as checkpoints
 from . import data, models, visualize
 from .checkpoint import write
-from .data import PHOTOGRAPHS, UNCOUNTED, Description, Watch, photograph
+from .data import PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
 from .data.sets import IMAGENET
 from .journal import png, tell
 from .models import hed
 from .options import add_common, data_set, not_negative, number, whole
-from .problem import Problem
+from .problem import FAILURE, Problem
 from .visualize.layers import map_layers
 from .visualize.page import page
 
@@ -140,13 +140,17 @@ class Images:
             raise Problem("say which images to look at, by --image or --data")
         sets = data.load(name, known.size)
         chosen = self._chosen(sets)
-        watch = Watch(sets.test, "skip", tell)
+        watch, count = Watch(sets.test, "skip", tell), 0
         for images, labels in DataLoader(Subset(sets.test, chosen), 64):
             counted = watch(labels) != UNCOUNTED
-            images = images[counted].expand(-1, known.channels, -1, -1)
-            yield self.subject.pixels(images), labels[counted]
+            count += len(labels[counted])
+            if counted.any():
+                images = images[counted].expand(-1, known.channels, -1, -1)
+                yield self.subject.pixels(images), labels[counted]
+        if not count:
+            raise Problem("no image to look at can be read", FAILURE)
 
-    def _chosen(self, sets: data.Data) -> list[int]:
+    def _chosen(self, sets: Data) -> list[int]:
         """The first of the test set, or of one class in it."""
         classes, channels = sets.description.classes, sets.description.channels
         if channels not in (1, self.subject.description.channels):
