@@ -45,7 +45,7 @@ cnn.journal
 cnn.evaluate
 cnn.visualize.layers cnn.visualize.pictures cnn.visualize.fields
 cnn.visualize.maps cnn.visualize.ablation cnn.visualize.correspondence
-cnn.visualize.receptive_field
+cnn.visualize.receptive_field cnn.visualize.architecture
 cnn.visualize
 cnn.train
 cnn.__main__

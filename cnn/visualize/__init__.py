@@ -6,6 +6,7 @@ this library's.
 """
 
 from .ablation import Ablation, MapAblation, ablation, map_ablation
+from .architecture import Architecture, Block, architecture
 from .correspondence import Correspondence, correspondence
 from .maps import Maps, strongest_maps
 from .pictures import normalise_first
@@ -13,11 +14,14 @@ from .receptive_field import ReceptiveFields, receptive_field
 
 __all__ = [
     "Ablation",
+    "Architecture",
+    "Block",
     "Correspondence",
     "MapAblation",
     "Maps",
     "ReceptiveFields",
     "ablation",
+    "architecture",
     "correspondence",
     "map_ablation",
     "normalise_first",
