@@ -6,6 +6,7 @@ this library's.
 """
 
 from .ablation import Ablation, MapAblation, ablation, map_ablation
+from .architecture import Architecture, Block, architecture
 from .correspondence import Correspondence, correspondence
 from .deconvnet import Deconvnet, Projections, deconvnet, project
 from .evolution import Evolution, evolution
@@ -18,6 +19,8 @@ from .receptive_field import ReceptiveFields, receptive_field
 
 __all__ = [
     "Ablation",
+    "Architecture",
+    "Block",
     "Correspondence",
     "Curves",
     "Deconvnet",
@@ -30,6 +33,7 @@ __all__ = [
     "Projections",
     "ReceptiveFields",
     "ablation",
+    "architecture",
     "correspondence",
     "deconvnet",
     "evolution",
