@@ -3,6 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 import kernels
@@ -24,5 +25,5 @@ autodoc_inherit_docstrings = False
 for _found in iter_modules(kernels.__path__):
     _module = import_module(f"kernels.{_found.name}")
     for _name, _value in [*vars(_module).items()]:
-        if isinstance(_value, JITFunction):
+        if isinstance(_value, JITFunction | InterpretedFunction):
             setattr(_module, _name, _value.fn)

@@ -67,12 +67,21 @@ def cells(
     size: int = 9,
 ) -> None:
     """A table of square cells, whose first row is the upper one; ``corner`` is (column, row)."""
+    rows, columns = len(texts), len(texts[0])
+    left, top = corner
+    if isinstance(colours, str):
+        colours = [[colours] * columns] * rows
+    image = [[matplotlib.colors.to_rgb(colour) for colour in row] for row in colours]
+    place = left, left + columns, top + rows, top
+    axes.imshow(image, extent=place, interpolation="none")
+    rim = {"color": "white", "linewidth": 1.2, "zorder": 0.5}
+    axes.hlines([top + i for i in range(rows + 1)], left, left + columns, **rim)
+    axes.vlines([left + j for j in range(columns + 1)], top, top + rows, **rim)
     for i, row in enumerate(texts):
         for j, text in enumerate(row):
-            colour = colours if isinstance(colours, str) else colours[i][j]
-            at = corner[0] + j, corner[1] + i
-            axes.add_patch(Rectangle(at, 1, 1, facecolor=colour, edgecolor="white", linewidth=1.2))
-            axes.text(at[0] + 0.5, at[1] + 0.53, str(text), ha="center", va="center", fontsize=size)
+            if text != "":
+                at = left + j + 0.5, top + i + 0.53
+                axes.text(*at, str(text), ha="center", va="center", fontsize=size)
 
 
 def outline(
@@ -84,8 +93,8 @@ def outline(
     dashed: bool = False,
     width: float = 2.2,
 ) -> None:
-    style = "--" if dashed else "-"
-    box = Rectangle(corner, *size, fill=False, edgecolor=colour, linewidth=width, linestyle=style)
+    options = {"fill": False, "edgecolor": colour, "linewidth": width, "zorder": 3}
+    box = Rectangle(corner, *size, linestyle="--" if dashed else "-", **options)
     axes.add_patch(box)
 
 
@@ -417,12 +426,10 @@ def boxes() -> Figure:
     figure, panels = new(7.6, 2.5, len(family))
     for axes, (n, p, q) in zip(panels, family, strict=True):
         rows, columns = -(-28 // p), -(-28 // q)
-        outline(axes, (0, 0), (columns * q, rows * p), PALE[ORANGE], width=0.1)
         axes.add_patch(Rectangle((0, 0), columns * q, rows * p, facecolor=PALE[ORANGE]))
         axes.add_patch(Rectangle((0, 0), 28, 28, facecolor=PALE[BLUE]))
-        for i in range(rows):
-            for j in range(columns):
-                outline(axes, (j * q, i * p), (q, p), BLUE, width=0.8)
+        axes.hlines([i * p for i in range(rows + 1)], 0, columns * q, color=BLUE, linewidth=0.8)
+        axes.vlines([j * q for j in range(columns + 1)], 0, rows * p, color=BLUE, linewidth=0.8)
         waste = 1 - 28 * 28 / (rows * p * columns * q)
         plain(axes, f"{n} x {p} x {q}\nwaste {waste:.0%}", (-0.5, 32.5, 32.5, -0.5))
     return figure
@@ -431,7 +438,7 @@ def boxes() -> Figure:
 def parities() -> Figure:
     """dgrad of stride 2: which taps serve which pixels."""
     g = Conv2dGeometry(1, 1, 7, 7, 1, 3, 3, stride=(2, 2), padding=((1, 1), (1, 1)))
-    figure, (axes,) = new(7.4, 3.3, 1)
+    figure, (axes,) = new(7.4, 2.7, 1)
     tints = {(0, 0): BLUE, (0, 1): ORANGE, (1, 0): GREEN, (1, 1): PURPLE}
     shades = [[PALE[tints[h % 2, w % 2]] for w in range(7)] for h in range(7)]
     cells(axes, [[""] * 7] * 7, shades)
@@ -581,7 +588,7 @@ def pairs() -> Figure:
     """The run of a first layer that two neighbouring outputs share."""
     g = Conv2dGeometry(1, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3)))
     run = pair_conv._run(g, 0, True, 2)
-    figure, (axes,) = new(8, 2.1, 1)
+    figure, (axes,) = new(8, 1.5, 1)
     tints = "#f6c9c4", "#cfe8d2", "#cbdcf4"
     used = range(run.lead, run.lead + run.columns * g.C)
     texts = [["rgb"[(j - run.lead) % 3] if j in used else "" for j in range(run.segment)]]
@@ -630,7 +637,7 @@ def answers(network: torch.nn.Module) -> Figure:
         picture(above, image[0], "")
         with torch.no_grad():
             chances = network(prepare(image[None]))[0].softmax(0)
-        colours = [ORANGE if k == int(chances.argmax()) else PALE[GREY] for k in range(10)]
+        colours = [ORANGE if k == int(chances.argmax()) else GREY for k in range(10)]
         below.bar(range(10), chances.numpy(), color=colours)
         below.set(xticks=range(10), yticks=(0, 1), ylim=(0, 1.05))
         below.tick_params(labelsize=7)
