@@ -45,8 +45,8 @@ class Layers(nn.Module):
             {
                 "same": cnn.Conv2d(4, 6, (4, 2), padding="same", dilation=(1, 3), groups=2),
                 "full": cnn.ConvReLU2d(4, 3, 3, (2, 1), padding="full", bias=False),
-                "pooled": cnn.ConvReLUMaxPool2d(4, 5, (2, 3), padding="same", **window),
-                "ceil": cnn.MaxPool2d(3, 2, 1, ceil_mode=True),
+                "pooled": cnn.ConvReLUMaxPool2d(4, 5, (3, 2), padding="same", **window),
+                "ceil": cnn.MaxPool2d((3, 2), 2, 1, ceil_mode=True),
                 "dropped": cnn.MaxPool2d(2, (3, 4), 1, ceil_mode=True),
                 "dilated": cnn.MaxPool2d((2, 3), 1, (1, 0), (3, 2)),
                 "transposed": cnn.ConvTranspose2d(4, 3, 3, 2, 1, 1),
@@ -55,7 +55,7 @@ class Layers(nn.Module):
             }
         )
         self.pool = cnn.MaxPool2d(2, return_indices=True)
-        self.wide = cnn.MaxPool2d(3, 2, 1, ceil_mode=True, return_indices=True)
+        self.wide = cnn.MaxPool2d((3, 2), 2, 1, ceil_mode=True, return_indices=True)
         self.unpool = cnn.MaxUnpool2d(2)
         self.bytes = cnn.ConvReLU2d(4, 3, 3, padding=1)
         self.bytes.normalise = [0.02, 0.01, 0.03, 0.02], (-1.0, -2.0, 0.0, 0.5)
@@ -173,6 +173,8 @@ def test_torch_export_keeps_the_operators(exported, case, tmp_path):
 def test_to_aten_leaves_no_operator(exported, case):
     program = export.to_aten(exported)
     assert operators(program) == []
+    padded = [node for node in program.graph.nodes if node.target is torch.ops.aten.pad.default]
+    assert len(padded) == 5  # same, pooled, ceil, far and wide
     inputs, right = case
     compare(program.module()(*inputs).values(), right)
 
