@@ -240,7 +240,7 @@ def _receptive_field(args: argparse.Namespace, subject: Subject, images: Images)
 
 
 def _architecture(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.architecture(subject.model, tuple(subject.example.shape))
+    return visualize.architecture(subject.model, subject.example.shape[1:], args.depth)
 
 
 # Their arguments.
@@ -290,6 +290,9 @@ _RANDOM = _argument(
 _HOW = _argument("--how", choices=("mean", "zero", "skip"), default="mean", help="(%(default)s)")
 
 
+_DEPTH = _argument("--depth", type=whole, default=1, metavar="N", help="of modules opened (1)")
+
+
 class Tool(NamedTuple):
     """A tool's subject, what makes its result, its arguments, and the images it looks at."""
 
@@ -331,7 +334,7 @@ TOOLS = {
         (_LAYERS, _LAYER, _MAP, _HOW),
     ),
     "receptive-field": Tool("what layers see of an image", _receptive_field, (_LAYERS,), 1),
-    "architecture": Tool("a model's blocks and their sizes", _architecture, ()),
+    "architecture": Tool("a model's blocks and their sizes", _architecture, (_DEPTH,)),
 }
 
 

@@ -45,7 +45,8 @@ cnn.journal
 cnn.evaluate
 cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page cnn.visualize.fields
 cnn.visualize.deconvnet cnn.visualize.maps cnn.visualize.occlusion cnn.visualize.invariance
-cnn.visualize.ablation cnn.visualize.correspondence cnn.visualize.receptive_field cnn.visualize.architecture
+cnn.visualize.ablation cnn.visualize.correspondence cnn.visualize.receptive_field
+cnn.visualize.architecture
 cnn.visualize.evolution cnn.visualize.filters
 cnn.visualize
 cnn.options
