@@ -43,10 +43,10 @@ class Layers(nn.Module):
         window = {"pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}
         self.layers = nn.ModuleDict(
             {
-                "same": cnn.Conv2d(4, 6, (4, 2), padding="same", dilation=(1, 3), groups=2),
+                "same": cnn.Conv2d(4, 6, (4, 3), padding="same", dilation=(1, 3), groups=2),
                 "full": cnn.ConvReLU2d(4, 3, 3, (2, 1), padding="full", bias=False),
                 "pooled": cnn.ConvReLUMaxPool2d(4, 5, (3, 2), padding="same", **window),
-                "ceil": cnn.MaxPool2d((3, 2), 2, 1, ceil_mode=True),
+                "ceil": cnn.MaxPool2d((3, 2), 2, (1, 0), ceil_mode=True),
                 "dropped": cnn.MaxPool2d(2, (3, 4), 1, ceil_mode=True),
                 "dilated": cnn.MaxPool2d((2, 3), 1, (1, 0), (3, 2)),
                 "transposed": cnn.ConvTranspose2d(4, 3, 3, 2, 1, 1),
@@ -55,7 +55,7 @@ class Layers(nn.Module):
             }
         )
         self.pool = cnn.MaxPool2d(2, return_indices=True)
-        self.wide = cnn.MaxPool2d((3, 2), 2, 1, ceil_mode=True, return_indices=True)
+        self.wide = cnn.MaxPool2d((3, 2), 2, (1, 0), ceil_mode=True, return_indices=True)
         self.unpool = cnn.MaxUnpool2d(2)
         self.bytes = cnn.ConvReLU2d(4, 3, 3, padding=1)
         self.bytes.normalise = [0.02, 0.01, 0.03, 0.02], (-1.0, -2.0, 0.0, 0.5)
@@ -85,9 +85,9 @@ def small(name: str, **options) -> nn.Module:
     return net
 
 
-def narrow_resnet(block: type, **options) -> resnet.ResNet:
+def narrow_resnet() -> resnet.ResNet:
     """With statistics of its own in each normalisation."""
-    net = resnet.ResNet(block, (1, 1, 1, 1), 5, width=2, **options)
+    net = resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), 5, width=2)
     for norm in net.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.uniform_(norm.running_mean, -0.2, 0.2)
@@ -101,8 +101,8 @@ ZOO = {
     "lenet5": lambda: cnn.models.lenet5(in_channels=3, image_size=16),
     "vgg": lambda: narrow_vgg(batch_norm=True),
     "vgg_small": lambda: cnn.models.vgg_small(in_channels=3, image_size=16),
-    "resnet": lambda: narrow_resnet(resnet.BasicBlock).to(memory_format=torch.channels_last),
-    "folded": lambda: narrow_resnet(resnet.Bottleneck).folded(),
+    "resnet": lambda: narrow_resnet().to(memory_format=torch.channels_last),
+    "folded": lambda: narrow_resnet().folded(),
     "converted": lambda: cnn.convert(hand_made.SegNet()),
     "apart": lambda: cnn.convert(hand_made.VGG(), fuse=False),
 }
@@ -249,12 +249,12 @@ def test_bad_arguments(monkeypatch):
 # AOTInductor.
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit:DeprecationWarning", "ignore:.isinstance"
-)  # torch's
+# Warnings of torch's about itself.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.isinstance")
 def test_aotinductor_packages_operators_and_atens(tmp_path, monkeypatch):
     """In one package, as compiling takes long: calls of an operator, and what to_aten made."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    quick = {"aot_inductor.precompile_headers": False}  # they take half of the time
     torch.manual_seed(0)
     first = cnn.ConvReLU2d(1, 2, 3, padding="same")
     second = cnn.ConvReLUMaxPool2d(2, 3, 3, pool_kernel_size=2)
@@ -265,7 +265,7 @@ def test_aotinductor_packages_operators_and_atens(tmp_path, monkeypatch):
         program = torch.export.export(model, (x,), dynamic_shapes=batch)
         assert operators(program) == ["conv2d_relu_max_pool2d"]
         path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
+            program, package_path=str(tmp_path / "model.pt2"), inductor_configs=quick
         )
         package = torch._inductor.aoti_load_package(path)
         for images in (x, x[:2]):
@@ -283,17 +283,11 @@ def test_aotinductor_packages_operators_and_atens(tmp_path, monkeypatch):
             lambda: plain_vgg(NARROW, True, hidden=16, num_classes=5),
             id="vgg",
         ),
-        pytest.param(
-            lambda: narrow_resnet(resnet.BasicBlock),
-            lambda: eager(narrow_resnet(resnet.BasicBlock)),
-            id="resnet",
-        ),
+        pytest.param(narrow_resnet, lambda: eager(narrow_resnet()), id="resnet"),
     ],
 )
 def test_checkpoints_go_to_torchs_layers_and_back(build, build_plain, tmp_path):
-    """Networks of torch.nn with torchvision's names, which torchvision's own tests compare; after
-    a step of training on either side.
-    """
+    """Networks of torch.nn with torchvision's names, after a step of training on either side."""
     torch.manual_seed(0)
     ours, plain, x = build(), build_plain(), torch.randn(2, 3, 16, 16)
     assert not any(type(layer).__module__.startswith("cnn.layers") for layer in plain.modules())
