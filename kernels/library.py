@@ -48,7 +48,8 @@ _POOL = "SymInt[2] kernel, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilati
 _implementations: dict[str, tuple[Callable, Callable]] = {}  # on a GPU, on the CPU
 _operands: dict[str, int] = {}  # how many of an operator's arguments, the first, are tensors
 _recordings: dict[tuple, replay.Recording] = {}  # of calls on kernels, by all they follow from
-_PLAIN = {Tensor, Parameter, type(None)}
+_PLAIN = {Tensor, Parameter}
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable) -> None:
@@ -125,14 +126,15 @@ def operator(name: str) -> Callable[..., Any]:
     """``torch.ops.triton_cnn.NAME`` for a Function's forward, where nothing is left to record.
 
     On plain tensors that no mode, transform or trace watches it calls the implementation, which
-    saves the two thirds of a call that the dispatcher takes.
+    saves the two thirds of a call that the dispatcher takes. What a transform that has ended has
+    wrapped, as the function that torch.func.vjp returns finds it, is not plain.
     """
     dispatched = getattr(torch.ops.triton_cnn, name).default
     (on_gpu, on_cpu), count = _implementations[name], _operands[name]
 
     def call(*args: Any) -> Any:
         for t in args[:count]:
-            if type(t) not in _PLAIN:
+            if t is not None and (type(t) not in _PLAIN or _is_wrapped(t)):
                 return dispatched(*args)
         if is_watched():
             return dispatched(*args)

@@ -509,6 +509,17 @@ def test_func_grad(name, device):
 
 
 @pytest.mark.parametrize("name", TRANSFORMED)
+def test_func_vjp(name, device):
+    """The function it returns is called when the transform has ended, and again."""
+    of, *shapes = TRANSFORMED[name]
+    inputs = [t.detach() for t in leaves(device, *shapes)]
+    pulled = {m: torch.func.vjp(of(m), *inputs) for m in (F, TF)}
+    for scale in (1, -2):
+        ours, right = (back(y.detach() * scale) for y, back in pulled.values())
+        torch.testing.assert_close(ours, right)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
 def test_vmap(name, device):
     """Over any of the arguments, and along any axis; and over the gradients of each."""
     of, *shapes = TRANSFORMED[name]
