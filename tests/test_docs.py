@@ -1,4 +1,4 @@
-"""Every fenced block of the README and of docs/ does what it shows.
+"""Every fenced block of the READMEs and of docs/ does what it shows.
 
 A block's first word is its language; the second is an option:
 
@@ -63,7 +63,10 @@ def commands_within(page: Path) -> list[Block]:
     ]
 
 
-PAGES = {str(path.relative_to(ROOT)): path for path in (README, *sorted(DOCS.rglob("*.md")))}
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in (README, ROOT / "bench/README.md", *sorted(DOCS.rglob("*.md")))
+}
 BLOCKS = {name: blocks_of(path) for name, path in PAGES.items()}
 
 

@@ -11,7 +11,7 @@ class LeNet5(nn.Module):
     """LeNet-5 in today's form: ReLU for tanh, max-pooling for trained subsampling, logits out.
 
     The layout is figure 2 of LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied
-    to document recognition" (1998): maps of 6@28x28, 6@14x14, 16@10x10 and 16@5x5, then 120 and
+    to document recognition" (1998): maps of 6x28x28, 6x14x14, 16x10x10 and 16x5x5, then 120 and
     84 units. Each of the 16 maps sees all six below it; the paper's table I leaves some out. With
     one channel and ten classes it has 61,706 parameters and takes 833,040 FLOPs an image.
 
