@@ -3,6 +3,9 @@
 Importing this touches no GPU and compiles nothing.
 """
 
+from importlib import import_module
+from typing import Any
+
 from kernels.autotune import enabled as autotune
 from kernels.device import warm_up
 
@@ -38,3 +41,10 @@ __all__ = [
     "summary",
     "warm_up",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``cnn.visualize``, which needs more than a network does, when it is first asked for."""
+    if name == "visualize":
+        return import_module("cnn.visualize")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

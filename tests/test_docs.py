@@ -244,3 +244,13 @@ def test_the_pages_show_all_figures():
         re.findall(r"figures/([\w-]+)\.\w+", "".join(p.read_text() for p in PAGES.values()))
     )
     assert shown == {path.stem for path in (DOCS / "figures").iterdir()}
+
+
+def test_the_gallery_names_the_command_of_each_picture():
+    page = PAGES["docs/gallery.md"].read_text()
+    written = re.findall(r"--output (gallery/[\w-]+)", page)
+    shown = [name.removesuffix(".png") for name in re.findall(r"!\[.+\]\((.+)\)", page)]
+    kept = {f"gallery/{path.stem}" for path in (DOCS / "gallery").iterdir()}
+    assert written == shown
+    assert kept == {*shown}
+    assert all((DOCS / f"{name}.png").is_file() for name in shown)

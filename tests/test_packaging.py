@@ -121,6 +121,15 @@ assert not INTERPRET
 assert launches() == {}
 assert triton.runtime.driver._active is None
 assert "sklearn" not in sys.modules
+assert "cnn.visualize" not in sys.modules
+assert callable(cnn.visualize.deconvnet)
+assert "matplotlib" not in sys.modules
+try:
+    cnn.nothing
+except AttributeError as error:
+    assert str(error) == "module 'cnn' has no attribute 'nothing'"
+else:
+    raise AssertionError
 """
     environment = {"PATH": "", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     subprocess.run(
