@@ -219,6 +219,8 @@ def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         invariance(**{"model": model, "images": torch.rand(2, 2, 9, 8), "steps": STEPS} | options)
     assert model.training
+    with pytest.raises(ValueError, match=r"images must be floats .* \[1, 9, 8\]"):
+        transformed(torch.rand(1, 9, 8), "scale", 2)
     with pytest.raises(ValueError, match="labels"):
         invariance(nn.Sequential(nn.Conv2d(2, 1, 1)), torch.rand(1, 2, 9, 8), labels=[0])
 

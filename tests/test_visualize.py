@@ -402,6 +402,7 @@ def test_a_layer_that_is_not_called_or_gives_no_tensor_is_told():
         def forward(self, x):
             return "a word"
 
+    assert map_layers(Odd(), torch.zeros(1, 1, 2, 2)) == []
     for name in ("idle", "wordy"):
         with pytest.raises(
             ValueError, match=f"must be called and give a tensor, got layer='{name}'"

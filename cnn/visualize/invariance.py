@@ -127,9 +127,10 @@ def transformed(images: Tensor, kind: str, step: float) -> Tensor:
 
     Where content would come from outside the image, its border's pixels are repeated. A step that
     changes nothing (0, 1, or full turns) returns the images themselves. Raises ValueError for
-    another kind, and for a scale that is not positive.
+    another kind, for a scale that is not positive, and for images that are no floats [N, C, H, W].
     """
     _check_step(kind, step)
+    check_images(images, "images")
     step = step % 360 if kind == "rotation" else step
     if step == NEUTRAL[kind]:
         return images

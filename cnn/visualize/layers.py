@@ -149,16 +149,6 @@ def check_class(number: int, count: int, name: str) -> int:
     return number
 
 
-def maps_of(model: nn.Module, x: Tensor, name: str) -> Tensor:
-    """The maps [N, K, P, Q] that the layer ``name`` gives on x, without gradients.
-
-    Raises ValueError as ``outputs`` does, and where the layer gives no maps.
-    """
-    with evaluating(model), torch.no_grad():
-        y = outputs(model, x, [name])[name]
-    return check_maps(y, name)
-
-
 def check_maps(y: Tensor, name: str) -> Tensor:
     """Raises ValueError where y, which the layer ``name`` gave, is not [N, K, P, Q]."""
     if y.dim() != 4:

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .layers import check_images, maps_of
+from .layers import check_images, check_maps, evaluating, outputs
 from .pictures import panels, pixels
 
 
@@ -43,7 +44,8 @@ def maps(model: nn.Module, x: Tensor, layer: str, count: int = 16) -> Maps:
     if count < 1:
         raise ValueError(f"count must be positive, got count={count}")
     check_images(x, "x", "[C, H, W]")
-    (found,) = maps_of(model, x[None], layer)
+    with evaluating(model), torch.no_grad():
+        (found,) = check_maps(outputs(model, x[None], [layer])[layer], layer)
     peaks = found.amax((1, 2))
     numbers = peaks.argsort(descending=True, stable=True)[:count]
     return Maps(layer, x, numbers, found[numbers])
