@@ -32,6 +32,8 @@ from .options import (
     AMP,
     Parser,
     add_common,
+    check_agreed,
+    check_size,
     data_set,
     interval,
     not_negative,
@@ -156,7 +158,7 @@ def train(args: argparse.Namespace) -> None:
     if group.first:
         checkpoints.prepare(folder)
     sets = load_data(config.data, config.size, config.seed)
-    check_size(config.model, sets.description)
+    _check_size(config.model, sets.description)
     period, in_seconds = args.save_every
     rest = {"broken": args.broken, "keep_every": args.keep_every}
     setting = Setting(folder, args.workers, period, in_seconds, **rest)
@@ -178,16 +180,12 @@ def train(args: argparse.Namespace) -> None:
     group.close()
 
 
-def check_size(name: str, description: data.Description) -> None:
+def _check_size(name: str, description: data.Description) -> None:
     """Raise Problem unless the model takes images of the data's size."""
-    size, channels = description.size, description.channels
-    try:
-        # An empty layer is warned of before it fails.
-        with warnings.catch_warnings(action="ignore"), torch.device("meta"), torch.no_grad():
-            model = models.create(name, in_channels=channels, image_size=size).eval()
-            model(torch.empty(1, channels, size, size))
-    except (RuntimeError, ValueError):
-        raise Problem(f"--size: {name} does not take {size}x{size} pixels") from None
+    options = {"in_channels": description.channels, "image_size": description.size}
+    with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # of an empty layer
+        model = models.create(name, **options)
+    check_size(model.eval(), name, description)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -231,13 +229,6 @@ def evaluate(args: argparse.Namespace) -> None:
     right = int((labels == given).sum())
     print(f"{right} of {len(labels)} images right, {rate:.0f} images/s")
     report(args.device, right / len(labels))
-
-
-def check_agreed(args: argparse.Namespace, name: str, known: object) -> None:
-    """Raise Problem if an argument is given that contradicts what the checkpoint holds."""
-    value = vars(args)[name]
-    if value not in (None, known):
-        raise Problem(f"--{name}: {value} contradicts {known} of {args.checkpoint}")
 
 
 def check_fit(

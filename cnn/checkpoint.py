@@ -2,6 +2,7 @@
 
 import os
 import platform
+import warnings
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -113,7 +114,8 @@ def build(name: str, parameters: dict[str, Tensor], image_size: int, path: Path)
     weights = [value for value in parameters.values() if value.dim() > 1]
     try:
         options = {"num_classes": len(weights[-1]), "in_channels": weights[0].shape[1]}
-        model = models.create(name, image_size=image_size, **options)
+        with warnings.catch_warnings(action="ignore"):  # of an empty layer
+            model = models.create(name, image_size=image_size, **options)
         model.load_state_dict(parameters)
     except (IndexError, RuntimeError):
         size = f"{image_size}x{image_size} pixels"

@@ -1,16 +1,20 @@
-"""What the subcommands' arguments are read by."""
+"""What the subcommands' arguments are read and checked by."""
 
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
 import torch
+from torch import nn
 
 from kernels.device import INTERPRET
 
 from . import data
+from .problem import Problem
+from .summary import summary
 
 AMP = ("bf16", "fp16", "off")
 
@@ -83,3 +87,20 @@ def add_common(command: argparse.ArgumentParser) -> None:
     usual = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
     command.add_argument("--device", type=device, default=usual, help="cpu or cuda (%(default)s)")
     command.add_argument("--debug", action="store_true", help="show where in the code errors arise")
+
+
+def check_agreed(args: argparse.Namespace, name: str, known: object) -> None:
+    """Raise Problem if an argument is given that contradicts what the checkpoint holds."""
+    value = vars(args)[name]
+    if value not in (None, known):
+        raise Problem(f"--{name}: {value} contradicts {known} of {args.checkpoint}")
+
+
+def check_size(model: nn.Module, name: str, known: data.Description) -> None:
+    """Raise Problem unless the model takes images of the size that is ``known``."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of an empty layer, before it fails
+            summary(model, (1, known.channels, known.size, known.size))
+    except RuntimeError:
+        size = f"{known.size}x{known.size} pixels"
+        raise Problem(f"--size: {name} does not take {size}") from None

@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,15 @@ from .data import PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
 from .data.sets import IMAGENET
 from .journal import png, tell
 from .models import hed
-from .options import add_common, data_set, not_negative, number, whole
+from .options import (
+    add_common,
+    check_agreed,
+    check_size,
+    data_set,
+    not_negative,
+    number,
+    whole,
+)
 from .problem import FAILURE, Problem
 from .visualize.layers import map_layers
 from .visualize.page import page
@@ -62,30 +71,46 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
         if not args.model:
             raise Problem("say what to look at, by --checkpoint or --model")
         torch.manual_seed(args.seed)
-        options = {"image_size": args.size} if args.size else {}
-        model = models.create(args.model, **options)
-        size = args.size or (32 if args.model in ("lenet5", "vgg_small") else 224)
-        known = _description(model, size)
+        size = args.size or _usual_size(args.model)
+        with warnings.catch_warnings(action="ignore"):  # of an empty layer
+            model = models.create(args.model, image_size=size)
+        name, known = args.model, _description(model, size)
     elif str(checkpoint) == HED:
-        known = Description((), args.size or 224, hed.MEAN, hed.STD)
+        check_agreed(args, "model", "vgg16")
+        name, known = HED, Description((), args.size or 224, hed.MEAN, hed.STD)
         try:
             model = models.vgg16_hed()
-        except ImportError as error:
+        except (ImportError, OSError, KeyError) as error:
             raise Problem(f"--checkpoint {HED}: {error}") from None
     else:
-        parameters, whole = checkpoints.load_parameters(checkpoint)
-        if whole:
-            known, trained = checkpoints.description(whole), whole["config"]["data"]
-            name = whole["config"]["model"]
-        elif args.model:
-            known, name = None, args.model
-        else:
-            raise Problem(f"{checkpoint} holds parameters alone: say by --model what it is of")
-        size = known.size if known else args.size or 224
-        model = checkpoints.build(name, parameters, size, checkpoint)
-        known = known or _description(model, size)
+        model, name, known, trained = _loaded(args, checkpoint)
+    if not trained:
+        check_size(model.eval(), name, known)
     visualize.normalise_first(model.eval(), known.mean, known.std)
     return Subject(model.to(args.device), known, trained, args.device)
+
+
+def _loaded(
+    args: argparse.Namespace, checkpoint: Path
+) -> tuple[nn.Module, str, Description, str | None]:
+    """The model of a file, its name, its images, and what it was trained on where that is told."""
+    parameters, whole = checkpoints.load_parameters(checkpoint)
+    if whole:
+        known, config = checkpoints.description(whole), whole["config"]
+        check_agreed(args, "model", config["model"])
+        check_agreed(args, "size", known.size)
+        model = checkpoints.build(config["model"], parameters, known.size, checkpoint)
+        return model, config["model"], known, config["data"]
+    if not args.model:
+        raise Problem(f"{checkpoint} holds parameters alone: say by --model what it is of")
+    size = args.size or _usual_size(args.model)
+    model = checkpoints.build(args.model, parameters, size, checkpoint)
+    return model, args.model, _description(model, size), None
+
+
+def _usual_size(name: str) -> int:
+    """The side of the images that a model is made for."""
+    return 32 if name in ("lenet5", "vgg_small") else 224
 
 
 def _description(model: nn.Module, size: int) -> Description:
@@ -118,9 +143,10 @@ class Images:
         return torch.cat([*self.without_labels()])
 
     def labels(self) -> Tensor | None:
-        """The classes of all, [N], where they are known."""
+        """The classes of all, [N], where they are known to be the model's."""
         labels = torch.cat([labels for _, labels in self.batches()])
-        return None if UNCOUNTED in labels else labels
+        known = self.subject.description.classes and UNCOUNTED not in labels
+        return labels if known else None
 
     @property
     def named(self) -> bool:
@@ -128,7 +154,7 @@ class Images:
         return bool(self.names or self.data or self.subject.data)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images and, of data sets, their labels."""
+        """Batches of images and, of data sets with the model's classes, their labels."""
         known = self.subject.description
         if self.names:
             for name in self.names:
@@ -140,13 +166,15 @@ class Images:
             raise Problem("say which images to look at, by --image or --data")
         sets = data.load(name, known.size)
         chosen = self._chosen(sets)
+        alike = known.classes in ((), sets.description.classes)
         watch, count = Watch(sets.test, "skip", tell), 0
         for images, labels in DataLoader(Subset(sets.test, chosen), 64):
             counted = watch(labels) != UNCOUNTED
             count += len(labels[counted])
             if counted.any():
                 images = images[counted].expand(-1, known.channels, -1, -1)
-                yield self.subject.pixels(images), labels[counted]
+                labels = labels[counted] if alike else torch.full_like(labels[counted], UNCOUNTED)
+                yield self.subject.pixels(images), labels
         if not count:
             raise Problem("no image to look at can be read", FAILURE)
 
@@ -220,6 +248,8 @@ def _invariance(args: argparse.Namespace, subject: Subject, images: Images) -> A
 def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     x = images.all()
     parts = {name: torch.tensor(box).expand(len(x), 4) for name, box in args.part}
+    if len(parts) < len(args.part):
+        raise Problem("--part: two have the same name")
     layers = args.layers or map_layers(subject.model, subject.example)
     options = {"random": args.random, "seed": args.seed}
     return visualize.correspondence(subject.model, x, parts, layers, **options)
@@ -228,7 +258,13 @@ def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) 
 def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     if args.image:
         raise Problem("--image: ablation needs labels, give --data")
+    if args.layer and args.layers:
+        raise Problem("--layer: it goes without --layers")
+    if args.map and not args.layer:
+        raise Problem("--map: it needs --layer, whose maps are counted")
     batches = [*images.batches()]
+    if all(labels.eq(UNCOUNTED).all() for _, labels in batches):
+        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
     if args.layer:
         return visualize.map_ablation(subject.model, batches, args.layer, args.map, args.how)
     return visualize.ablation(subject.model, batches, args.layers, args.how)
@@ -260,9 +296,16 @@ def _box(text: str) -> tuple[str, list[int]]:
     """Read a part's name and its box."""
     name, _, numbers = text.partition("=")
     sides = numbers.split(",")
-    if not name or len(sides) != 4 or not all(side.strip().isdecimal() for side in sides):
+    if not name or len(sides) != 4:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=TOP,LEFT,BOTTOM,RIGHT")
-    return name, [int(side) for side in sides]
+    return name, [int(not_negative(side)) for side in sides]
+
+
+def _place(text: str) -> Path:
+    """Read a path to which suffixes can be added."""
+    if Path(text).name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} names no file")
+    return Path(text)
 
 
 _LAYER = _argument("--layer", metavar="NAME", help="a layer, by its name in the model")
@@ -288,8 +331,6 @@ _RANDOM = _argument(
     "--random", type=whole, default=10, metavar="N", help="random boxes a part (10)"
 )
 _HOW = _argument("--how", choices=("mean", "zero", "skip"), default="mean", help="(%(default)s)")
-
-
 _DEPTH = _argument("--depth", type=whole, default=1, metavar="N", help="of modules opened (1)")
 
 
@@ -360,7 +401,7 @@ def add_parsers(commands: Any) -> None:
         for argument in arguments:
             argument(tool)
         where = f"where to write PATH.png and PATH.html ({name})"
-        add("--output", type=Path, default=Path(name), metavar="PATH", help=where)
+        add("--output", type=_place, default=Path(name), metavar="PATH", help=where)
         seed = number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807")
         add("--seed", type=seed, default=0, help="fixes what is drawn (0)")
         add_common(tool)
@@ -368,9 +409,16 @@ def add_parsers(commands: Any) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Print the table there is, and write the figure as a PNG and in an HTML page."""
-    subject = look_up(args, args.checkpoint)
-    images = Images(subject, args.image, args.data, args.limit, args.only)
+    paths = [args.output.with_name(args.output.name + suffix) for suffix in (".png", ".html")]
+    for path in paths:
+        if path.is_dir():
+            raise Problem(f"--output: {path} is a folder")
+    for name in ("data", "only"):
+        if args.image and vars(args)[name]:
+            raise Problem(f"--{name}: it goes without --image")
     try:
+        subject = look_up(args, args.checkpoint)
+        images = Images(subject, args.image, args.data, args.limit, args.only)
         result = args.make(args, subject, images)
         picture = png(result.figure())
     except ValueError as error:
@@ -384,7 +432,6 @@ def show(args: argparse.Namespace) -> None:
     caption = f"{args.what} of {args.checkpoint or args.model}"
     text = page(caption, command, {caption: picture}, table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, contents in ((".png", picture), (".html", text.encode())):
-        path = args.output.with_name(args.output.name + suffix)
+    for path, contents in zip(paths, (picture, text.encode()), strict=True):
         write(path, contents)
         print(path)

@@ -86,7 +86,9 @@ def summary(
         flops = counter.get_total_flops()
 
     def end(layer: nn.Module, _: Any, output: Any) -> None:
-        y = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+        y = next(iter(_tensors(output)), None)
+        if y is None:
+            return
         parameters = sum(n for p, n in uses[layer].items() if p not in used)
         used.update(uses[layer])
         cost = counter.get_total_flops() - flops

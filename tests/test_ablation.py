@@ -213,6 +213,7 @@ class Tuples(nn.Module):
         (swap(), {"layers": ["1"]}, "layer must be one of 0, got layer='1'"),
         (swap(), {"batches": []}, "batches must be a list or a DataLoader"),
         (swap(), {"batches": iter(BATCHES["one"])}, "got a list_iterator"),
+        (swap(), {"batches": [(IMAGES, LABELS + 1)]}, "of the 2 classes .* got labels=2"),
         (swap(), {"batches": [(IMAGES, torch.full((4,), -100))]}, "images with labels"),
         (swap(), {"batches": [(IMAGES[:, None], LABELS)]}, r"logits .* got \[4, 1, 2\]"),
         (Tuples(), {"layers": ["pool"]}, "tensor into a tensor, got layer='pool'"),
@@ -238,6 +239,16 @@ def test_bad_arguments(model, call, words):
 def test_bad_arguments_of_maps(call, words):
     with pytest.raises(ValueError, match=words):
         map_ablation(swap(), **{"batches": BATCHES["one"], "layer": "0"} | call)
+
+
+def test_logits_may_be_in_a_tuple_or_a_dict():
+    class Both(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return {"logits": y, "features": (x, y)}
+
+    plain = ablation(swap(), BATCHES["one"])
+    assert ablation(Both(*swap()), BATCHES["one"]) == plain
 
 
 def test_nothing_is_changed():

@@ -112,7 +112,7 @@ def test_the_figure():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"images": torch.rand(1, 1, 4, 4)}, "images must be floats"),
+        ({"images": torch.rand(1, 1, 4, 4)}, "images must be at least two, got 1"),
         ({"images": torch.ones(2, 1, 4, 4, dtype=torch.int64)}, "images must be floats"),
         ({"parts": {}}, "parts=0"),
         ({"parts": {"eye": [[0, 0, 2, 2]]}}, r"got eye of torch.int64 \[1, 4\]"),

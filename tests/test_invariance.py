@@ -200,7 +200,7 @@ def test_numbers_of_16_bits_are_compared_in_32():
     [
         ({"images": torch.rand(2, 9, 8)}, r"images must be floats \[N, .* \[2, 9, 8\]"),
         ({"images": torch.ones(1, 2, 9, 8).byte()}, r"images must be floats .* torch.uint8"),
-        ({"images": torch.ones(0, 2, 9, 8)}, r"images must be floats .* \[0, 2, 9, 8\]"),
+        ({"images": torch.ones(0, 2, 9, 8)}, "images must hold at least one image, got none"),
         ({"layers": ["0", "pool"]}, r"layer must be one of 0, 1, .*, got layer='pool'"),
         ({"layers": []}, r"layers must not be empty"),
         ({"labels": [1, 2, 3]}, r"labels must be 2 classes, got \[3\]"),
@@ -219,6 +219,8 @@ def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         invariance(**{"model": model, "images": torch.rand(2, 2, 9, 8), "steps": STEPS} | options)
     assert model.training
+    with pytest.raises(ValueError, match=r"images must be floats .* \[1, 9, 8\]"):
+        transformed(torch.rand(1, 9, 8), "scale", 2)
     with pytest.raises(ValueError, match="labels"):
         invariance(nn.Sequential(nn.Conv2d(2, 1, 1)), torch.rand(1, 2, 9, 8), labels=[0])
 

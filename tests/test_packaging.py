@@ -43,7 +43,7 @@ cnn.data
 cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
 cnn.evaluate
-cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page cnn.visualize.fields
+cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page
 cnn.visualize.deconvnet cnn.visualize.maps cnn.visualize.occlusion cnn.visualize.invariance
 cnn.visualize.ablation cnn.visualize.correspondence cnn.visualize.receptive_field
 cnn.visualize.architecture

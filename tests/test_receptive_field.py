@@ -6,6 +6,9 @@ from torch import nn
 
 import cnn
 from cnn.visualize import receptive_field
+from cnn.visualize.layers import field_of
+from cnn.visualize.receptive_field import window
+from kernels.geometry import ReceptiveField
 
 
 def network() -> nn.Module:
@@ -81,7 +84,7 @@ def test_the_figure_of_many_layers_that_see_far():
     [
         (["7"], torch.rand(1, 8, 12), "layer must be one of 0, 1, 2, 3, 4, 5, got layer='7'"),
         (["5"], torch.rand(1, 8, 12), "field that is known, got layer='5'"),
-        (None, torch.rand(1, 1, 8, 12), r"x must be one image .* got \[1, 1, 8, 12\]"),
+        (None, torch.rand(1, 1, 8, 12), r"x must be floats .* \[1, 1, 8, 12\]"),
     ],
 )
 def test_bad_arguments(layers, x, words):
@@ -92,3 +95,33 @@ def test_bad_arguments(layers, x, words):
 def test_a_network_that_sees_everything_at_once():
     with pytest.raises(ValueError, match="must have layers"):
         receptive_field(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.rand(1, 2, 2))
+
+
+def test_a_field_by_hand():
+    """Rows from 2p - 2 on, five of them; columns from 4q + 1 on, three of them."""
+    field = ReceptiveField((5, 3), (2, 4), (-2, 1))
+    assert window(field, 0, 0) == (-2, 1, 3, 4)
+    assert window(field, 4, 2) == (6, 9, 11, 12)
+
+
+@pytest.mark.parametrize("convert", [False, True], ids=["torch", "converted"])
+def test_a_field_holds_just_the_pixels_that_matter(convert):
+    """Noise elsewhere changes nothing; each row and column of it changes something."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.AvgPool2d(2))
+    model = cnn.convert(model) if convert else model
+    x = torch.randn(1, 1, 8, 8)
+    field = field_of(model, "2", x)
+    with torch.no_grad():
+        for p, q in ((0, 0), (1, 2), (3, 3)):
+            before = model(x)[..., p, q]
+            top, left, bottom, right = window(field, p, q)
+            box = slice(max(0, top), bottom), slice(max(0, left), right)
+            other = torch.randn_like(x)
+            other[0, 0][box] = x[0, 0][box]
+            assert model(other)[..., p, q].equal(before)
+            for axis in (0, 1):
+                for line in range(x[0, 0][box].shape[axis]):
+                    changed = x.clone()
+                    changed[0, 0][box].select(axis, line).add_(1)
+                    assert not model(changed)[..., p, q].equal(before)

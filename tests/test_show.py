@@ -109,6 +109,40 @@ ERRORS = {
         ["correspondence", "--checkpoint", "LAST", "--part", "eye=1,2,3"],
         "argument --part: 'eye=1,2,3' is not NAME=TOP,LEFT,BOTTOM,RIGHT",
     ),
+    "part's size": (
+        ["correspondence", "--checkpoint", "LAST", "--part", "eye=1,2,3,9999999999"],
+        "argument --part: '9999999999' is not a whole number",
+    ),
+    "part twice": (
+        ["correspondence", "--checkpoint", "LAST", "--part", "eye=1,2,3,4", "eye=5,6,7,8"],
+        "--part: two have the same name",
+    ),
+    "other model": (
+        ["maps", "--checkpoint", "LAST", "--model", "resnet18"],
+        "--model: resnet18 contradicts lenet5 of LAST",
+    ),
+    "other size": (
+        ["maps", "--checkpoint", "LAST", "--size", "64"],
+        "--size: 64 contradicts 32 of LAST",
+    ),
+    "size": (
+        ["architecture", "--model", "lenet5", "--size", "15"],
+        "--size: lenet5 does not take 15x15 pixels",
+    ),
+    "only": (
+        ["maps", "--checkpoint", "LAST", "--image", "skimage:moon", "--only", "3"],
+        "--only: it goes without --image",
+    ),
+    "classes": (
+        ["ablation", "--checkpoint", "LAST", "--data", "faces", "--limit", "2"],
+        "--data: its classes are not those of LAST",
+    ),
+    "map": (["ablation", "--checkpoint", "LAST", "--map", "1"], "--map: it needs --layer"),
+    "layer and layers": (
+        ["ablation", "--checkpoint", "LAST", "--layer", "features.0", "--layers", "features.2"],
+        "--layer: it goes without --layers",
+    ),
+    "output": (["filters", "--checkpoint", "LAST", "--output", ".."], "'..' names no file"),
     "tool": (["dream"], "argument WHAT: invalid choice: 'dream'"),
 }
 
@@ -124,7 +158,9 @@ def test_errors_end_in_one_line(run, tmp_path, capsys, monkeypatch, given, messa
     assert end.value.code in (1, 2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert message.replace("STATE", str(state)) in lines[0]
+    for word, place in places.items():
+        message = message.replace(word, place)
+    assert message in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
 
 
@@ -133,6 +169,44 @@ def test_a_full_disk_is_one_line_too(run, capsys):
     with pytest.raises(SystemExit):
         cli.main(["show", "filters", *given])
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_nothing_is_written_where_one_of_two_files_cannot_be(run, tmp_path, capsys):
+    (tmp_path / "shown.html").mkdir()
+    given = ["--checkpoint", str(run / "last.pt"), "--output", str(tmp_path / "shown")]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["show", "filters", *given])
+    assert end.value.code == 2
+    assert f"--output: {tmp_path / 'shown.html'} is a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["shown.html"]
+
+
+def test_ctrl_c_leaves_nothing(run, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(show.visualize, "maps", interrupt)
+    given = ["--checkpoint", str(run / "last.pt"), "--output", str(tmp_path / "shown")]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["show", "maps", *given])
+    assert end.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["python -m cnn: interrupted"]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_state_dict_has_the_usual_size_of_its_model(tmp_path):
+    state = tmp_path / "state.pt"
+    torch.save(cnn.models.lenet5().state_dict(), state)
+    given = ["show", "maps", "--checkpoint", str(state), "--model", "lenet5"]
+    args = cli.parser().parse_args(given)
+    assert show.look_up(args, args.checkpoint).description.size == 32
+
+
+def test_labels_of_other_classes_are_not_the_models(run):
+    args = cli.parser().parse_args(["show", "maps", "--checkpoint", str(run / "last.pt")])
+    subject = show.look_up(args, args.checkpoint)
+    assert show.Images(subject, (), "digits", 2).labels() is not None
+    assert show.Images(subject, (), "faces", 2).labels() is None
 
 
 def test_a_model_without_training_is_fixed_by_its_seed(tmp_path, monkeypatch):

@@ -396,7 +396,7 @@ BAD = {
     "train --device tpu7": "--device: 'tpu7' is not a device",
     "train --device meta": "--device: 'meta' is neither cpu nor cuda",
     "train --device cuda:99": "this machine has no 'cuda:99'",
-    "train --data imagenet": "--data: 'imagenet' is none of digits, mnist, fashion-mnist, cifar10",
+    "train --data imagenet": "--data: 'imagenet' is none of digits, faces, mnist, fashion",
     "train --data mnist:{tmp}/none": "{tmp}/none is no folder",
     "train --data digits:{tmp}": "digits come with scikit-learn and take no path",
     "train --data cifar10": "cifar10 needs a place: give it as cifar10:FOLDER",

@@ -247,7 +247,11 @@ ERRORS = {
     "negative map": ({"numbers": [-1]}, "numbers must be of the 4 maps of 5, got -1"),
     "count": ({"count": 0}, "count must be positive, got count=0"),
     "top": ({"top": 0}, "top must be positive, got top=0"),
+    "no map": ({"numbers": []}, r"numbers must not be empty, got numbers=\[\]"),
     "images": ({"images": []}, "images must hold at least one image, got none"),
+    "empty batch": ({"images": torch.ones(0, 2, 8, 8)}, "images must hold at least one image"),
+    "bytes": ({"images": torch.ones(1, 2, 8, 8).byte()}, r"images must be floats .* torch.uint8"),
+    "axes": ({"images": [torch.ones(2, 8, 8)]}, r"floats \[N, C, H, W\], got .* \[2, 8, 8\]"),
 }
 
 
@@ -256,6 +260,79 @@ def test_errors_name_what_is_wrong(device, changes, message):
     arguments = {"images": images(device, 1), "layer": "5", **changes}
     with pytest.raises(ValueError, match=message):
         deconvnet(small(device), **arguments)
+
+
+PROJECT_ERRORS = {
+    "map": ({"numbers": torch.tensor([1, 4])}, "numbers must be of the 4 maps of 5, got 4"),
+    "negative": ({"numbers": torch.tensor([-1, 0])}, "numbers must be of the 4 maps of 5, got -1"),
+    "count": ({"numbers": torch.tensor([1])}, r"numbers must be 2 maps, got \[1\]"),
+    "bytes": ({"x": torch.ones(2, 2, 8, 8).byte()}, r"x must be floats .* torch.uint8"),
+    "axes": ({"x": torch.ones(2, 8, 8)}, r"x must be floats \[N, C, H, W\], got .* \[2, 8, 8\]"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), PROJECT_ERRORS.values(), ids=PROJECT_ERRORS)
+def test_errors_of_projections_name_what_is_wrong(device, changes, message):
+    arguments = {"x": images(device, 2), "layer": "5", "numbers": torch.tensor([0, 1]), **changes}
+    with pytest.raises(ValueError, match=message):
+        visualize.project(small(device), **arguments)
+
+
+def test_no_images_have_no_projections(device):
+    none = images(device, 2)[:0]
+    found = visualize.project(small(device), none, "5", torch.tensor([], dtype=torch.int64))
+    assert found.shape == none.shape
+
+
+def test_no_hook_is_left_where_a_second_layer_does_not_exist():
+    model = nn.Sequential(nn.ReLU())
+    with pytest.raises(ValueError, match="got layer='1'"):
+        outputs(model, torch.zeros(1, 1, 2, 2), ["0", "1"])
+    assert not model[0]._forward_hooks
+
+
+def test_fields_are_those_of_eval_mode():
+    """In training a normalisation of single pixels refuses one image."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 4), nn.BatchNorm2d(2)).train()
+    found = deconvnet(model, torch.rand(1, 4, 4), "1", count=1)
+    assert found.field.size == (4, 4)
+    assert visualize.receptive_field(model, torch.rand(1, 4, 4)).seen[0].field == found.field
+    assert len(visualize.architecture(model, (1, 4, 4)).blocks) == 2
+    assert map_layers(model, torch.rand(1, 1, 4, 4)) == ["0", "1"]
+    assert all(module.training for module in model.modules())
+
+
+def test_a_network_that_decides_by_its_values_is_projected():
+    class Deciding(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if x.sum() > 0 else -x)
+
+    torch.manual_seed(0)
+    found = deconvnet(Deciding(nn.Conv2d(1, 2, 3)), torch.rand(1, 6, 6), "0", [1], top=1)
+    assert found.field is None
+    assert (found.projections != 0).sum() == 9
+
+
+def test_16_bits_and_nan_are_drawn():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 3)).to(torch.bfloat16)
+    x = torch.rand(2, 1, 12, 12, dtype=torch.bfloat16)
+    x[1, 0, 3, 4] = torch.nan
+    parts = {"part": [[0, 0, 9, 9]] * 2}
+    results = (
+        *(visualize.maps(model, image, "2", 3) for image in x),
+        visualize.filters(model),
+        deconvnet(model, x, "2", count=2, top=2),
+        *(visualize.occlusion(model, image, size=6, stride=6) for image in x),
+        visualize.invariance(model, x, steps={"scale": (1, 2)}),
+        visualize.correspondence(model, x, parts, ["0"], random=1),
+        visualize.ablation(model, [(x, torch.tensor([1, 2]))]),
+        visualize.receptive_field(model, x[1]),
+    )
+    for result in results:
+        result.figure().canvas.draw()
+        assert str(result)
 
 
 def test_maps_come_in_the_order_of_their_peaks(device):
@@ -268,6 +345,9 @@ def test_maps_come_in_the_order_of_their_peaks(device):
     assert torch.equal(found.maps, y[found.numbers])
     drawn = [axes for axes in found.figure().axes if axes.get_visible()]
     assert [axes.get_title() for axes in drawn] == ["image", *map(str, found.numbers.tolist())]
+    for wrong in (x[None], (x * 255).byte()):
+        with pytest.raises(ValueError, match=r"x must be floats \[C, H, W\], got"):
+            visualize.maps(model, wrong, "0")
     with pytest.raises(ValueError, match=r"layer must give maps .*got \[1, 10\] of layer="):
         visualize.maps(
             cnn.models.lenet5().to(device), torch.zeros(1, 32, 32).to(device), "classifier.4"
@@ -322,6 +402,7 @@ def test_a_layer_that_is_not_called_or_gives_no_tensor_is_told():
         def forward(self, x):
             return "a word"
 
+    assert map_layers(Odd(), torch.zeros(1, 1, 2, 2)) == []
     for name in ("idle", "wordy"):
         with pytest.raises(
             ValueError, match=f"must be called and give a tensor, got layer='{name}'"

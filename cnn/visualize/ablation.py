@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from ..data import UNCOUNTED
 from ..evaluate import tally
 from ..journal import Progress, new_figure
-from ..summary import summary, table
-from .layers import evaluating, find, outputs
+from ..summary import table
+from .layers import calls, check_class, evaluating, find, first_tensor, outputs
 from .pictures import SIZE
 
 Batches = Sequence[tuple[Tensor, Tensor]] | DataLoader
@@ -245,8 +245,7 @@ def _groups(
 ) -> list[tuple[str, ...]]:
     """What is removed together, by names that were checked."""
     if layers is None:
-        rows = summary(model, tuple(x.shape), x.dtype).layers
-        names = list(dict.fromkeys(row.name for row in rows if row.parameters))
+        names = list(dict.fromkeys(row.name for row in calls(model, x) if row.parameters))
         if how == "skip":
             sizes = _sizes(model, x, names)
             names = [name for name in names if sizes[name][0] == sizes[name][1]]
@@ -341,18 +340,24 @@ def _score(
     totals: Any = torch.zeros(3, dtype=torch.float64)
     with _changed(model, changes):
         for images, labels in batches:
-            logits = model(images.to(_place(model, images)))
-            if logits.dim() != 2:
-                raise ValueError(f"model must give logits [N, classes], got {list(logits.shape)}")
+            logits = first_tensor(model(images.to(_place(model, images))))
+            if logits is None or logits.dim() != 2:
+                given = "no tensor" if logits is None else list(logits.shape)
+                raise ValueError(f"model must give logits [N, classes], got {given}")
+            _check_labels(labels, logits.shape[1])
             logits, labels = logits.float(), labels.to(logits.device)
             loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNCOUNTED)
             totals += tally(logits, labels, loss).cpu()
-            if bar.advance(len(images)):
-                bar.show()
+            bar.tick(len(images))
     loss, right, count = totals.tolist()
     if not count:
         raise ValueError("batches must hold images with labels")
     return int(count), Score(right / count, loss / count)
+
+
+def _check_labels(labels: Tensor, count: int) -> None:
+    for number in labels[labels != UNCOUNTED].unique().tolist():
+        check_class(number, count, "labels")
 
 
 def _parameters(model: nn.Module, names: Sequence[str]) -> int:

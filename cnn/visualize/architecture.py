@@ -10,6 +10,7 @@ from torch import nn
 
 from ..journal import new_figure
 from ..summary import summary, table
+from .layers import evaluating
 
 COLOURS = {
     "image": "#e0e0e0",
@@ -190,7 +191,8 @@ def architecture(model: nn.Module, size: Sequence[int], depth: int = 1) -> Archi
         raise ValueError(f"depth must be positive, got depth={depth}")
     modules = dict(model.named_modules())
     blocks = [Block("image", "", "image", tuple(size), 0)]
-    calls = summary(model, (1, *size)).layers
+    with evaluating(model):
+        calls = summary(model, (1, *size)).layers
     for name, layers in groupby(calls, lambda layer: _owner(modules, layer.name, depth)):
         *_, last = rows = list(layers)
         kind = type(modules[name]).__name__

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..journal import Progress, new_figure
 from ..summary import table
-from .layers import evaluating, outputs
+from .layers import check_images, evaluating, outputs
 from .pictures import SIZE, colours, frame, grey, pixels, show
 
 SHOWN = 10
@@ -142,9 +142,9 @@ def correspondence(
 
     Raises ValueError for arguments that do not fit.
     """
-    if images.dim() != 4 or len(images) < 2 or not images.is_floating_point():
-        size = list(images.shape)
-        raise ValueError(f"images must be floats [N, C, H, W], N > 1, got {images.dtype} {size}")
+    check_images(images, "images")
+    if len(images) < 2:
+        raise ValueError(f"images must be at least two, got {len(images)}")
     counts = {"parts": len(parts), "layers": len(layers), "random": random, "batch": batch}
     for name, count in counts.items():
         if count < 1:
@@ -164,8 +164,7 @@ def correspondence(
         for place in places:
             after = _features(model, _covered(images, place, levels), layers, batch)
             found.append(torch.stack([_shares(*pair) for pair in zip(before, after, strict=True)]))
-            if bar.advance(len(images)):
-                bar.show()
+            bar.tick(len(images))
     shares = torch.stack(found, 1).unflatten(1, (len(parts), 1 + random))
     return Correspondence(images, boxes, tuple(layers), shares[:, :, 0], shares[:, :, 1:])
 

@@ -10,6 +10,7 @@ observe, and it exists for any network.
 """
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from kernels.geometry import ReceptiveField
 
 from .. import functional as F
 from ..journal import Progress
-from .layers import evaluating, field_of, outputs
+from .layers import check_images, evaluating, field_of, outputs
 from .pictures import panels, pixels, signed, tiles
 
 BATCH = 16
@@ -111,15 +112,19 @@ def project(
         guided: see ``Deconvnet``.
 
     Returns [N, C, H, W]. Raises ValueError for a layer that does not exist, is not called or gives
-    something else.
+    something else, for a map that it does not have, and for another kind of x.
     """
-    pieces = []
+    check_images(x, "x")
+    if numbers.shape != x.shape[:1]:
+        raise ValueError(f"numbers must be {len(x)} maps, got {list(numbers.shape)}")
+    pieces = [x.new_empty(0, *x.shape[1:])]
     with evaluating(model), torch.enable_grad():
         for start in range(0, len(x), BATCH):
             part = slice(start, start + BATCH)
             image = x[part].detach().requires_grad_()
             with Deconvnet(guided):
                 y = _as_maps(outputs(model, image, [layer])[layer], layer)
+            _check_numbers(numbers[part], y, layer)
             where = [torch.arange(len(y)), numbers[part]]
             where += [] if places is None else places[part].unbind(1)
             where = tuple(index.to(y.device) for index in where)
@@ -134,6 +139,13 @@ def _as_maps(y: Tensor, layer: str) -> Tensor:
         size = list(y.shape)
         raise ValueError(f"layer must give maps or units, got {size} of layer={layer!r}")
     return y if y.dim() == 4 else y[:, :, None, None]
+
+
+def _check_numbers(numbers: Tensor, y: Tensor, layer: str) -> None:
+    """Raises ValueError unless all are of maps that y[N, K, P, Q] has."""
+    count = y.shape[1]
+    if wrong := [k for k in numbers.tolist() if not 0 <= k < count]:
+        raise ValueError(f"numbers must be of the {count} maps of {layer}, got {wrong[0]}")
 
 
 @dataclass(frozen=True)
@@ -222,9 +234,11 @@ def deconvnet(
         whole: whether to project all activations of a map, not the strongest alone.
         guided: see ``Deconvnet``.
 
-    Raises ValueError for a layer that does not exist or gives something else, and for a map that
-    it does not have.
+    Raises ValueError for a layer that does not exist or gives something else, for a map that it
+    does not have, and for images of another kind.
     """
+    if numbers is not None and not numbers:
+        raise ValueError(f"numbers must not be empty, got numbers={numbers}")
     for name, value in (("count", count), ("top", top)):
         if value < 1:
             raise ValueError(f"{name} must be positive, got {name}={value}")
@@ -235,7 +249,7 @@ def deconvnet(
     projections = project(model, *flat, None if whole else places.flatten(0, 1), guided=guided)
     try:
         field = None if whole else field_of(model, layer, kept[0])
-    except ValueError:
+    except (ValueError, RuntimeError):  # also of a network that decides by what it computes
         field = None
     return Projections(layer, **found, projections=projections.view_as(kept), field=field)
 
@@ -251,18 +265,17 @@ def _strongest(
     """All fields of Projections that one pass over the images tells."""
     best: dict[str, Tensor] = {}
     chosen, seen = None if numbers is None else torch.tensor(numbers), 0
-    bar = Progress(f"strongest of {layer}", None, 0, "image")
-    try:
+    with closing(Progress(f"strongest of {layer}", None, 0, "image")) as bar:
         for x in batches:
+            check_images(x, "images")
+            if not len(x):
+                continue
             with evaluating(model), torch.no_grad():
                 y = _as_maps(outputs(model, x, [layer])[layer], layer)
             if chosen is None:
                 peaks = y.amax((0, 2, 3))
                 chosen = peaks.argsort(descending=True, stable=True)[:count].cpu()
-            if wrong := [k for k in chosen.tolist() if not 0 <= k < y.shape[1]]:
-                raise ValueError(
-                    f"numbers must be of the {y.shape[1]} maps of {layer}, got {wrong[0]}"
-                )
+            _check_numbers(chosen, y, layer)
             values, pixels = y[:, chosen.to(y.device)].flatten(2).max(2)  # [N, M]
             order = values.T.argsort(dim=1, descending=True, stable=True)[:, :top]
             pixels = pixels.T.gather(1, order)
@@ -270,13 +283,11 @@ def _strongest(
                 "values": values.T.gather(1, order),
                 "sources": seen + order,
                 "places": torch.stack([pixels // y.shape[3], pixels % y.shape[3]], 2),
-                "images": x[order],
+                "images": x[order.to(x.device)],
             }
             best = _merged(best, here, top)
             seen += len(x)
             bar.tick(len(x))
-    finally:
-        bar.close()
     if chosen is None or not seen:
         raise ValueError("images must hold at least one image, got none")
     return {"numbers": chosen, **best}

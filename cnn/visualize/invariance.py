@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..journal import Progress, new_figure
-from ..summary import summary, table
-from .layers import check_class, class_names, evaluating, probabilities, run, wide
+from ..summary import table
+from .layers import (
+    calls,
+    check_class,
+    check_images,
+    class_names,
+    evaluating,
+    probabilities,
+    run,
+    wide,
+)
 from .pictures import pixels, show, tiles
 
 UNITS = {"translation": "pixels down", "scale": "times", "rotation": "degrees anticlockwise"}
@@ -118,9 +127,10 @@ def transformed(images: Tensor, kind: str, step: float) -> Tensor:
 
     Where content would come from outside the image, its border's pixels are repeated. A step that
     changes nothing (0, 1, or full turns) returns the images themselves. Raises ValueError for
-    another kind, and for a scale that is not positive.
+    another kind, for a scale that is not positive, and for images that are no floats [N, C, H, W].
     """
     _check_step(kind, step)
+    check_images(images, "images")
     step = step % 360 if kind == "rotation" else step
     if step == NEUTRAL[kind]:
         return images
@@ -187,9 +197,9 @@ def invariance(
     What a model gives is taken for logits if it is [N, classes]; of another there are only
     distances. Raises ValueError for arguments that do not fit.
     """
-    if images.dim() != 4 or not images.numel() or not images.is_floating_point():
-        given = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"images must be floats [N, C, H, W], got {given}")
+    check_images(images, "images")
+    if not len(images):
+        raise ValueError("images must hold at least one image, got none")
     if batch < 1:
         raise ValueError(f"batch must be positive, got batch={batch}")
     wanted = _steps(images.shape[2]) if steps is None else steps
@@ -238,8 +248,7 @@ def _fill(
             chances = probabilities(result)
             if curve.probability is not None and chances is not None and labels is not None:
                 curve.probability[part, place] = chances.gather(1, labels[part, None])[:, 0]
-            if bar.advance(len(images)):
-                bar.show()
+            bar.tick(len(images))
 
 
 def _labels(
@@ -261,7 +270,7 @@ def _labels(
 
 def _ends(model: nn.Module, images: Tensor) -> dict[str, None]:
     """The first layer that gives maps, and the last but one."""
-    layers = summary(model, tuple(images.shape), images.dtype).layers
+    layers = calls(model, images)
     maps = [row.name for row in layers if len(row.output_size) == 4]
     names = [row.name for row in layers]
     return dict.fromkeys([(maps or names)[0], names[-2:][0]])

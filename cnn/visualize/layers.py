@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from kernels.geometry import ReceptiveField
 
-from ..summary import summary
+from ..summary import Layer, summary
 
 
 @contextmanager
@@ -34,10 +34,15 @@ def find(model: nn.Module, name: str) -> nn.Module:
     return known[name]
 
 
+def calls(model: nn.Module, x: Tensor) -> tuple[Layer, ...]:
+    """The calls of layers on x[N, C, H, W], as ``cnn.summary`` finds them in eval mode."""
+    with evaluating(model):
+        return summary(model, tuple(x.shape), x.dtype).layers
+
+
 def map_layers(model: nn.Module, x: Tensor) -> list[str]:
     """The names of the layers whose result on x is maps, in the order of their calls."""
-    layers = summary(model, tuple(x.shape), x.dtype).layers
-    return list(dict.fromkeys(a.name for a in layers if len(a.output_size) == x.dim()))
+    return list(dict.fromkeys(a.name for a in calls(model, x) if len(a.output_size) == x.dim()))
 
 
 def field_of(model: nn.Module, name: str, x: Tensor) -> ReceptiveField:
@@ -46,8 +51,7 @@ def field_of(model: nn.Module, name: str, x: Tensor) -> ReceptiveField:
     Raises ValueError where the layer sees everything, or what it sees is not known.
     """
     find(model, name)
-    layers = summary(model, tuple(x.shape), x.dtype).layers
-    field = next((row.field for row in reversed(layers) if row.name == name), None)
+    field = next((row.field for row in reversed(calls(model, x)) if row.name == name), None)
     if field is None:
         raise ValueError(f"layer must have a receptive field that is known, got layer={name!r}")
     return field
@@ -73,7 +77,7 @@ def run(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """The first tensor that the model gives on x, and the ``outputs`` of its layers ``names``."""
     with _kept(model, names, stop=False) as found:
-        result = _first_tensor(model(x))
+        result = first_tensor(model(x))
     return result, _checked(found, names)
 
 
@@ -84,7 +88,7 @@ def _kept(model: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[s
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = _first_tensor(output)
+            tensor = first_tensor(output)
             if tensor is not None:
                 found.setdefault(name, tensor.clone())  # before a ReLU in place
             if stop and len(found) == len(set(names)):
@@ -92,7 +96,8 @@ def _kept(model: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[s
 
         return hook
 
-    hooks = [find(model, name).register_forward_hook(keep(name)) for name in names]
+    modules = {name: find(model, name) for name in names}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         yield found
     finally:
@@ -107,13 +112,21 @@ def _checked(found: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor
     return found
 
 
-def _first_tensor(values: Any) -> Tensor | None:
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor in what a module gives, be it a tuple, a dict or what there is."""
     return next((t for t in tree_leaves(values) if isinstance(t, Tensor)), None)
 
 
 def wide(t: Tensor) -> Tensor:
     """In float32 at least."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def check_images(x: Tensor, name: str, axes: str = "[N, C, H, W]") -> None:
+    """Raises ValueError where the argument ``name`` is not of floats and axes with pixels."""
+    count = axes.count(",") + 1
+    if x.dim() != count or not x.is_floating_point() or not all(x.shape[count - 3 :]):
+        raise ValueError(f"{name} must be floats {axes}, got {x.dtype} {list(x.shape)}")
 
 
 def probabilities(result: Tensor | None) -> Tensor | None:
@@ -134,16 +147,6 @@ def check_class(number: int, count: int, name: str) -> int:
         known = f"one of the {count} classes that the model gives, from 0 on"
         raise ValueError(f"{name} must be {known}, got {name}={number}")
     return number
-
-
-def maps_of(model: nn.Module, x: Tensor, name: str) -> Tensor:
-    """The maps [N, K, P, Q] that the layer ``name`` gives on x, without gradients.
-
-    Raises ValueError as ``outputs`` does, and where the layer gives no maps.
-    """
-    with evaluating(model), torch.no_grad():
-        y = outputs(model, x, [name])[name]
-    return check_maps(y, name)
 
 
 def check_maps(y: Tensor, name: str) -> Tensor:

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .layers import maps_of
+from .layers import check_images, check_maps, evaluating, outputs
 from .pictures import panels, pixels
 
 
@@ -38,11 +39,13 @@ def pixels_of_each(values: Tensor) -> Tensor:
 def maps(model: nn.Module, x: Tensor, layer: str, count: int = 16) -> Maps:
     """The ``count`` maps of ``layer`` with the largest values on x[C, H, W].
 
-    Raises ValueError for a layer that does not exist or gives no maps.
+    Raises ValueError for a layer that does not exist or gives no maps, and for another kind of x.
     """
     if count < 1:
         raise ValueError(f"count must be positive, got count={count}")
-    (found,) = maps_of(model, x[None], layer)
+    check_images(x, "x", "[C, H, W]")
+    with evaluating(model), torch.no_grad():
+        (found,) = check_maps(outputs(model, x[None], [layer])[layer], layer)
     peaks = found.amax((1, 2))
     numbers = peaks.argsort(descending=True, stable=True)[:count]
     return Maps(layer, x, numbers, found[numbers])

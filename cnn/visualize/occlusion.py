@@ -10,9 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from ..journal import Progress, new_figure
-from ..summary import summary, table
-from .layers import check_class, check_maps, class_names, evaluating, probabilities, run, wide
-from .pictures import SIZE, pixels, show
+from ..summary import table
+from .layers import (
+    calls,
+    check_class,
+    check_images,
+    check_maps,
+    class_names,
+    evaluating,
+    probabilities,
+    run,
+    wide,
+)
+from .pictures import SIZE, grey, pixels, show
 
 
 @dataclass(frozen=True)
@@ -171,13 +181,12 @@ def occlusion(
     What a model gives is taken for logits if it is [N, classes]. Raises ValueError for arguments
     that do not fit, and for a model that has neither classes nor maps.
     """
-    if x.dim() != 3 or not x.numel() or not x.is_floating_point():
-        raise ValueError(f"x must be floats [C, H, W], got {x.dtype} {list(x.shape)}")
+    check_images(x, "x", "[C, H, W]")
     if batch < 1:
         raise ValueError(f"batch must be positive, got batch={batch}")
     size = max(1, min(x.shape[1:]) // 4) if size is None else size
     stride = max(1, size // 4) if stride is None else stride
-    corners, grey = _corners(x, size, stride), _level(x, level)
+    corners, shade = _corners(x, size, stride), grey(x[None], level)[0, :, 0, 0]
     with evaluating(model), torch.no_grad():
         layer = _last_maps(model, x[None]) if layer is None else layer
         chances, maps = _look(model, x[None], layer)
@@ -197,13 +206,12 @@ def occlusion(
         parts = []
         with closing(Progress("occlusion", corners[..., 0].numel(), 0, "image")) as bar:
             for part in corners.flatten(0, 1).split(batch):
-                parts.append(_read(model, covered(x, part, size, grey), *chosen))
-                if bar.advance(len(part)):
-                    bar.show()
+                parts.append(_read(model, covered(x, part, size, shade), *chosen))
+                bar.tick(len(part))
     for name in whole:
         about[name] = torch.cat([part[name] for part in parts]).view(corners.shape[:2])
     values = {name: float(value) for name, value in whole.items() if name != "answers"}
-    return Occlusion(x, size, stride, grey, corners, values, **about)
+    return Occlusion(x, size, stride, shade, corners, values, **about)
 
 
 def covered(x: Tensor, corners: Tensor, size: int, level: Tensor) -> Tensor:
@@ -228,20 +236,9 @@ def _corners(x: Tensor, size: int, stride: int) -> Tensor:
     return torch.stack(torch.meshgrid(lines, columns, indexing="ij"), -1)
 
 
-def _level(x: Tensor, level: float | Sequence[float] | None) -> Tensor:
-    """That of a square's pixels [C]."""
-    if level is None:
-        return torch.full_like(x[:, 0, 0], 0.5) if 0 <= x.min() <= x.max() <= 1 else x.mean((1, 2))
-    values = x.new_tensor(level)
-    if values.dim() > 1 or values.numel() not in (1, len(x)):
-        raise ValueError(f"level must be one number or {len(x)}, one a channel, got level={level}")
-    return values.expand(len(x))
-
-
 def _last_maps(model: nn.Module, x: Tensor) -> str | None:
     """The last layer that gives maps, if possible of more than one pixel."""
-    layers = summary(model, tuple(x.shape), x.dtype).layers
-    maps = [row for row in layers if len(row.output_size) == 4]
+    maps = [row for row in calls(model, x) if len(row.output_size) == 4]
     large = [row for row in maps if row.output_size[2:] != (1, 1)]
     return next((row.name for row in reversed(large or maps)), None)
 

@@ -69,7 +69,9 @@ def grey(images: Tensor, level: float | Sequence[float] | None = None) -> Tensor
     count, channels = images.shape[:2]
     values = images.new_tensor(level)
     if values.dim() > 1 or values.numel() not in (1, channels):
-        raise ValueError(f"level must be one number or {channels}, one a channel, got {level}")
+        raise ValueError(
+            f"level must be one number or {channels}, one a channel, got level={level}"
+        )
     return values.expand(count, channels)[:, :, None, None]
 
 

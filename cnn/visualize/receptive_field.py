@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from kernels.geometry import ReceptiveField
 
 from ..journal import new_figure
-from ..summary import summary, table
-from .fields import Box, window
-from .layers import field_of
+from ..summary import table
+from .layers import calls, check_images, field_of
 from .pictures import SIZE, colours, frame, pixels, show
+
+Box = tuple[int, int, int, int]
+"""Top, left, bottom and right of a rectangle of pixels; the last two are the first outside it."""
 
 
 class Seen(NamedTuple):
     """What the pixel ``position`` of a layer's maps sees.
 
-    ``box`` is top, left, bottom and right in the image's pixels, of which the last two are the
-    first outside; it reaches beyond the image where the layer sees padding.
+    ``box`` reaches beyond the image where the layer sees padding.
     """
 
     layer: str
@@ -80,6 +81,15 @@ def _limits(first: Sequence[int], last: Sequence[int], side: int) -> tuple[float
     return max(low, -side / 2) - 0.5, min(high, 1.5 * side) - 0.5
 
 
+def window(field: ReceptiveField, p: int, q: int) -> Box:
+    """What pixel (p, q) of a map sees, with what lies in the padding outside the image."""
+    top, left = (
+        offset + stride * place
+        for offset, stride, place in zip(field.offset, field.stride, (p, q), strict=True)
+    )
+    return top, left, top + field.size[0], left + field.size[1]
+
+
 def receptive_field(
     model: nn.Module, x: Tensor, layers: Sequence[str] | None = None
 ) -> ReceptiveFields:
@@ -93,9 +103,8 @@ def receptive_field(
     Raises ValueError for a layer that does not exist, or whose field is not known: one that sees
     everything, such as a linear one.
     """
-    if x.dim() != 3:
-        raise ValueError(f"x must be one image [C, H, W], got {list(x.shape)}")
-    rows = {row.name: row for row in summary(model, (1, *x.shape), x.dtype).layers}
+    check_images(x, "x", "[C, H, W]")
+    rows = {row.name: row for row in calls(model, x[None])}
     if layers is None:
         fields = {row.field: row.name for row in reversed(rows.values()) if row.field}
         layers = [name for name in rows if name in fields.values()]
