@@ -204,10 +204,14 @@ def reduction_block(i, C, R, S, BLOCK: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b."""
-    if _INTERPRET and a.dtype == tl.bfloat16:
-        a = widen(a, tl.float32)
-        b = widen(b, tl.float32)
+    """acc + a @ b.
+
+    The interpreter is wrong on bfloat16, and sums float32 in an order that depends on the tile's
+    shape and on the processor: there it is given float64, of which the sum is rounded once.
+    """
+    if _INTERPRET:
+        wide = tl.dot(widen(a, tl.float64), widen(b, tl.float64), out_dtype=tl.float64)
+        return (acc + wide).to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
