@@ -1,12 +1,14 @@
 """``python -m cnn show``: what a network has learned, as a PNG and an HTML page."""
 
 import argparse
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, Subset
 from . import checkpoint as checkpoints
 from . import data, models, visualize
 from .checkpoint import write
+from .convert import convert
 from .data import PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
 from .data.sets import IMAGENET
 from .journal import png, tell
@@ -72,8 +75,7 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
             raise Problem("say what to look at, by --checkpoint or --model")
         torch.manual_seed(args.seed)
         size = args.size or _usual_size(args.model)
-        with warnings.catch_warnings(action="ignore"):  # of an empty layer
-            model = models.create(args.model, image_size=size)
+        model = _created(args.model, size)
         name, known = args.model, _description(model, size)
     elif str(checkpoint) == HED:
         check_agreed(args, "model", "vgg16")
@@ -104,8 +106,33 @@ def _loaded(
     if not args.model:
         raise Problem(f"{checkpoint} holds parameters alone: say by --model what it is of")
     size = args.size or _usual_size(args.model)
-    model = checkpoints.build(args.model, parameters, size, checkpoint)
+    if ":" not in args.model:
+        model = checkpoints.build(args.model, parameters, size, checkpoint)
+    else:
+        try:
+            (model := _created(args.model, size)).load_state_dict(parameters)
+        except RuntimeError:
+            raise Problem(f"{checkpoint} does not hold the parameters of {args.model}") from None
     return model, args.model, _description(model, size), None
+
+
+def _model(text: str) -> str:
+    """Read the name of a network: one of ours, or the function that builds another."""
+    if text in models.list() or re.fullmatch(r"[\w.]+:[\w.]+", text):
+        return text
+    known = ", ".join(models.list())
+    raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, and no MODULE:FUNCTION")
+
+
+def _created(name: str, size: int) -> nn.Module:
+    """The network of a name; one that is not ours is converted."""
+    if ":" not in name:
+        with warnings.catch_warnings(action="ignore"):  # of an empty layer
+            return models.create(name, image_size=size)
+    try:
+        return convert(resolve_name(name)())
+    except Exception as error:  # someone else's code can raise anything
+        raise Problem(f"--model: {name}() fails: {type(error).__name__}: {error}") from None
 
 
 def _usual_size(name: str) -> int:
@@ -389,8 +416,8 @@ def add_parsers(commands: Any) -> None:
         add = tool.add_argument
         kind = f"what train wrote, a file of a state_dict, or {HED} for VGG-16's of that package"
         add("--checkpoint", type=Path, metavar="PATH", help=kind)
-        unknown = "model of a state_dict, or one without training"
-        add("--model", choices=models.list(), metavar="NAME", help=unknown)
+        unknown = "model of a state_dict, or one untrained: its name, or MODULE:FUNCTION"
+        add("--model", type=_model, metavar="NAME", help=unknown)
         add("--size", type=whole, help="side of the images in pixels, where no checkpoint tells")
         known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())
         add("--image", nargs="+", default=(), metavar="PATH", help=f"images; or {known} and others")

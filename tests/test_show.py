@@ -231,6 +231,39 @@ def test_pixels_are_normalised_by_the_model(run):
     assert images.labels().tolist() == [data.load("digits").test[i][1] for i in range(2)]
 
 
+def test_any_network_can_be_looked_into(tmp_path, monkeypatch, capsys):
+    """One of torch's layers, which a function of the user's builds; with a state_dict, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("foreign.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    first = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2)\n"
+        "    return nn.Sequential(*first, nn.Conv2d(4, 2, 3))\n"
+        "def broken():\n"
+        "    raise ValueError('no such net')\n"
+    )
+    import foreign  # type: ignore[import-not-found]
+
+    net = foreign.net()
+    torch.save(net.state_dict(), "net.pt")
+    given = ["--model", "foreign:net", "--size", "12", "--image", "skimage:coins"]
+    cli.main(["show", "deconvnet", *given, "--checkpoint", "net.pt", "--count", "2"])
+    assert Path("deconvnet.png").exists()
+    args = cli.parser().parse_args(["show", "maps", *given, "--checkpoint", "net.pt"])
+    model = show.look_up(args, args.checkpoint).model
+    assert type(model[0]) is cnn.ConvReLUMaxPool2d
+    assert torch.equal(model[0].weight, net[0].weight)
+    for name, message in (
+        ("foreign:broken", "--model: foreign:broken() fails: ValueError: no such net"),
+        ("foreign:none", "--model: foreign:none() fails: AttributeError: "),
+        ("lenet", "'lenet' is none of alexnet, "),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["show", "architecture", "--model", name])
+        assert message in capsys.readouterr().err
+
+
 def test_photographs(tmp_path):
     image = photograph("skimage:astronaut", 40)
     assert image.shape == (3, 40, 40)

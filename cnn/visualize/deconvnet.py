@@ -118,7 +118,8 @@ def project(
     if numbers.shape != x.shape[:1]:
         raise ValueError(f"numbers must be {len(x)} maps, got {list(numbers.shape)}")
     pieces = [x.new_empty(0, *x.shape[1:])]
-    with evaluating(model), torch.enable_grad():
+    bar = Progress(f"projections from {layer}", len(x), 0, "image")
+    with closing(bar), evaluating(model), torch.enable_grad():
         for start in range(0, len(x), BATCH):
             part = slice(start, start + BATCH)
             image = x[part].detach().requires_grad_()
@@ -131,6 +132,7 @@ def project(
             seed = torch.zeros_like(y)
             seed[where] = y.detach()[where]
             pieces += torch.autograd.grad(y, image, seed)
+            bar.tick(len(y))
     return torch.cat(pieces)
 
 
