@@ -220,6 +220,8 @@ def widen(tile, DTYPE: tl.constexpr):
     """The tile as float32 or float64, exactly."""
     if _INTERPRET and tile.dtype == tl.bfloat16:
         tile = (tile.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif _INTERPRET and tile.dtype.is_fp8():  # which it cannot make float64
+        tile = tile.to(tl.float32)
     return tile.to(DTYPE)
 
 
