@@ -24,3 +24,8 @@ assert Path(kernels.__file__).parents[1] == Path(__file__).parents[1], kernels._
 def device() -> torch.device:
     """Where tests run: the GPU where there is one, else the CPU through Triton's interpreter."""
     return torch.device("cuda" if GPU else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker waits for them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_compile.py")
