@@ -162,7 +162,9 @@ class Images:
         return (images for images, _ in self.batches())
 
     def one(self) -> Tensor:
-        """The first, [C, H, W]."""
+        """The only one, or the first of a data set, [C, H, W]."""
+        if len(self.names) > 1:
+            raise Problem(f"--image: one image can be looked at, got {len(self.names)}")
         return next(self.without_labels())[0]
 
     def all(self) -> Tensor:

@@ -375,3 +375,15 @@ def test_augmentation_shifts_by_up_to_an_eighth():
     places = {tuple(images[0, index][0][0].nonzero()[0].tolist()) for index in range(300)}
     assert places == {(row, column) for row in range(6, 11) for column in range(6, 11)}
     assert images[0, 0][1] == 4
+
+
+def test_faces_are_split_evenly():
+    faces = data.load("faces")
+    assert faces.description.classes == ("face", "other")
+    for part, count in ((faces.train, 80), (faces.test, 20)):
+        images, labels = part.tensors
+        assert images.shape == (2 * count, 1, 32, 32)
+        assert images.dtype == torch.uint8
+        assert labels.bincount().tolist() == [count, count]
+    with pytest.raises(Problem, match="faces come with scikit-image and take no path"):
+        data.load("faces:somewhere")

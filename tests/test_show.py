@@ -73,6 +73,10 @@ def test_each_tool_leaves_a_picture_and_a_page(run, tmp_path, capsys, what):
 
 
 ERRORS = {
+    "two images": (
+        ["maps", "--checkpoint", "LAST", "--image", "skimage:moon", "skimage:coins"],
+        "--image: one image can be looked at, got 2",
+    ),
     "nothing": (["maps"], "say what to look at, by --checkpoint or --model"),
     "file": (["maps", "--checkpoint", "no.pt"], "cannot read no.pt: No such file or directory"),
     "layer": (

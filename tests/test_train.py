@@ -91,9 +91,12 @@ def few_digits(monkeypatch):
 def test_command_line_trains_through_the_kernels(few_digits, tmp_path, capfd):
     """And ``eval`` gives the accuracy of what it left, with a table of the classes."""
     folder = tmp_path / "run"
-    cli.main(["train", "--epochs", "2", "--batch-size", "32", "--output", str(folder)])
+    given = ["--batch-size", "32", "--keep-every", "2", "--output", str(folder)]
+    cli.main(["train", "--epochs", "2", *given])
     trained, log = capfd.readouterr()
-    assert files(folder) == {*RUN}
+    assert files(folder) == {*RUN, "epoch-2.pt"}
+    assert checkpoints.kept(folder) == {2: folder / "epoch-2.pt"}
+    assert (folder / "epoch-2.pt").read_bytes() == (folder / "last.pt").read_bytes()
     kernels, result = trained.splitlines()
     if INTERPRET:
         assert kernels == "kernels: triton (interpreter)"
