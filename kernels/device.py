@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,10 +37,7 @@ class _Recorder(threading.local):
 recorder = _Recorder()
 _lock = threading.RLock()
 _launches: Counter[str] = Counter()
-_target: GPUTarget | None = None  # set while launches only compile, into _compiled
-_compiled: list[Any] = []
-_pretended: "Device | None" = None  # set while launches do nothing
-_warming_up = False  # set while launches only compile, for the GPU there is
+_compiled: list[Any] = []  # by launches that only compile
 
 
 class Peaks(NamedTuple):
@@ -85,14 +82,40 @@ class Device:
         return _PEAKS.get(self.arch, _OTHER_PEAKS)
 
 
+@dataclass(frozen=True)
+class _Launching:
+    """What a launch does, and the device that tensors count as being on; None: the one they are on.
+
+    "emulate": CPU tensors count as a GPU's, and whoever stands in as Triton's driver runs what was
+    compiled for it.
+    """
+
+    mode: Literal["run", "compile", "warm_up", "nothing", "emulate"] = "run"
+    stand_in: Device | None = None
+
+
+# Of the process: autograd's threads would not see a context variable.
+_launching = _Launching()
+
+
+@contextmanager
+def _launch_mode(launching: _Launching) -> Iterator[None]:
+    global _launching
+    previous, _launching = _launching, launching
+    try:
+        yield
+    finally:
+        _launching = previous
+
+
 _SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 _SHARED_MEMORY |= {100: 227 << 10, 103: 227 << 10, 110: 227 << 10, 120: 99 << 10, 121: 99 << 10}
 _INTERPRETER = Device("interpreter", "numpy", multiprocessors=1, shared_memory=1 << 40)
 
 
 @cache
-def _of_target(target: GPUTarget) -> Device:
-    """A typical device of an architecture, for compiling without one."""
+def typical(target: GPUTarget) -> Device:
+    """A typical device of an architecture, for planning without one."""
     if target.backend == "hip":
         shared = (160 if target.arch == "gfx950" else 64) << 10
         return Device("hip", target.arch, multiprocessors=304, shared_memory=shared)
@@ -113,10 +136,8 @@ def _of_gpu(index: int) -> Device:
 
 def describe(device: torch.device) -> Device:
     """The description of the device a tensor is on."""
-    if _pretended is not None:
-        return _pretended
-    if _target is not None:
-        return _of_target(_target)
+    if _launching.stand_in is not None:
+        return _launching.stand_in
     if device.type == "cuda":
         return _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
     return _INTERPRETER
@@ -125,20 +146,26 @@ def describe(device: torch.device) -> Device:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any):
     """Run ``kernel`` on ``device`` over ``grid``; an empty grid runs nothing.
 
-    The interpreter is not thread-safe (two threads give wrong numbers in silence), hence the lock.
+    The interpreter is not thread-safe (two threads give wrong numbers in silence), hence the lock;
+    nor need an emulator be.
     """
     if 0 in grid:
         return
     if (recording := recorder.recording) is not None:
         recording.launched(kernel, grid, args, {"device": device, **meta})
-    if _pretended is not None:
+    mode = _launching.mode
+    if mode == "nothing":
         return
-    if _target is not None or _warming_up:
+    if mode in ("compile", "warm_up"):
         _compiled.append(kernel.run(*args, grid=grid, warmup=True, **meta))
         return
     _launches[kernel.fn.__name__] += 1
     if INTERPRET:
         with _lock, np.errstate(all="ignore"), _quickly_interpreted():
+            kernel[grid](*args, **meta)
+        return
+    if mode == "emulate":
+        with _lock:
             kernel[grid](*args, **meta)
         return
     if device.index is None or device.index == torch.cuda.current_device():
@@ -201,18 +228,18 @@ def compile_only(target: GPUTarget) -> Iterator[list[Any]]:
     Yields the list to which each launch adds Triton's compiled kernel. Tensors may be of the meta
     device. Not for use beside other threads that launch kernels.
     """
-    global _target, _compiled
+    global _compiled
     if INTERPRET:
         raise RuntimeError("compile_only needs a process without TRITON_INTERPRET")
-    if _target is not None:
-        raise RuntimeError(f"compile_only is not re-entrant; it is compiling for {_target}")
+    if _launching.mode == "compile":
+        raise RuntimeError(f"compile_only is not re-entrant; it compiles for {_launching.stand_in}")
     previous = triton.runtime.driver._active
     triton.runtime.driver.set_active(_NoDriver(target))
-    _target, _compiled = target, []
+    _compiled = []
     try:
-        yield _compiled
+        with _launch_mode(_Launching("compile", typical(target))):
+            yield _compiled
     finally:
-        _target = None
         triton.runtime.driver._active = previous
 
 
@@ -225,25 +252,26 @@ def warm_up() -> Iterator[None]:
     as offsets fit into 32 bits, tensors start on 16 bytes and even sizes of layers with stride 2
     stay even. Do not step an optimizer within: results are whatever was in memory.
     """
-    global _warming_up
-    previous, _warming_up = _warming_up, not INTERPRET
-    try:
+    if INTERPRET:
         yield
+        return
+    try:
+        with _launch_mode(replace(_launching, mode="warm_up")):
+            yield
     finally:
-        _warming_up = previous
-        if _target is None:
+        if _launching.mode != "compile":
             _compiled.clear()
 
 
 def is_warming_up() -> bool:
-    return _warming_up
+    return _launching.mode == "warm_up"
 
 
 def may_replay() -> bool:
     """Whether a call that was recorded stands for one made now: within another one, or where
     launches only compile, it is made in full.
     """
-    return recorder.recording is None and _target is None and not _warming_up
+    return recorder.recording is None and _launching.mode not in ("compile", "warm_up")
 
 
 @contextmanager
@@ -252,12 +280,24 @@ def launch_nothing(target: GPUTarget) -> Iterator[None]:
 
     Results are not computed: it is for timing what a call costs the processor.
     """
-    global _pretended
-    _pretended = _of_target(target)
-    try:
+    with _launch_mode(_Launching("nothing", typical(target))):
         yield
-    finally:
-        _pretended = None
+
+
+@contextmanager
+def emulate(stand_in: Device) -> Iterator[None]:
+    """Within this context CPU tensors count as those of ``stand_in``, and their operators plan and
+    launch as there. Triton's active driver has to run what is compiled.
+    """
+    if INTERPRET:
+        raise RuntimeError("emulation needs a process without TRITON_INTERPRET")
+    with _launch_mode(_Launching("emulate", stand_in)):
+        yield
+
+
+def takes_cpu() -> bool:
+    """Whether kernels run on CPU tensors: in the interpreter, or emulated."""
+    return INTERPRET or _launching.mode == "emulate"
 
 
 def all_registers(where: torch.device) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 All take batched N, C, H, W tensors and normalised arguments: pairs are (height, width), padding
 is (top, bottom, left, right). A CUDA tensor always runs the kernels; a CPU tensor runs them in
-Triton's interpreter (TRITON_INTERPRET=1 at import) and otherwise ATen, through the same operators.
+Triton's interpreter (TRITON_INTERPRET=1 at import), emulated (``device.emulate``), and otherwise
+ATen, through the same operators.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from . import (
     replay,
     vmap,
 )
-from .device import INTERPRET, describe
+from .device import describe
 from .geometry import (
     Conv2dGeometry,
     Direction,
@@ -57,9 +58,13 @@ def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable)
     _operands[name] = count = schema.split("->")[0].count("Tensor")
     kept = _kept(name, kernels, count)
     _library.define(schema)
-    _implementations[name] = kept, kept if INTERPRET else reference
+
+    def on_cpu(*args: Any) -> Any:
+        return kept(*args) if device.takes_cpu() else reference(*args)
+
+    _implementations[name] = kept, on_cpu
     for where, function in zip(("CUDA", "CPU"), _implementations[name], strict=True):
-        _library.impl(name, _of_lists(function) if function is kept else function, where)
+        _library.impl(name, _of_lists(function), where)
     torch.library.register_fake(f"triton_cnn::{name}", fake, lib=_library)
 
 
@@ -159,7 +164,7 @@ def setting(x: Tensor) -> tuple | None:
     """What a call on x depends on besides its arguments; None where it may not be kept."""
     if is_watched() or torch._C._is_torch_function_mode_enabled() or not _may_replay():
         return None
-    if not (x.is_cuda or (INTERPRET and x.is_cpu)):
+    if not (x.is_cuda or (x.is_cpu and device.takes_cpu())):
         return None
     precision = x.dtype == torch.float32 and resolve_precision(None, x)
     return describe(x.device), precision, torch.is_grad_enabled()
@@ -196,7 +201,7 @@ def resolve_precision(precision: str | None, x: Tensor) -> str:
 
     AMD's gfx942 has tf32 but no split of it: bf16x6, as accurate, stands for tf32x3 there.
     """
-    if x.dtype != torch.float32 or x.device.type == "cpu":
+    if x.dtype != torch.float32 or describe(x.device).backend == "interpreter":
         return "ieee"
     if precision is None:
         setting = torch.backends.cudnn.conv.fp32_precision

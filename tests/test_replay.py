@@ -138,9 +138,12 @@ def test_nothing_is_replayed_while_tuning_or_warming_up(name, forget, monkeypatc
     call(*operands)
     assert F._calls
     monkeypatch.setattr(replay.Recording, "__call__", lambda *_: pytest.fail("replayed"))
-    for owner, state in ((autotune, "_on"), (device, "_warming_up")):
+    for owner, state, value in (
+        (autotune, "_on", True),
+        (device, "_launching", device._Launching("warm_up")),
+    ):
         with monkeypatch.context() as patch:
-            patch.setattr(owner, state, True)
+            patch.setattr(owner, state, value)
             patch.setattr(library, "_run", lambda *_, **__: None)
             patch.setattr(device, "launch", lambda *_, **__: None)
             call(*operands)
