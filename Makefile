@@ -1,5 +1,5 @@
-# `make demo` trains LeNet-5, `make test` runs the tests, `make lint` checks style, layers and types,
-# `make docs` builds the documentation into build/docs.
+# `make demo` trains LeNet-5, `make test` runs the tests, `make test-emulated` executes all compiled
+# code, `make lint` checks style, layers and types, `make docs` builds the documentation into build/docs.
 # Nothing is needed but Python 3.11 or later and make.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 # The newest that torch allows. A CUDA build of torch wants one exact version, the CPU build none.
 TRITON ?= triton>=3.6
 PYTEST_ARGS ?= -n 2 --dist worksteal
+EMULATED_ARGS ?= -n 2 --dist worksteal
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -18,15 +19,26 @@ export TRITON_DEFAULT_FP_FUSION ?= 1
 # The interpreter and the tests have nothing for more threads to share.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint docs force
+.PHONY: demo test test-interpreted test-sampled test-emulated lint docs force
 
 demo: $(READY)
 	@TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
 		$(PY) -m cnn train --model lenet5 --data digits --epochs 4 --batch-size 32 \
 		--lr 0.005 --output $(VENV)/lenet5-digits --overwrite
 
-test: $(READY)
+test: test-interpreted test-sampled
+
+test-interpreted: $(READY)
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# The code that is compiled for a GPU, executed: a case of each test, or all.
+test-sampled: $(READY)
+	$(PY) -m pytest --emulate sm_90 --sample 1 $(EMULATED_ARGS)
+	$(PY) -m pytest --emulate sm_80 --sample 1 $(EMULATED_ARGS)
+
+test-emulated: $(READY)
+	$(PY) -m pytest --emulate sm_90 $(EMULATED_ARGS)
+	$(PY) -m pytest --emulate sm_80 $(EMULATED_ARGS)
 
 lint: $(VENV)/tools
 	$(PY) -m ruff check .

@@ -31,7 +31,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
 from . import planner
-from .device import Device
+from .device import Device, is_emulated
 from .geometry import Conv2dGeometry, Direction, largest_offset
 from .planner import Layout, Plan
 from .winners import Record, Store, cache_folder, versions_of
@@ -399,7 +399,7 @@ class Tuner:
 
 def _is_computed(problem: Problem, tensors: Operands) -> bool:
     """Whether launches compute something: not on fake tensors, empty ones, or to compile only."""
-    real = "cpu" if problem.device.backend == "interpreter" else "cuda"
+    real = "cpu" if problem.device.backend == "interpreter" or is_emulated() else "cuda"
     return all(
         t is None or (t.device.type == real and t.numel() > 0 and not isinstance(t, FakeTensor))
         for t in tensors

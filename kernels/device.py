@@ -295,9 +295,13 @@ def emulate(stand_in: Device) -> Iterator[None]:
         yield
 
 
+def is_emulated() -> bool:
+    return _launching.mode == "emulate"
+
+
 def takes_cpu() -> bool:
     """Whether kernels run on CPU tensors: in the interpreter, or emulated."""
-    return INTERPRET or _launching.mode == "emulate"
+    return INTERPRET or is_emulated()
 
 
 def all_registers(where: torch.device) -> dict[str, int]:

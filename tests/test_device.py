@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as TF
+from triton.backends.compiler import GPUTarget
 
 from cnn import functional as F
 from kernels import device as devices
@@ -55,13 +56,16 @@ def test_the_interpreter_is_usable():
 
 
 @pytest.mark.skipif(not devices.INTERPRET, reason="the interpreter is off")
-def test_compiling_needs_a_process_without_the_interpreter():
-    from triton.backends.compiler import GPUTarget
-
-    with (
-        pytest.raises(RuntimeError, match="TRITON_INTERPRET"),
-        devices.compile_only(GPUTarget("cuda", 90, 32)),
-    ):
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: devices.compile_only(GPUTarget("cuda", 90, 32)),
+        lambda: devices.emulate(devices.typical(GPUTarget("cuda", 90, 32))),
+    ],
+    ids=["compile_only", "emulate"],
+)
+def test_compiled_code_needs_a_process_without_the_interpreter(mode):
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), mode():
         pass
 
 
