@@ -90,6 +90,23 @@ def test_what_overflows_is_infinite():
         assert_close(right.half().clamp(max=65504), right, right.half(), right)
 
 
+@pytest.mark.parametrize("dtype", params((*LOW, torch.float32, torch.float64)))
+def test_an_infinity_that_a_relu_takes_allows_no_error(dtype):
+    """Neither of itself nor of the others."""
+    right = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    magnitude = torch.tensor([torch.inf, 1.0], dtype=torch.float64)
+    assert_close(right.to(dtype), right, right.to(dtype), magnitude)
+    for wrong in ([1e-3, 1], [0, 1.5]):
+        with pytest.raises(AssertionError, match="is right, an error of"):
+            assert_close(torch.tensor(wrong, dtype=dtype), right, right.to(dtype), magnitude)
+    near, nearest, far = numbers(torch.float32)
+    magnitude = near.abs()
+    near[0] = nearest[0] = far[0] = 0
+    magnitude[0] = torch.inf
+    with pytest.raises(AssertionError, match="RMS error"):
+        assert_close(far, near, nearest, magnitude)
+
+
 # As a whole: torch's convolution with the fault of processors that have AMX.
 
 
