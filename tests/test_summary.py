@@ -61,9 +61,10 @@ class Branches(nn.Module):
 
 def reached(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """For each layer which pixels reach which of its results, [H, W, P, Q]: of as many images as
-    an image has pixels, each holds a NaN in another.
+    an image has pixels, each holds a NaN in another. In float64, which torch convolves in the same
+    way on all processors.
     """
-    x = torch.randn(H * W, 1, H, W)
+    x = torch.randn(H * W, 1, H, W, dtype=torch.float64)
     x.view(H * W, H * W).fill_diagonal_(torch.nan)
     found = {}
 
@@ -73,7 +74,7 @@ def reached(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     for name, layer in model.named_modules():
         layer.register_forward_hook(lambda _, x, y, name=name: keep(name, y))
     with torch.no_grad():
-        model.eval().to(device)(x.to(device))
+        model.eval().to(device, x.dtype)(x.to(device))
     return found
 
 
