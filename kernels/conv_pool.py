@@ -18,6 +18,7 @@ from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
     dot,
+    fence_copies,
     fprop_walk,
     narrow,
     pixel,
@@ -106,6 +107,7 @@ def conv_pool_kernel(
             w_offsets = c * w_strides[1] + (r * w_strides[2] + s * w_strides[3])
             w_offsets = (k * w_strides[0])[None, :] + w_offsets[:, None]
             filters = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
+            fence_copies()
             acc = dot(x, filters, acc, PRECISION)
         value = widen(narrow(acc + bias[None, :], DTYPE), ACC)
         wins = row_mask[:, None] & ((value > best) | (value != value))

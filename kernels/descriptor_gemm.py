@@ -362,8 +362,8 @@ def _box(tile: Tile) -> Box:
 
 @triton.jit
 def wgrad_kernel(
-    x_desc,  # [H, W, N, C] of one parity
-    dy_desc,  # [P, Q, N, K]
+    x_desc,  # of one parity, [H, W, N, C], or [N, H, W, C] where the box is pixels of a row
+    dy_desc,  # [P, Q, N, K], or [N, P, Q, K]
     dw_ptr,  # [splits, groups * K, C, R, S]
     dw_strides,  # split, k, c, r, s
     sizes,  # P, Q, boxes along p and q, turns, column and row tiles, taps, groups, K, C
@@ -374,9 +374,10 @@ def wgrad_kernel(
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], over one part of the boxes.
 
-    One program writes rows k x columns c of one tap, summed in float32. Images come last in a
-    box's order: a box of one pixel of several images is then loaded as a matrix, which may stand
-    on the left from shared memory.
+    One program writes rows k x columns c of one tap, summed in float32. The box's long axis comes
+    last in its order: it is then loaded as a matrix, which may stand on the left from shared
+    memory. A box with several long axes goes through registers to the left, and Triton 3.6 lets
+    the next turn overwrite them while products still read: ``planner`` takes none.
     """
     BOX_N: tl.constexpr = TILE[0]
     BOX_P: tl.constexpr = TILE[1]
@@ -404,9 +405,13 @@ def wgrad_kernel(
     n = first // (boxes_q * boxes_p) * BOX_N
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for _ in loop(turns):
-        dy = dy_desc.load([p, q, n, group * K + k]).reshape(DEPTH, ROWS)
-        x = x_desc.load([p + h, q + w, n, group * C + c]).reshape(DEPTH, COLUMNS)
-        acc = dot(dy.T, x, acc, PRECISION)
+        if BOX_N * BOX_P == 1:
+            dy = dy_desc.load([n, p, q, group * K + k])
+            x = x_desc.load([n, p + h, q + w, group * C + c])
+        else:
+            dy = dy_desc.load([p, q, n, group * K + k])
+            x = x_desc.load([p + h, q + w, n, group * C + c])
+        acc = dot(dy.reshape(DEPTH, ROWS).T, x.reshape(DEPTH, COLUMNS), acc, PRECISION)
         q += BOX_Q
         end = q >= Q
         q = tl.where(end, 0, q)
@@ -464,12 +469,15 @@ def wgrad(
     boxes_n, boxes_p, boxes_q = cdiv(N, n), cdiv(P, p), cdiv(Q, q)
     turns = cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
     column_tiles, row_tiles = cdiv(C, tile.columns), cdiv(K, tile.rows)
-    dy_desc = images(dy, (p, q, n, tile.rows), flat=flat, images_last=True)
+    images_last = n * p > 1
+    box = (p, q, n) if images_last else (n, p, q)
+    dy_desc = images(dy, (*box, tile.rows), flat=flat, images_last=images_last)
     parts = parts_like(dw, tile.splits)
     for parity in read_parities(g):
         row, column = parity
         taps = row.taps * column.taps
-        x_desc = images(x, (p, q, n, tile.columns), parity, flat=flat, images_last=True)
+        block = (*box, tile.columns)
+        x_desc = images(x, block, parity, flat=flat, images_last=images_last)
         sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
         device.launch(
             wgrad_kernel,

@@ -24,6 +24,7 @@ from .indexing import (
     cdiv,
     dgrad_walk,
     dot,
+    fence_copies,
     fprop_walk,
     narrow,
     pixel,
@@ -191,6 +192,7 @@ def few_channel_fprop_kernel(
             w_mask = w_mask[:, None] & k_mask[None, :]
             w_offsets = (w_along + r * w_strides[2])[:, None] + (k * w_strides[0])[None, :]
             w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
+            fence_copies()
             acc = dot(x_tile, w_tile, acc, PRECISION)
 
     masks = (row_mask, k_mask)
@@ -363,6 +365,7 @@ def few_channel_wgrad_kernel(
             offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
             offsets = offsets[:, None] + x_columns[None, :]
             x = load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE)
+            fence_copies()
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
         offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]

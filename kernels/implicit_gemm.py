@@ -21,6 +21,7 @@ from .indexing import (
     cdiv,
     dgrad_walk,
     dot,
+    fence_copies,
     fprop_walk,
     narrow,
     pixel,
@@ -105,6 +106,7 @@ def fprop_kernel(
         w_offsets = c * w_strides[2] + (r * w_strides[3] + s * w_strides[4])
         w_offsets = w_columns[None, :] + w_offsets[:, None]
         w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
+        fence_copies()
         acc = dot(x_tile, w_tile, acc, PRECISION)
 
     at = (n, p * walk[6] + walk[7], q * walk[8] + walk[9])
@@ -316,6 +318,7 @@ def wgrad_kernel(
             offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
             x = tl.load(x_ptr + (offsets[:, None] + x_columns[None, :]), mask=mask, other=0.0)
+            fence_copies()
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
         offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]

@@ -16,11 +16,14 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from .device import INTERPRET
 from .geometry import Conv2dGeometry, Taps
 
 _INTERPRET = tl.constexpr(INTERPRET)
+# From 3.7 on Triton fences copies itself (triton-lang/triton#9610).
+_FENCES = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 _ODD = tl.constexpr(2**20 + 1)
 _CENTRE = tl.constexpr(3 * 2**30)
 _ALIGNED = 16  # what Triton tells apart; in elements, so that a row of them takes whole vectors
@@ -213,6 +216,26 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         wide = tl.dot(widen(a, tl.float64), widen(b, tl.float64), out_dtype=tl.float64)
         return (acc + wide).to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def fence_copies():
+    """Let asynchronous products see what cp.async has copied to shared memory.
+
+    From Hopper on they read by another proxy than copies write, and PTX asks for a fence between.
+    It belongs between the loads of a turn and its dot, where Triton waits for the copies first.
+    Triton 3.6 takes no such instruction in a loop for Blackwell.
+    """
+    if _FENCES and not _INTERPRET:
+        if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+            tl.inline_asm_elementwise(
+                "fence.proxy.async.shared::cta; mov.b32 $0, 0;",
+                "=r,r",
+                [0],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit

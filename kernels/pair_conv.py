@@ -24,6 +24,7 @@ from .indexing import (
     cdiv,
     divisors,
     dot,
+    fence_copies,
     narrow,
     pixel,
     plain,
@@ -287,7 +288,9 @@ def convolve(
         if HALF is not None:
             x = tl.where(seen[None, :], x, 0.0)
         w_at = i * (2 * COLUMNS * DEPTH) + (m * DEPTH)[:, None] + depth[None, :]
-        acc = dot(tl.load(packed_ptr + w_at), tl.trans(x), acc, PRECISION)
+        filters = tl.load(packed_ptr + w_at)
+        fence_copies()
+        acc = dot(filters, tl.trans(x), acc, PRECISION)
     return acc
 
 
@@ -580,8 +583,10 @@ def pair_wgrad_kernel(
             x_mask = within(h[:, None] + h_in[None, :], H)
             x_mask &= within(w[:, None] + w_in[None, :], width)
             x = load_normalised(x_ptr + x_at, x_in, x_mask, normalise, scale, shift, DTYPE)
+            fence_copies()
             dw = dot(dy, x, dw, PRECISION)
         if db_ptr is not None:
+            fence_copies()
             db = dot(dy, ones, db, PRECISION)
 
     if db_ptr is not None:

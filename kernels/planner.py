@@ -2,13 +2,14 @@
 
 The engine and the depth of its tiles follow from channels, taps, dtype and layout, never from the
 batch or the image: so an image's result does not depend on its neighbours. (wgrad sums over the
-batch, and is free to choose.) Tiles and boxes come from fixed families, so that few binaries serve
-all sizes; ``model`` predicts which of them is quickest.
+batch: its engine follows from the map, too, and its order is free.) Tiles and boxes come from fixed
+families, so that few binaries serve all sizes; ``model`` predicts which of them is quickest.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from math import ceil, inf, prod
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -27,7 +28,7 @@ from . import (
 )
 from .device import Device
 from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
-from .tile import Tile, blocks_per_multiprocessor, is_valid
+from .tile import Box, Tile, blocks_per_multiprocessor, is_valid
 
 Layout = Literal["aligned", "channels_last", "scattered"]
 """How the operands lie: channels side by side, pixels in memory order and rows on 16 bytes, as
@@ -51,13 +52,15 @@ _WGRADS = {
     2: ((128, 256, 8), (128, 128, 4), (64, 256, 4), (64, 128, 4), (128, 64, 4), (64, 64, 4)),
     4: ((128, 128, 8), (64, 128, 4), (64, 64, 4)),
 }
-# Boxes of pixels by their number, in an order that breaks ties: near pixels before far images.
+# Boxes of fprop and dgrad by their pixels, in an order that breaks ties: near pixels before far
+# images.
 _BOXES = {
     256: ((1, 16, 16), (4, 8, 8), (16, 4, 4), (64, 2, 2), (256, 1, 1)),
     128: ((1, 8, 16), (2, 8, 8), (8, 4, 4), (32, 2, 2), (128, 1, 1)),
-    64: ((1, 8, 8), (4, 4, 4), (16, 2, 2), (64, 1, 1)),
-    32: ((2, 4, 4), (8, 2, 2), (32, 1, 1)),
 }
+_LEAST_BOX = 16  # pixels of wgrad's; the least depth of a product instruction in 16 bits
+_LEAST_TURN = 2**18  # multiply-adds of a turn of wgrad, which take as long as its barriers
+_MAP = 2**14  # places of a map that comes in batches of at least a small box
 _LEAST_COLUMNS = 64  # channels that one product instruction of four warps takes, on Hopper
 _ROW = 128  # bytes of a row of shared memory that a descriptor fills without bank conflicts
 
@@ -155,10 +158,10 @@ def candidates(
     device: Device,
     layout: Layout,
     *,
-    every_box: bool = False,
+    every_size: bool = False,
 ) -> list[Plan]:
-    """All plans that can run this problem, best first; ``every_box``: also with wgrad's boxes that
-    are not right for its size.
+    """All plans that can run this problem, best first; ``every_size``: also wgrad's for images of
+    another size.
     """
     arguments = (direction, g, dtype, precision, device)
     if depthwise.supports(g):
@@ -176,11 +179,13 @@ def candidates(
             if is_valid(tile, dtype.itemsize, device)
         )
 
+    every_size &= direction == "wgrad"
     if layout == "aligned" and _takes_descriptors(*arguments):
-        add(descriptor_gemm, _descriptor_tiles(*arguments, every_box))
-    if dtype.itemsize > 1 and (direction == "wgrad" or not plans):
+        if direction != "wgrad" or every_size or _fits_boxes(g):
+            add(descriptor_gemm, _descriptor_tiles(*arguments, every_size))
+    if dtype.itemsize > 1 and (every_size or not plans):
         add(implicit_gemm, _pointer_tiles(*arguments, layout))
-    return sorted(plans, key=_preference)
+    return sorted(plans, key=lambda plan: plan.ms)
 
 
 def family(
@@ -194,17 +199,12 @@ def family(
     """Every plan that some batch and image size of a layer may get, with splits of one and of two,
     which stand for any number: what to compile so that a new size compiles nothing.
     """
-    plans = candidates(direction, g, dtype, precision, device, layout, every_box=True)
+    plans = candidates(direction, g, dtype, precision, device, layout, every_size=True)
     parts = (1, 2) if direction == "wgrad" else (1,)
     tiles = {
         (plan.engine, replace(plan.tile, splits=splits)): plan for plan in plans for splits in parts
     }
     return [plan._replace(tile=tile) for (_, tile), plan in tiles.items()]
-
-
-def _preference(plan: Plan) -> float:
-    """The predicted time; engine 1's, whose loop the model knows less of, counts a quarter more."""
-    return plan.ms * (1.25 if plan.engine is implicit_gemm else 1.0)
 
 
 def layout_of(images: Iterable[Tensor | None], filters: Iterable[Tensor]) -> Layout:
@@ -256,7 +256,7 @@ def _descriptor_tiles(
     dtype: torch.dtype,
     precision: str,
     device: Device,
-    every_box: bool,
+    every_size: bool,
 ) -> Iterator[Tile]:
     """Engine 2's family, less blocks that are twice as large as what they hold."""
     K, C = g.K // g.groups, g.C // g.groups
@@ -268,12 +268,9 @@ def _descriptor_tiles(
         for rows, columns, warps in _WGRADS[dtype.itemsize]:
             if _is_too_large(rows, K) or _is_too_large(columns, C):
                 continue
-            # A small block makes up for its short turns by their depth.
-            depth = _ROW // dtype.itemsize * (2 if rows * columns <= 2**13 else 1)
-            for box in _BOXES[depth]:
-                if every_box or descriptor_gemm.keeps_places_apart(g, box):
-                    tile = Tile(rows, columns, depth, warps=warps, box=box)
-                    yield from _split(g, _deepest(tile, dtype, device), device)
+            for box in _wgrad_boxes(g, rows, columns, dtype.itemsize, every_size):
+                tile = Tile(rows, columns, prod(box), warps=warps, box=box)
+                yield from _split(g, _deepest(tile, dtype, device), device)
         return
     channels, reduction = (K, C) if direction == "fprop" else (C, K)
     depth = _depth(reduction, g.groups, g.R * g.S, dtype.itemsize)
@@ -282,6 +279,38 @@ def _descriptor_tiles(
             continue
         for box in _BOXES[rows]:
             yield _deepest(Tile(rows, columns, depth, warps=warps, box=box), dtype, device)
+
+
+def _fits_boxes(g: Conv2dGeometry) -> bool:
+    """Whether wgrad's boxes are full: of pixels of a row, or of images at the batch that a map of
+    this size usually has. The batch itself takes no part.
+    """
+    return g.pointwise or g.Q % _LEAST_BOX == 0 or g.P * g.Q <= _MAP
+
+
+def _wgrad_boxes(
+    g: Conv2dGeometry, rows: int, columns: int, itemsize: int, every_size: bool
+) -> Iterator[Box]:
+    """Pixels of a row, or of as many images: a box with several long axes is not right on
+    Triton 3.6, see ``descriptor_gemm.wgrad_kernel``.
+
+    The deepest come first, and a small block makes up for its short turns by their depth. A
+    shallower box is worth its turns only if it covers a tenth fewer places than those before it.
+    """
+    images = g.N * g.H * g.W if g.pointwise else g.N
+    least = inf
+    depth = _ROW // itemsize * (2 if rows * columns <= 2**13 else 1)
+    while depth >= _LEAST_BOX:
+        boxes: list[tuple[Box, int]] = [] if g.pointwise else [((1, 1, depth), g.Q)]
+        if rows * columns * depth >= _LEAST_TURN:
+            boxes.append(((depth, 1, 1), images))
+        for box, size in boxes:
+            waste = ceil(size / depth) * depth / size
+            worth = 1.1 * waste <= least and descriptor_gemm.keeps_places_apart(g, box)
+            if every_size or worth:
+                least = min(least, waste)
+                yield box
+        depth //= 2
 
 
 def _is_too_large(block: int, size: int) -> bool:

@@ -1,9 +1,9 @@
 """Compile every kernel for an architecture, without a GPU: python -m tests.compiled_kernels sm_90.
 
 Prints JSON, an entry for each binary: where it was launched first, kernel, engine (the module it is
-in), dtype, spill_bytes, and of products the tensor_core_instructions of their steady loop and the
-epilogue_instructions after it, else None. A program of its own, as the tests' process has the
-interpreter.
+in), dtype, spill_bytes, unfenced_products (see bench.fences), and of products the
+tensor_core_instructions of their steady loop and the epilogue_instructions after it, else None. A
+program of its own, as the tests' process has the interpreter.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import compiled, selection
+from bench import compiled, fences, selection
 from kernels import descriptor_pool, device, epilogue, expansion, max_pool, planner, stem_pool
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
 
@@ -232,6 +232,7 @@ def entry(where: str, dtype: str, kernel: Any) -> dict[str, Any]:
         "kernel": kernel.metadata.name,
         "engine": kernel.src.fn.fn.__module__.rpartition(".")[2],
         "dtype": dtype,
+        "unfenced_products": fences.unfenced(kernel.asm.get("ptx", "")),
         "spill_bytes": code.spill_bytes if code else compiled.usage(kernel).spill_bytes,
         "tensor_core_instructions": code and code.tensor_core_instructions,
         "epilogue_instructions": code and code.epilogue_instructions,

@@ -5,6 +5,9 @@ from itertools import product
 
 import pytest
 import torch
+from cases import examples
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bench import suites
 from kernels import depthwise, descriptor_gemm, direct_conv, implicit_gemm, model, planner
@@ -145,6 +148,92 @@ def test_engine_and_order_do_not_depend_on_the_batch(suite, direction):
         ]
         assert len({(plan.engine, plan.tile.depth, plan.tile.packed) for plan in plans}) == 1
         assert {plan.tile.splits for plan in plans} == {1}
+
+
+# The weight's gradient: boxes with one long axis, and an engine that no batch changes.
+
+
+@st.composite
+def wgrads(draw):
+    """A layer, dtype and precision whose gradient descriptors may take."""
+    groups = draw(st.sampled_from((1, 1, 1, 2)))
+    C, K = (groups * draw(st.sampled_from((16, 48, 64, 128, 192, 512))) for _ in range(2))
+    H, W = (draw(st.integers(7, 260)) for _ in range(2))
+    R, S, padding = (draw(st.integers(low, high)) for low, high in ((1, 5), (1, 5), (0, 2)))
+    stride = draw(st.sampled_from(((1, 1), (1, 1), (2, 2), (2, 1))))
+    g = Conv2dGeometry(
+        draw(st.integers(1, 300)), C, H, W, K, R, S, stride, ((padding,) * 2,) * 2, groups=groups
+    )
+    modes = [(torch.float16, "ieee"), (torch.bfloat16, "ieee")]
+    modes += [(torch.float32, mode) for mode in ("tf32", "bf16x3", "tf32x3", "bf16x6")]
+    return g, *draw(st.sampled_from(modes))
+
+
+@examples(100)
+@given(problem=wgrads(), batch=st.integers(1, 600), size=st.tuples(*[st.integers(7, 260)] * 2))
+def test_wgrad_has_boxes_of_one_long_axis_and_one_engine(problem, batch, size):
+    """At any batch, and what warming up compiles serves any batch and image."""
+    g, dtype, precision = problem
+    rest = (dtype, precision, H100, "aligned")
+    family = {
+        (plan.engine, replace(plan.tile, splits=min(2, plan.tile.splits)))
+        for plan in planner.family("wgrad", g, *rest)
+    }
+    for tile in [tile for _, tile in family if tile.box]:
+        assert sum(length > 1 for length in tile.box) == 1
+    chosen = planner.plan("wgrad", g, *rest)
+    (engine,) = {plan.engine for plan in planner.candidates("wgrad", g, *rest)}
+    other = planner.plan("wgrad", replace(g, N=batch), *rest)
+    assert chosen.engine is other.engine is engine
+    resized = planner.plan("wgrad", replace(g, N=batch, H=size[0], W=size[1]), *rest)
+    for plan in (chosen, other, resized):
+        assert (plan.engine, replace(plan.tile, splits=min(2, plan.tile.splits))) in family
+
+
+MAPS = (
+    ((7, 7), descriptor_gemm, "a batch has images for a box"),
+    ((128, 128), descriptor_gemm, "rows are whole boxes"),
+    ((75, 75), descriptor_gemm, "a batch has images for a box"),
+    ((200, 333), implicit_gemm, "few images, and no box divides a row"),
+    ((333, 208), descriptor_gemm, "13 boxes of 16 pixels are a row"),
+)
+
+
+@pytest.mark.parametrize(("size", "engine", "why"), MAPS, ids=lambda value: str(value))
+def test_the_map_decides_which_engine_sums_the_weights_gradient(size, engine, why):
+    g = Conv2dGeometry(4, 64, *size, 64, 3, 3, (1, 1), ((1, 1), (1, 1)))
+    for N in (1, 4, 256):
+        plan = planner.plan("wgrad", replace(g, N=N), torch.bfloat16, "ieee", H100, "aligned")
+        assert plan.engine is engine, why
+
+
+@pytest.mark.parametrize(
+    ("N", "size", "box"),
+    [
+        (256, 14, (64, 1, 1)),
+        (32, 14, (32, 1, 1)),  # half a deep box would be empty
+        (48, 14, (16, 1, 1)),
+        (60, 14, (64, 1, 1)),  # a shallower one would cover no less
+        (3, 14, (16, 1, 1)),
+        (3, 112, (1, 1, 16)),
+        (3, 192, (1, 1, 64)),
+    ],
+)
+def test_the_box_follows_the_batch_and_the_rows(N, size, box):
+    g = Conv2dGeometry(N, 256, size, size, 256, 3, 3, (1, 1), ((1, 1), (1, 1)))
+    plan = planner.plan("wgrad", g, torch.bfloat16, "ieee", H100, "aligned")
+    assert plan.tile.box == box
+
+
+def test_the_model_counts_what_a_box_wastes():
+    """One image in a box of 64: the turns are those of 64 images."""
+    g = Conv2dGeometry(64, 256, 14, 14, 256, 3, 3, (1, 1), ((1, 1), (1, 1)))
+    tile = Tile(128, 256, 64, warps=8, stages=4, box=(64, 1, 1))
+    full, alone = (model.wgrad_work(replace(g, N=N), tile) for N in (64, 1))
+    assert full == alone == (18, 14 * 14)
+    rest = (torch.bfloat16, "ieee", H100, tile)
+    per_image = model.predict("wgrad", g, *rest).ms / 64
+    assert model.predict("wgrad", replace(g, N=1), *rest).ms > 32 * per_image
 
 
 def test_descriptors_serve_most_of_resnet50():
