@@ -77,13 +77,17 @@ class Ordering:
         clock = self.clock[warps].min(0, keepdims=True)
         return Actors(np.array([agent]), np.array([epoch]), clock, self.cta[warps[:1]], 0)
 
-    def multiplying(self, groups: np.ndarray, epochs: np.ndarray, repeat: int) -> Actors:
-        """wgmma of warpgroups, each of which touches ``repeat`` chunks of 16 bytes."""
+    def storing(self, warp: int, groups: int) -> Actors:
+        """A tensor store of a thread that has committed so many groups of them already."""
+        return self.beside(self.stores + self.own[warp], groups + 1, np.array([warp]))
+
+    def multiplying(self, groups: np.ndarray, committed: np.ndarray, repeat: int) -> Actors:
+        """wgmma of warpgroups, each of which touches ``repeat`` words."""
         warps = groups[:, None] * 4 + np.arange(4)
         first = warps[:, 0]
-        row = np.repeat(np.arange(len(groups)), repeat * (16 // self.grain))
+        row = np.repeat(np.arange(len(groups)), repeat)
         agents = self.products + self.own[first] // 4
-        return Actors(agents, epochs, self.clock[warps].min(1), self.cta[first], row)
+        return Actors(agents, committed + 1, self.clock[warps].min(1), self.cta[first], row)
 
     def mbarrier(self, address: int) -> int | None:
         """The agent that stands for the tensor loads of an mbarrier; None if there are too many."""

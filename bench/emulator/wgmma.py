@@ -126,10 +126,9 @@ class GroupProducts:
             at, shape = self._chunks(int(d), extent, WIDTH[kind] // 8, trans, i)
             chunks.append(at + start // 16)
         operand = Operand(np.stack(chunks), shape, trans, kind)
-        by = None
-        if self.order is not None:
-            by = self.order.multiplying(L.idx[::128] // 128, number + 1, len(at))
-        self.begin_read(by, operand.chunks.reshape(-1), i)
+        groups = L.idx[::128] // 128
+        actors = lambda words: self.order.multiplying(groups, number, words * len(at))  # noqa: E731
+        self.begin_read(operand.chunks.reshape(-1), actors, i)
         return operand
 
     def _multiply(self, p: Product) -> list:
