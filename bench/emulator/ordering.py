@@ -59,33 +59,35 @@ class Ordering:
 
     # Who acts
 
-    def threads(self, L, sel: np.ndarray | None, repeat: int = 1) -> Actors:
-        """Threads, each of which touches ``repeat`` words."""
+    def threads(self, count: int, L, sel: np.ndarray | None) -> Actors:
+        """Threads, each of which touches ``count`` words."""
         row = L.row if sel is None else L.row[sel]
-        if repeat > 1:
-            row = np.repeat(row, repeat)
+        if count > 1:
+            row = np.repeat(row, count)
         own, clocks = self.own[L.warps], self.clock[L.warps]
         return Actors(own, self.clock[L.warps, own], clocks, self.cta[L.warps], row)
 
-    def copying(self, L, sel: np.ndarray | None, groups: np.ndarray, repeat: int) -> Actors:
+    def copying(self, count: int, L, sel: np.ndarray | None, groups: np.ndarray) -> Actors:
         """cp.async of threads; ``groups`` of their warps are committed already."""
-        by = self.threads(L, sel, repeat)
+        by = self.threads(count, L, sel)
         return replace(by, agents=by.agents + self.copies, epochs=groups + 1)
 
-    def beside(self, agent: int, epoch: int, warps: np.ndarray) -> Actors:
-        """An agent that works for these warps of one CTA, ordered after what all of them know."""
-        clock = self.clock[warps].min(0, keepdims=True)
-        return Actors(np.array([agent]), np.array([epoch]), clock, self.cta[warps[:1]], 0)
+    def loading(self, count: int, agent: int, epoch: int, warp: int) -> Actors:
+        """A tensor load that a warp issues."""
+        one = slice(warp, warp + 1)
+        return Actors(np.array([agent]), np.array([epoch]), self.clock[one], self.cta[one], 0)
 
-    def storing(self, warp: int, groups: int) -> Actors:
+    def storing(self, count: int, groups: int, warp: int) -> Actors:
         """A tensor store of a thread that has committed so many groups of them already."""
-        return self.beside(self.stores + self.own[warp], groups + 1, np.array([warp]))
+        return self.loading(count, self.stores + self.own[warp], groups + 1, warp)
 
-    def multiplying(self, groups: np.ndarray, committed: np.ndarray, repeat: int) -> Actors:
-        """wgmma of warpgroups, each of which touches ``repeat`` words."""
+    def multiplying(self, count: int, chunks: int, groups: np.ndarray, committed) -> Actors:
+        """wgmma of warpgroups, each of which touches so many chunks, ordered after what all its
+        warps know.
+        """
         warps = groups[:, None] * 4 + np.arange(4)
         first = warps[:, 0]
-        row = np.repeat(np.arange(len(groups)), repeat)
+        row = np.repeat(np.arange(len(groups)), chunks * count)
         agents = self.products + self.own[first] // 4
         return Actors(agents, committed + 1, self.clock[warps].min(1), self.cta[first], row)
 

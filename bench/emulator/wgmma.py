@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import arithmetic
+from .ordering import Ordering
 from .tensorcore import LAYOUTS, WIDTH, decode, fragments
 from .tma import SPANS, swizzled
 
@@ -122,13 +123,13 @@ class GroupProducts:
         """What descriptors name. The read of it begins."""
         chunks = []
         first = L.sbase[::128] + self.shared_base  # where each CTA's shared memory begins
-        for d, start in zip(self._uniform(L, descriptors, "a matrix descriptor", i), first):
-            at, shape = self._chunks(int(d), extent, WIDTH[kind] // 8, trans, i)
+        same = self._uniform(L, descriptors, "a matrix descriptor", i)
+        for d, start in zip(same.tolist(), first.tolist(), strict=True):
+            at, shape = self._chunks(d, extent, WIDTH[kind] // 8, trans, i)
             chunks.append(at + start // 16)
         operand = Operand(np.stack(chunks), shape, trans, kind)
-        groups = L.idx[::128] // 128
-        actors = lambda words: self.order.multiplying(groups, number, words * len(at))  # noqa: E731
-        self.begin_read(operand.chunks.reshape(-1), actors, i)
+        who = len(at), L.idx[::128] // 128, number
+        self.begin_read(operand.chunks.reshape(-1), i, Ordering.multiplying, *who)
         return operand
 
     def _multiply(self, p: Product) -> list:
@@ -164,7 +165,7 @@ class GroupProducts:
         if p.after is not None:
             return p.after.matrix
         known, product = self._last_product
-        if len(known) == len(p.old) and all(x is y for x, y in zip(known, p.old)):
+        if list(map(id, known)) == list(map(id, p.old)):
             return product
         groups, pairs = len(p.groups), p.columns // 8
         raw = np.stack(p.old)

@@ -40,7 +40,8 @@ setp.eq.u32 %p2, %r1, 0;
 mov.b32 %r9, 0;
 """
 """%rd1, %rd2: this thread's words of the two tensors; %r3: its word of the buffer, %r4: that of the
-thread of the other warp, %r5: its chunk of 16 bytes; %r6: the barriers; %p1: warp 0, %p2: thread 0."""
+thread of the other warp, %r5: its chunk of 16 bytes; %r6: the barriers; %p1: whether it is of warp
+0, %p2: whether it is thread 0."""
 
 
 @triton.jit
@@ -255,7 +256,8 @@ WARPS = {
     "copy out of bounds": (
         "global read out of bounds",
         """
-        cp.async.ca.shared.global [%r3], [%rd1], 4;  // becomes cp.async.ca.shared.global [%r3], [%rd1+4], 4;
+        add.s64 %rd1, %rd1, 0;  // becomes add.s64 %rd1, %rd1, 4;
+        cp.async.ca.shared.global [%r3], [%rd1], 4;
         cp.async.wait_all;
         """,
     ),
@@ -333,7 +335,8 @@ MBARRIERS = {
     "an arrival too many": (
         "stopped",
         """
-        @%p2 mbarrier.init.shared.b64 [%r6], 128;  // becomes @%p2 mbarrier.init.shared.b64 [%r6], 1;
+        mov.b32 %r7, 128;  // becomes mov.b32 %r7, 1;
+        @%p2 mbarrier.init.shared.b64 [%r6], %r7;
         bar.sync 0;
         mbarrier.arrive.shared.b64 _, [%r6], 2;
         """,
@@ -376,7 +379,8 @@ PRODUCT = f"""
         mov.b64 %rd4, {_LEFT};
         mov.b64 %rd5, {_RIGHT};
         wgmma.fence.sync.aligned;
-        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%r10, %r11, %r12, %r13}}, %rd4, %rd5, 0, 1, 1, 0, 0;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+            {{%r10, %r11, %r12, %r13}}, %rd4, %rd5, 0, 1, 1, 0, 0;
         wgmma.commit_group.sync.aligned;
         wgmma.wait_group.sync.aligned 0;  [WAIT]
         st.shared.v4.b32 [%r5], {{%r1, %r1, %r1, %r1}};
