@@ -22,6 +22,8 @@ i64 = np.int64
 EPOCH_SHIFT, AGENT_SHIFT = 32, 20
 """Bits of a stamp: the instruction below the agent, the agent below the epoch."""
 AGENT_MASK, INSTRUCTION_MASK = (1 << EPOCH_SHIFT - AGENT_SHIFT) - 1, (1 << AGENT_SHIFT) - 1
+NEVER = (1 << 30) - 2
+"""An epoch that nobody reaches."""
 MBARRIERS = 64
 """Most mbarriers of a CTA that can be told apart."""
 
@@ -101,7 +103,10 @@ class Ordering:
     def read(self, by: Actors, words: np.ndarray, i: int) -> "Conflict | None":
         """Notes a read. Returns the earlier access that it is not ordered after."""
         found = self._after_write(by, words)
-        self.reads[by.agents[by.row], words] = (by.epochs << EPOCH_SHIFT | i)[by.row]
+        size = len(self.writes)
+        self.reads.reshape(-1)[(by.agents * size)[by.row] + words] = (
+            by.epochs << EPOCH_SHIFT | i
+        )[by.row]
         self.last_read[by.ctas, by.agents] = by.epochs
         return found
 
@@ -114,9 +119,13 @@ class Ordering:
         return found
 
     def _after_write(self, by: Actors, words: np.ndarray):
-        if not (self.last_write[by.ctas] > by.clocks).any():
+        unknown = self.last_write[by.ctas] > by.clocks
+        if not unknown.any():
             return None
-        stamp = self.writes[words]
+        stamp = self.writes.take(words)
+        known = np.where(unknown, by.clocks, NEVER).min(1) + 1 << EPOCH_SHIFT
+        if not (stamp >= known[by.row]).any():  # all happened before anything that is not known
+            return None
         agent = stamp >> AGENT_SHIFT & AGENT_MASK
         late = stamp >> EPOCH_SHIFT > by.clocks[by.row, agent]
         return self._conflict("wrote", late, agent, stamp) if late.any() else None
@@ -124,8 +133,8 @@ class Ordering:
     def _after_reads(self, by: Actors, words: np.ndarray):
         known = by.clocks[:, : self.copies]
         for agent in np.flatnonzero((self.last_read[by.ctas] > known).any(0)):
-            stamp = self.reads[agent, words]
-            late = stamp >> EPOCH_SHIFT > known[by.row, agent]
+            stamp = self.reads[agent].take(words)
+            late = stamp >= (known[:, agent] + 1 << EPOCH_SHIFT)[by.row]
             if late.any():
                 return self._conflict("read", late, np.full(len(words), agent), stamp)
         return None
