@@ -5,6 +5,7 @@ import itertools
 import mmap
 import struct
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,6 +69,10 @@ class Launches:
 LAUNCHES = Launches()
 REWRITE = [None]
 """A function of PTX text that is applied when a kernel is loaded: for tests that break one."""
+
+
+def rewrite_by(function) -> None:
+    REWRITE[0] = function
 
 
 class Utils:
@@ -304,20 +309,18 @@ def run(loaded: Function, grid, values, tensors, metadata, num_ctas=1) -> None:
         ctas.reverse()
     batch = max(1, options.lanes // threads)
     counters = Counters(kernel, threads) if options.count else None
-    for first in range(0, len(ctas), batch):
-        machine = Machine(
-            program,
-            memory,
-            params,
-            symbols,
-            grid,
-            ctas[first : first + batch],
-            threads,
-            dynamic,
-            options,
-            counters,
-        )
-        machine.run()
+
+    def execute(mode: str) -> None:
+        fixed = replace(options, mode=mode)
+        for first in range(0, len(ctas), batch):
+            some = ctas[first : first + batch]
+            launch = params, symbols, grid, some, threads, dynamic, fixed, counters
+            Machine(program, memory, *launch).run()
+
+    if options.mode == "both":
+        memory.compare(execute, kernel.name)
+    else:
+        execute(options.mode)
     seconds = time.perf_counter() - started
     LAUNCHES.log.append(
         {

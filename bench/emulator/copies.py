@@ -1,0 +1,104 @@
+"""Copies of threads: PTX ISA, "cp.async", "cp.async.commit_group", "cp.async.wait_group"."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .memory import TYPES, chosen
+
+i64 = np.int64
+
+
+@dataclass
+class Copy:
+    """Copies of one instruction that nobody has waited for."""
+
+    L: object
+    rows: np.ndarray  # which of the lanes
+    group: np.ndarray  # of each
+    flat: np.ndarray
+    source: np.ndarray
+    amount: np.ndarray  # bytes from the source; zeros for the others
+    size: int
+    instruction: int
+
+    def __getitem__(self, which: np.ndarray) -> "Copy":
+        parts = ("rows", "group", "flat", "source", "amount")
+        return replace(self, **{name: getattr(self, name)[which] for name in parts})
+
+    @property
+    def lanes(self) -> np.ndarray:
+        return self.L.idx[self.rows]
+
+
+class Copies:
+    def init_copies(self) -> None:
+        self._copies: list[Copy] = []
+        self._copy_count = np.zeros(self.lanes, i64)  # groups that each thread has committed
+
+    def copy_async(self, L, to, of, size, source_size, mask, i):
+        sel = chosen(mask)
+        if sel is not None and not len(sel):
+            return
+        rows = np.arange(L.n) if sel is None else sel
+        flat, source = self.places(L, to, size, sel, i, "copy"), of[rows]
+        amount = np.full(len(rows), size)
+        if source_size is not None:
+            amount = source_size[rows].astype(i64)
+        if (amount > size).any():
+            self.stop("cp.async: a source larger than the copy", i, L)
+        if self.counters is not None:
+            read = np.flatnonzero(amount > 0)
+            self.counters.global_access(self, L, rows[read], source[read], size, i, "copy")
+            self.counters.shared_access(self, L, sel, flat, size, i, "store")
+        self.note_copy(L, sel, flat, size, self._copy_count[L.idx[L.first]], i)
+        copy = Copy(L, rows, self._copy_count[L.idx[rows]], flat, source, amount, size, i)
+        self._copies.append(copy)
+        if not self.lazy:
+            self._copy(copy)
+
+    def _copy(self, c: Copy) -> None:
+        data = np.zeros((len(c.rows), c.size), np.uint8)
+        i = c.instruction
+        whole = np.flatnonzero(c.amount == c.size)
+        if len(whole):
+            data[whole] = self.gather(c.L, c.rows[whole], c.source[whole], c.size, i)
+        for n in np.unique(c.amount[(c.amount > 0) & (c.amount < c.size)]):
+            some = np.flatnonzero(c.amount == n)
+            for b in range(int(n)):
+                at = c.source[some] + b
+                data[some, b] = self.gather(c.L, c.rows[some], at, 1, i)[:, 0]
+        self.smem[c.size][c.flat // c.size] = data.view(TYPES[c.size]).reshape(-1)
+
+    def copies_commit(self, L, i):
+        self._copy_count[L.idx] += 1
+
+    def copies_wait(self, L, n, i):
+        """At most the last ``n`` groups of a thread are still under way."""
+        if self.order is not None:
+            done = self._copy_count[L.idx[L.first]] - n
+            self.order.waited(L.warps, self.order.copies + self.order.own[L.warps], done)
+        here = np.zeros(self.lanes, bool)
+        here[L.idx] = True
+        rest = []
+        for copy in self._copies:
+            lanes = copy.lanes
+            done = here[lanes] & (copy.group < self._copy_count[lanes] - n)
+            if not done.any():
+                rest.append(copy)
+                continue
+            finished = copy if done.all() else copy[done]
+            if self.lazy:
+                self._copy(finished)
+            self.note_copied(finished.lanes, finished.flat, finished.size)
+            if not done.all():
+                rest.append(copy[~done])
+        self._copies = rest
+
+    def copies_arrive(self, L, address, noinc, mask, i):
+        self.stop("cp.async.mbarrier.arrive is not supported", i)
+
+    def finish_copies(self) -> None:
+        if self._copies and self.checked:
+            what = "a CTA ended while cp.async may still write its shared memory"
+            self.report("copy not waited for", self._copies[0].instruction, detail=what)
