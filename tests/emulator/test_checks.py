@@ -6,8 +6,9 @@ import known_kernels as kernels
 import pytest
 import torch
 from emulated import ARCH
-from bench.emulator import checks, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bench.emulator import checks, driver
 
 hopper = pytest.mark.skipif(ARCH < 90, reason="needs TMA")
 
@@ -82,7 +83,7 @@ def without(pattern, count=0):
         assert found, pattern
         return new
 
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
 
 
 @hopper
@@ -145,7 +146,7 @@ def test_wrong_parity_is_a_deadlock_or_a_hazard():
     def rewrite(text):
         return re.sub(r"(try_wait\.parity\S* complete, \[%r\d+\]), %r\d+;", r"\1, 1;", text)
 
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
     try:
         tensor_matmul("lazy")
     except checks.Fault as fault:
@@ -160,7 +161,7 @@ def test_wrong_expected_bytes_is_a_deadlock():
             r"(expect_tx\S* _, \[%r\d+\]), (\d+);", lambda m: f"{m[1]}, {int(m[2]) + 16};", text
         )
 
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
     with pytest.raises(checks.Fault, match="deadlock"):
         tensor_matmul()
 
@@ -181,7 +182,7 @@ def test_wrong_descriptor_is_a_wrong_result():
         assert n
         return new
 
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
     try:
         assert not tensor_matmul() < 1e-3
     except checks.Fault as fault:
@@ -200,7 +201,7 @@ def test_too_late_a_wait_for_cp_async():
     def rewrite(text):
         return re.sub(r"cp\.async\.wait_group\s+\d+;", "cp.async.wait_group 3;", text)
 
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
     pointer_matmul()
     assert "asynchronous hazard" in kinds()
 
@@ -221,7 +222,7 @@ def test_conflicting_shared_writes():
     def rewrite(text):
         return re.sub(r"(st\.shared\S*\s+)\[%r\d+(?:\+\d+)?\]", r"\1[global_smem]", text)
 
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
     exchange()
     assert "conflicting shared writes" in kinds()
 
@@ -230,7 +231,7 @@ def test_shared_memory_out_of_bounds():
     def rewrite(text):
         return re.sub(r"(ld\.shared\S*\s+[^\[]*)\[(%r\d+)(?:\+\d+)?\]", r"\1[\2+131072]", text)
 
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
     with pytest.raises(checks.Fault, match="out of bounds"):
         exchange()
 
@@ -267,7 +268,7 @@ def test_misaligned_access():
         return text.replace("ld.global.v4.b32", "ld.global.v4.b32").replace("+ 0 ]", "+ 4 ]")
 
     kernels.add.device_caches.clear()
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
     with pytest.raises(checks.Fault, match="misaligned"):
         kernels.add[(1,)](x, x, o, 1024, B=1024)
     kernels.add.device_caches.clear()
@@ -316,7 +317,7 @@ def test_register_written_after_the_fence():
         assert n
         return new
 
-    driver.REWRITE[0] = rewrite
+    driver.rewrite_by(rewrite)
     tensor_matmul()
     assert "wgmma register hazard" in kinds()
 
