@@ -20,43 +20,28 @@ from .launch import Argument, Function
 Rewrite = Callable[[str], str]
 
 
-class Loader:
-    """The kernels that Triton has loaded, by handle. Triton keeps them from one driver to the next,
-    so that this is the process's.
+class Utils:
+    """What Triton asks of a driver's module in C. Kernels that it has loaded it keeps from one
+    driver to the next, so that they are the process's.
     """
 
-    functions: ClassVar[dict[int, Function]] = {}
+    functions: ClassVar[dict[int, Function]] = {}  # by handle
     handles: ClassVar[Iterator[int]] = itertools.count(1)
     rewrite: ClassVar[Rewrite | None] = None
-
-    @classmethod
-    def load(cls, name: str, binary: bytes | str, shared: int) -> int:
-        if isinstance(binary, str):
-            binary = binary.encode()
-        if cls.rewrite is not None:
-            binary = cls.rewrite(binary.decode()).encode()
-        handle = next(cls.handles)
-        cls.functions[handle] = Function(name, binary, shared)
-        return handle
-
-
-def rewrite_by(function: Rewrite | None) -> None:
-    """Apply a function to the PTX of kernels that are loaded from now on: tests break some so."""
-    Loader.rewrite = staticmethod(function) if function is not None else None  # type: ignore
-
-
-class Utils:
-    """What Triton asks of a driver's module in C."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
 
     def load_binary(self, name: str, binary: bytes | str, shared: int, device: Any) -> tuple:
-        handle = Loader.load(name, binary, shared)
+        text = binary.decode() if isinstance(binary, bytes) else binary
+        if Utils.rewrite is not None:
+            text = Utils.rewrite(text)
+        handle = next(self.handles)
+        self.functions[handle] = Function(name, text, shared)
         return handle, handle, 0, 0, 1024  # module, function, registers, spills, most threads
 
     def unload_module(self, module: int) -> None:
-        Loader.functions.pop(module, None)
+        self.functions.pop(module, None)
 
     def get_device_properties(self, device: Any) -> dict[str, int]:
         return {
@@ -64,9 +49,6 @@ class Utils:
             "max_num_regs": 65536,
             "multiprocessor_count": OPTIONS.multiprocessors,
             "warpSize": 32,
-            "sm_clock_rate": 1_700_000,
-            "mem_clock_rate": 2_600_000,
-            "mem_bus_width": 5120,
         }
 
     fill_tma_descriptor = staticmethod(launch.tensor_map)
@@ -74,6 +56,11 @@ class Utils:
 
     def set_printf_fifo_size(self, size: int) -> None:
         """Nothing is printed."""
+
+
+def rewrite_by(function: Rewrite | None) -> None:
+    """Apply a function to the PTX of kernels that are loaded from now on: tests break some so."""
+    Utils.rewrite = function
 
 
 class Launcher:
@@ -84,19 +71,8 @@ class Launcher:
         self.kinds = list(src.signature.values())
         self.tensordesc_meta = getattr(metadata, "tensordesc_meta", None)
 
-    def __call__(
-        self,
-        gx: int,
-        gy: int,
-        gz: int,
-        stream: int,
-        function: int,
-        packed: Any,
-        launch_metadata: Any,
-        enter: Callable[[Any], None] | None,
-        leave: Callable[[Any], None] | None,
-        *args: Any,
-    ) -> None:
+    def __call__(self, gx: int, gy: int, gz: int, stream: int, function: int, *rest: Any) -> None:
+        _, launch_metadata, enter, leave, *args = rest
         if enter is not None:
             enter(launch_metadata)
         values: list[Argument] = []
@@ -104,8 +80,7 @@ class Launcher:
         descriptions = iter(self.tensordesc_meta or ())
         for kind, value in zip(self.kinds, args, strict=True):
             self._flatten(kind, value, values, tensors, descriptions)
-        loaded = Loader.functions[function]
-        launch.run(loaded, (gx, gy, gz), values, tensors, self.metadata)
+        launch.run(Utils.functions[function], (gx, gy, gz), values, tensors, self.metadata)
         if leave is not None:
             leave(launch_metadata)
 

@@ -5,7 +5,7 @@ import mmap
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from .counters import Counters
 from .instructions import handler_of
 from .machine import Machine
 from .memory import GlobalMemory
-from .parser import Kernel, parse
+from .parser import parse
 from .static import register_hazards
 from .tma import HANDLES, TensorMap
 
@@ -32,6 +32,7 @@ _PACK |= {"fp64": "<d"}
 
 Argument = tuple[str, Any]  # Triton's type of a parameter, and its value
 Grid = tuple[int, int, int]
+Ints = Sequence[int]
 
 
 @dataclass
@@ -45,20 +46,20 @@ LAUNCHES = Launches()
 
 
 @lru_cache(maxsize=64)
-def program_of(binary: bytes) -> Program:
-    return Program(parse(binary.decode()), handler_of)
+def program_of(text: str) -> Program:
+    return Program(parse(text), handler_of)
 
 
 class Function:
     """A loaded kernel."""
 
-    def __init__(self, name: str, binary: bytes, shared: int):
-        self.name, self.binary, self.shared = name, binary, shared
+    def __init__(self, name: str, text: str, shared: int):
+        self.name, self.text, self.shared = name, text, shared
         self._checked = False
 
     @property
     def program(self) -> Program:
-        program = program_of(self.binary)
+        program = program_of(self.text)
         if not self._checked:
             self._checked = True
             for ins, what in register_hazards(program):
@@ -67,30 +68,32 @@ class Function:
 
 
 class Launch:
-    """The memory that a launch may touch, and its parameters there."""
+    """What a launch may touch: its parameters, in memory too, and the storages of its tensors."""
 
-    def __init__(self, kernel: Kernel, values: Sequence[Argument], tensors: Sequence[Any]):
-        self.kernel, self.memory = kernel, GlobalMemory()
+    def __init__(self, function: Function, grid: Grid, threads: int):
+        self.function, self.grid, self.threads = function, grid, threads
+        self.kernel, self.memory = function.program.kernel, GlobalMemory()
         self.params: dict[str, bytes] = {}
         self.symbols: dict[str, int] = {}
-        for number, tensor in enumerate(tensors):
-            _register_tensor(self.memory, tensor, number, OPTIONS)
-        self._lay_out([_pack(kind, value) for kind, value in values])
-        for name, data in kernel.globals.items():
+        self.counters = Counters(self.kernel, threads) if OPTIONS.count else None
+        for name, data in self.kernel.globals.items():
             buffer = np.frombuffer(data + bytes(64), np.uint8).copy()
             self.memory.register(buffer.ctypes.data, len(data), name, buffer)
             self.symbols[name] = buffer.ctypes.data
 
-    def _lay_out(self, packed: list[bytes]) -> None:
+    def give(self, values: Sequence[Argument], tensors: Sequence[Any]) -> None:
         """Write the parameters: to where instructions find them by name, and to memory."""
+        for number, tensor in enumerate(tensors):
+            _register_tensor(self.memory, tensor, number)
         name, params = self.kernel.name, self.kernel.params
-        if len(packed) != len(params):
-            raise RuntimeError(f"{name} has {len(params)} parameters, {len(packed)} were given")
+        if len(values) != len(params):
+            raise RuntimeError(f"{name} has {len(params)} parameters, {len(values)} were given")
         size = params[-1].offset + params[-1].size if params else 1
         block = _below_4_gib(size + 256)
         origin = -(-block.ctypes.data // 128) * 128
         self.memory.register(origin, size, "parameters", block, writable=False)
-        for p, raw in zip(params, packed, strict=True):
+        for p, (kind, value) in zip(params, values, strict=True):
+            raw = _pack(kind, value)
             if len(raw) != p.size:
                 raise RuntimeError(f"{name}: {p.name} has {p.size} bytes, {len(raw)} were given")
             at = origin - block.ctypes.data + p.offset
@@ -98,42 +101,39 @@ class Launch:
             self.params[p.name] = raw
             self.symbols[p.name] = origin + p.offset
 
+    def execute(self, ctas: list[Grid], options: Options) -> None:
+        function, batch = self.function, max(1, options.lanes // self.threads)
+        where = (self.memory, self.params, self.symbols, self.grid)
+        how = (self.threads, function.shared, options, self.counters)
+        for first in range(0, len(ctas), batch):
+            Machine(function.program, *where, ctas[first : first + batch], *how).run()
+
 
 def run(
     function: Function, grid: Grid, values: list[Argument], tensors: list[Any], metadata: Any
 ) -> None:
-    """Execute a grid."""
+    """Execute a grid, or the CTAs of it that the options ask for."""
     started = time.perf_counter()
-    kernel = function.program.kernel
-    threads = kernel.threads or 32 * metadata.num_warps
+    threads = function.program.kernel.threads or 32 * metadata.num_warps
     _check_limits(function, grid, threads, metadata)
     scratch = _scratch(metadata, grid[0] * grid[1] * grid[2])
-    launch = Launch(kernel, [*values, *scratch], [*tensors, *(t for _, t in scratch)])
-    ctas = _chosen(grid)
-    batch = max(1, OPTIONS.lanes // threads)
-    counters = Counters(kernel, threads) if OPTIONS.count else None
-    for first in range(0, len(ctas), batch):
-        Machine(
-            function.program,
-            launch.memory,
-            launch.params,
-            launch.symbols,
-            grid,
-            ctas[first : first + batch],
-            threads,
-            function.shared,
-            OPTIONS,
-            counters,
-        ).run()
+    launch, ctas = Launch(function, grid, threads), _chosen(grid)
+    launch.give([*values, *scratch], [*tensors, *(t for _, t in scratch)])
+    if OPTIONS.mode == "both":
+        launch.memory.compare(
+            lambda mode: launch.execute(ctas, replace(OPTIONS, mode=mode)), function.name
+        )
+    else:
+        launch.execute(ctas, OPTIONS)
     LAUNCHES.log.append(
         {
-            "kernel": kernel.name,
+            "kernel": function.name,
             "grid": grid,
             "ctas": len(ctas),
             "threads": threads,
             "seconds": time.perf_counter() - started,
             "shared": function.shared,
-            "counters": counters.summary() if counters else None,
+            "counters": launch.counters.summary() if launch.counters else None,
         }
     )
 
@@ -188,31 +188,17 @@ def _pack(kind: str, value: Any) -> bytes:
 
 
 def tensor_map(
-    base: int,
-    swizzle: int,
-    itemsize: int,
-    kind: int,
-    box: Sequence[int],
-    shape: Sequence[int],
-    strides: Sequence[int],
-    padding: int,
+    base: int, swizzle: int, size: int, kind: int, box: Ints, shape: Ints, strides: Ints, nan: int
 ) -> TensorMap:
     """What cuTensorMapEncodeTiled makes of Triton's arguments; its first axis is the innermost."""
-    t = TensorMap(
-        base=int(base),
-        sizes=[int(s) for s in reversed(shape)],
-        strides=[int(s) * itemsize for s in reversed(strides[:-1])],
-        box=[int(b) for b in reversed(box)],
-        itemsize=itemsize,
-        swizzle=swizzle,
-        nan=padding == 1,
-        kind=kind,
-    )
+    sizes, boxes = ([int(s) for s in reversed(list(axes))] for axes in (shape, box))
+    steps = [int(s) * size for s in reversed(list(strides)[:-1])]
+    t = TensorMap(int(base), sizes, steps, boxes, size, swizzle, nan == 1, kind=kind)
     t.check()
     return t
 
 
-def _register_tensor(memory: GlobalMemory, t: Any, number: int, options: Options) -> None:
+def _register_tensor(memory: GlobalMemory, t: Any, number: int) -> None:
     """The storage of a tensor, or of the tensor a descriptor describes, may be accessed."""
     if t is None:
         return
@@ -224,15 +210,13 @@ def _register_tensor(memory: GlobalMemory, t: Any, number: int, options: Options
         return
     name = f"argument {number} ({'x'.join(map(str, t.shape))} {str(tensor.dtype)[6:]})"
     a = memory.register(storage.data_ptr(), storage.nbytes(), name, tensor)
-    if options.views:
+    if OPTIONS.views:
         strides = t.stride() if isinstance(t, torch.Tensor) else t.strides
         inside = _bytes_inside(tensor, t.shape, strides)
         a.elements = inside if a.elements is None else a.elements | inside
 
 
-def _bytes_inside(
-    tensor: torch.Tensor, shape: Sequence[int], strides: Sequence[int]
-) -> NDArray[np.bool_]:
+def _bytes_inside(tensor: torch.Tensor, shape: Ints, strides: Ints) -> NDArray[np.bool_]:
     """For each byte of a storage, whether a view's elements have it."""
     inside = np.zeros(tensor.untyped_storage().nbytes(), bool)
     if all(shape):

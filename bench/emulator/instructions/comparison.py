@@ -5,18 +5,8 @@ from ..parser import Instr, Pair, PTXError
 from . import FLOATS, PACKED_FLOATS, kind_of, only, op
 from .floating_point import source
 
-_SYMBOLS = {
-    "eq": "==",
-    "ne": "!=",
-    "lt": "<",
-    "le": "<=",
-    "gt": ">",
-    "ge": ">=",
-    "lo": "<",
-    "ls": "<=",
-    "hi": ">",
-    "hs": ">=",
-}
+_SYMBOLS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+_SYMBOLS |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 _COMBINED = {"and": "&", "or": "|", "xor": "^"}
 
 

@@ -6,7 +6,6 @@ from . import FLOATS, kind_of, only, op
 from .floating_point import result, source
 
 _TO_INTEGRAL = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
-_FP8 = {"e4m3x2": "e4m3", "e5m2x2": "e5m2"}
 
 
 @op("mov")
@@ -37,27 +36,27 @@ def prmt(e: Emitter, ins: Instr) -> None:
 
 @op("cvta")
 def cvta(e: Emitter, ins: Instr) -> None:
-    """Addresses of global memory and of parameters are generic ones themselves; shared and local
-    memory have windows.
+    """Addresses of global memory and of parameters are generic ones themselves; shared memory has
+    a window.
     """
     d, a = ins.operands
-    only(ins, "to", "global", "param", "const", "shared", "local")
-    window = {"shared": "m.window", "local": "m.local_window"}
-    names = [window[p] for p in ins.parts if p in window]
-    sign = "-" if "to" in ins.parts else "+"
-    e.dst(d, e.src(a, "u64") + "".join(f" {sign} {name}" for name in names), "u64")
+    only(ins, "to", "global", "param", "const", "shared")
+    window = (
+        (" - m.window" if "to" in ins.parts else " + m.window") if "shared" in ins.parts else ""
+    )
+    e.dst(d, e.src(a, "u64") + window, "u64")
 
 
 @op("cvt", "float cvt")
 def cvt(e: Emitter, ins: Instr) -> None:
-    only(ins, "rn", "rz", *_TO_INTEGRAL, "ftz", "sat", "satfinite", "relu", *_FP8, "rna", "tf32")
-    to, of = (p for p in ins.parts[1:] if p in BITS or p in _FP8 or p == "tf32")
+    only(ins, "rn", "rz", *_TO_INTEGRAL, "ftz", "sat", "relu", "rna", "tf32")
+    to, of = (p for p in ins.parts[1:] if p in BITS or p == "tf32")
     rounding = next((p for p in ins.parts if p in ("rn", "rz", "rna", *_TO_INTEGRAL)), None)
-    if to in _FP8 or of in _FP8 or to.endswith("x2"):
+    if to.endswith("x2"):
         _pair(e, ins, to, of, rounding)
     elif to == "tf32" and (of, rounding) == ("f32", "rna"):
         e.dst(ins.operands[0], f"to_tf32({e.src(ins.operands[1], 'b32')})", "b32")
-    elif "satfinite" in ins.parts or to == "tf32":
+    elif to == "tf32" or of.endswith("x2"):
         raise PTXError(f"conversion of .{of} to .{to}")
     elif to in FLOATS and of in FLOATS:
         _float_to_float(e, ins, to, of, rounding)
@@ -78,26 +77,14 @@ def _native(kind: str) -> str:
 
 
 def _pair(e: Emitter, ins: Instr, to: str, of: str, rounding: str | None) -> None:
-    """To or from two numbers in one register; of two operands the first is the upper half."""
+    """To two numbers in one register: the first operand is the upper half."""
     d, *operands = ins.operands
-    if of in _FP8:
-        codes = e.let(e.src(operands[0], "u16"))
-        table = _FP8[of].upper()
-        low, high = f"{table}[{codes} & u16(255)]", f"{table}[{codes} >> u16(8)]"
-    elif of == "f16x2":
-        pair = e.let(f"halves({e.src(operands[0], 'b32')}, 'f16x2')")
-        low, high = f"{pair}[0]", f"{pair}[1]"
-    else:
-        high, low = (e.src(o, of) for o in operands)
-    if rounding != "rn" or ("satfinite" in ins.parts) != (to in _FP8):
-        raise PTXError(f"rounding .{rounding} or saturation")
+    if rounding != "rn" or of != "f32":
+        raise PTXError(f"conversion of .{of} to .{to}, rounding .{rounding}")
+    high, low = (e.src(o, of) for o in operands)
     if "relu" in ins.parts:
         low, high = f"relu({low})", f"relu({high})"
-    if to in _FP8:
-        convert = f"to_{_FP8[to]}"
-        e.dst(d, f"{convert}({low}).astype(u16) | {convert}({high}).astype(u16) << u16(8)", "u16")
-    else:
-        e.dst(d, f"packed({low}, {high}, {to!r})", "b32")
+    e.dst(d, f"packed({low}, {high}, {to!r})", "b32")
 
 
 def _float_to_float(e: Emitter, ins: Instr, to: str, of: str, rounding: str | None) -> None:

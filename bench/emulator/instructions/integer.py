@@ -1,7 +1,7 @@
 """Integer arithmetic (PTX ISA 9.0, 9.7.1). Sums and low products are the same of either sign."""
 
 from ..codegen import BITS, Emitter
-from ..parser import Instr, Operand
+from ..parser import Instr, Operand, PTXError
 from . import PACKED_INTEGERS, kind_of, only, op
 
 
@@ -52,8 +52,10 @@ def _product(e: Emitter, ins: Instr, a: Operand, b: Operand) -> tuple[str, str]:
     if "wide" in ins.parts:
         wide = _doubled(kind)
         return f"{e.src(a, kind)}.astype({wide}) * {e.src(b, kind)}.astype({wide})", wide
-    if "hi" in ins.parts:
+    if "hi" in ins.parts and BITS[kind] <= 32:
         return f"mulhi({e.src(a, kind)}, {e.src(b, kind)}, {BITS[kind]})", kind
+    if "lo" not in ins.parts:
+        raise PTXError(f"a part of the product of .{kind}")
     unsigned = f"u{BITS[kind]}"
     return f"{e.src(a, unsigned)} * {e.src(b, unsigned)}", unsigned
 
@@ -95,10 +97,3 @@ def bfe(e: Emitter, ins: Instr) -> None:
     d, a, start, length = ins.operands
     field = f"{e.src(start, 'u32')}, {e.src(length, 'u32')}"
     e.dst(d, f"bfe({e.src(a, kind)}, {field}, {BITS[kind]})", kind)
-
-
-@op("popc")
-def popc(e: Emitter, ins: Instr) -> None:
-    only(ins)
-    d, a = ins.operands
-    e.dst(d, f"np.bitwise_count({e.src(a, kind_of(ins))}).astype(u32)", "u32")

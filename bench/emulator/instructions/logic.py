@@ -33,20 +33,3 @@ def shift(e: Emitter, ins: Instr) -> None:
         kind = f"u{bits}"
     d, a, amount = ins.operands
     e.dst(d, f"{ins.op}({e.src(a, kind)}, {e.src(amount, 'u32')}, {bits})", kind)
-
-
-@op("shf")
-def funnel(e: Emitter, ins: Instr) -> None:
-    only(ins, "l", "r", "wrap", "clamp")
-    d, a, b, c = ins.operands
-    low, high, amount = (e.src(o, "u32") for o in (a, b, c))
-    left, wrap = "l" in ins.parts, "wrap" in ins.parts
-    e.dst(d, f"funnel({low}, {high}, {amount}, {left}, {wrap})", "u32")
-
-
-@op("lop3")
-def lop3(e: Emitter, ins: Instr) -> None:
-    only(ins)
-    d, a, b, c, table = ins.operands
-    text = ", ".join(e.src(o, "u32") for o in (a, b, c))
-    e.dst(d, f"lop3({text}, {e.value(table)})", "u32")

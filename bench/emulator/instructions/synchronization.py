@@ -70,15 +70,6 @@ def shfl(e: Emitter, ins: Instr) -> None:
         e.dst(predicate, f"{t}[1]", "pred")
 
 
-@op("vote")
-def vote(e: Emitter, ins: Instr) -> None:
-    only(ins, "sync", "any", "all", "uni", "ballot", "pred")
-    mode = ins.parts[2]
-    d, p, mask = ins.operands
-    t = e.machine(f"vote(L, {mode!r}, {e.src(p, 'pred')}, {e.src(mask, 'u32')}, i)")
-    e.dst(d, t, "b32" if mode == "ballot" else "pred")
-
-
 @op("redux")
 def redux(e: Emitter, ins: Instr) -> None:
     only(ins, "sync", "add", "min", "max", "and", "or", "xor")
