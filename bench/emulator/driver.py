@@ -12,6 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.backends.nvidia import driver as nvidia
 
+from kernels import device
+
 from . import launch
 from .checks import OPTIONS
 from .launch import LAUNCHES as LAUNCHES
@@ -43,9 +45,9 @@ class Utils:
     def unload_module(self, module: int) -> None:
         self.functions.pop(module, None)
 
-    def get_device_properties(self, device: Any) -> dict[str, int]:
+    def get_device_properties(self, index: Any) -> dict[str, int]:
         return {
-            "max_shared_mem": launch.MAX_SHARED.get(self.target.arch, 48 << 10),
+            "max_shared_mem": device.typical(self.target).shared_memory,
             "max_num_regs": 65536,
             "multiprocessor_count": OPTIONS.multiprocessors,
             "warpSize": 32,
@@ -53,9 +55,6 @@ class Utils:
 
     fill_tma_descriptor = staticmethod(launch.tensor_map)
     fill_tma_descriptor_tiled = staticmethod(launch.tensor_map)  # its name in Triton 3.9
-
-    def set_printf_fifo_size(self, size: int) -> None:
-        """Nothing is printed."""
 
 
 def rewrite_by(function: Rewrite | None) -> None:
@@ -125,10 +124,6 @@ class EmulatedDriver:
         self.target = GPUTarget("cuda", arch, 32)
         self.utils = Utils(self.target)
 
-    @staticmethod
-    def is_active() -> bool:
-        return True
-
     def get_current_target(self) -> GPUTarget:
         return self.target
 
@@ -141,17 +136,11 @@ class EmulatedDriver:
     def get_current_stream(self, device: Any = None) -> int:
         return 0
 
-    def get_device_capability(self, device: Any = None) -> tuple[int, int]:
-        return divmod(self.target.arch, 10)
-
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
         return SimpleNamespace(synchronize=lambda: None, current_device=lambda: 0)
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return nvidia.ty_to_cpp(ty)
 
     def get_benchmarker(self) -> Any:
         raise NotImplementedError("times of an emulator mean nothing")

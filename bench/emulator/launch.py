@@ -24,8 +24,6 @@ from .parser import parse
 from .static import register_hazards
 from .tma import HANDLES, TensorMap
 
-MAX_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-
 _PACK = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<B", "u8": "<B"}
 _PACK |= {"u16": "<H", "u32": "<I", "u64": "<Q", "fp16": "<e", "fp32": "<f", "f32": "<f"}
 _PACK |= {"fp64": "<d"}
@@ -146,8 +144,7 @@ def _check_limits(function: Function, grid: Grid, threads: int, metadata: Any) -
         raise RuntimeError(f"Triton Error [CUDA]: invalid argument: a grid of {grid}")
     if threads > 1024:
         raise RuntimeError(f"Triton Error [CUDA]: invalid argument: {threads} threads")
-    target = "".join(c for c in function.program.kernel.target if c.isdigit())
-    limit = MAX_SHARED.get(int(target), 48 << 10)
+    limit = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
     if function.shared > limit:
         raise triton.runtime.errors.OutOfResources(function.shared, limit, "shared memory")
 
