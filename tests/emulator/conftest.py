@@ -1,17 +1,21 @@
 """The emulator with default options and no findings, for each of its own tests."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from bench import emulator
 from bench.emulator import checks, driver
 
 
 @pytest.fixture(autouse=True)
-def emulator():
-    for name, value in vars(checks.Options()).items():
-        setattr(checks.OPTIONS, name, value)
-    checks.FINDINGS.clear()
-    driver.REWRITE[0] = None
+def _fresh() -> Iterator[None]:
+    emulator.configure(**vars(checks.Options()))
+    emulator.clear()
+    driver.rewrite_by(None)
     torch.manual_seed(0)
-    yield checks
-    driver.REWRITE[0] = None
+    yield
+    driver.rewrite_by(None)
+    emulator.configure(**vars(checks.Options()))
+    emulator.clear()
