@@ -145,9 +145,9 @@ class Program:
     def __init__(self, instructions: list[Instruction], entry: str | None = None):
         at = {label: i for i, ins in enumerate(instructions) for label in ins.labels}
         self._code, graph = _blocks(instructions, at)
-        first = 0 if entry is None else at[entry]
+        self._first = 0 if entry is None else at[entry]
         # Padding and subroutines are not reached.
-        self._graph = graph.subgraph(nx.descendants(graph, first) | {first})
+        self._graph = graph.subgraph(nx.descendants(graph, self._first) | {self._first})
         self.loops = tuple(_loops(self._graph, None))
         self._forward = nx.DiGraph(self._graph)
         for loop in self.loops:
@@ -161,6 +161,9 @@ class Program:
         turn has several ways, the one counted makes all its products, then stores nothing (in a
         flattened loop the epilogue of a tile is one of the ways), then starts its copies, and then
         has the fewest instructions (a barrier is passed at the first try). None without a loop.
+
+        A loop unrolled as a whole leaves no loop but those of a rare case, as of a NaN. So where a
+        way around all loops with products makes more of them than any turn, that code is steady.
         """
         for work in (_is_product, _is_multiply_add, _is_any):
             working = [loop for loop in self.loops if self._count(loop.blocks, work)]
@@ -172,6 +175,10 @@ class Program:
             ]
             if turns:
                 loop, turn = max(turns, key=lambda found: self._count(found[1], work))
+                if work is _is_product:
+                    way = self._around(working)
+                    if sum(map(_is_product, way)) > self._count(turn, work):
+                        return _unrolled(way, warps)
                 return self._steady(loop, turn, work, warps)
         return None
 
@@ -182,10 +189,23 @@ class Program:
         else:
             epilogue = self._count(self._after(loop), _is_any)
         products = [ins for block in turn for ins in self._code[block] if ins.tensor_core]
-        macs = [ins.macs(warps) for ins in products]
-        known = [mac for mac in macs if mac is not None]
-        total = sum(known) if len(known) == len(macs) else None
-        return Steady(len(products), length, total, epilogue)
+        return Steady(len(products), length, _macs(products, warps), epilogue)
+
+    def _around(self, loops: list[Loop]) -> list[Instruction]:
+        """The instructions of the way through none of these loops that has most products, then
+        most stores, and then the fewest instructions; empty if all ways go through them.
+        """
+        inside = {block for loop in loops for block in loop.blocks}
+        ways = nx.DiGraph(self._forward.subgraph(set(self._graph) - inside))
+        if self._first not in ways or _EXIT not in nx.descendants(ways, self._first):
+            return []
+
+        def cost(block: int) -> tuple[int, ...]:
+            kinds = _is_product, _is_store
+            return *(-self._count([block], kind) for kind in kinds), len(self._code[block])
+
+        path = _cheapest(ways, self._first, _EXIT, cost)
+        return [ins for block in path for ins in self._code[block]]
 
     def _count(self, blocks: Iterable[int], kind: Kind) -> int:
         return sum(kind(ins) for block in blocks for ins in self._code[block])
@@ -231,6 +251,19 @@ class Program:
             return -self._count([block], _is_store), len(self._code[block])
 
         return _cheapest(ways, _START, _END, cost)
+
+
+def _unrolled(way: list[Instruction], warps: int) -> Steady:
+    """Of straight code: the turns lie from the first product to the last one."""
+    at = [i for i, ins in enumerate(way) if ins.tensor_core]
+    macs = _macs([way[i] for i in at], warps)
+    return Steady(len(at), at[-1] + 1 - at[0], macs, len(way) - at[-1] - 1)
+
+
+def _macs(products: list[Instruction], warps: int) -> int | None:
+    macs = [ins.macs(warps) for ins in products]
+    known = [mac for mac in macs if mac is not None]
+    return sum(known) if len(known) == len(macs) else None
 
 
 def _is_product(instruction: Instruction) -> bool:
