@@ -16,7 +16,7 @@ from triton.backends.nvidia import driver as nvidia
 
 from .checks import FINDINGS, OPTIONS, Options, Report
 from .codegen import Program
-from .counters import Counters
+from .counters import Counters, sample
 from .instructions import HANDLERS
 from .machine import Machine
 from .memory import GlobalMemory
@@ -297,9 +297,7 @@ def run(loaded: Function, grid, values, tensors, metadata, num_ctas=1) -> None:
     if dynamic > limit:
         raise triton.runtime.errors.OutOfResources(dynamic, limit, "shared memory")
     ctas = [(x, y, z) for z, y, x in itertools.product(*(range(g) for g in reversed(grid)))]
-    if options.ctas is not None and len(ctas) > options.ctas:
-        picks = np.unique(np.linspace(0, len(ctas) - 1, options.ctas).round().astype(int))
-        ctas = [ctas[p] for p in picks]
+    ctas = [ctas[place] for place in sample(len(ctas), options.ctas)]
     if options.reverse:
         ctas.reverse()
     batch = max(1, options.lanes // threads)
