@@ -48,12 +48,13 @@ class Launch(NamedTuple):
     fewest: int  # instructions of a program
     most: int
     instructions: dict[str, int]
-    turn_instructions: float | None
-    macs: int
+    loop_instructions: int  # in the loop with most products
+    macs: int  # of tensor cores
     tma_bytes: int  # boxes, with what lies outside the tensor
-    load_bytes: int  # what threads ask for, by load or cp.async
+    load_bytes: int  # what warps ask for, by load or cp.async
     store_bytes: int
     l2_read_bytes: int
+    l1_bytes: int  # of those, what L1 serves at best
     l2_written_bytes: int
     requests: int  # of global memory, by warps
     sectors: int  # that these touch
@@ -98,12 +99,13 @@ def scaled(entry: dict[str, Any]) -> Launch:
         fewest=counts.fewest,
         most=counts.most,
         instructions={name: grid(n) for name, n in counts.instructions.items()},
-        turn_instructions=counts.turn_instructions,
+        loop_instructions=grid(counts.loop),
         macs=grid(counts.macs),
         tma_bytes=total("global", "bytes", "tensor load", "tensor store"),
         load_bytes=total("global", "bytes", "load", "copy"),
         store_bytes=total("global", "bytes", "store", "atomic"),
         l2_read_bytes=_SECTOR * total("global", "units", "load", "copy", "tensor load"),
+        l1_bytes=_SECTOR * grid(counts.again),
         l2_written_bytes=_SECTOR * total("global", "units", "store", "atomic", "tensor store"),
         requests=total("global", "requests", *_PLAIN),
         sectors=total("global", "units", *_PLAIN),
@@ -186,9 +188,10 @@ def count(case: suites.Case, gpu: Device) -> Row:
     engine, tile, planned = execute(case, gpu)
     launches = [scaled(entry) for entry in LAUNCHES.log]
     dtype = DTYPES[case.dtype]
-    macs = sum(launch.macs for launch in launches)
-    a_turn = tile.rows * tile.columns * tile.depth * dtype.products
-    busiest = max(launches, key=lambda launch: launch.macs)
+    multiplying = [launch for launch in launches if launch.macs]
+    macs = sum(launch.macs for launch in multiplying)
+    turns = macs / (tile.rows * tile.columns * tile.depth * dtype.products)
+    in_loops = sum(launch.loop_instructions / launch.warps for launch in multiplying)
     return {
         "suite": case.layer.suite,
         "layer": case.layer.name,
@@ -200,10 +203,11 @@ def count(case: suites.Case, gpu: Device) -> Row:
         "splits": tile.splits,
         "counted": {
             "launches": len(launches),
-            "turns": round(macs / a_turn) if tile.depth > 1 and macs else None,
+            "turns": round(turns) or None,
             "macs": macs,
-            "turn_instructions": busiest.turn_instructions,
+            "turn_instructions": round(in_loops / turns, 1) if turns else None,
             "l2_read_bytes": sum(launch.l2_read_bytes for launch in launches),
+            "l1_bytes": sum(launch.l1_bytes for launch in launches),
             "l2_written_bytes": sum(launch.l2_written_bytes for launch in launches),
             "least_bytes": least_bytes(case.op, case.layer.geometry, dtype.torch.itemsize),
             "waits": sum(launch.instructions.get("wait", 0) for launch in launches),
