@@ -1,7 +1,7 @@
 """Count what the planner's choices do, beside what it assumes, without a GPU: a row a layer.
 
 Some programs (CTAs) of each launch are executed at the layer's real size, on zeros: all of a small
-grid, else ``--programs`` of them, spread over it at random. What they did in sum is scaled to the
+grid, else ``--programs`` of them, spread over it at random. What they do in sum is scaled to the
 grid. Programs at an edge do less, so a number is as good as its sample: ``fewest`` and ``most``
 instructions of a program say how much they differ. Cells of two numbers are counted/assumed.
 """
@@ -285,7 +285,7 @@ _COLUMNS = {
     "instructions/turn": 17,
     "GMAC": 13,
     "waits/turn": 10,
-    "L2 read MB": 13,
+    "L2 read MB": 16,
     "written": 7,
     "memory MB": 11,
     "sectors/request": 15,
@@ -322,7 +322,7 @@ def _cells(row: Row) -> dict[str, str]:
         "instructions/turn": _both(done["turn_instructions"], said["turn_instructions"]),
         "GMAC": _both(done["macs"], said["macs"], 1e9, ".1f"),
         "waits/turn": _number(turns and done["waits"] / turns, 1, ".1f"),
-        "L2 read MB": _both(done["l2_read_bytes"], said["l2_bytes"], 1e6),
+        "L2 read MB": _l2(done) + f"/{_number(said['l2_bytes'], 1e6)}",
         "written": _number(done["l2_written_bytes"], 1e6),
         "memory MB": _both(done["least_bytes"], said["bytes"], 1e6),
         "sectors/request": _number(sectors / requests if requests else None, 1, ".1f"),
@@ -330,6 +330,13 @@ def _cells(row: Row) -> dict[str, str]:
         "ms": _number(said["ms"], 1, ".3f"),
         "limit": said["limit"] or "-",
     }
+
+
+def _l2(done: Row) -> str:
+    """What is read through L2, with L1 at its best and in parentheses without it."""
+    read, spared = done["l2_read_bytes"], done["l1_bytes"]
+    without = f"({_number(read, 1e6)})" if spared else ""
+    return _number(read - spared, 1e6) + without
 
 
 def _both(counted: float | None, assumed: float | None, unit: float = 1, form: str = ".0f") -> str:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from bench.emulator.counters import Counters, sample
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 
 ROOT = Path(__file__).parents[1]
+SCHEMA = json.loads((ROOT / "bench" / "counted.schema.json").read_text())
 WARP = SimpleNamespace(idx=np.arange(32), n=32)
 
 
@@ -153,7 +155,9 @@ def test_the_command_counts_each_launch_beside_what_the_planner_assumes(arch, tm
     command = ("counted", "--arch", arch, "--shapes", str(shapes), "--suite", "a")
     done = run("-m", "bench", *command, "--op", *ops, "--json", str(report))
     assert done.returncode == 0, done.stderr
-    rows = {(row["layer"], row["op"]): row for row in json.loads(report.read_text())["rows"]}
+    results = json.loads(report.read_text())
+    jsonschema.validate(results, SCHEMA)
+    rows = {(row["layer"], row["op"]): row for row in results["rows"]}
     assert len(rows) == 3 + 3 + 2
     assert all(text in done.stdout for text in ("plain", "stem", "pool", "sectors/request"))
 
