@@ -1,7 +1,7 @@
 """Count what the planner's choices do, beside what it assumes, without a GPU: a row a layer.
 
 Some programs (CTAs) of each launch are executed at the layer's real size, on zeros: all of a small
-grid, else ``--programs`` of them, spread over it at random. What they do in sum is scaled to the
+grid, else ``--programs`` of them, spread over it. What they do in sum is scaled to the
 grid. Programs at an edge do less, so a number is as good as its sample: ``fewest`` and ``most``
 instructions of a program say how much they differ. Cells of two numbers are counted/assumed.
 """
@@ -190,7 +190,9 @@ def count(case: suites.Case, gpu: Device) -> Row:
     dtype = DTYPES[case.dtype]
     multiplying = [launch for launch in launches if launch.macs]
     macs = sum(launch.macs for launch in multiplying)
-    turns = macs / (tile.rows * tile.columns * tile.depth * dtype.products)
+    # A tile without depth is not of the kernel that multiplies.
+    a_turn = tile.rows * tile.columns * tile.depth * dtype.products
+    turns = macs / a_turn if tile.depth > 1 else 0
     in_loops = sum(launch.loop_instructions / launch.warps for launch in multiplying)
     return {
         "suite": case.layer.suite,
