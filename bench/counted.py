@@ -1,8 +1,8 @@
 """Count what the planner's choices do, beside what it assumes, without a GPU: a row a layer.
 
 Some programs (CTAs) of each launch are executed at the layer's real size, on zeros: all of a small
-grid, else ``--programs`` of them, spread over it. What they do in sum is scaled to the
-grid. Programs at an edge do less, so a number is as good as its sample: ``fewest`` and ``most``
+grid, else ``--programs`` of them, spread over it. What they do in sum is scaled to the grid.
+Programs at an edge do less, so a number is as good as its sample: ``fewest`` and ``most``
 instructions of a program say how much they differ. Cells of two numbers are counted/assumed.
 """
 
@@ -115,7 +115,9 @@ def scaled(entry: dict[str, Any]) -> Launch:
     )
 
 
-def assumed(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: planner.Plan):
+def assumed(
+    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: planner.Plan
+) -> Assumed:
     """What the model takes for granted of a plan."""
     tile, size = plan.tile, dtype.itemsize
     if selection.engine_name(plan.engine) not in ("descriptor_gemm", "implicit_gemm"):
