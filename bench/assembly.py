@@ -144,12 +144,12 @@ class Program:
 
     def __init__(self, instructions: list[Instruction], entry: str | None = None):
         at = {label: i for i, ins in enumerate(instructions) for label in ins.labels}
-        self._code, graph = _blocks(instructions, at)
-        self._first = 0 if entry is None else at[entry]
+        self.code, graph = _blocks(instructions, at)
+        self.entry = 0 if entry is None else at[entry]
         # Padding and subroutines are not reached.
-        self._graph = graph.subgraph(nx.descendants(graph, self._first) | {self._first})
-        self.loops = tuple(_loops(self._graph, None))
-        self._forward = nx.DiGraph(self._graph)
+        self.graph = graph.subgraph(nx.descendants(graph, self.entry) | {self.entry})
+        self.loops = tuple(_loops(self.graph, None))
+        self._forward = nx.DiGraph(self.graph)
         for loop in self.loops:
             self._forward.remove_edges_from([(block, loop.header) for block in loop.blocks])
 
@@ -188,7 +188,7 @@ class Program:
             epilogue = self._count(self._turn(loop, work, stores=True), _is_any) - length
         else:
             epilogue = self._count(self._after(loop), _is_any)
-        products = [ins for block in turn for ins in self._code[block] if ins.tensor_core]
+        products = [ins for block in turn for ins in self.code[block] if ins.tensor_core]
         return Steady(len(products), length, _macs(products, warps), epilogue)
 
     def _around(self, loops: list[Loop]) -> list[Instruction]:
@@ -196,24 +196,24 @@ class Program:
         most stores, and then the fewest instructions; empty if all ways go through them.
         """
         inside = {block for loop in loops for block in loop.blocks}
-        ways = nx.DiGraph(self._forward.subgraph(set(self._graph) - inside))
-        if self._first not in ways or _EXIT not in nx.descendants(ways, self._first):
+        ways = nx.DiGraph(self._forward.subgraph(set(self.graph) - inside))
+        if self.entry not in ways or _EXIT not in nx.descendants(ways, self.entry):
             return []
 
         def cost(block: int) -> tuple[int, ...]:
             kinds = _is_product, _is_store
-            return *(-self._count([block], kind) for kind in kinds), len(self._code[block])
+            return *(-self._count([block], kind) for kind in kinds), len(self.code[block])
 
-        path = _cheapest(ways, self._first, _EXIT, cost)
-        return [ins for block in path for ins in self._code[block]]
+        path = _cheapest(ways, self.entry, _EXIT, cost)
+        return [ins for block in path for ins in self.code[block]]
 
     def _count(self, blocks: Iterable[int], kind: Kind) -> int:
-        return sum(kind(ins) for block in blocks for ins in self._code[block])
+        return sum(kind(ins) for block in blocks for ins in self.code[block])
 
     def _turn(self, loop: Loop, work: Kind, stores: bool) -> list[int]:
         """The blocks of one turn, on a way with the fewest stores or the most."""
         ways = nx.DiGraph(self._forward.subgraph(loop.blocks))
-        last = self._graph.subgraph(loop.blocks).pred[loop.header]
+        last = self.graph.subgraph(loop.blocks).pred[loop.header]
         ways.add_edges_from((block, _END) for block in last)
 
         def cost(block: int) -> tuple[int, ...]:
@@ -222,7 +222,7 @@ class Program:
                 -self._count([block], work),
                 -stored if stores else stored,
                 -self._count([block], _is_copy),
-                len(self._code[block]),
+                len(self.code[block]),
             )
 
         return _cheapest(ways, loop.header, _END, cost)
@@ -236,19 +236,19 @@ class Program:
         outer = loop.parent
         while outer and not self._count(outer.blocks - loop.blocks, _is_store):
             outer = outer.parent
-        outside = (outer.blocks if outer else set(self._graph)) - loop.blocks
+        outside = (outer.blocks if outer else set(self.graph)) - loop.blocks
         ways = nx.DiGraph(self._forward.subgraph(outside))
-        ends = self._graph.pred[outer.header] if outer else [_EXIT]
+        ends = self.graph.pred[outer.header] if outer else [_EXIT]
         ways.add_edges_from((block, _END) for block in ends if block in outside)
         for block in loop.blocks:
-            for after in self._graph.succ[block]:
+            for after in self.graph.succ[block]:
                 if outer and after == outer.header:
                     ways.add_edge(_START, _END)
                 elif after in outside:
                     ways.add_edge(_START, after)
 
         def cost(block: int) -> tuple[int, ...]:
-            return -self._count([block], _is_store), len(self._code[block])
+            return -self._count([block], _is_store), len(self.code[block])
 
         return _cheapest(ways, _START, _END, cost)
 
