@@ -144,12 +144,12 @@ class Program:
 
     def __init__(self, instructions: list[Instruction], entry: str | None = None):
         at = {label: i for i, ins in enumerate(instructions) for label in ins.labels}
-        self._code, graph = _blocks(instructions, at)
-        first = 0 if entry is None else at[entry]
+        self.code, graph = _blocks(instructions, at)
+        self.entry = 0 if entry is None else at[entry]
         # Padding and subroutines are not reached.
-        self._graph = graph.subgraph(nx.descendants(graph, first) | {first})
-        self.loops = tuple(_loops(self._graph, None))
-        self._forward = nx.DiGraph(self._graph)
+        self.graph = graph.subgraph(nx.descendants(graph, self.entry) | {self.entry})
+        self.loops = tuple(_loops(self.graph, None))
+        self._forward = nx.DiGraph(self.graph)
         for loop in self.loops:
             self._forward.remove_edges_from([(block, loop.header) for block in loop.blocks])
 
@@ -161,6 +161,9 @@ class Program:
         turn has several ways, the one counted makes all its products, then stores nothing (in a
         flattened loop the epilogue of a tile is one of the ways), then starts its copies, and then
         has the fewest instructions (a barrier is passed at the first try). None without a loop.
+
+        A loop unrolled as a whole leaves no loop but those of a rare case, as of a NaN. So where a
+        way around all loops with products makes more of them than any turn, that code is steady.
         """
         for work in (_is_product, _is_multiply_add, _is_any):
             working = [loop for loop in self.loops if self._count(loop.blocks, work)]
@@ -172,6 +175,10 @@ class Program:
             ]
             if turns:
                 loop, turn = max(turns, key=lambda found: self._count(found[1], work))
+                if work is _is_product:
+                    way = self._around(working)
+                    if sum(map(_is_product, way)) > self._count(turn, work):
+                        return _unrolled(way, warps)
                 return self._steady(loop, turn, work, warps)
         return None
 
@@ -181,19 +188,32 @@ class Program:
             epilogue = self._count(self._turn(loop, work, stores=True), _is_any) - length
         else:
             epilogue = self._count(self._after(loop), _is_any)
-        products = [ins for block in turn for ins in self._code[block] if ins.tensor_core]
-        macs = [ins.macs(warps) for ins in products]
-        known = [mac for mac in macs if mac is not None]
-        total = sum(known) if len(known) == len(macs) else None
-        return Steady(len(products), length, total, epilogue)
+        products = [ins for block in turn for ins in self.code[block] if ins.tensor_core]
+        return Steady(len(products), length, _macs(products, warps), epilogue)
+
+    def _around(self, loops: list[Loop]) -> list[Instruction]:
+        """The instructions of the way through none of these loops that has most products, then
+        most stores, and then the fewest instructions; empty if all ways go through them.
+        """
+        inside = {block for loop in loops for block in loop.blocks}
+        ways = nx.DiGraph(self._forward.subgraph(set(self.graph) - inside))
+        if self.entry not in ways or _EXIT not in nx.descendants(ways, self.entry):
+            return []
+
+        def cost(block: int) -> tuple[int, ...]:
+            kinds = _is_product, _is_store
+            return *(-self._count([block], kind) for kind in kinds), len(self.code[block])
+
+        path = _cheapest(ways, self.entry, _EXIT, cost)
+        return [ins for block in path for ins in self.code[block]]
 
     def _count(self, blocks: Iterable[int], kind: Kind) -> int:
-        return sum(kind(ins) for block in blocks for ins in self._code[block])
+        return sum(kind(ins) for block in blocks for ins in self.code[block])
 
     def _turn(self, loop: Loop, work: Kind, stores: bool) -> list[int]:
         """The blocks of one turn, on a way with the fewest stores or the most."""
         ways = nx.DiGraph(self._forward.subgraph(loop.blocks))
-        last = self._graph.subgraph(loop.blocks).pred[loop.header]
+        last = self.graph.subgraph(loop.blocks).pred[loop.header]
         ways.add_edges_from((block, _END) for block in last)
 
         def cost(block: int) -> tuple[int, ...]:
@@ -202,7 +222,7 @@ class Program:
                 -self._count([block], work),
                 -stored if stores else stored,
                 -self._count([block], _is_copy),
-                len(self._code[block]),
+                len(self.code[block]),
             )
 
         return _cheapest(ways, loop.header, _END, cost)
@@ -216,21 +236,34 @@ class Program:
         outer = loop.parent
         while outer and not self._count(outer.blocks - loop.blocks, _is_store):
             outer = outer.parent
-        outside = (outer.blocks if outer else set(self._graph)) - loop.blocks
+        outside = (outer.blocks if outer else set(self.graph)) - loop.blocks
         ways = nx.DiGraph(self._forward.subgraph(outside))
-        ends = self._graph.pred[outer.header] if outer else [_EXIT]
+        ends = self.graph.pred[outer.header] if outer else [_EXIT]
         ways.add_edges_from((block, _END) for block in ends if block in outside)
         for block in loop.blocks:
-            for after in self._graph.succ[block]:
+            for after in self.graph.succ[block]:
                 if outer and after == outer.header:
                     ways.add_edge(_START, _END)
                 elif after in outside:
                     ways.add_edge(_START, after)
 
         def cost(block: int) -> tuple[int, ...]:
-            return -self._count([block], _is_store), len(self._code[block])
+            return -self._count([block], _is_store), len(self.code[block])
 
         return _cheapest(ways, _START, _END, cost)
+
+
+def _unrolled(way: list[Instruction], warps: int) -> Steady:
+    """Of straight code: the turns lie from the first product to the last one."""
+    at = [i for i, ins in enumerate(way) if ins.tensor_core]
+    macs = _macs([way[i] for i in at], warps)
+    return Steady(len(at), at[-1] + 1 - at[0], macs, len(way) - at[-1] - 1)
+
+
+def _macs(products: list[Instruction], warps: int) -> int | None:
+    macs = [ins.macs(warps) for ins in products]
+    known = [mac for mac in macs if mac is not None]
+    return sum(known) if len(known) == len(macs) else None
 
 
 def _is_product(instruction: Instruction) -> bool:

@@ -137,7 +137,7 @@ def launch(
     fprop takes every part of the epilogue, wgrad the bias, as its gradient.
     """
     x, w, y = tensors
-    vector = x.new_empty(g.K) if bias else None
+    vector = x.new_zeros(g.K) if bias else None
     engine, tile = plan.engine, plan.tile
     if direction == "fprop":
         added = y if residual else None
@@ -158,7 +158,7 @@ def launch_block(block: suites.Block, dtype: measure.Dtype, gpu: Device) -> tupl
     layout = planner.layout_of((x, y), (w,))
     engine, tile = planner.plan_pooled(g, pool, x.dtype, precision, gpu, layout)
     engine.conv2d_relu_max_pool2d(
-        *(x, w, x.new_empty(g.K), y, offsets, g, pool, tile), precision=precision
+        *(x, w, x.new_zeros(g.K), y, offsets, g, pool, tile), precision=precision
     )
     return engine, tile
 

@@ -6,10 +6,12 @@ line.
 """
 
 import argparse
+import mmap
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
         help=f"of {', '.join(DTYPES)} (bf16)",
     )
     parser.add_argument(
-        "--batch", type=_positive, metavar="N", help="images, in place of what the suite says"
+        "--batch", type=positive, metavar="N", help="images, in place of what the suite says"
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1, of an option."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
@@ -125,15 +128,20 @@ def compiling(arch: str) -> Iterator[tuple[device.Device, list[Any]]]:
 def operands(
     g: Conv2dGeometry, dtype: torch.dtype, channels_last: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, w and y (or their gradients) of the meta device, which holds no numbers."""
+    """x, w and y (or their gradients), as ``empty`` makes them."""
     x, w, y = (empty(shape, dtype, channels_last) for shape in (g.x_shape, g.w_shape, g.y_shape))
     return x, w, y
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = True) -> Tensor:
-    """A tensor of the meta device."""
+    """A tensor of the meta device; where kernels are emulated, zeros that take no memory until they
+    are touched.
+    """
     strides = output_strides(shape, channels_last)
-    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    if device.INTERPRET or not device.takes_cpu():
+        return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    pages = mmap.mmap(-1, max(1, prod(shape)) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).as_strided(shape, strides)
 
 
 def plan(

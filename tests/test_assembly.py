@@ -144,6 +144,27 @@ def test_of_an_unrolled_loop_and_its_remainders_the_longest_is_steady():
     assert program.steady(8) == Steady(4, 6, 4 * 16 * 8 * 8 * 8, 3)
 
 
+def test_products_of_an_unrolled_loop_are_steady_and_those_after_a_nan_are_not():
+    text = """
+        HMMA.16816.F32.BF16 R24, R4, R6, R24
+        LDSM.16.M88.4 R4, [R8]
+        HMMA.16816.F32.BF16 R24, R4, R6, R24
+        FSETP.NEU.AND P0, PT, R24, R24, PT
+        @!P0 BRA `(.L_x_2)
+        .L_x_0:
+        HMMA.16816.F32.BF16 R24, R4, R6, RZ
+        @P1 BRA `(.L_x_0)
+        STS [R3], R24
+        .L_x_2:
+        STG.E.128 [R2.64], R24
+        EXIT
+    """
+    assert sass(text).steady(4) == Steady(2, 3, 2 * 16 * 8 * 16 * 4, 4)
+    # The turn of a loop that some lengths pass by, and as much before it: the loop is steady.
+    peeled = text.replace("HMMA.16816.F32.BF16 R24, R4, R6, R24", "MOV R1, R2", 1)
+    assert sass(peeled).steady(4) == Steady(1, 2, 16 * 8 * 16 * 4, 3)
+
+
 def test_a_turn_starts_its_copies():
     program = sass("""
         .L_x_0:

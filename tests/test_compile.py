@@ -211,6 +211,14 @@ def test_operators_under_their_own_names_are_read(tmp_path):
     assert (row["kernel"], row["spill_bytes"]) == ("depthwise_wgrad_kernel", 0)
 
 
+def test_the_stems_loop_is_not_the_one_that_runs_after_a_nan(tmp_path):
+    path = tmp_path / "report.json"
+    run("-m", "bench", "compiled", "--layer", "stem", "--op", "fprop", "--json", str(path))
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["loop_turns"] == 7  # the rows of a filter
+    assert row["tensor_core_instructions"] == 7 * 2
+
+
 NAMED_OPS = (
     *("conv_relu", "first_layer", "first_layer_wgrad"),
     *("conv_relu_max_pool", "conv_relu_max_pool_backward"),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .checks import FINDINGS, OPTIONS, Options, Report
 from .codegen import Program
-from .counters import Counters
+from .counters import Counters, sample
 from .instructions import handler_of
 from .machine import Machine
 from .memory import GlobalMemory
@@ -161,9 +161,7 @@ def _scratch(metadata: Any, ctas: int) -> list[Argument]:
 def _chosen(grid: Grid) -> list[Grid]:
     """The CTAs that are run, in their order."""
     ctas = [(x, y, z) for z, y, x in itertools.product(*(range(g) for g in reversed(grid)))]
-    if OPTIONS.ctas is not None and len(ctas) > OPTIONS.ctas:
-        picks = np.unique(np.linspace(0, len(ctas) - 1, OPTIONS.ctas).round().astype(int))
-        ctas = [ctas[p] for p in picks]
+    ctas = [ctas[place] for place in sample(len(ctas), OPTIONS.ctas)]
     return ctas[::-1] if OPTIONS.reverse else ctas
 
 
