@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +137,7 @@ class _Campaign:
         done = {row["item"] for row in results["rows"]}
         missing = [item for item in found if item.name not in done]
         keep(results, args.json)
-        compile_ = partial(_compile, machine.target)
+        compile_ = partial(_compile, machine.target, args.emulate)
         ahead = Compilers(compile_, missing, args.jobs if machine.target else 0)
         interrupted = False
         try:
@@ -205,9 +205,7 @@ def _server(kind: str, emulate: str | None, commit: str) -> Callable[[Any], Any]
         if emulate:
             if INTERPRET:
                 raise Refusal("TRITON_INTERPRET is set: nothing would be emulated")
-            from .. import emulator
-
-            emulator.install(emulate)
+            _emulate(emulate)
     except Refusal as error:
         reason = str(error)
         return lambda _: reason
@@ -220,6 +218,13 @@ def _server(kind: str, emulate: str | None, commit: str) -> Callable[[Any], Any]
         return machine if request == "machine" else run_item(request, where, seconds)
 
     return answer
+
+
+@cache
+def _emulate(arch: str) -> None:
+    from .. import emulator
+
+    emulator.install(arch)
 
 
 def _compile_seconds() -> list[float]:
@@ -292,7 +297,9 @@ def failed(item: Item, reason: str) -> Row:
 # In a process that compiles ahead.
 
 
-def _compile(target: GPUTarget, item: Item) -> None:
+def _compile(target: GPUTarget, emulate: str | None, item: Item) -> None:
+    if emulate:
+        _emulate(emulate)  # what it runs is compiled otherwise
     with device.compile_only(target):
         if isinstance(item, Check):
             checks.compile_(item)

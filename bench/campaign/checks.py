@@ -229,7 +229,7 @@ def run(check: Check, where: torch.device) -> dict[str, Any]:
         "reference": str(reference[0].dtype).removeprefix("torch."),
         "differing": differing,
         "covered": covered,
-        "kernels": dict(launched),
+        "kernels": sorted(launched),
         "chosen": str(plan) if (plan := chosen(check, call)) else None,
     }
 

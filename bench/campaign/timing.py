@@ -223,9 +223,11 @@ def _launcher(direction: Direction, g: Any, plan: planner.Plan) -> Callable[...,
 
 
 def _inputs(item: Timing, where: torch.device) -> peers.Inputs:
+    last = torch.channels_last
+
     def draw(shape: tuple[int, ...]) -> Tensor:
         drawn = torch.randn(shape, device=where).to(torch.bfloat16)
-        return drawn.contiguous(memory_format=torch.channels_last)
+        return drawn.contiguous(memory_format=last) if len(shape) == 4 else drawn
 
     return _problem(item).inputs(draw)
 
