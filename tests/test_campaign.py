@@ -14,6 +14,7 @@ import pytest
 from triton.backends.compiler import GPUTarget
 
 from bench import campaign
+from bench.__main__ import main
 from bench.campaign import items, timing, workers
 from bench.campaign.items import Check, Timing
 from kernels import device, library, planner
@@ -66,6 +67,10 @@ NOT_MEASURED = (
     *("product of 8192, bf16", "copy of 1 GiB", "copy of 16 MiB in L2", "clock under load"),
     *("launch of 1 program", "time of fprop l2.1.conv1"),
 )
+
+
+# Python from 3.12 on warns of forks beside threads, which pytest may have.
+fork = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess:
@@ -224,21 +229,19 @@ def test_a_cpu_gives_no_times(planted):
     assert planted.out.count("not measured") == len(NOT_MEASURED) + 1
 
 
-def test_a_run_goes_on_where_another_ended(planted, tmp_path):
-    """And passes once nothing is wrong: failed rows that are taken out are done anew."""
+@fork
+def test_a_run_goes_on_where_another_ended(tmp_path, capfd):
     file = tmp_path / "kept.json"
-    command = ["-m", "bench", "campaign", "--device", "cpu", "--json", file, "--only", *RIGHT]
-    first = run(*command, "channel_sum l3.1.conv2 fp16")
-    assert first.returncode == 0, first.stderr
+    command = ["campaign", "--device", "cpu", "--json", str(file), "--only", *RIGHT]
+    assert main([*command, "channel_sum l3.1.conv2 fp16"]) == 0
     rows = rows_of(file)
     assert len(rows) == 3
-    again = run(*command)
-    assert again.returncode == 2
-    assert "--resume goes on with it" in again.stderr
-    resumed = run(*command, "channel_sum l3.1.conv2 fp32", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("ok  ") == 1
+    assert main(command) == 2
+    assert "--resume goes on with it" in capfd.readouterr().err
+    assert main([*command, "channel_sum l3.1.conv2 fp32", "--resume"]) == 0
+    assert capfd.readouterr().out.count("ok  ") == 1
     assert {**rows_of(file), **rows} == rows_of(file)
+    assert len(rows_of(file)) == 4
 
 
 def test_emulated_for_hopper(tmp_path):
@@ -256,18 +259,26 @@ def test_emulated_for_hopper(tmp_path):
     assert all(rows[name]["compile_s"] == 0 for name in names[:2])
 
 
-def test_what_cannot_be_used(monkeypatch):
-    """Exit code 2 and one line."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for arguments, reason in (
-        ([], "no GPU here"),
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
         (["--emulate", "sm_90"], "--emulate is for --device cpu"),
-        (["--minutes", "0"], "'0' is not a positive number"),
-    ):
-        done = run("-m", "bench", "campaign", *arguments)
-        assert done.returncode == 2
-        assert reason in done.stderr
-        assert done.stderr.count("\n") == 1
+        (["--minutes", "0"], "'0' is not a positive number of minutes"),
+    ],
+)
+def test_what_cannot_be_used(arguments, reason, capfd):
+    """Exit code 2 and one line."""
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main(["campaign", *arguments]))
+    assert ended.value.code == 2
+    err = capfd.readouterr().err
+    assert reason in err
+    assert err.count("\n") == 1
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "no GPU here" in campaign._server("cuda", None, "unknown")("machine")
 
 
 # Time.
@@ -300,16 +311,12 @@ def test_the_budget_is_kept(monkeypatch, capsys):
     assert f"the first is {found[25].name}" in capsys.readouterr().out
 
 
-# Python from 3.12 on warns of forks beside threads, which pytest may have.
-fork = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-
 @fork
 def test_a_worker_that_does_not_answer_is_ended():
     worker = workers.Worker(lambda: time.sleep)
     assert worker.ask(0.0, 60.0) is None
     with pytest.raises(workers.Late, match="more than 1 s"):
-        worker.ask(600.0, 0.5)
+        worker.ask(600.0, 0.6)
     assert not worker._process.is_alive()
 
 

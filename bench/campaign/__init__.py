@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -300,8 +300,19 @@ def failed(item: Item, reason: str) -> Row:
 def _compile(target: GPUTarget, emulate: str | None, item: Item) -> None:
     if emulate:
         _emulate(emulate)  # what it runs is compiled otherwise
-    with device.compile_only(target):
+    with device.compile_only(target) as kernels:
         if isinstance(item, Check):
             checks.compile_(item)
         elif isinstance(item, Timing):
             timing.compile_timing(item)
+        if target.backend == "cuda" and not emulate:
+            build_launchers(kernels)
+
+
+def build_launchers(kernels: Sequence[Any]) -> None:
+    """Triton 3.6 compiles some C for each signature when its first kernel is loaded."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher"):
+        for kernel in kernels:
+            driver.CudaLauncher(kernel.src, kernel.metadata)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from importlib import import_module
 from math import ceil, isfinite, sqrt
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch import Tensor
 from kernels import aten, device, library, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 
-from .. import compiled, measure, suites
+from .. import measure, suites
 from ..measure import DTYPES
+from . import tiles
 from .items import DIRECTIONS, Check, Forced
 from .operands import Call, Source, call_of
 
@@ -55,28 +55,13 @@ def compile_(check: Check) -> None:
 
 
 def _forced(check: Check, forced: Forced, call: Call) -> Tensor:
-    g = check.geometry
-    assert isinstance(g, Conv2dGeometry)
-    kind = DTYPES[check.dtype]
-    direction = DIRECTIONS[check.operator]
     first, second, *_ = call.tensors
     assert first is not None
     assert second is not None
-    shape = {"fprop": g.y_shape, "dgrad": g.x_shape, "wgrad": g.w_shape}[direction]
-    result = torch.empty(
-        shape, dtype=kind.torch, device=first.device, memory_format=torch.channels_last
-    )
-    # fprop is called with x and w, dgrad with dy and w, wgrad with x and dy.
-    x, w, y = {
-        "fprop": (first, second, result),
-        "dgrad": (result, second, first),
-        "wgrad": (first, result, second),
-    }[direction]
-    engine = import_module(f"kernels.{forced.engine}")
-    plan = planner.Plan(engine, forced.tile, 0.0, "launch")
-    precision = library.resolve_precision(kind.precision, first)
-    compiled.launch(direction, g, (x, w, y), plan, precision)
-    return result
+    assert isinstance(check.geometry, Conv2dGeometry)
+    precision = library.resolve_precision(DTYPES[check.dtype].precision, first)
+    direction = DIRECTIONS[check.operator]
+    return tiles.launch(forced, direction, check.geometry, precision, first, second)
 
 
 def chosen(check: Check, call: Call) -> Forced | None:
@@ -199,6 +184,7 @@ def _winners_error(check: Check, call: Call, found: Results, right: Tensor) -> f
 # The check.
 
 
+@torch.no_grad()
 def run(check: Check, where: torch.device) -> dict[str, Any]:
     """The row of one check."""
     call, reference = _case(replace(check, forced=None), where)

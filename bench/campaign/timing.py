@@ -6,7 +6,6 @@ On a CPU each is run once, on little, to try it: it has no number.
 import subprocess
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -14,12 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import device, model, planner
+from kernels import device, model
+from kernels.device import loop
 from kernels.geometry import Direction
 
-from .. import compiled, measure, peers
+from .. import measure, peers
 from ..measure import DTYPES
-from .items import Ceiling, Timing
+from . import tiles
+from .items import Ceiling, Forced, Timing
 
 _LAUNCHES = 200  # in one graph
 _L2_BLOCK = 4096  # elements of four bytes that one program copies at once
@@ -39,7 +40,7 @@ def l2_copy_kernel(source_ptr, target_ptr, blocks, ROUNDS: tl.constexpr, BLOCK: 
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     for turn in range(ROUNDS):
-        for block in range((program + turn) % programs, blocks, programs):
+        for block in loop((program + turn) % programs, blocks, programs):
             at = block * BLOCK + tl.arange(0, BLOCK)
             tl.store(target_ptr + at, tl.load(source_ptr + at, cache_modifier=".cg"))
 
@@ -116,9 +117,10 @@ def _clock(where: torch.device) -> float | None:
     one, other, product = (
         torch.randn(8192, 8192, device=where, dtype=torch.bfloat16) for _ in range(3)
     )
-    for _ in range(1500):  # a good two seconds
+    for _ in range(2000):  # about three seconds
         torch.mm(one, other, out=product)
-    query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits", "--id=0"]
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(where).uuid}"
+    query = ["nvidia-smi", gpu, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
         return float(done.stdout.partition("\n")[0])
@@ -172,15 +174,10 @@ def run_timing(item: Timing, where: torch.device) -> dict[str, Any]:
     if item.forced is None:
         ms = _milliseconds(_problem(item).eager().call, sets, where)
     else:
-        engine = import_module(f"kernels.{item.forced.engine}")
-        plan = planner.Plan(engine, item.forced.tile, 0.0, "launch")
-        call = _launcher(item.direction, g, plan)
-        ms = _milliseconds(call, sets, where)
+        ms = _milliseconds(_launcher(item, item.forced), sets, where)
         if where.type == "cuda":
-            here = device.describe(where)
-            predicted = model.predict(
-                item.direction, g, kind.torch, kind.precision, here, item.forced.tile
-            )
+            here, tile = device.describe(where), item.forced.tile
+            predicted = model.predict(item.direction, g, kind.torch, kind.precision, here, tile)
     return {
         "ok": True,
         "reason": None,
@@ -195,29 +192,20 @@ def run_timing(item: Timing, where: torch.device) -> dict[str, Any]:
 def compile_timing(item: Timing) -> None:
     """Launch the tile where launches only compile."""
     if item.forced is not None:
-        engine = import_module(f"kernels.{item.forced.engine}")
-        plan = planner.Plan(engine, item.forced.tile, 0.0, "launch")
-        _launcher(item.direction, item.geometry, plan)(*_inputs(item, torch.device("meta")))
+        _launcher(item, item.forced)(*_inputs(item, torch.device("meta")))
 
 
 def _problem(item: Timing) -> peers.Convolution:
     return peers.Convolution(item.direction, item.geometry, DTYPES["bf16"].precision)
 
 
-def _launcher(direction: Direction, g: Any, plan: planner.Plan) -> Callable[..., Tensor]:
-    """One direction on x, w and (but for fprop) dy; it allocates the result."""
+def _launcher(item: Timing, forced: Forced) -> Callable[..., Tensor]:
+    """The tile on the inputs of ``_problem``: x, w and, but for fprop, dy."""
+    precision = DTYPES["bf16"].precision
 
     def call(x: Tensor, w: Tensor, *dy: Tensor) -> Tensor:
-        shape = {"fprop": g.y_shape, "dgrad": g.x_shape, "wgrad": g.w_shape}[direction]
-        last = torch.channels_last
-        result = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=last)
-        tensors = {
-            "fprop": (x, w, result),
-            "dgrad": (result, w, *dy),
-            "wgrad": (x, result, *dy),
-        }[direction]
-        compiled.launch(direction, g, tensors, plan, DTYPES["bf16"].precision)
-        return result
+        operands = {"fprop": (x, w), "dgrad": (*dy, w), "wgrad": (x, *dy)}[item.direction]
+        return tiles.launch(forced, item.direction, item.geometry, precision, *operands)
 
     return call
 
