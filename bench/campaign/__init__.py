@@ -122,21 +122,23 @@ class _Campaign:
         self._took: list[float] = []  # seconds of the last items
 
     def run(self) -> int:
-        args = self._args
         try:
-            machine = self._ask("machine")
-        except (Death, Late) as error:
-            raise Refusal(f"the device cannot be used: {error}") from None
-        if isinstance(machine, str):
-            raise Refusal(machine)
+            return self._run()
+        finally:
+            if self._worker is not None:
+                self._worker.end()
+
+    def _run(self) -> int:
+        args, machine = self._args, self._machine()
         found = items.items(machine.here, timing.CEILINGS, small=args.device == "cpu")
         if args.only:
             found = [item for item in found if any(text in item.name for text in args.only)]
         date = datetime.now(UTC).isoformat(timespec="seconds")
         results = opened(args, machine.identity, date=date)
-        done = {row["item"] for row in results["rows"]}
-        missing = [item for item in found if item.name not in done]
         keep(results, args.json)
+        rows = results["rows"]
+        done = {row["item"] for row in rows}
+        missing = [item for item in found if item.name not in done]
         compile_ = partial(_compile, machine.target, args.emulate)
         ahead = Compilers(compile_, missing, args.jobs if machine.target else 0)
         interrupted = False
@@ -146,12 +148,19 @@ class _Campaign:
             interrupted = True
         finally:
             ahead.end()
-            if self._worker is not None:
-                self._worker.end()
-        print(summary(results["rows"], found, args.minutes))
+        print(summary(rows, found, args.minutes))
         if interrupted:
             return 130
-        return int(any(row["kind"] == "check" and not row["ok"] for row in results["rows"]))
+        return int(any(row["kind"] == "check" and not row["ok"] for row in rows))
+
+    def _machine(self) -> Machine:
+        try:
+            machine = self._ask("machine")
+        except (Death, Late) as error:
+            raise Refusal(f"the device cannot be used: {error}") from None
+        if isinstance(machine, str):
+            raise Refusal(machine)
+        return machine
 
     def _run_all(self, missing: list[Item], ahead: Compilers, results: Row) -> None:
         for index, item in enumerate(missing):
