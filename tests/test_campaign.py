@@ -17,6 +17,7 @@ from bench import campaign
 from bench.__main__ import main
 from bench.campaign import items, timing, workers
 from bench.campaign.items import Check, Timing
+from bench.campaign.summary import summary
 from kernels import device, library, planner
 from kernels.geometry import Conv2dGeometry
 
@@ -279,6 +280,25 @@ def test_what_cannot_be_used(arguments, reason, capfd):
 def test_without_a_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "no GPU here" in campaign._server("cuda", None, "unknown")("machine")
+
+
+def test_the_summary_puts_tiles_beside_cudnn_and_predictions():
+    asked = items.items(HOPPER, timing.CEILINGS, small=False)
+    cudnn, ours = [item for item in asked if isinstance(item, Timing)][:2]
+    check, ceiling = asked[0], next(item for item in asked if isinstance(item, items.Ceiling))
+    rows = [campaign.failed(item, "") | {"ok": True} for item in (check, ceiling, cudnn, ours)]
+    rows[0] |= {"error": 0.001, "bound": 0.004}
+    rows[1] |= {"value": 790.0, "unit": "TFLOP/s"}
+    rows[2] |= {"ms": 0.3, "tflops": 600.0}
+    rows[3] |= {"ms": 0.2, "tflops": 900.0, "predicted_ms": 0.15, "limit": "memory"}
+    rows[3] |= {"chosen": str(ours.forced)}
+    lines = summary(rows, asked, 3.0).splitlines()
+    assert f"{ceiling.name}: 790 TFLOP/s" in lines[1]
+    (tile,) = [line for line in lines if line.startswith(ours.layer)]
+    assert tile.split()[-4:] == ["0.2000", "900", "0.75", "1.50"]
+    assert f"  the largest error is 0.25 of its bound: {check.name}" in lines
+    assert lines[-1].startswith("left out as 3 min are over: ")
+    assert lines[-1].endswith(f"the first is {asked[1].name}")
 
 
 # Time.

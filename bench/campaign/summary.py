@@ -36,8 +36,15 @@ def _chosen(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row], asked: Sequence[Item], minutes: float) -> str:
-    """The tiles beside cuDNN, what failed, and what was left out."""
-    return "\n".join((*_tiles(rows), *_verdicts(rows), _left_out(rows, asked, minutes)))
+    """Ceilings, the tiles beside cuDNN, what failed, and what was left out."""
+    parts = _ceilings(rows), _tiles(rows), _verdicts(rows)
+    lines = [line for part in parts for line in part]
+    return "\n".join((*lines, _left_out(rows, asked, minutes)))
+
+
+def _ceilings(rows: Sequence[Row]) -> Iterator[str]:
+    yield ""
+    yield from (line(row) for row in rows if row["kind"] == "ceiling" and row["ok"])
 
 
 def _tiles(rows: Sequence[Row]) -> Iterator[str]:
@@ -70,7 +77,14 @@ def _verdicts(rows: Sequence[Row]) -> Iterator[str]:
         found = [row for row in rows if row["kind"] == kind]
         bad = [row for row in found if not row["ok"]]
         yield f"{name}: {len(found)} done, {len(bad)} failed"
+        if shares := {row["item"]: row["error"] / row["bound"] for row in found if _has_share(row)}:
+            worst = max(shares, key=lambda item: shares[item])
+            yield f"  the largest error is {shares[worst]:.2f} of its bound: {worst}"
         yield from (f"  {line(row)}" for row in bad)
+
+
+def _has_share(row: Row) -> bool:
+    return row["kind"] == "check" and row["error"] is not None and bool(row["bound"])
 
 
 def _left_out(rows: Sequence[Row], asked: Sequence[Item], minutes: float) -> str:
