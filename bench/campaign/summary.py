@@ -44,7 +44,8 @@ def summary(rows: Sequence[Row], asked: Sequence[Item], minutes: float) -> str:
 
 def _ceilings(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
-    yield from (line(row) for row in rows if row["kind"] == "ceiling" and row["ok"])
+    measured = [row for row in rows if row["kind"] == "ceiling" and row["value"] is not None]
+    yield from map(line, measured)
 
 
 def _tiles(rows: Sequence[Row]) -> Iterator[str]:
