@@ -292,12 +292,12 @@ def test_the_summary_puts_tiles_beside_cudnn_and_predictions():
     rows[2] |= {"ms": 0.3, "tflops": 600.0}
     rows[3] |= {"ms": 0.2, "tflops": 900.0, "predicted_ms": 0.15, "limit": "memory"}
     rows[3] |= {"chosen": str(ours.forced)}
-    lines = summary(rows, asked, 3.0).splitlines()
+    lines = summary(rows, asked).splitlines()
     assert f"{ceiling.name}: 790 TFLOP/s" in lines[1]
     (tile,) = [line for line in lines if line.startswith(ours.layer)]
     assert tile.split()[-4:] == ["0.2000", "900", "0.75", "1.50"]
     assert f"  the largest error is 0.25 of its bound: {check.name}" in lines
-    assert lines[-1].startswith("left out as 3 min are over: ")
+    assert lines[-1].startswith("left out, as time was over: ")
     assert lines[-1].endswith(f"the first is {asked[1].name}")
 
 

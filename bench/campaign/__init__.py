@@ -148,7 +148,7 @@ class _Campaign:
             interrupted = True
         finally:
             ahead.end()
-        print(summary(rows, found, args.minutes))
+        print(summary(rows, found))
         if interrupted:
             return 130
         return int(any(row["kind"] == "check" and not row["ok"] for row in rows))

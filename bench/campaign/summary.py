@@ -35,11 +35,11 @@ def _chosen(row: Row) -> str:
     return f", {row['chosen']}" if row["chosen"] and row["chosen"] not in row["item"] else ""
 
 
-def summary(rows: Sequence[Row], asked: Sequence[Item], minutes: float) -> str:
+def summary(rows: Sequence[Row], asked: Sequence[Item]) -> str:
     """Ceilings, the tiles beside cuDNN, what failed, and what was left out."""
     parts = _ceilings(rows), _tiles(rows), _verdicts(rows)
     lines = [line for part in parts for line in part]
-    return "\n".join((*lines, _left_out(rows, asked, minutes)))
+    return "\n".join((*lines, _left_out(rows, asked)))
 
 
 def _ceilings(rows: Sequence[Row]) -> Iterator[str]:
@@ -88,7 +88,7 @@ def _has_share(row: Row) -> bool:
     return row["kind"] == "check" and row["error"] is not None and bool(row["bound"])
 
 
-def _left_out(rows: Sequence[Row], asked: Sequence[Item], minutes: float) -> str:
+def _left_out(rows: Sequence[Row], asked: Sequence[Item]) -> str:
     done = {row["item"] for row in rows}
     left = [item for item in asked if item.name not in done]
     if not left:
@@ -98,4 +98,4 @@ def _left_out(rows: Sequence[Row], asked: Sequence[Item], minutes: float) -> str
         for kind, name in _KINDS.items()
         if (count := sum(type(item).__name__.lower() == kind for item in left))
     )
-    return f"left out as {minutes:g} min are over: {counts}; the first is {left[0].name}"
+    return f"left out, as time was over: {counts}; the first is {left[0].name}"
