@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 from triton.backends.compiler import GPUTarget
 
-from bench import campaign
+from bench import campaign, measure
 from bench.__main__ import main
 from bench.campaign import items, timing, workers
 from bench.campaign.items import Check, Timing
@@ -92,6 +92,21 @@ def rows_of(file: Path) -> dict[str, dict]:
     return {row["item"]: row for row in results["rows"]}
 
 
+def engine_of(check: Check) -> str:
+    """What runs a convolution on Hopper, also one that is pooled at once."""
+    kind, g = measure.DTYPES[check.dtype], check.geometry
+    conv = g if isinstance(g, Conv2dGeometry) else g.conv
+    layout = "aligned" if check.channels_last else "scattered"
+    if conv.C % 8 or conv.K % 8:
+        layout = "channels_last" if check.channels_last else "scattered"
+    problem = kind.torch, kind.precision, HOPPER, layout
+    if g is conv:
+        engine = planner.plan(items.DIRECTIONS[check.operator], conv, *problem).engine
+    else:
+        engine, _ = planner.plan_pooled(conv, g.pool, *problem)
+    return engine.__name__.removeprefix("kernels.")
+
+
 # What there is to do.
 
 
@@ -101,24 +116,11 @@ def test_every_operator_and_engine_is_checked_and_wgrad_first():
     assert {check.operator for check in checks} == library._operands.keys()
     assert checks[0].operator == "conv2d_wgrad"
     assert isinstance(found[0], Check)
-    engines = set()
-    for check in checks:
-        kind, layout = campaign.checks.DTYPES[check.dtype], "aligned"
-        if not check.channels_last:
-            layout = "scattered"
-        elif isinstance(check.geometry, Conv2dGeometry) and check.geometry.C % 8:
-            layout = "channels_last"
-        if check.operator in items.DIRECTIONS:
-            assert isinstance(check.geometry, Conv2dGeometry)
-            direction = items.DIRECTIONS[check.operator]
-            problem = direction, check.geometry, kind.torch, kind.precision, HOPPER, layout
-            engine = planner.plan(*problem).engine.__name__
-            engines.add((engine.removeprefix("kernels."), direction, check.dtype))
-        elif check.operator == "conv2d_relu_max_pool2d":
-            g, pool = check.geometry
-            layout = "scattered" if g.C % 8 and g.C > 4 else layout
-            problem = g, pool, kind.torch, kind.precision, HOPPER, layout
-            engines.add((planner.plan_pooled(*problem)[0].__name__.removeprefix("kernels."),))
+    engines = {
+        (engine_of(check), items.DIRECTIONS.get(check.operator), check.dtype)
+        for check in checks
+        if check.operator in (*items.DIRECTIONS, "conv2d_relu_max_pool2d")
+    }
     three = ("implicit_gemm", "direct_conv", "depthwise")
     expected = {
         (engine, direction, dtype)
@@ -131,8 +133,10 @@ def test_every_operator_and_engine_is_checked_and_wgrad_first():
         for direction in items.OPERATORS
         for dtype in ("bf16", "fp16", "tf32")
     }
+    expected |= {("stem_pool", None, dtype) for dtype in items.CHECKED}
+    expected |= {("conv_pool", None, dtype) for dtype in items.CHECKED}
+    expected |= {("descriptor_pool", None, dtype) for dtype in ("bf16", "fp16", "tf32")}
     assert expected <= engines
-    assert {("stem_pool",), ("descriptor_pool",), ("conv_pool",)} <= engines
 
 
 def test_all_tiles_of_wgrad_are_checked():
@@ -144,7 +148,7 @@ def test_all_tiles_of_wgrad_are_checked():
     }
     g = next(item.geometry for item in found if item.name == "conv2d_wgrad l2.1.conv2 bf16")
     assert isinstance(g, Conv2dGeometry)
-    bf16 = campaign.checks.DTYPES["bf16"].torch
+    bf16 = measure.DTYPES["bf16"].torch
     family = planner.family("wgrad", g, bf16, "ieee", HOPPER, "aligned")
     assert checked == {plan.tile for plan in family}
 
@@ -167,22 +171,22 @@ def test_three_tiles_of_seven_layers_are_timed_the_planners_choice_first():
 
 
 def test_small_layers_keep_their_engines():
-    """But for boxes that hold few images' pixels: those that a CPU emulates are of every engine."""
+    """But wgrad, which is free to choose by size, and groups, whose 16 channels fill no block."""
     large, small = (
         {item.name: item for item in items.items(HOPPER, (), small) if isinstance(item, Check)}
         for small in (False, True)
     )
-    for name in [name for name, item in large.items() if item.operator in items.DIRECTIONS]:
-        if large[name].forced is None:
-            engines = []
-            for check in (large[name], small[name]):
-                assert isinstance(check.geometry, Conv2dGeometry)
-                kind = campaign.checks.DTYPES[check.dtype]
-                problem = items.DIRECTIONS[check.operator], check.geometry, kind.torch
-                layout = "aligned" if check.channels_last else "scattered"
-                plan = planner.plan(*problem, kind.precision, HOPPER, layout)
-                engines.append(plan.engine.__name__)
-            assert len({*engines}) == 1 or "wgrad" in name or "grouped" in name, name
+    names = [
+        name
+        for name, check in large.items()
+        if check.operator in ("conv2d", "conv2d_dgrad")
+        and check.layer != "grouped"
+        and check.forced is None
+    ]
+    assert len(names) > 50
+    for name in names:
+        engines = {engine_of(checks[name]) for checks in (large, small)}
+        assert len(engines) == 1, (name, engines)
 
 
 # A run.

@@ -68,20 +68,14 @@ class Check:
 
     @property
     def name(self) -> str:
-        layout = () if self.channels_last else ("nchw",)
-        forced = () if self.forced is None else (str(self.forced),)
-        return (
-            " ".join(
-                (self.operator, self.layer, self.dtype, *layout, "+".join(self.parts), *forced)
-            )
-            .replace("  ", " ")
-            .strip()
-        )
+        layout = "" if self.channels_last else "nchw"
+        parts = (self.operator, self.layer, self.dtype, layout, "+".join(self.parts))
+        return " ".join(filter(None, (*parts, str(self.forced or ""))))
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the device reaches; a name of ``ceilings.CEILINGS``."""
+    """What the device reaches; a name of ``timing.CEILINGS``."""
 
     name: str
 
