@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "show what the planner chooses for each layer, without a GPU",
     "compiled": "read the machine code of the planner's choices, without a GPU",
     "counted": "count what the planner's choices do, by executing some of it, without a GPU",
+    "campaign": "check every kernel and measure the device in the first minutes on a GPU",
     "launch": "time the Python side of a call, without a GPU",
     "report": "draw charts and write the README's table from bench/results",
 }

@@ -113,7 +113,7 @@ def _say(text: str) -> None:
 def _run(args: argparse.Namespace) -> int:
     device = device_named(args.device)
     cases, names = _cases(args), _flat(args.peers)
-    results = opened(args, device, ceilings={})
+    results = opened(args, measure.identity(device, args.commit), ceilings={})
     if missing := [case for case in cases if not _is_done(case, names, results)]:
         _add_ceilings(results, missing, device)
         keep(results, args.json)

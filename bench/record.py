@@ -31,12 +31,12 @@ def device_named(name: str) -> torch.device:
     return torch.device(name, 0 if name == "cuda" else None)
 
 
-def opened(args: argparse.Namespace, device: torch.device, **more: Any) -> dict[str, Any]:
+def opened(args: argparse.Namespace, identity: dict[str, str], **more: Any) -> dict[str, Any]:
     """What ``args.json`` holds already, if this run may go on with it, else a new beginning.
 
-    ``more`` is what a beginning has beside its identity, its command and its rows.
+    ``identity`` is ``measure.identity``'s; ``more`` is what a beginning has beside it, its command
+    and its rows.
     """
-    identity = measure.identity(device, args.commit)
     new = {**identity, "command": args.command, **more, "rows": []}
     if args.json is None:
         if args.resume:

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         device = device_named(args.device)
         if device.type == "cpu":
             args.batch_size, args.image_size = 2, 32
-        results = opened(args, device)
+        results = opened(args, measure.identity(device, args.commit))
         rows = [_row(name, args, results, device) for name in args.model]
     except Refusal as error:
         print(f"python -m bench train: {error}", file=sys.stderr)

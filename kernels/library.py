@@ -122,6 +122,14 @@ def operands(name: str) -> int:
     return _operands[name]
 
 
+def launching(name: str) -> Callable[..., Any]:
+    """The implementation of an operator that launches its kernels, whatever its tensors are on: for
+    tensors of the meta device where launches only compile.
+    """
+    on_gpu, _ = _implementations[name]
+    return on_gpu
+
+
 def recording_of(name: str, operands: Sequence[Tensor | None], *rest: Any) -> Any:
     """What a call of an operator, which has been made, replays; None where it is not kept."""
     return _recordings.get(_key(name, (*operands, *rest), len(operands)))

@@ -63,6 +63,7 @@ _LEAST_TURN = 2**18  # multiply-adds of a turn of wgrad, which take as long as i
 _MAP = 2**14  # places of a map that comes in batches of at least a small box
 _LEAST_COLUMNS = 64  # channels that one product instruction of four warps takes, on Hopper
 _ROW = 128  # bytes of a row of shared memory that a descriptor fills without bank conflicts
+_INSTRUCTION = 32  # bytes of a reduction that one product instruction takes
 
 
 class Plan(NamedTuple):
@@ -247,7 +248,8 @@ def _takes_descriptors(
     columns, depth = (g.C, g.K) if direction == "dgrad" else (g.K, g.C)
     if g.groups == 1:
         return min(columns, depth) >= 16
-    return columns // g.groups % _LEAST_COLUMNS == 0 and depth // g.groups % 16 == 0
+    least = _least_depth(dtype.itemsize)
+    return columns // g.groups % _LEAST_COLUMNS == 0 and depth // g.groups % least == 0
 
 
 def _descriptor_tiles(
@@ -328,8 +330,12 @@ def _depth(reduction: int, groups: int, taps: int, itemsize: int) -> int:
     row = _ROW // itemsize
     if itemsize <= 2 and taps > 1 and reduction % (2 * row) == 0:
         return 2 * row
-    part = next((d for d in (row, row // 2) if reduction % d == 0), 16)
+    part = next((d for d in (row, row // 2) if reduction % d == 0), _least_depth(itemsize))
     return part if groups > 1 else next((d for d in (row, row // 2) if reduction > d // 2), part)
+
+
+def _least_depth(itemsize: int) -> int:
+    return max(16, _INSTRUCTION // itemsize)
 
 
 def _deepest(tile: Tile, dtype: torch.dtype, device: Device) -> Tile:

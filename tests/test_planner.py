@@ -261,3 +261,17 @@ def test_descriptors_serve_most_of_resnet50():
 def test_what_descriptors_do_not_take(g, layout, why):
     engine = planner.plan("fprop", g, torch.bfloat16, "ieee", H100, layout).engine
     assert engine is implicit_gemm, why
+
+
+@pytest.mark.parametrize("C", [16, 32, 48, 96])
+def test_a_block_of_float8_is_as_deep_as_a_product_instruction(C):
+    """32 channels: Triton compiles no product of fewer. A group's neighbours are not read."""
+    for taps in (1, 3):
+        g = Conv2dGeometry(8, C, 28, 28, 64, taps, taps)
+        plans = planner.candidates("fprop", g, torch.float8_e4m3fn, "ieee", H100, "aligned")
+        assert plans
+        assert all(plan.tile.depth >= 32 for plan in plans)
+        grouped = replace(g, C=2 * C, K=128, groups=2)
+        plans = planner.candidates("fprop", grouped, torch.float8_e4m3fn, "ieee", H100, "aligned")
+        assert all(plan.tile.depth >= 32 and C % plan.tile.depth == 0 for plan in plans)
+        assert bool(plans) == (C % 32 == 0)

@@ -1,0 +1,35 @@
+"""One direction of a convolution by an engine and a tile that are named."""
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from kernels import planner
+from kernels.geometry import Conv2dGeometry, Direction
+
+from .. import compiled
+from .items import Forced
+
+
+def launch(
+    forced: Forced,
+    direction: Direction,
+    g: Conv2dGeometry,
+    precision: str,
+    first: Tensor,
+    second: Tensor,
+) -> Tensor:
+    """The result: of fprop from x and w, of dgrad from dy and w, of wgrad from x and dy."""
+    shape = {"fprop": g.y_shape, "dgrad": g.x_shape, "wgrad": g.w_shape}[direction]
+    last = torch.channels_last
+    result = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=last)
+    x, w, y = {
+        "fprop": (first, second, result),
+        "dgrad": (result, second, first),
+        "wgrad": (first, result, second),
+    }[direction]
+    engine = import_module(f"kernels.{forced.engine}")
+    plan = planner.Plan(engine, forced.tile, 0.0, "launch")
+    compiled.launch(direction, g, (x, w, y), plan, precision)
+    return result
