@@ -97,11 +97,10 @@ class GroupProducts:
 
     def _before(self, groups, registers, i) -> Product | None:
         """The last product in flight with these accumulators."""
-        for p in reversed(self._products if self.lazy else []):
-            if p.matrix is None and set(p.registers) & set(registers):
+        for p in reversed(self._products):
+            shared = set(p.registers) & set(registers) and np.isin(p.groups, groups).any()
+            if p.matrix is None and shared:
                 if p.registers != registers or not np.array_equal(p.groups, groups):
-                    if not np.isin(p.groups, groups).any():
-                        continue
                     self.stop("wgmma with accumulators in flight in another shape", i)
                 return p
         return None

@@ -58,12 +58,20 @@ def test_unknown_instruction():
         handmade.run("frobnicate.b32 %r9, %r1;", False, ARCH)
 
 
-def test_eager_and_lazy_runs_differ():
-    """A thread reads what its copy may or may not have written, which is not looked at."""
-    _, body = handmade.WARPS["copy, not waited for"]
+@pytest.mark.parametrize(
+    ("body", "threads"),
+    [
+        (handmade.WARPS["copy, not waited for"][1], 64),
+        pytest.param(handmade.PRODUCTS["wait"][1], 128, marks=hopper),
+    ],
+)
+def test_eager_and_lazy_runs_differ(body, threads):
+    """Threads read what a copy or a product may or may not have written; nothing else is looked
+    at.
+    """
     driver.configure(mode="both", races=False, shared=False)
-    assert not found(body, planted=False)
-    assert found(body, planted=True) == {"eager and lazy runs differ"}
+    assert not found(body, planted=False, threads=threads)
+    assert "eager and lazy runs differ" in found(body, planted=True, threads=threads)
 
 
 # Kernels of Triton with edits of their PTX
