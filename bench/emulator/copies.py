@@ -85,9 +85,6 @@ class Copies:
             copy.waiting &= ~done
         self._copies = [copy for copy in self._copies if copy.waiting.any()]
 
-    def copies_arrive(self, L, address, noinc, mask, i):
-        self.stop("cp.async.mbarrier.arrive is not supported", i)
-
     def finish_copies(self) -> None:
         if self._copies and self.checked:
             what = "a CTA ended while cp.async may still write its shared memory"

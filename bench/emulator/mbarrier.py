@@ -132,8 +132,6 @@ class MBarriers:
             self.order.acquire(self.barriers[at].done, np.unique(L.idx[flat == at] >> 5))
 
     def describe_wait(self, ins, lanes) -> str:
-        if ins.op != "mbarrier":
-            return ""
         address, parity = self._wait_operands(ins, lanes)
         b = self.barriers[int(lanes.sbase[0] + address[0])]
         return (
