@@ -20,8 +20,6 @@ class Atomics:
         old = [np.zeros(L.n, TYPES[size]) for _ in range(count)]
         if not len(sel):
             return old
-        if space == "generic":
-            space, address = self._space(L, address, mask, i)
         if space == "shared":
             memory, index = self.shared_index(L, address, size, sel, i)
         elif self.counters is not None:
@@ -60,13 +58,7 @@ def updated(how, kind, before, operands):
         return _updated_small(how, kind, before, value)
     dtype = np.dtype(f"{kind[0].translate(_LETTERS)}{before.dtype.itemsize}")
     a, b = before.view(dtype), value.view(dtype)
-    if how == "inc":
-        r = a - a if a >= b else a + dtype.type(1)
-    elif how == "dec":
-        r = b if a == 0 or a > b else a - dtype.type(1)
-    else:
-        r = _OPERATIONS[how](a, b)
-    return r.astype(dtype).view(before.dtype)
+    return _OPERATIONS[how](a, b).astype(dtype).view(before.dtype)
 
 
 def _updated_small(how, kind, before, value):

@@ -1,6 +1,6 @@
 """Copies of threads: PTX ISA, "cp.async", "cp.async.commit_group", "cp.async.wait_group"."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,24 +11,18 @@ i64 = np.int64
 
 @dataclass
 class Copy:
-    """Copies of one instruction that nobody has waited for."""
+    """Copies of one instruction that some threads have not waited for."""
 
     L: object
     rows: np.ndarray  # which of the lanes
     group: np.ndarray  # of each
+    waiting: np.ndarray
     flat: np.ndarray
     source: np.ndarray
     amount: np.ndarray  # bytes from the source; zeros for the others
     size: int
     instruction: int
-
-    def __getitem__(self, which: np.ndarray) -> "Copy":
-        parts = ("rows", "group", "flat", "source", "amount")
-        return replace(self, **{name: getattr(self, name)[which] for name in parts})
-
-    @property
-    def lanes(self) -> np.ndarray:
-        return self.L.idx[self.rows]
+    landed: bool = False
 
 
 class Copies:
@@ -52,12 +46,14 @@ class Copies:
             self.counters.global_access(self, L, rows[read], source[read], size, i, "copy")
             self.counters.shared_access(self, L, sel, flat, size, i, "store")
         self.note_copy(L, sel, flat, size, self._copy_count[L.idx[L.first]], i)
-        copy = Copy(L, rows, self._copy_count[L.idx[rows]], flat, source, amount, size, i)
+        groups, waiting = self._copy_count[L.idx[rows]], np.ones(len(rows), bool)
+        copy = Copy(L, rows, groups, waiting, flat, source, amount, size, i)
         self._copies.append(copy)
         if not self.lazy:
             self._copy(copy)
 
     def _copy(self, c: Copy) -> None:
+        c.landed = True
         data = np.zeros((len(c.rows), c.size), np.uint8)
         i = c.instruction
         whole = np.flatnonzero(c.amount == c.size)
@@ -80,23 +76,14 @@ class Copies:
             self.order.waited(L.warps, self.order.copies + self.order.own[L.warps], done)
         here = np.zeros(self.lanes, bool)
         here[L.idx] = True
-        rest = []
         for copy in self._copies:
-            lanes = copy.lanes
-            done = here[lanes] & (copy.group < self._copy_count[lanes] - n)
-            if not done.any():
-                rest.append(copy)
-                continue
-            finished = copy if done.all() else copy[done]
-            if self.lazy:
-                self._copy(finished)
-            self.note_copied(finished.lanes, finished.flat, finished.size)
-            if not done.all():
-                rest.append(copy[~done])
-        self._copies = rest
-
-    def copies_arrive(self, L, address, noinc, mask, i):
-        self.stop("cp.async.mbarrier.arrive is not supported", i)
+            lanes = copy.L.idx[copy.rows]
+            done = copy.waiting & here[lanes] & (copy.group < self._copy_count[lanes] - n)
+            if done.any() and not copy.landed:
+                self._copy(copy)
+            self.note_copied(lanes[done], copy.flat[done], copy.size)
+            copy.waiting &= ~done
+        self._copies = [copy for copy in self._copies if copy.waiting.any()]
 
     def finish_copies(self) -> None:
         if self._copies and self.checked:

@@ -29,16 +29,14 @@ class MBarriers:
         self.barriers: dict[int, Barrier] = {}  # by flat address
         self._epochs: dict[int, int] = {}  # those that barriers of the past have reached
 
-    def _flat(self, L, address, mask, i, what):
+    def _flat(self, L, address, mask, i) -> list[tuple]:
         """(lane, flat address) of those that a mask selects."""
         sel = np.arange(L.n) if mask is None else np.flatnonzero(mask)
-        if not len(sel):
-            return []
         flat = self.places(L, np.broadcast_to(address, (L.n,)), 8, sel, i, "barrier")
         return list(zip(sel.tolist(), flat.tolist(), strict=True))
 
     def barrier_init(self, L, address, count, mask, i):
-        for lane, at in self._flat(L, address, mask, i, "init"):
+        for lane, at in self._flat(L, address, mask, i):
             if at in self.barriers:
                 self.report("barrier", i, L, lane, "an mbarrier is initialised twice")
             b = self.barriers[at] = Barrier(int(count[lane]), int(count[lane]))
@@ -53,7 +51,7 @@ class MBarriers:
         self.version += 1
 
     def barrier_invalidate(self, L, address, mask, i):
-        for lane, at in self._flat(L, address, mask, i, "inval"):
+        for lane, at in self._flat(L, address, mask, i):
             b = self._barrier(at, L, lane, i)
             if b.transactions:
                 what = "an mbarrier is invalidated while copies are to complete it"
@@ -78,7 +76,7 @@ class MBarriers:
 
     def barrier_arrive(self, L, address, amount, expects, mask, i):
         """An arrival releases what its warp has done before."""
-        for lane, at in self._flat(L, address, mask, i, "arrive"):
+        for lane, at in self._flat(L, address, mask, i):
             b = self._barrier(at, L, lane, i)
             count = 1
             if expects:
@@ -94,7 +92,7 @@ class MBarriers:
             self._settle(b)
 
     def barrier_expect(self, L, address, amount, mask, i):
-        for lane, at in self._flat(L, address, mask, i, "expect_tx"):
+        for lane, at in self._flat(L, address, mask, i):
             self._barrier(at, L, lane, i).transactions += int(amount[lane])
 
     def complete(self, at: int, count: int, L, lane, i) -> None:
@@ -134,8 +132,6 @@ class MBarriers:
             self.order.acquire(self.barriers[at].done, np.unique(L.idx[flat == at] >> 5))
 
     def describe_wait(self, ins, lanes) -> str:
-        if ins.op != "mbarrier":
-            return ""
         address, parity = self._wait_operands(ins, lanes)
         b = self.barriers[int(lanes.sbase[0] + address[0])]
         return (

@@ -104,9 +104,9 @@ class Ordering:
         """Notes a read. Returns the earlier access that it is not ordered after."""
         found = self._after_write(by, words)
         size = len(self.writes)
-        self.reads.reshape(-1)[(by.agents * size)[by.row] + words] = (
-            by.epochs << EPOCH_SHIFT | i
-        )[by.row]
+        self.reads.reshape(-1)[(by.agents * size)[by.row] + words] = (by.epochs << EPOCH_SHIFT | i)[
+            by.row
+        ]
         self.last_read[by.ctas, by.agents] = by.epochs
         return found
 

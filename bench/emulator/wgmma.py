@@ -34,6 +34,19 @@ class Operand:
 
 
 @dataclass
+class Accumulators:
+    registers: tuple  # their numbers
+    old: list  # their values
+    keep: np.ndarray  # whether these are added, for each warpgroup
+    after: "Product | None"  # the product in flight that accumulates in the same registers
+    dtype: str
+
+    @property
+    def columns(self) -> int:
+        return len(self.registers) * (2 if self.dtype == "f32" else 4)
+
+
+@dataclass
 class Product:
     """A product that some warpgroups have not waited for yet."""
 
@@ -44,17 +57,9 @@ class Product:
     left: np.ndarray | Operand
     right: Operand
     sign: int
-    keep: np.ndarray  # whether the old accumulators are added
-    old: list  # these, as registers
-    after: "Product | None"  # the product in flight that accumulates in the same registers
-    registers: tuple  # numbers of the accumulators' registers
-    dtype: str
+    accumulators: Accumulators
     instruction: int
     matrix: np.ndarray | None = None  # the result
-
-    @property
-    def columns(self) -> int:
-        return len(self.registers) * (2 if self.dtype == "f32" else 4)
 
 
 class GroupProducts:
@@ -85,11 +90,9 @@ class GroupProducts:
         if self.counters is not None:
             self.counters.product(self, len(groups), 64 * N * K, i)
         keep = self._uniform(L, np.broadcast_to(use, (L.n,)), "scale-d", i)
-        waiting, after = np.ones(len(groups), bool), self._before(groups, registers, i)
-        p = Product(
-            *(L, groups, number, waiting, left, right, scale_a * scale_b, keep, acc, after),
-            *(registers, dtype, i),
-        )
+        old = Accumulators(registers, acc, keep, self._before(groups, registers, i), dtype)
+        waiting = np.ones(len(groups), bool)
+        p = Product(L, groups, number, waiting, left, right, scale_a * scale_b, old, i)
         self._products.append(p)
         if self.lazy:
             return [np.full(L.n, IN_FLIGHT)] * len(acc)
@@ -97,13 +100,13 @@ class GroupProducts:
 
     def _before(self, groups, registers, i) -> Product | None:
         """The last product in flight with these accumulators."""
-        for p in reversed(self._products if self.lazy else []):
-            if p.matrix is None and set(p.registers) & set(registers):
-                if p.registers != registers or not np.array_equal(p.groups, groups):
-                    if not np.isin(p.groups, groups).any():
-                        continue
+        for p in reversed(self._products):
+            known = p.accumulators.registers
+            if p.matrix is None and set(known) & set(registers):
+                if known == registers and np.array_equal(p.groups, groups):
+                    return p
+                if np.isin(p.groups, groups).any():
                     self.stop("wgmma with accumulators in flight in another shape", i)
-                return p
         return None
 
     def _uniform(self, L, value: np.ndarray, what: str, i) -> np.ndarray:
@@ -134,23 +137,23 @@ class GroupProducts:
 
     def _multiply(self, p: Product) -> list:
         """Makes a product. Returns its accumulators."""
+        c = p.accumulators
         left = p.left if isinstance(p.left, np.ndarray) else self._values(p.left)
         product = np.matmul(left, self._values(p.right).transpose(0, 2, 1))
         if p.sign < 0:
             product = -product
-        if p.keep.any():
-            old = self._accumulators(p)
-            product = np.where(p.keep[:, None, None], old, f32(0)) + product
-        groups, pairs = len(p.groups), p.columns // 8
-        values = arithmetic.to_f16(product) if p.dtype == "f16" else product
+        if c.keep.any():
+            product = np.where(c.keep[:, None, None], self._before_product(c), f32(0)) + product
+        groups, pairs = len(p.groups), c.columns // 8
+        values = arithmetic.to_f16(product) if c.dtype == "f16" else product
         spread = values.reshape(groups, 4, 2, 8, pairs, 4, 2)
-        if p.dtype == "f16":
+        if c.dtype == "f16":
             out = np.ascontiguousarray(spread.transpose(4, 2, 0, 1, 3, 5, 6)).view(u32)
             product = values.view(np.float16).astype(f32)
         else:
             out = np.ascontiguousarray(spread.transpose(4, 2, 6, 0, 1, 3, 5)).view(u32)
-        p.matrix, p.after = product, None
-        result = list(out.reshape(len(p.registers), -1))
+        p.matrix, c.after = product, None
+        result = list(out.reshape(len(c.registers), -1))
         self._last_product = result, product
         return result
 
@@ -160,20 +163,20 @@ class GroupProducts:
         values = decode(raw.reshape(-1, *o.shape), o.kind)
         return values.transpose(0, 2, 1) if o.trans else values
 
-    def _accumulators(self, p: Product) -> np.ndarray:
+    def _before_product(self, c: Accumulators) -> np.ndarray:
         """The old values [warpgroups, 64, N]."""
-        if p.after is not None:
-            return p.after.matrix
+        if c.after is not None:
+            return c.after.matrix
         known, product = self._last_product
-        if list(map(id, known)) == list(map(id, p.old)):
+        if list(map(id, known)) == list(map(id, c.old)):
             return product
-        groups, pairs = len(p.groups), p.columns // 8
-        raw = np.stack(p.old)
-        if p.dtype == "f16":
-            raw = raw.reshape(pairs, 2, groups, 4, 8, 4, 1).view(np.float16).astype(f32)
-            return raw.transpose(2, 3, 1, 4, 0, 5, 6).reshape(groups, 64, -1)
-        raw = raw.view(f32).reshape(pairs, 2, 2, groups, 4, 8, 4)
-        return raw.transpose(3, 4, 1, 5, 0, 6, 2).reshape(groups, 64, -1)
+        pairs, raw = c.columns // 8, np.stack(c.old)
+        if c.dtype == "f16":
+            raw = raw.reshape(pairs, 2, -1, 4, 8, 4, 1).view(np.float16).astype(f32)
+            order = raw.transpose(2, 3, 1, 4, 0, 5, 6)
+        else:
+            order = raw.view(f32).reshape(pairs, 2, 2, -1, 4, 8, 4).transpose(3, 4, 1, 5, 0, 6, 2)
+        return order.reshape(-1, 64, c.columns)
 
     def _chunks(self, d: int, extent: int, size: int, trans: bool, i):
         """Chunks of a CTA's shared memory that a descriptor names, and the matrix's shape."""
@@ -221,7 +224,8 @@ class GroupProducts:
             done = here[p.groups] & (p.number < self._product_count[p.groups] - n)
             p.waiting &= ~done
             if self.lazy and p.matrix is None and done.any():
-                for number, value in zip(p.registers, self._multiply(p), strict=True):
+                registers = p.accumulators.registers
+                for number, value in zip(registers, self._multiply(p), strict=True):
                     old = self.R[number]
                     self.R[number] = value if p.L.full else self.store(old, p.L.idx, value)
         self._products = [p for p in self._products if p.waiting.any()]

@@ -58,36 +58,45 @@ def test_unknown_instruction():
         handmade.run("frobnicate.b32 %r9, %r1;", False, ARCH)
 
 
-def test_eager_and_lazy_runs_differ():
-    """A thread reads what its copy may or may not have written, which is not looked at."""
-    _, body = handmade.WARPS["copy, not waited for"]
+@pytest.mark.parametrize(
+    ("body", "threads"),
+    [
+        (handmade.WARPS["copy, not waited for"][1], 64),
+        pytest.param(handmade.PRODUCTS["wait"][1], 128, marks=hopper),
+    ],
+)
+def test_eager_and_lazy_runs_differ(body, threads):
+    """Threads read what a copy or a product may or may not have written; nothing else is looked
+    at.
+    """
     driver.configure(mode="both", races=False, shared=False)
-    assert not found(body, planted=False)
-    assert found(body, planted=True) == {"eager and lazy runs differ"}
+    assert not found(body, planted=False, threads=threads)
+    assert "eager and lazy runs differ" in found(body, planted=True, threads=threads)
 
 
 # Kernels of Triton with edits of their PTX
 
 
-def tensor_matmul(mode="eager", **options):
-    """Relative error of a product by TMA and wgmma."""
-    driver.configure(mode=mode, **options)
-    M, N, K = 128, 128, 320
-    a, b = torch.randn(M, K).half(), torch.randn(N, K).half()
-    c = torch.full((M, N), float("nan"), dtype=torch.float16)
+def tensor_product(programs: int, K: int, stages: int):
+    """(a, b, c) of a product by TMA and wgmma of 128 x 128 numbers."""
+    a, b = torch.randn(128, K).half(), torch.randn(128, K).half()
+    c = torch.full((128, 128), float("nan"), dtype=torch.float16)
     # A kernel that is broken must not be found in Triton's cache of loaded ones.
     kernels.tensor_matmul.device_caches.clear()
-    kernels.tensor_matmul[(2,)](
+    operands = (
         TensorDescriptor.from_tensor(a, [64, 64]),
         TensorDescriptor.from_tensor(b, [128, 64]),
         TensorDescriptor.from_tensor(c, [64, 128]),
-        *(M, N, K),
-        BM=64,
-        BN=128,
-        BK=64,
-        TB=True,
-        num_stages=3,
     )
+    blocks = {"BM": 64, "BN": 128, "BK": 64, "TB": True, "num_stages": stages}
+    kernels.tensor_matmul[(programs,)](*operands, 128, 128, K, **blocks)
+    return a, b, c
+
+
+def tensor_matmul(mode="eager", **options):
+    """Relative error of a product by TMA and wgmma."""
+    driver.configure(mode=mode, **options)
+    a, b, c = tensor_product(2, 320, 3)
     right = a.double() @ b.double().T
     return ((c.double() - right).norm() / right.norm()).item()
 
@@ -162,21 +171,7 @@ def test_planted_fault_of_a_tensor_product(case):
 def test_tensor_store_that_is_overwritten():
     """The ring of a persistent kernel's stores: the next tile is written into what one reads."""
     edit(r"^.*cp\.async\.bulk\.wait_group.*$")
-    driver.configure(mode="eager")
-    kernels.tensor_matmul.device_caches.clear()
-    a, b = torch.randn(128, 64).half(), torch.randn(128, 64).half()
-    c = torch.zeros(128, 128, dtype=torch.float16)
-    kernels.tensor_matmul[(1,)](
-        TensorDescriptor.from_tensor(a, [64, 64]),
-        TensorDescriptor.from_tensor(b, [128, 64]),
-        TensorDescriptor.from_tensor(c, [64, 128]),
-        *(128, 128, 64),
-        BM=64,
-        BN=128,
-        BK=64,
-        TB=True,
-        num_stages=2,
-    )
+    tensor_product(1, 64, 2)
     assert "asynchronous hazard" in kinds()
 
 
