@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "time training steps of whole networks beside PyTorch's own, on a GPU",
     "plan": "show what the planner chooses for each layer, without a GPU",
     "compiled": "read the machine code of the planner's choices, without a GPU",
+    "hazards": "check the machine code of all binaries for hazards, without a GPU",
     "launch": "time the Python side of a call, without a GPU",
     "report": "draw charts and write the README's table from bench/results",
 }

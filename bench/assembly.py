@@ -14,7 +14,10 @@ from typing import NamedTuple
 import networkx as nx
 
 _LABEL = re.compile(r"^\s*([\w.$]+):")
-_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)([^;]*);")
+_SASS = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)([^;]*);(?:.* (0x[0-9a-f]{16})$)?"
+)
+_SASS_UPPER_HALF = re.compile(r" \*/\n\s*/\* (0x[0-9a-f]{16}) \*/")
 _SASS_TARGET = re.compile(r"`\((\.L\w+)\)")
 _SASS_CONDITION = re.compile(r"\bU?P\d|\bU?R\d|~U?RZ")
 _GCN = re.compile(r"^\s+([a-z]+_\w+)(.*)$")
@@ -37,6 +40,15 @@ class Instruction(NamedTuple):
     target: str | None = None  # the label it may jump to
     leaves: bool = False  # it may end the thread
     falls: bool = True  # the next instruction may follow
+    # Of NVIDIA's code alone.
+    address: str = ""  # "0a30"
+    guard: str = ""  # the predicate it depends on: "@!P0"
+    operands: tuple[str, ...] = ()
+    upper_half: str = ""  # of its encoding, which holds the control code; from nvdisasm -hex
+
+    def __str__(self) -> str:
+        words = self.address, self.guard, self.opcode, ", ".join(self.operands)
+        return " ".join(filter(None, words))
 
     @property
     def tensor_core(self) -> bool:
@@ -68,8 +80,8 @@ class Steady(NamedTuple):
 
 
 def nvidia(text: str) -> list[Instruction]:
-    """The instructions of ``nvdisasm -c``."""
-    return list(_labelled(text, _sass))
+    """The instructions of ``nvdisasm -c``, or of ``nvdisasm -c -hex``."""
+    return list(_labelled(_SASS_UPPER_HALF.sub(r" \1", text), _sass))
 
 
 def amd(text: str) -> list[Instruction]:
@@ -90,8 +102,15 @@ def _labelled(text: str, read: Callable[[str], Instruction | None]) -> Iterator[
 def _sass(line: str) -> Instruction | None:
     if not (found := _SASS.search(line)):
         return None
-    guard, opcode, operands = found.groups()
+    address, guard, opcode, operands, upper_half = found.groups()
     name = opcode.split(".")[0]
+    instruction = Instruction(
+        opcode,
+        address=address,
+        guard=(guard or "").strip(),
+        operands=tuple(text.strip() for text in operands.split(",") if text.strip()),
+        upper_half=upper_half or "",
+    )
     if name in ("BRX", "BRXU", "JMX", "JMXU"):
         raise ValueError(f"a computed jump cannot be followed: {line.strip()}")
     if name in ("BRA", "JMP"):
@@ -99,13 +118,13 @@ def _sass(line: str) -> Instruction | None:
         if target is None:
             raise ValueError(f"a jump to no label: {line.strip()}")
         condition = guard or _SASS_CONDITION.search(operands[: target.start()])
-        return Instruction(opcode, target=target[1], falls=condition is not None)
+        return instruction._replace(target=target[1], falls=condition is not None)
     if name == "CALL" and (target := _SASS_TARGET.search(operands)):
         # The compiler writes a jump out of a loop so, too.
-        return Instruction(opcode, target=target[1])
+        return instruction._replace(target=target[1])
     if name in ("EXIT", "RET"):
-        return Instruction(opcode, leaves=True, falls=guard is not None)
-    return Instruction(opcode)
+        return instruction._replace(leaves=True, falls=guard is not None)
+    return instruction
 
 
 def _gcn(line: str) -> Instruction | None:
@@ -139,17 +158,20 @@ _EXIT, _START, _END = -1, -2, -3
 class Program:
     """A kernel's blocks of instructions, the ways between them, and its loops.
 
+    ``code`` holds the instructions of each block, which is named by the number of its first one,
+    ``graph`` the ways between blocks; those from ``entry`` are reached.
+
     ``entry`` is the label where it begins: a disassembly may hold subroutines before it.
     """
 
     def __init__(self, instructions: list[Instruction], entry: str | None = None):
         at = {label: i for i, ins in enumerate(instructions) for label in ins.labels}
-        self._code, graph = _blocks(instructions, at)
-        first = 0 if entry is None else at[entry]
+        self.code, graph = _blocks(instructions, at)
+        self.entry = 0 if entry is None else at[entry]
         # Padding and subroutines are not reached.
-        self._graph = graph.subgraph(nx.descendants(graph, first) | {first})
-        self.loops = tuple(_loops(self._graph, None))
-        self._forward = nx.DiGraph(self._graph)
+        self.graph = graph.subgraph(nx.descendants(graph, self.entry) | {self.entry})
+        self.loops = tuple(_loops(self.graph, None))
+        self._forward = nx.DiGraph(self.graph)
         for loop in self.loops:
             self._forward.remove_edges_from([(block, loop.header) for block in loop.blocks])
 
@@ -181,19 +203,19 @@ class Program:
             epilogue = self._count(self._turn(loop, work, stores=True), _is_any) - length
         else:
             epilogue = self._count(self._after(loop), _is_any)
-        products = [ins for block in turn for ins in self._code[block] if ins.tensor_core]
+        products = [ins for block in turn for ins in self.code[block] if ins.tensor_core]
         macs = [ins.macs(warps) for ins in products]
         known = [mac for mac in macs if mac is not None]
         total = sum(known) if len(known) == len(macs) else None
         return Steady(len(products), length, total, epilogue)
 
     def _count(self, blocks: Iterable[int], kind: Kind) -> int:
-        return sum(kind(ins) for block in blocks for ins in self._code[block])
+        return sum(kind(ins) for block in blocks for ins in self.code[block])
 
     def _turn(self, loop: Loop, work: Kind, stores: bool) -> list[int]:
         """The blocks of one turn, on a way with the fewest stores or the most."""
         ways = nx.DiGraph(self._forward.subgraph(loop.blocks))
-        last = self._graph.subgraph(loop.blocks).pred[loop.header]
+        last = self.graph.subgraph(loop.blocks).pred[loop.header]
         ways.add_edges_from((block, _END) for block in last)
 
         def cost(block: int) -> tuple[int, ...]:
@@ -202,7 +224,7 @@ class Program:
                 -self._count([block], work),
                 -stored if stores else stored,
                 -self._count([block], _is_copy),
-                len(self._code[block]),
+                len(self.code[block]),
             )
 
         return _cheapest(ways, loop.header, _END, cost)
@@ -216,19 +238,19 @@ class Program:
         outer = loop.parent
         while outer and not self._count(outer.blocks - loop.blocks, _is_store):
             outer = outer.parent
-        outside = (outer.blocks if outer else set(self._graph)) - loop.blocks
+        outside = (outer.blocks if outer else set(self.graph)) - loop.blocks
         ways = nx.DiGraph(self._forward.subgraph(outside))
-        ends = self._graph.pred[outer.header] if outer else [_EXIT]
+        ends = self.graph.pred[outer.header] if outer else [_EXIT]
         ways.add_edges_from((block, _END) for block in ends if block in outside)
         for block in loop.blocks:
-            for after in self._graph.succ[block]:
+            for after in self.graph.succ[block]:
                 if outer and after == outer.header:
                     ways.add_edge(_START, _END)
                 elif after in outside:
                     ways.add_edge(_START, after)
 
         def cost(block: int) -> tuple[int, ...]:
-            return -self._count([block], _is_store), len(self._code[block])
+            return -self._count([block], _is_store), len(self.code[block])
 
         return _cheapest(ways, _START, _END, cost)
 
