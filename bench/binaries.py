@@ -1,31 +1,37 @@
 """Every binary that the library may launch for a layer: ``launch`` calls its operators.
 
-They are called under ``device.warm_up``, which launches the whole family of tiles that some batch
-or image size may get, with each epilogue that the operators have, in each layout.
+A ``Scope`` says how many: "planned" is what the planner chooses for aligned channels_last operands
+of the size that is given. "family" is what some batch and image size may get in any layout
+(``device.warm_up`` launches it), without an epilogue and with the whole one, and what is chosen
+where offsets take 64 bits. "every" has all epilogues, and all tiles with such offsets.
 """
 
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels import device, library, max_pool
+from kernels import descriptor_gemm, device, direct_conv, library, max_pool, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 
 from . import selection, suites
 from .measure import Dtype
 
+Scope = Literal["planned", "family", "every"]
+SCOPES: tuple[Scope, ...] = ("planned", "family", "every")
 LAYOUTS = ("aligned", "channels_last", "scattered")  # as the planner's
 
 
-def launch(geometry: suites.Geometry, dtype: Dtype, every: bool = False) -> None:
-    """Launch what the operators on one layer may, in all layouts, and with offsets of 64 bits.
-
-    Of epilogues only none and the whole, and with 64 bits only the planned tile, unless ``every``.
-    """
+def launch(geometry: suites.Geometry, dtype: Dtype, scope: Scope) -> None:
+    """Launch what the operators on one layer may."""
+    if scope == "planned":
+        _operators(geometry, dtype, "aligned", False)
+        return
+    every = scope == "every"
     for layout in LAYOUTS:
         with device.warm_up():
             _operators(geometry, dtype, layout, every)
@@ -79,11 +85,40 @@ def _convolution(g: Conv2dGeometry, dtype: Dtype, layout: str, every: bool) -> N
     library._channel_sum(y)
     for with_bias in (False, True):
         library._relu_backward(y, y, with_bias)
-    _eight_bits(g, dtype, layout, arguments)
+    if g.groups == 1 and direct_conv.supports(g):
+        _bytes(g, dtype, layout, arguments)
+    if dtype.torch == torch.bfloat16:
+        _eighths(g, layout, arguments)
 
 
-def _eight_bits(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: tuple) -> None:
-    """Products of float8, whose result is bfloat16, and images of bytes."""
+def _bytes(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: tuple) -> None:
+    """First layers on images of bytes."""
+    w = selection.empty(g.w_shape, dtype.torch, layout != "scattered")
+    x, dy = _empty(g.x_shape, torch.uint8, layout), _empty(g.y_shape, dtype.torch, layout)
+    scale, shift = (w.new_empty(g.C, dtype=torch.float32) for _ in range(2))
+    how = *arguments, dtype.precision
+    for bias, relu in ((None, False), (w.new_empty(g.K), True)):
+        library._conv2d_bytes(x, w, bias, scale, shift, *how, relu)
+    for with_bias in (False, True):
+        library._conv2d_bytes_wgrad(x, dy, scale, shift, w.shape, w.stride(), *how, with_bias)
+
+
+def _eighths(g: Conv2dGeometry, layout: str, arguments: tuple) -> None:
+    """Products of float8, whose results are bfloat16."""
+    w = selection.empty(g.w_shape, torch.float8_e4m3fn, layout != "scattered")
+    x, y = (
+        _empty(shape, t, layout) for shape, t in ((g.x_shape, w.dtype), (g.y_shape, torch.bfloat16))
+    )
+    known = planner.candidates(
+        *("fprop", g, w.dtype, "ieee", device.describe(w.device)),
+        planner.layout_of((x, y), (w,)),
+    )
+    known = [plan for plan in known if plan.engine is descriptor_gemm]
+    vector = y.new_empty(g.K)
+    for plan in known if device.is_warming_up() else known[:1]:
+        for bias, added, relu in ((None, None, False), (vector, y, True)):
+            options = {"relu": relu, "precision": "ieee", "scale": vector.float()}
+            descriptor_gemm.fprop(x, w, bias, added, y, g, plan.tile, **options)
 
 
 def _pooling(g: Pool2dGeometry, dtype: Dtype, layout: str) -> None:

@@ -28,7 +28,7 @@ from kernels.device import Device
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from kernels.tile import Tile
 
-from . import assembly, measure, selection, suites
+from . import assembly, dataflow, measure, selection, suites
 from .measure import DTYPES
 
 Row = dict[str, Any]
@@ -62,12 +62,14 @@ class Code(NamedTuple):
     loop_instructions: int | None
     loop_macs: int | None
     epilogue_instructions: int | None
+    hazards: int | None
 
 
 def read(kernel: Any) -> Code:
     """What the machine code of one of Triton's compiled kernels says."""
     meta = kernel.metadata
-    code = instructions(kernel)
+    hopper = meta.target.backend == "cuda" and meta.target.arch == 90
+    code = instructions(kernel, encoded=hopper)
     steady = assembly.Program(code, meta.name).steady(meta.num_warps)
     products = sum(instruction.tensor_core for instruction in code)
     binary = kernel.asm["hsaco" if "hsaco" in kernel.asm else "cubin"]
@@ -83,6 +85,7 @@ def read(kernel: Any) -> Code:
         loop_instructions=steady and steady.loop_instructions,
         loop_macs=steady and steady.macs,
         epilogue_instructions=steady and steady.epilogue_instructions,
+        hazards=len(dataflow.find(code, meta.name)) if hopper else None,
     )
 
 
@@ -382,6 +385,7 @@ _COLUMNS = {
     "loop_instructions": 5,
     "issue_share": 6,
     "epilogue_instructions": 8,
+    "hazards": 7,
     "compile_s": 7,
     "binary": 8,
 }
