@@ -6,7 +6,8 @@ whose scoreboard has not been waited for. What is under way on one way only coun
 to be true or false as it suits the hazard, but a wait happens whatever an instruction's guard.
 
 Instructions of fixed latency are not in it: the compiler counts their cycles, and no wait can be
-missing. Nor is shared memory: that copies have arrived is what the emulator checks.
+missing. Of shared memory there is a rule of thumb only: between the last copy that began and a
+product stands a wait for some copy. Which one it waits for is what the emulator checks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -57,18 +58,21 @@ class State:
 
     ``awaited``: for each register the instructions that are to write or to read it. ``flights``:
     how many groups of products have been closed since a product's own, on the way where these are
-    fewest, and the product.
+    fewest, and the product. ``copies``: those to shared memory that have begun since the last wait
+    for one.
     """
 
     def __init__(self) -> None:
         self.awaited: dict[Awaited, dict[str, frozenset[str]]] = {}
         self.flights: dict[Flight, tuple[int, str]] = {}
+        self.copies: dict[str, frozenset[str]] = {}
 
     def copy(self) -> "State":
         """Another one, which can be changed."""
         state = State()
         state.awaited = {what: dict(registers) for what, registers in self.awaited.items()}
         state.flights = dict(self.flights)
+        state.copies = dict(self.copies)
         return state
 
     def add(self, other: "State") -> bool:
@@ -85,6 +89,11 @@ class State:
             if flight not in self.flights or age < self.flights[flight][0]:
                 self.flights[flight] = age, product
                 more = True
+        for teller, found in other.copies.items():
+            had = self.copies.get(teller, frozenset())
+            if not found <= had:
+                self.copies[teller] = had | found
+                more = True
         return more
 
     def step(self, instruction: Instruction) -> list[Hazard]:
@@ -100,7 +109,15 @@ class State:
                 if age < effects.waits_for_groups
             }
         if effects.product:
+            found += [
+                Hazard("product of a copy that may not have arrived", "", first, text)
+                for copies in self.copies.values()
+                for first in sorted(copies)[:1]
+            ]
             self._launch(effects.product, text)
+        if effects.copies:
+            self.copies[effects.copies] = frozenset((text,))
+        self.copies.pop(effects.waits_for_copies, None)
         if effects.unit:
             self._begin(effects, control, text)
         return found
@@ -164,6 +181,7 @@ class State:
             self._tell(what, what.boards | write | read)
         for registers, what in (
             (effects.writes, Awaited(True, effects.unit, write)),
+            (effects.orders and {sass.MEMORY_ORDER}, Awaited(True, effects.unit, write | read)),
             (effects.late, Awaited(False, queue, write | read)),
         ):
             if registers:
@@ -183,7 +201,7 @@ def find(instructions: list[Instruction], entry: str) -> list[Hazard]:
     """The hazards on any way through a kernel that begins at the label ``entry``."""
     program = Program(instructions, entry)
     flow = _flow(program)
-    states = {program.entry: State()}
+    states = {program.entry: _before(program)}
     work = [program.entry]
     while work:
         block = work.pop()
@@ -202,6 +220,16 @@ def find(instructions: list[Instruction], entry: str) -> list[Hazard]:
             for hazard in state.step(instruction):
                 found.setdefault((hazard.kind, hazard.first, hazard.second), hazard)
     return list(found.values())
+
+
+def _before(program: Program) -> State:
+    """A kernel that copies at all waits before its first product, whichever warp copies."""
+    state = State()
+    for block in program.graph:
+        for instruction in program.code[block]:
+            if teller := sass.effects(instruction).copies:
+                state.copies[teller] = frozenset((str(instruction),))
+    return state
 
 
 def _flow(program: Program) -> nx.DiGraph:

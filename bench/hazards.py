@@ -11,9 +11,11 @@ launch. What was found of a binary is kept in build/hazards and not looked for a
 """
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 import triton
 from tqdm import tqdm
 
-from . import binaries, compiled, dataflow, measure, sass, selection, suites
+from . import assembly, binaries, compiled, dataflow, measure, sass, selection, suites
 
 _CACHE = Path("build") / "hazards"
 
@@ -102,11 +104,17 @@ class Verdicts:
 
 
 def _name(function: Any, key: str) -> str:
-    """A name of what Triton compiles a kernel from: its source and that of all it calls, and the
-    specialization.
+    """A name of what a verdict follows from: the check, and what Triton compiles a kernel from, its
+    source, that of all it calls, and the specialization.
     """
     source = f"{function.module}.{function.name} {function.jit_function.cache_key} {key}"
-    return sha256(source.encode()).hexdigest()[:32]
+    return sha256(f"{_checked_by()} {source}".encode()).hexdigest()[:32]
+
+
+@cache
+def _checked_by() -> str:
+    modules = (assembly, sass, dataflow)
+    return sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
 
 
 # The command.

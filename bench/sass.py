@@ -52,10 +52,13 @@ class Effects(NamedTuple):
     writes: frozenset[str]
     unit: str | None = None
     late: frozenset[str] = frozenset()  # of what is read: what the unit reads some time later
+    orders: bool = False  # memory or a barrier's word, for what other threads do next
     in_order: bool = True  # results of the unit come in the order of its instructions
     product: Product | None = None
     waits: frozenset[int] = frozenset()  # for scoreboards, beside those of the control code
     waits_for_groups: int | None = None
+    copies: str | None = None  # begins to copy to shared memory; what tells that it has arrived
+    waits_for_copies: str | None = None
 
 
 def control(encoding: str) -> Control:
@@ -107,9 +110,18 @@ _UNITS = {
     "special": "S2R S2UR B2R QSPC REDUX",
     "double": "DMMA",
     "barrier": "SYNCS",
+    "fence": "MEMBAR FENCE",
     "tensor memory": "UTMALDG UTMASTG UTMAPF UTMACMDFLUSH UTMACCTL",
 }
 _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in names.split()}
+# What is a barrier to other threads waits until memory and the barriers' words are in order: the
+# first ones are ready, or no longer needed, and what was written is seen.
+MEMORY_ORDER = "memory order"  # stands among registers
+_ORDERING = ("SYNCS.EXCH", "SYNCS.CCTL", "MEMBAR", "FENCE")
+_ORDERED = ("BAR", "SYNCS.ARRIVE", "FENCE")
+
+_COPIES = {"UTMALDG": "mbarrier", "LDGSTS": "scoreboard"}
+
 # These read uniform registers late, too; no unit reads a guard late.
 _LATE_UNITS = ("tensor memory",)
 
@@ -166,16 +178,27 @@ def _effects(opcode: str, operands: tuple[str, ...], guard: str) -> Effects:
         elif int(operands[1], 16) == 0:
             boards = frozenset((int(operands[0].removeprefix("SB")),))
     unit = _UNIT_OF.get(name)
+    if opcode.startswith(_ORDERED):
+        reads.add(MEMORY_ORDER)
     late = frozenset(r for r in reads if r[0] == "R" or unit in _LATE_UNITS)
     return Effects(
         reads=guards.union(reads),
         writes=frozenset(writes),
         unit=unit,
         late=late if unit else frozenset(),
+        orders=opcode.startswith(_ORDERING),
         in_order=unit != "global",
         waits=boards,
         waits_for_groups=groups,
+        copies=_COPIES.get(name),
+        waits_for_copies=_arrived(opcode),
     )
+
+
+def _arrived(opcode: str) -> str | None:
+    if opcode.startswith("SYNCS.PHASECHK"):
+        return "mbarrier"
+    return "scoreboard" if opcode == "DEPBAR.LE" else None
 
 
 def _outputs(kind: str, operands: tuple[str, ...]) -> int:

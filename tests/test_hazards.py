@@ -27,7 +27,7 @@ def program(text: str) -> list[assembly.Instruction]:
             lines.append(line)
             continue
         codes, instruction = re.fullmatch(r"((?:[wr]\d |wait\d+ )*)(.*)", line).groups()
-        boards = {name: 7 for name in "wr"}
+        boards = dict.fromkeys("wr", 7)
         waits = 0
         for code in codes.split():
             if code.startswith("wait"):
@@ -327,9 +327,9 @@ def test_a_subroutine_returns_to_its_caller_with_what_it_left():
 def test_an_unknown_instruction_is_an_error_that_names_it():
     with pytest.raises(ValueError, match=r"unknown opcode FROB\.X R4, R5"):
         find("FROB.X R4, R5")
-    with pytest.raises(ValueError, match="unknown shape of HMMA.999.F32"):
+    with pytest.raises(ValueError, match=r"unknown shape of HMMA\.999\.F32"):
         find("HMMA.999.F32 R4, R8, R12, R4")
-    with pytest.raises(ValueError, match="unknown shape of HGMMA.64x8x16.BF8"):
+    with pytest.raises(ValueError, match=r"unknown shape of HGMMA\.64x8x16\.BF8"):
         find("HGMMA.64x8x16.BF8 R4, gdesc[UR4], R4")
 
 
@@ -340,6 +340,51 @@ def test_the_control_code_is_decoded():
     assert sass.control(instruction.upper_half) == sass.Control(1, None, None, frozenset())
     known = next(i for i in assembly.nvidia(KNOWN.read_text()) if i.address == "2390")
     assert sass.control(known.upper_half) == sass.Control(5, None, None, frozenset(range(6)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("w0 r1 @!UP6 SYNCS.EXCH.64 URZ, [UR4+0x10], UR6", "BAR.SYNC.DEFER_BLOCKING 0x0"),
+        ("w0 SYNCS.EXCH.64 URZ, [UR4], UR6", "r1 SYNCS.ARRIVE.TRANS64 RZ, [UR4], R7"),
+        ("w0 @!P4 SYNCS.CCTL.IV [UR4+0x20]", "BAR.SYNC.DEFER_BLOCKING 0x0"),
+        ("r0 MEMBAR.ALL.CTA", "FENCE.VIEW.ASYNC.S"),
+        ("w0 FENCE.VIEW.ASYNC.S", "BAR.SYNC.DEFER_BLOCKING 0x0"),
+    ],
+)
+def test_memory_is_in_order_before_other_threads_go_on(first, second):
+    assert find(f"{first}\n{second}") == [("read before it is written", "memory order")]
+    assert find(f"{first}\nwait0 {second}") == []
+
+
+@pytest.mark.parametrize(
+    ("copy", "wait"),
+    [
+        ("r0 @UP0 UTMALDG.4D [UR16], [UR12]", "w0 SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2"),
+        ("r0 LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64]", "DEPBAR.LE SB0, 0x1"),
+    ],
+)
+def test_a_product_follows_a_wait_for_copies(copy, wait):
+    product = f"{HGMMA} R24, gdesc[UR20], R24, gsb0"
+    hazard = ("product of a copy that may not have arrived", "")
+    assert find(f"{copy}\n{wait}\n{product}") == []
+    assert find(f"{wait}\n{copy}\n{product}") == [hazard]
+    loop = f".L_x_1:\nwait0 NOP\n{{}}\n{product}\n{copy}\n@P6 BRA `(.L_x_1)"
+    assert find(loop.format(wait)) == []
+    assert find(f"{wait}\n" + loop.format("NOP")) == [hazard]
+    assert find(loop.format("NOP")) == [hazard]
+
+
+def test_each_wait_of_the_known_case_is_missed_where_it_is_taken_away():
+    code = assembly.nvidia(KNOWN.read_text().replace("gsb0, 0x7", "gsb0, 0x0"))
+    found = []
+    for i, instruction in enumerate(code):
+        upper = int(instruction.upper_half, 16)
+        if upper >> 52 & 63:
+            without = instruction._replace(upper_half=f"{upper & ~(63 << 52):#018x}")
+            changed = [*code[:i], without, *code[i + 1 :]]
+            found.append(bool(dataflow.find(changed, ".L_x_3")))
+    assert found == [True] * 8
 
 
 # The library's own binaries.
