@@ -114,7 +114,7 @@ class State:
                 for copies in self.copies.values()
                 for first in sorted(copies)[:1]
             ]
-            self._launch(effects.product, text)
+            self._launch(effects.product, text, certain=not instruction.guard)
         if effects.copies:
             self.copies[effects.copies] = frozenset((text,))
         self.copies.pop(effects.waits_for_copies, None)
@@ -158,15 +158,17 @@ class State:
             for register in sorted(touched.intersection(flight.registers))[:1]:
                 yield Hazard(f"{name} of a product in flight", register, first, text)
 
-    def _launch(self, product: Product, text: str) -> None:
-        self.flights[Flight(True, product.accumulator)] = _OPEN, text
-        if product.operand:
-            self.flights[Flight(False, product.operand)] = _OPEN, text
-        if product.closes:
+    def _launch(self, product: Product, text: str, certain: bool) -> None:
+        """A product is begun; if it is not certain, it may put no other group further back."""
+        if product.closes and certain:
             self.flights = {
                 flight: (min(age + 1, _OLDEST), first)
                 for flight, (age, first) in self.flights.items()
             }
+        age = 0 if product.closes else _OPEN
+        self.flights[Flight(True, product.accumulator)] = age, text
+        if product.operand:
+            self.flights[Flight(False, product.operand)] = age, text
 
     def _begin(self, effects: Effects, control: Control, text: str) -> None:
         """A unit begins with an instruction, whose scoreboards tell of the unit's earlier ones."""

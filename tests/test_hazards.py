@@ -200,6 +200,17 @@ def test_a_wait_ends_the_groups_before_the_last_ones():
     assert find(text) == [("operand of a product in flight", "R108")]
 
 
+def test_a_product_that_may_not_be_there_ends_no_other_ones_wait():
+    text = f"""
+        {HGMMA} R24, R100, gdesc[UR4], R24, gsb0
+        {{}} {HGMMA} R24, R104, gdesc[UR4], R24, gsb0
+        WARPGROUP.DEPBAR.LE gsb0, 0x1
+        MOV R100, RZ
+    """
+    assert find(text.format("")) == []
+    assert find(text.format("@P0")) == [("operand of a product in flight", "R100")]
+
+
 def test_a_wait_does_not_end_a_group_that_is_open():
     text = f"""
         {HGMMA} R24, R100, gdesc[UR4], R24
