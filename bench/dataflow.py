@@ -59,13 +59,14 @@ class State:
     ``awaited``: for each register the instructions that are to write or to read it. ``flights``:
     how many groups of products have been closed since a product's own, on the way where these are
     fewest, and the product. ``copies``: those to shared memory that have begun since the last wait
-    for one.
+    for one. ``unfenced``: registers that were written since the last fence for products (wgmma).
     """
 
     def __init__(self) -> None:
         self.awaited: dict[Awaited, dict[str, frozenset[str]]] = {}
         self.flights: dict[Flight, tuple[int, str]] = {}
         self.copies: dict[str, frozenset[str]] = {}
+        self.unfenced: dict[str, str] = {}
 
     def copy(self) -> "State":
         """Another one, which can be changed."""
@@ -73,6 +74,7 @@ class State:
         state.awaited = {what: dict(registers) for what, registers in self.awaited.items()}
         state.flights = dict(self.flights)
         state.copies = dict(self.copies)
+        state.unfenced = dict(self.unfenced)
         return state
 
     def add(self, other: "State") -> bool:
@@ -94,6 +96,9 @@ class State:
             if not found <= had:
                 self.copies[teller] = had | found
                 more = True
+        for register in other.unfenced.keys() - self.unfenced.keys():
+            self.unfenced[register] = other.unfenced[register]
+            more = True
         return more
 
     def step(self, instruction: Instruction) -> list[Hazard]:
@@ -109,15 +114,15 @@ class State:
                 if age < effects.waits_for_groups
             }
         if effects.product:
-            found += [
-                Hazard("product of a copy that may not have arrived", "", first, text)
-                for copies in self.copies.values()
-                for first in sorted(copies)[:1]
-            ]
+            found += self._unready(effects.product, text)
             self._launch(effects.product, text, certain=not instruction.guard)
         if effects.copies:
             self.copies[effects.copies] = frozenset((text,))
-        self.copies.pop(effects.waits_for_copies, None)
+        if effects.waits_for_copies:
+            self.copies.pop(effects.waits_for_copies, None)
+        if effects.fences:
+            self.unfenced.clear()
+        self.unfenced.update((register, text) for register in effects.writes if register[0] == "R")
         if effects.unit:
             self._begin(effects, control, text)
         return found
@@ -157,6 +162,14 @@ class State:
             name = "accumulator" if flight.accumulates else "operand"
             for register in sorted(touched.intersection(flight.registers))[:1]:
                 yield Hazard(f"{name} of a product in flight", register, first, text)
+
+    def _unready(self, product: Product, text: str) -> Iterator[Hazard]:
+        for copies in self.copies.values():
+            yield Hazard("product of a copy that may not have arrived", "", min(copies), text)
+        for register in (*product.operand, *product.accumulator):
+            if register in self.unfenced:
+                yield Hazard("product without a fence", register, self.unfenced[register], text)
+                break
 
     def _launch(self, product: Product, text: str, certain: bool) -> None:
         """A product is begun; if it is not certain, it may put no other group further back."""

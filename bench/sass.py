@@ -57,6 +57,7 @@ class Effects(NamedTuple):
     product: Product | None = None
     waits: frozenset[int] = frozenset()  # for scoreboards, beside those of the control code
     waits_for_groups: int | None = None
+    fences: bool = False  # products see what registers hold now
     copies: str | None = None  # begins to copy to shared memory; what tells that it has arrived
     waits_for_copies: str | None = None
 
@@ -86,7 +87,7 @@ _RESULTS = {
         BMSK BREV CS2R DADD DFMA DMUL F2FP FADD FFMA FMNMX FMUL FSEL FSET FSWZADD HADD2 HFMA2 HMMA
         HMNMX2 HMUL2 I2FP I2IP IABS IADD3 IDP IMAD IMMA IMNMX ISCADD LEA LEPC LOP3 MOV P2R PRMT R2UR
         SEL SGXT SHF UBMSK UF2FP UFLO UIADD3 UIMAD ULDC ULEA ULOP3 UMOV UP2UR UPOPC UPRMT USEL USGXT
-        USHF VABSDIFF VABSDIFF4 VIADD VIADDMNMX VIMNMX VIMNMX3
+        USHF VABSDIFF VABSDIFF4 VIADD VHMNMX VIADDMNMX VIMNMX VIMNMX3
         B2R DMMA F2F F2I FLO FRND I2F I2I LDC LDG LDL LDS LDSM LD MOVM MUFU POPC QSPC REDUX S2R S2UR
         SHFL ATOM ATOMG ATOMS ELECT
     """,
@@ -96,7 +97,7 @@ _RESULTS = {
     _NONE: """
         BAR BPT BRA BREAK BSSY BSYNC CALL CCTL DEPBAR ERRBAR EXIT FENCE JMP KILL LDGDEPBAR LDGSTS
         MEMBAR NANOSLEEP NOP PMTRIG RED RET ST STG STL STS STSM UCGABAR_ARV UCGABAR_WAIT
-        UTMACCTL UTMACMDFLUSH UTMALDG UTMAPF UTMASTG WARPGROUP WARPSYNC YIELD
+        UTMACCTL UTMACMDFLUSH UTMALDG UTMASTG WARPGROUP WARPSYNC YIELD
     """,
 }
 _RESULTS_OF = {name: kind for kind, names in _RESULTS.items() for name in names.split()}
@@ -111,7 +112,7 @@ _UNITS = {
     "double": "DMMA",
     "barrier": "SYNCS",
     "fence": "MEMBAR FENCE",
-    "tensor memory": "UTMALDG UTMASTG UTMAPF UTMACMDFLUSH UTMACCTL",
+    "tensor memory": "UTMALDG UTMASTG UTMACMDFLUSH UTMACCTL",
 }
 _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in names.split()}
 # What is a barrier to other threads waits until memory and the barriers' words are in order: the
@@ -190,6 +191,7 @@ def _effects(opcode: str, operands: tuple[str, ...], guard: str) -> Effects:
         in_order=unit != "global",
         waits=boards,
         waits_for_groups=groups,
+        fences=opcode == "WARPGROUP.ARRIVE" and not guard,
         copies=_COPIES.get(name),
         waits_for_copies=_arrived(opcode),
     )
@@ -246,9 +248,9 @@ def _widths(name: str, modifiers: list[str], inputs: int) -> list[int]:
         return [size, 1, *[size] * (inputs - 1)]
     if name in ("LDG", "LD", "LDL", "LDS", "LDSM", "LDC", "ULDC"):
         return [size, *narrow]
-    if name in ("UTMALDG", "UTMASTG", "UTMAPF"):
-        # Shared memory's address, the barrier's, and where the box lies.
-        return [0, int(modifiers[0][0]) + 2, 2, *narrow[2:]]
+    if name in ("UTMALDG", "UTMASTG"):
+        # Shared memory's address, of a load the barrier's, and where the box lies.
+        return [0, int(modifiers[0][0]) + (2 if name == "UTMALDG" else 1), 2, *narrow[2:]]
     if name == "RET":
         return [0, 2, *narrow[1:]]
     if name == "LEPC":

@@ -386,6 +386,18 @@ def test_a_product_follows_a_wait_for_copies(copy, wait):
     assert find(loop.format("NOP")) == [hazard]
 
 
+def test_a_fence_stands_between_what_writes_a_product_s_registers_and_the_product():
+    product = f"{HGMMA} R24, R100, gdesc[UR20], R24, gsb0"
+    for written, register in (("CS2R R54, SRZ", "R54"), ("MOV R103, R2", "R103")):
+        fenced = f"{written}\nWARPGROUP.ARRIVE\n{product}"
+        assert find(fenced) == []
+        assert find(f"{fenced}\n{product}") == []
+        assert find(f"WARPGROUP.ARRIVE\n{written}\n{product}") == [
+            ("product without a fence", register)
+        ]
+    assert find(f"MOV R104, R2\nUMOV UR20, URZ\n{product}") == []
+
+
 def test_each_wait_of_the_known_case_is_missed_where_it_is_taken_away():
     code = assembly.nvidia(KNOWN.read_text().replace("gsb0, 0x7", "gsb0, 0x0"))
     found = []
