@@ -5,11 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from bench import assembly, dataflow, sass
+from bench import assembly, dataflow, hazards, sass, selection
+from bench.__main__ import main
 from bench.dataflow import Hazard
 
 ROOT = Path(__file__).parents[1]
@@ -234,8 +236,8 @@ def test_a_wait_on_one_way_only_is_none():
     assert find(text.format("NOP", label)) == []
 
 
-@pytest.mark.parametrize(("left", "hazards"), [(0, 0), (1, 1)])
-def test_the_next_turn_of_a_loop_follows_this_one(left, hazards):
+@pytest.mark.parametrize(("left", "count"), [(0, 0), (1, 1)])
+def test_the_next_turn_of_a_loop_follows_this_one(left, count):
     text = f"""
         .L_x_1:
         w0 LDSM.16.M88.4 R100, [R2]
@@ -244,7 +246,7 @@ def test_the_next_turn_of_a_loop_follows_this_one(left, hazards):
         WARPGROUP.DEPBAR.LE gsb0, {left:#x}
         @P0 BRA `(.L_x_1)
     """
-    assert len(find(text)) == hazards
+    assert len(find(text)) == count
 
 
 # Scoreboards.
@@ -277,9 +279,9 @@ def test_the_next_turn_of_a_loop_follows_this_one(left, hazards):
     ],
 )
 def test_what_takes_its_time_is_waited_for(first, second, kind):
-    hazards = find(f"{first}\n{second}")
-    assert len(hazards) == 1
-    assert hazards[0][0].startswith(kind)
+    found = find(f"{first}\n{second}")
+    assert len(found) == 1
+    assert found[0][0].startswith(kind)
     assert find(f"{first}\nwait0 {second}") == []
     assert find(f"{first}\nwait0 @P6 NOP\n{second}") == []  # a guard does not keep it from waiting
     assert len(find(f"{first}\nwait12345 {second}")) == 1
@@ -408,6 +410,78 @@ def test_each_wait_of_the_known_case_is_missed_where_it_is_taken_away():
             changed = [*code[:i], without, *code[i + 1 :]]
             found.append(bool(dataflow.find(changed, ".L_x_3")))
     assert found == [True] * 8
+
+
+# The command.
+
+
+@pytest.fixture
+def verdicts(monkeypatch, tmp_path) -> list[hazards.Verdict]:
+    """What the command finds of every layer, in place of compiling."""
+    found: list[hazards.Verdict] = []
+    monkeypatch.setattr(selection, "compiling", lambda arch: nullcontext((None, [])))
+    monkeypatch.setattr(hazards.Verdicts, "of", lambda *arguments: found)
+    monkeypatch.setattr(hazards, "_CACHE", tmp_path / "kept")
+    return found
+
+
+CLEAN = hazards.Verdict("0123", "descriptor_gemm.product_kernel", 8, 0, ())
+FAULTY = hazards.Verdict("4567", "descriptor_gemm.wgrad_kernel", 8, 8, ("R60 by 'LDSM'", "R64"))
+
+
+def test_a_hazard_is_told_and_is_a_failure(verdicts, capsys, tmp_path):
+    verdicts += [CLEAN, FAULTY, CLEAN]
+    path = tmp_path / "table.json"
+    options = ("--suite", "resnet18", "vgg16", "--dtype", "tf32", "--json", str(path))
+    assert main(["hazards", *options]) == 1
+    printed = capsys.readouterr()
+    assert [line.split()[:3] for line in printed.out.splitlines()] == [
+        ["suite", "dtype", "binaries"],
+        ["resnet18", "tf32", "2"],
+        ["vgg16", "tf32", "2"],
+    ]
+    told = "python -m bench hazards: 4567 (descriptor_gemm.wgrad_kernel): R60 by 'LDSM'"
+    assert printed.err.splitlines()[-1] == told
+    report = json.loads(path.read_text())
+    assert report["command"] == f"python -m bench hazards {' '.join(options)}"
+    assert report["rows"][0] == {
+        "suite": "resnet18",
+        "dtype": "tf32",
+        "binaries": 2,
+        "with_products": 2,
+        "with_register_operands": 1,
+        "with_hazards": 1,
+        "hazards": 2,
+        "kernels_with_hazards": ["descriptor_gemm.wgrad_kernel"],
+    }
+
+
+def test_without_a_hazard_it_succeeds(verdicts, capsys):
+    verdicts.append(CLEAN)
+    assert main(["hazards", "--layer", "stem"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "0"
+
+
+def test_what_is_not_checked_is_a_failure(verdicts, monkeypatch, capsys):
+    def fail(*arguments):
+        raise ValueError("unknown opcode FROB R4")
+
+    monkeypatch.setattr(hazards.Verdicts, "of", fail)
+    assert main(["hazards", "--layer", "stem"]) == 1
+    assert "resnet50_v1.5 stem bf16 is not checked: ValueError" in capsys.readouterr().err
+
+
+def test_another_architecture_is_refused(capsys):
+    assert main(["hazards", "--arch", "sm_80"]) == 2
+    assert "hazards are known of sm_90, not of sm_80" in capsys.readouterr().err
+
+
+def test_verdicts_are_kept(tmp_path):
+    path = tmp_path / "folder" / "kept.json"
+    kept = hazards.Verdicts(path)
+    kept._kept.update(one=CLEAN, other=FAULTY)
+    kept.save()
+    assert hazards.Verdicts(path)._kept == {"one": CLEAN, "other": FAULTY}
 
 
 # The library's own binaries.
