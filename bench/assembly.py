@@ -14,7 +14,10 @@ from typing import NamedTuple
 import networkx as nx
 
 _LABEL = re.compile(r"^\s*([\w.$]+):")
-_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)([^;]*);")
+_SASS = re.compile(
+    r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)([^;]*);(?:.* (0x[0-9a-f]{16})$)?"
+)
+_SASS_UPPER_HALF = re.compile(r" \*/\n\s*/\* (0x[0-9a-f]{16}) \*/")
 _SASS_TARGET = re.compile(r"`\((\.L\w+)\)")
 _SASS_CONDITION = re.compile(r"\bU?P\d|\bU?R\d|~U?RZ")
 _GCN = re.compile(r"^\s+([a-z]+_\w+)(.*)$")
@@ -37,6 +40,15 @@ class Instruction(NamedTuple):
     target: str | None = None  # the label it may jump to
     leaves: bool = False  # it may end the thread
     falls: bool = True  # the next instruction may follow
+    # Of NVIDIA's code alone.
+    address: str = ""  # "0a30"
+    guard: str = ""  # the predicate it depends on: "@!P0"
+    operands: tuple[str, ...] = ()
+    upper_half: str = ""  # of its encoding, which holds the control code; from nvdisasm -hex
+
+    def __str__(self) -> str:
+        words = self.address, self.guard, self.opcode, ", ".join(self.operands)
+        return " ".join(filter(None, words))
 
     @property
     def tensor_core(self) -> bool:
@@ -68,8 +80,8 @@ class Steady(NamedTuple):
 
 
 def nvidia(text: str) -> list[Instruction]:
-    """The instructions of ``nvdisasm -c``."""
-    return list(_labelled(text, _sass))
+    """The instructions of ``nvdisasm -c``, or of ``nvdisasm -c -hex``."""
+    return list(_labelled(_SASS_UPPER_HALF.sub(r" \1", text), _sass))
 
 
 def amd(text: str) -> list[Instruction]:
@@ -90,8 +102,15 @@ def _labelled(text: str, read: Callable[[str], Instruction | None]) -> Iterator[
 def _sass(line: str) -> Instruction | None:
     if not (found := _SASS.search(line)):
         return None
-    guard, opcode, operands = found.groups()
+    address, guard, opcode, operands, upper_half = found.groups()
     name = opcode.split(".")[0]
+    instruction = Instruction(
+        opcode,
+        address=address,
+        guard=(guard or "").strip(),
+        operands=tuple(text.strip() for text in operands.split(",") if text.strip()),
+        upper_half=upper_half or "",
+    )
     if name in ("BRX", "BRXU", "JMX", "JMXU"):
         raise ValueError(f"a computed jump cannot be followed: {line.strip()}")
     if name in ("BRA", "JMP"):
@@ -99,13 +118,13 @@ def _sass(line: str) -> Instruction | None:
         if target is None:
             raise ValueError(f"a jump to no label: {line.strip()}")
         condition = guard or _SASS_CONDITION.search(operands[: target.start()])
-        return Instruction(opcode, target=target[1], falls=condition is not None)
+        return instruction._replace(target=target[1], falls=condition is not None)
     if name == "CALL" and (target := _SASS_TARGET.search(operands)):
         # The compiler writes a jump out of a loop so, too.
-        return Instruction(opcode, target=target[1])
+        return instruction._replace(target=target[1])
     if name in ("EXIT", "RET"):
-        return Instruction(opcode, leaves=True, falls=guard is not None)
-    return Instruction(opcode)
+        return instruction._replace(leaves=True, falls=guard is not None)
+    return instruction
 
 
 def _gcn(line: str) -> Instruction | None:
@@ -138,6 +157,9 @@ _EXIT, _START, _END = -1, -2, -3
 
 class Program:
     """A kernel's blocks of instructions, the ways between them, and its loops.
+
+    ``code`` holds the instructions of each block, which is named by the number of its first one,
+    ``graph`` the ways between blocks; those from ``entry`` are reached.
 
     ``entry`` is the label where it begins: a disassembly may hold subroutines before it.
     """

@@ -28,7 +28,7 @@ from kernels.device import Device
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from kernels.tile import Tile
 
-from . import assembly, measure, selection, suites
+from . import assembly, dataflow, measure, selection, suites
 from .measure import DTYPES
 
 Row = dict[str, Any]
@@ -62,14 +62,16 @@ class Code(NamedTuple):
     loop_instructions: int | None
     loop_macs: int | None
     epilogue_instructions: int | None
+    hazards: int | None
 
 
 def read(kernel: Any) -> Code:
     """What the machine code of one of Triton's compiled kernels says."""
     meta = kernel.metadata
-    instructions = _instructions(kernel)
-    steady = assembly.Program(instructions, meta.name).steady(meta.num_warps)
-    products = sum(instruction.tensor_core for instruction in instructions)
+    hopper = meta.target.backend == "cuda" and meta.target.arch == 90
+    code = instructions(kernel, encoded=hopper)
+    steady = assembly.Program(code, meta.name).steady(meta.num_warps)
+    products = sum(instruction.tensor_core for instruction in code)
     binary = kernel.asm["hsaco" if "hsaco" in kernel.asm else "cubin"]
     return Code(
         kernel=meta.name,
@@ -83,6 +85,7 @@ def read(kernel: Any) -> Code:
         loop_instructions=steady and steady.loop_instructions,
         loop_macs=steady and steady.macs,
         epilogue_instructions=steady and steady.epilogue_instructions,
+        hazards=len(dataflow.find(code, meta.name)) if hopper else None,
     )
 
 
@@ -92,7 +95,7 @@ def usage(kernel: Any) -> Usage:
         text = kernel.asm["amdgcn"]
         names = r"\.vgpr_count: *", r"\.private_segment_fixed_size: *"
         return Usage(*(int(re.findall(rf"{name}(\d+)", text)[0]) for name in names))
-    text = _ask("cuobjdump", "-res-usage", kernel)
+    text = _ask("cuobjdump", kernel, "-res-usage")
     registers, stack, local = (
         int(re.findall(rf"{name}:(\d+)", text)[-1]) for name in ("REG", "STACK", "LOCAL")
     )
@@ -101,23 +104,24 @@ def usage(kernel: Any) -> Usage:
 
 def accesses(kernel: Any) -> list[str]:
     """The opcodes of an NVIDIA kernel's loads from global memory and stores to it, sorted."""
-    opcodes = [instruction.opcode for instruction in _instructions(kernel)]
+    opcodes = [instruction.opcode for instruction in instructions(kernel)]
     return sorted(opcode for opcode in opcodes if opcode.startswith(("LDG", "STG")))
 
 
-def _instructions(kernel: Any) -> list[assembly.Instruction]:
+def instructions(kernel: Any, encoded: bool = False) -> list[assembly.Instruction]:
+    """A kernel's machine code; ``encoded``: with the encodings, of NVIDIA's code alone."""
     if "amdgcn" in kernel.asm:
         return assembly.amd(kernel.asm["amdgcn"])
-    return assembly.nvidia(_ask("nvdisasm", "-c", kernel))
+    return assembly.nvidia(_ask("nvdisasm", kernel, "-c", *["-hex"] * encoded))
 
 
-def _ask(tool: str, option: str, kernel: Any) -> str:
+def _ask(tool: str, kernel: Any, *options: str) -> str:
     """What one of the tools in Triton's wheel prints of a kernel."""
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [path, option, cubin.name]
+        command = [path, *options, cubin.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -335,7 +339,7 @@ def run(args: argparse.Namespace) -> int:
         "rows": rows,
     }
     if args.json:
-        args.json.write_text(_as_json(report))
+        args.json.write_text(as_json(report))
     print("\n".join((*table(rows), "", *summary(rows))))
     for failure in failures:
         _say(failure)
@@ -358,7 +362,7 @@ def _say(text: str) -> None:
     print(f"python -m bench compiled: {text}", file=sys.stderr)
 
 
-def _as_json(report: dict[str, Any]) -> str:
+def as_json(report: dict[str, Any]) -> str:
     """JSON with a line for each row, which a diff can show."""
     lines = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
     head = json.dumps(report | {"rows": []}, indent=1)
@@ -381,6 +385,7 @@ _COLUMNS = {
     "loop_instructions": 5,
     "issue_share": 6,
     "epilogue_instructions": 8,
+    "hazards": 7,
     "compile_s": 7,
     "binary": 8,
 }

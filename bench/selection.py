@@ -35,6 +35,19 @@ class Refusal(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
     """``--arch``, and which layers in which directions (or ``more`` operators) and dtypes."""
+    add_layers(parser)
+    parser.add_argument(
+        "--op",
+        nargs="+",
+        default=DIRECTIONS,
+        choices=(*DIRECTIONS, *more),
+        metavar="NAME",
+        help=f"of {', '.join((*DIRECTIONS, *more))} ({' '.join(DIRECTIONS)})",
+    )
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """``--arch``, and which layers in which dtypes."""
     parser.add_argument(
         "--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90, sm_100, gfx942, ... (sm_90)"
     )
@@ -47,14 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
     )
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="more suites, as bench/cases")
     parser.add_argument("--layer", nargs="+", metavar="NAME", help="of these suites (all)")
-    parser.add_argument(
-        "--op",
-        nargs="+",
-        default=DIRECTIONS,
-        choices=(*DIRECTIONS, *more),
-        metavar="NAME",
-        help=f"of {', '.join((*DIRECTIONS, *more))} ({' '.join(DIRECTIONS)})",
-    )
     parser.add_argument(
         "--dtype",
         nargs="+",
@@ -77,6 +82,11 @@ def positive(text: str) -> int:
 
 def cases(args: argparse.Namespace) -> list[suites.Case]:
     """The problems that were asked for, suite by suite."""
+    return suites.cases(layers(args), args.op, args.dtype)
+
+
+def layers(args: argparse.Namespace) -> list[suites.Layer]:
+    """The layers that were asked for, suite by suite."""
     try:
         known = suites.layers(args.shapes)
     except OSError as error:
@@ -84,15 +94,15 @@ def cases(args: argparse.Namespace) -> list[suites.Case]:
     except ValueError as error:
         raise Refusal(str(error)) from None
     _all_known("suite", args.suite, [layer.suite for layer in known])
-    layers = [layer for suite in args.suite for layer in known if layer.suite == suite]
+    chosen = [layer for suite in args.suite for layer in known if layer.suite == suite]
     if args.layer:
-        _all_known("layer", args.layer, [layer.name for layer in layers])
-        layers = [layer for layer in layers if layer.name in args.layer]
+        _all_known("layer", args.layer, [layer.name for layer in chosen])
+        chosen = [layer for layer in chosen if layer.name in args.layer]
     if args.batch:
-        layers = [
-            layer._replace(geometry=_with_images(layer.geometry, args.batch)) for layer in layers
+        chosen = [
+            layer._replace(geometry=_with_images(layer.geometry, args.batch)) for layer in chosen
         ]
-    return suites.cases(layers, args.op, args.dtype)
+    return chosen
 
 
 def _with_images(geometry: suites.Geometry, N: int) -> suites.Geometry:

@@ -289,3 +289,19 @@ def test_the_name_of_a_tensor_core_instruction_gives_its_shape(opcode, warps, ma
 @pytest.mark.parametrize("opcode", ["HFMA2.MMA", "FFMA", "HADD2", "UTCBAR", "v_fma_f32", "s_nop"])
 def test_other_instructions_are_none_of_the_tensor_cores(opcode):
     assert not Instruction(opcode).tensor_core
+
+
+def test_an_encoded_instruction_is_read_in_full():
+    text = """
+.L_x_1:
+        /*2390*/              @!P0 BRA `(.L_x_2) ;                /* 0x0000001800488947 */
+                                                                  /* 0x03ffea0003800000 */
+        /*23a0*/                   LDSM.16.MT88.4 R56, [R16+UR4+0xc000] ;  /* 0x00c00000ab20783b */
+                                                                  /* 0x0002620000004200 */
+"""
+    jump, load = nvidia(text)
+    assert (jump.labels, jump.target, jump.falls) == ((".L_x_1",), ".L_x_2", True)
+    assert (jump.guard, jump.upper_half) == ("@!P0", "0x03ffea0003800000")
+    assert load.operands == ("R56", "[R16+UR4+0xc000]")
+    assert (load.guard, load.upper_half) == ("", "0x0002620000004200")
+    assert str(load) == "23a0 LDSM.16.MT88.4 R56, [R16+UR4+0xc000]"

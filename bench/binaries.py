@@ -1,0 +1,151 @@
+"""Every binary that the library may launch for a layer: ``launch`` calls its operators.
+
+A ``Scope`` says how many: "planned" is what the planner chooses for aligned channels_last operands
+of the size that is given. "family" is what some batch and image size may get in any layout
+(``device.warm_up`` launches it), without an epilogue and with the whole one, and what is chosen
+where offsets take 64 bits. "every" has all epilogues, and all tiles with such offsets.
+"""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import product
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels import descriptor_gemm, device, direct_conv, library, max_pool, planner
+from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+
+from . import selection, suites
+from .measure import Dtype
+
+Scope = Literal["planned", "family", "every"]
+SCOPES: tuple[Scope, ...] = ("planned", "family", "every")
+LAYOUTS = ("aligned", "channels_last", "scattered")  # as the planner's
+
+
+def launch(geometry: suites.Geometry, dtype: Dtype, scope: Scope) -> None:
+    """Launch what the operators on one layer may."""
+    if scope == "planned":
+        _operators(geometry, dtype, "aligned", False)
+        return
+    every = scope == "every"
+    for layout in LAYOUTS:
+        with device.warm_up():
+            _operators(geometry, dtype, layout, every)
+        with device.warm_up() if every else nullcontext():
+            _operators(_large(geometry), dtype, layout, every)
+
+
+def _operators(geometry: suites.Geometry, dtype: Dtype, layout: str, every: bool) -> None:
+    if isinstance(geometry, Conv2dGeometry):
+        _convolution(geometry, dtype, layout, every)
+    elif isinstance(geometry, Pool2dGeometry):
+        _pooling(geometry, dtype, layout)
+    else:
+        _block(geometry, dtype, layout)
+
+
+def _large(geometry: suites.Geometry) -> suites.Geometry:
+    """The geometry with so many images that offsets take 64 bits."""
+    if isinstance(geometry, suites.Block):
+        conv, pool = geometry
+        images = _large(conv).N
+        return suites.Block(replace(conv, N=images), replace(pool, N=images))
+    images = 1 + 2**31 // min(prod(geometry.x_shape[1:]), prod(geometry.y_shape[1:]))
+    return replace(geometry, N=images)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
+    """A tensor of the meta device. Of what is merely "channels_last" rows start anywhere."""
+    if layout != "channels_last" or len(shape) != 4:
+        return selection.empty(shape, dtype, layout == "aligned")
+    N, C, H, W = shape
+    return selection.empty((N, C + 1, H, W), dtype)[:, :C]
+
+
+def _convolution(g: Conv2dGeometry, dtype: Dtype, layout: str, every: bool) -> None:
+    x, y = (_empty(shape, dtype.torch, layout) for shape in (g.x_shape, g.y_shape))
+    w = selection.empty(g.w_shape, dtype.torch, layout != "scattered")
+    bias = w.new_empty(g.K)
+    (top, bottom), (left, right) = g.padding
+    arguments = g.stride, (top, bottom, left, right), g.dilation, g.groups
+    how = *arguments, dtype.precision
+    epilogues = [(None, None, False), (bias, y, True)]
+    if every:
+        epilogues = list(product((None, bias), (None, y), (False, True)))
+    for vector, added, relu in epilogues:
+        library._conv2d(x, w, vector, added, *how, relu)
+    for vector in (None, w.new_empty(g.C)):
+        library._conv2d_dgrad(y, w, vector, x.shape[2:], *how, layout != "scattered")
+    for with_bias in (False, True):
+        library._conv2d_wgrad(x, y, w.shape, w.stride(), *how, with_bias)
+    library._channel_sum(y)
+    for with_bias in (False, True):
+        library._relu_backward(y, y, with_bias)
+    if g.groups == 1 and direct_conv.supports(g):
+        _bytes(g, dtype, layout, arguments)
+    if dtype.torch == torch.bfloat16:
+        _eighths(g, layout, arguments)
+
+
+def _bytes(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: tuple) -> None:
+    """First layers on images of bytes."""
+    w = selection.empty(g.w_shape, dtype.torch, layout != "scattered")
+    x, dy = _empty(g.x_shape, torch.uint8, layout), _empty(g.y_shape, dtype.torch, layout)
+    scale, shift = (w.new_empty(g.C, dtype=torch.float32) for _ in range(2))
+    how = *arguments, dtype.precision
+    for bias, relu in ((None, False), (w.new_empty(g.K), True)):
+        library._conv2d_bytes(x, w, bias, scale, shift, *how, relu)
+    for with_bias in (False, True):
+        library._conv2d_bytes_wgrad(x, dy, scale, shift, w.shape, w.stride(), *how, with_bias)
+
+
+def _eighths(g: Conv2dGeometry, layout: str, arguments: tuple) -> None:
+    """Products of float8, whose results are bfloat16."""
+    w = selection.empty(g.w_shape, torch.float8_e4m3fn, layout != "scattered")
+    x, y = (
+        _empty(shape, t, layout) for shape, t in ((g.x_shape, w.dtype), (g.y_shape, torch.bfloat16))
+    )
+    known = planner.candidates(
+        *("fprop", g, w.dtype, "ieee", device.describe(w.device)),
+        planner.layout_of((x, y), (w,)),
+    )
+    known = [plan for plan in known if plan.engine is descriptor_gemm]
+    vector = y.new_empty(g.K)
+    for plan in known if device.is_warming_up() else known[:1]:
+        for bias, added, relu in ((None, None, False), (vector, y, True)):
+            options = {"relu": relu, "precision": "ieee", "scale": vector.float()}
+            descriptor_gemm.fprop(x, w, bias, added, y, g, plan.tile, **options)
+
+
+def _pooling(g: Pool2dGeometry, dtype: Dtype, layout: str) -> None:
+    x, y = (_empty(shape, dtype.torch, layout) for shape in (g.x_shape, g.y_shape))
+    offsets = _empty(g.y_shape, max_pool.offset_dtype(g), layout)
+    indices = _empty(g.y_shape, torch.int64, layout)
+    window = g.kernel, g.stride, g.padding, g.dilation, g.ceil_mode
+    for with_offsets, with_indices in ((False, False), (True, False), (False, True)):
+        library._max_pool2d(x, *window, with_offsets, with_indices)
+    library._max_pool2d_backward(y, offsets, x.shape[2:], *window, layout != "scattered")
+    library._max_pool2d_gather(x, offsets, *window)
+    library._max_unpool2d(y, indices, x.shape[2:])
+    library._max_unpool2d_backward(x, indices)
+
+
+def _block(block: suites.Block, dtype: Dtype, layout: str) -> None:
+    g, pool = block
+    x, dy = (_empty(shape, dtype.torch, layout) for shape in (g.x_shape, pool.y_shape))
+    w = selection.empty(g.w_shape, dtype.torch, layout != "scattered")
+    offsets = _empty(pool.y_shape, max_pool.offset_dtype(pool), layout)
+    (top, bottom), (left, right) = g.padding
+    how = g.stride, (top, bottom, left, right), g.dilation, g.groups, dtype.precision
+    window = pool.kernel, pool.stride, pool.padding
+    for bias, with_offsets in product((None, w.new_empty(g.K)), (False, True)):
+        library._conv_pool(x, w, bias, *how, *window, with_offsets)
+    sizes = x.shape[2:], w.shape, w.stride()
+    for wanted in ((g.C > 4, True, True), (g.C > 4, True, False)):
+        library._conv_pool_backward(
+            dy, offsets, x, w, *sizes, *how, *window, layout != "scattered", wanted
+        )

@@ -1,0 +1,211 @@
+"""Check the machine code of every binary that layers may launch on Hopper, without a GPU.
+
+A hazard is a register that an instruction touches while an earlier one may still be using it, on
+some way through the kernel: an asynchronous product (wgmma) that has not been waited for, or a load
+whose scoreboard has not. Exit code 1 if there is any.
+
+Scopes: "planned" is what the planner chooses for aligned channels_last operands of the suite's
+size; "family" is what any batch and image size and any layout may get, with no epilogue and with
+the whole one, and of offsets of 64 bits what is chosen; "every" is all that the operators can
+launch. What was found of a binary is kept in build/hazards and not looked for again.
+"""
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from tqdm import tqdm
+
+from . import assembly, binaries, compiled, dataflow, measure, sass, selection, suites
+
+_CACHE = Path("build") / "hazards"
+
+
+class Verdict(NamedTuple):
+    """What was found of one binary.
+
+    ``operands``: how many of its products take an operand from registers.
+    """
+
+    binary: str
+    kernel: str
+    products: int
+    operands: int
+    hazards: tuple[str, ...]
+
+
+def check(kernel: Any) -> Verdict:
+    """The verdict on one of Triton's compiled kernels."""
+    instructions = compiled.instructions(kernel, encoded=True)
+    products = [p for p in (sass.effects(ins).product for ins in instructions) if p]
+    return Verdict(
+        binary=sha256(kernel.asm["cubin"]).hexdigest()[:16],
+        kernel=f"{kernel.src.fn.fn.__module__.rpartition('.')[2]}.{kernel.metadata.name}",
+        products=len(products),
+        operands=sum(bool(product.operand) for product in products),
+        hazards=tuple(map(str, dataflow.find(instructions, kernel.metadata.name))),
+    )
+
+
+class Verdicts:
+    """Verdicts by what a kernel is compiled from, kept in a file; what has one is not compiled."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._kept: dict[str, Verdict] = {}
+        if path.is_file():
+            rows = json.loads(path.read_text())
+            self._kept = {key: Verdict(*rest, tuple(found)) for key, *rest, found in rows}
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
+        lines = (json.dumps([key, *verdict]) for key, verdict in self._kept.items())
+        part.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+        part.replace(self._path)
+
+    def of(
+        self,
+        geometry: suites.Geometry,
+        dtype: measure.Dtype,
+        launched: list[Any],
+        scope: binaries.Scope,
+    ) -> list[Verdict]:
+        """Those on all that the operators launch for a layer; compiles what has none yet."""
+        needed: dict[str, None] = {}
+
+        def is_known(*, key: str, fn: Any, **_: Any) -> bool:
+            name = _name(fn, key)
+            needed[name] = None
+            return name in self._kept
+
+        def read(*, key: str, fn: Any, **_: Any) -> None:
+            for kernels, *_ in fn.jit_function.device_caches.values():
+                if kernel := kernels.pop(key, None):  # thousands of them would fill the memory
+                    self._kept[_name(fn, key)] = check(kernel)
+            launched.clear()
+            if len(self._kept) % 16 == 0:
+                self.save()
+
+        runtime = triton.knobs.runtime
+        with runtime.scope():
+            runtime.jit_cache_hook, runtime.jit_post_compile_hook = is_known, read
+            binaries.launch(geometry, dtype, scope)
+        self.save()
+        return [self._kept[name] for name in needed]
+
+
+def _name(function: Any, key: str) -> str:
+    """A name of what a verdict follows from: the check, and what Triton compiles a kernel from, its
+    source, that of all it calls, and the specialization.
+    """
+    source = f"{function.module}.{function.name} {function.jit_function.cache_key} {key}"
+    return sha256(f"{_checked_by()} {source}".encode()).hexdigest()[:32]
+
+
+@cache
+def _checked_by() -> str:
+    modules = (assembly, sass, dataflow)
+    return sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
+
+
+# The command.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench hazards``."""
+    selection.add_layers(parser)
+    parser.add_argument(
+        "--scope",
+        default="family",
+        choices=binaries.SCOPES,
+        metavar="NAME",
+        help=f"of {', '.join(binaries.SCOPES)} (family)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the table is kept")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what was asked for, print and keep the table. Returns the exit code."""
+    failures: list[str] = []
+    try:
+        if args.arch != "sm_90":
+            raise selection.Refusal(f"hazards are known of sm_90, not of {args.arch}")
+        layers = selection.layers(args)
+        with selection.compiling(args.arch) as (_, launched), compiled.timing():
+            found = dict(_check(layers, args, launched, failures))
+    except selection.Refusal as error:
+        _say(str(error))
+        return 2
+    rows = [_row(*key, verdicts) for key, verdicts in found.items()]
+    print("\n".join(table(rows)))
+    verdicts = {verdict.binary: verdict for some in found.values() for verdict in some}
+    faulty = [verdict for verdict in verdicts.values() if verdict.hazards]
+    for verdict in faulty:
+        _say(f"{verdict.binary} ({verdict.kernel}): {verdict.hazards[0]}")
+    for failure in failures:
+        _say(failure)
+    if args.json:
+        report = {"arch": args.arch, "triton": triton.__version__, "commit": measure.commit()}
+        report |= {"command": args.command, "rows": rows}
+        args.json.write_text(compiled.as_json(report))
+    return 1 if faulty or failures else 0
+
+
+def _check(
+    layers: Iterable[suites.Layer],
+    args: argparse.Namespace,
+    launched: list[Any],
+    failures: list[str],
+) -> Iterator[tuple[tuple[str, str], set[Verdict]]]:
+    """For each suite and dtype the verdicts on all its binaries."""
+    for dtype in args.dtype:
+        verdicts = Verdicts(_CACHE / f"{triton.__version__}-{dtype}.json")
+        for suite in args.suite:
+            found: set[Verdict] = set()
+            chosen = [layer for layer in layers if layer.suite == suite]
+            for layer in tqdm(chosen, f"{suite} {dtype}", file=sys.stderr, disable=None):
+                try:
+                    geometry, kind = layer.geometry, measure.DTYPES[dtype]
+                    found.update(verdicts.of(geometry, kind, launched, args.scope))
+                except Exception as error:  # the compiler's own are of many classes
+                    failures.append(f"{suite} {layer.name} {dtype} is not checked: {error!r}")
+            yield (suite, dtype), found
+
+
+def _row(suite: str, dtype: str, verdicts: set[Verdict]) -> dict[str, Any]:
+    by_binary = {verdict.binary: verdict for verdict in verdicts}.values()
+    faulty = [verdict for verdict in by_binary if verdict.hazards]
+    return {
+        "suite": suite,
+        "dtype": dtype,
+        "binaries": len(by_binary),
+        "with_products": sum(verdict.products > 0 for verdict in by_binary),
+        "with_register_operands": sum(verdict.operands > 0 for verdict in by_binary),
+        "with_hazards": len(faulty),
+        "hazards": sum(len(verdict.hazards) for verdict in faulty),
+        "kernels_with_hazards": sorted({verdict.kernel for verdict in faulty}),
+    }
+
+
+_HEAD = ("suite", "dtype", "binaries", "with_products", "with_register_operands", "with_hazards")
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each suite and dtype."""
+    cells = [_HEAD, *(tuple(str(row[name]) for name in _HEAD) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        yield "  ".join(map(str.ljust, line, widths)).rstrip()
+
+
+def _say(text: str) -> None:
+    print(f"python -m bench hazards: {text}", file=sys.stderr)
