@@ -5,6 +5,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from emulated import ARCH
 from triton.language.extra import libdevice
 
 from bench import emulator
@@ -219,9 +220,11 @@ def _convert_kernel(x, o, n, BLOCK: tl.constexpr):
 
 
 _FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+_FP8 = [torch.float8_e4m3fn] if ARCH >= 90 else []
 _CONVERSIONS = [
     *((a, b) for a in _FLOATS for b in [*_FLOATS, torch.int32, torch.int8] if a != b),
     *((a, b) for a in (torch.int32, torch.uint8) for b in _FLOATS),
+    *((a, b) for a in _FP8 for b in _FLOATS),
     *((torch.float64, b) for b in (torch.float32, torch.bfloat16, torch.int64)),
 ]
 

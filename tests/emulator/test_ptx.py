@@ -88,6 +88,7 @@ def test_a_table_of_labels_is_a_chain_of_branches():
         ("cp.async.bulk.prefetch.L2.global [%rd1], 16;", "cp.async.bulk.prefetch"),
         ("tcgen05.fence::before_thread_sync;", "unknown instruction"),
         ("redux.sync.abs.f32 %r1, %r2, -1;", "unknown modifier .abs"),
+        ("ld.b32 %r1, [%rd1];", "a generic address"),
         ("bra NOWHERE;", "no label NOWHERE"),
     ],
 )

@@ -5,6 +5,7 @@ from ..parser import Instr, PTXError, Vector
 from . import FLOATS, kind_of, only, op
 from .floating_point import result, source
 
+_PAIRS = (("f32", "f16x2"), ("f32", "bf16x2"), ("e4m3x2", "f16x2"))
 _TO_INTEGRAL = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
 
 
@@ -36,27 +37,22 @@ def prmt(e: Emitter, ins: Instr) -> None:
 
 @op("cvta")
 def cvta(e: Emitter, ins: Instr) -> None:
-    """Addresses of global memory and of parameters are generic ones themselves; shared memory has
-    a window.
-    """
+    """Addresses of global memory and of parameters are generic ones themselves."""
+    only(ins, "to", "global", "param", "const")
     d, a = ins.operands
-    only(ins, "to", "global", "param", "const", "shared")
-    window = (
-        (" - m.window" if "to" in ins.parts else " + m.window") if "shared" in ins.parts else ""
-    )
-    e.dst(d, e.src(a, "u64") + window, "u64")
+    e.dst(d, e.src(a, "u64"), "u64")
 
 
 @op("cvt", "float cvt")
 def cvt(e: Emitter, ins: Instr) -> None:
-    only(ins, "rn", "rz", *_TO_INTEGRAL, "ftz", "sat", "relu", "rna", "tf32")
-    to, of = (p for p in ins.parts[1:] if p in BITS or p == "tf32")
+    only(ins, "rn", "rz", *_TO_INTEGRAL, "ftz", "sat", "relu", "rna", "tf32", "e4m3x2")
+    to, of = (p for p in ins.parts[1:] if p in BITS or p in ("tf32", "e4m3x2"))
     rounding = next((p for p in ins.parts if p in ("rn", "rz", "rna", *_TO_INTEGRAL)), None)
-    if to.endswith("x2"):
+    if to in ("f16x2", "bf16x2"):
         _pair(e, ins, to, of, rounding)
     elif to == "tf32" and (of, rounding) == ("f32", "rna"):
         e.dst(ins.operands[0], f"to_tf32({e.src(ins.operands[1], 'b32')})", "b32")
-    elif to == "tf32" or of.endswith("x2"):
+    elif to == "tf32" or to.endswith("x2") or of.endswith("x2"):
         raise PTXError(f"conversion of .{of} to .{to}")
     elif to in FLOATS and of in FLOATS:
         _float_to_float(e, ins, to, of, rounding)
@@ -79,9 +75,13 @@ def _native(kind: str) -> str:
 def _pair(e: Emitter, ins: Instr, to: str, of: str, rounding: str | None) -> None:
     """To two numbers in one register: the first operand is the upper half."""
     d, *operands = ins.operands
-    if rounding != "rn" or of != "f32":
+    if rounding != "rn" or (of, to) not in _PAIRS:
         raise PTXError(f"conversion of .{of} to .{to}, rounding .{rounding}")
-    high, low = (e.src(o, of) for o in operands)
+    if of == "f32":
+        high, low = (e.src(o, of) for o in operands)
+    else:
+        codes = e.let(e.src(operands[0], "u16"))
+        low, high = f"E4M3[{codes} & u16(255)]", f"E4M3[{codes} >> u16(8)]"
     if "relu" in ins.parts:
         low, high = f"relu({low})", f"relu({high})"
     e.dst(d, f"packed({low}, {high}, {to!r})", "b32")
