@@ -7,6 +7,7 @@ instead the code that Triton compiles for such a GPU, in the emulator.
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,13 +41,22 @@ EMULATION = {"mode": "both", "views": True, "owners": True}
 alone, and blocks of a launch that keep apart."""
 
 
+OPTIONS: dict[str, Any] = {
+    "--emulate": {
+        "choices": ("sm_80", "sm_90"),
+        "help": "execute the code compiled for such a GPU",
+    },
+    "--sample": {
+        "type": int,
+        "metavar": "N",
+        "help": "run N cases, spread evenly, of each test function",
+    },
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--emulate", choices=("sm_80", "sm_90"), help="execute the code compiled for such a GPU"
-    )
-    parser.addoption(
-        "--sample", type=int, metavar="N", help="run N cases, spread evenly, of each test function"
-    )
+    for name, settings in OPTIONS.items():
+        parser.addoption(name, **settings)
 
 
 def pytest_configure(config: pytest.Config) -> None:
