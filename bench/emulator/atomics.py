@@ -21,7 +21,7 @@ class Atomics:
         if not len(sel):
             return old
         if space == "shared":
-            memory, index = self.shared_index(L, address, size, sel, i)
+            memory, index = self.shared_index(L, address[sel], size, sel, i)
         elif self.counters is not None:
             self.counters.global_access(self, L, sel, address[sel], size * count, i, "atomic")
         for n, lane in enumerate(sel):

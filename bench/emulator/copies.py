@@ -35,7 +35,7 @@ class Copies:
         if sel is not None and not len(sel):
             return
         rows = np.arange(L.n) if sel is None else sel
-        flat, source = self.places(L, to, size, sel, i, "copy"), of[rows]
+        flat, source = self.places(L, to[rows], size, sel, i, "copy"), of[rows]
         amount = np.full(len(rows), size)
         if source_size is not None:
             amount = source_size[rows].astype(i64)

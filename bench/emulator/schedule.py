@@ -11,6 +11,8 @@ import numpy as np
 
 PATIENCE = 512
 """Blocks after which those whom spinning threads keep waiting have their turn."""
+STEPS = 200_000_000
+"""Blocks after which a kernel counts as hung."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Scheduler:
 
     def _next(self) -> Group:
         self._steps += 1
-        if self._steps > self.options.steps:
+        if self._steps > STEPS:
             self.stop("too many steps: a loop without end, or a lock held by a CTA not run")
         groups = self._groups
         if len(groups) == 1:
@@ -98,7 +100,6 @@ class Scheduler:
         if block.entry is not None and not group.place & 1:
             self._enter(block, lanes)
             return
-        self._now = block.instrs[0]
         taken = block.function(self, lanes, self.R)
         if self.counters is not None:
             self.counters.block(self, block, lanes)

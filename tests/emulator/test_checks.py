@@ -31,7 +31,7 @@ def found(body: str, planted: bool, **size: int) -> set[str]:
 @pytest.mark.parametrize("case", [*handmade.WARPS, *handmade.MBARRIERS])
 def test_planted_fault(case, mode):
     kind, body = {**handmade.WARPS, **handmade.MBARRIERS}[case]
-    driver.configure(mode=mode, registers=True)
+    driver.configure(mode=mode)
     assert not found(body, planted=False)
     assert kind in found(body, planted=True)
 
@@ -69,7 +69,7 @@ def test_eager_and_lazy_runs_differ(body, threads):
     """Threads read what a copy or a product may or may not have written; nothing else is looked
     at.
     """
-    driver.configure(mode="both", races=False, shared=False)
+    driver.configure(mode="both", races=False)
     assert not found(body, planted=False, threads=threads)
     assert "eager and lazy runs differ" in found(body, planted=True, threads=threads)
 
@@ -202,18 +202,6 @@ def test_fences_of_cp_async_by_the_letter():
     assert "missing proxy fence of cp.async" in kinds()
 
 
-@hopper
-def test_register_written_after_the_fence():
-    def rewrite(text):
-        register = re.search(r"wgmma\.mma_async\S* \{(%r\d+),", text)[1]
-        late = rf"\1\nadd.s32 {register}, {register}, 0;"
-        return re.sub(r"(wgmma\.fence\.sync\.aligned;)", late, text, count=1)
-
-    driver.rewrite_by(rewrite)
-    tensor_matmul()
-    assert "wgmma register hazard" in kinds()
-
-
 # Global memory
 
 
@@ -233,9 +221,8 @@ def test_read_outside_the_view():
     assert kinds() == {"global read outside the tensor's view"}
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_ctas_that_write_one_place(reverse):
-    driver.configure(owners=True, reverse=reverse)
+def test_ctas_that_write_one_place():
+    driver.configure(owners=True)
     x, o = torch.randn(4096), torch.zeros(4096)
     kernels.add[(4,)](x, x, o, 4096, B=1024)
     assert not kinds()

@@ -48,8 +48,7 @@ def mbarrier(e: Emitter, ins: Instr) -> None:
         method = "barrier_arrive"
         amounts = [*(amounts or ["None"]), str("expect_tx" in ins.parts)]
     else:
-        methods = {"init": "init", "inval": "invalidate", "expect_tx": "expect"}
-        method = f"barrier_{methods[how]}"
+        method = {"init": "barrier_init", "inval": "barrier_invalidate"}[how]
     arguments = ", ".join([e.address(ins.operands[where]), *amounts, e.mask()])
     e.line(f"m.{method}(L, {arguments}, i)")
     if method == "wait_succeeded":
@@ -60,9 +59,9 @@ def mbarrier(e: Emitter, ins: Instr) -> None:
 def shfl(e: Emitter, ins: Instr) -> None:
     """9.7.9.6."""
     only(ins, "sync", "idx", "bfly", "up", "down")
-    d, a, b, c, mask = ins.operands
+    d, a, b, c, _ = ins.operands
     d, predicate = (d.first, d.second) if isinstance(d, Pair) else (d, None)
-    lanes = f"{e.src(b, 'u32')}, {e.src(c, 'u32')}, {e.src(mask, 'u32')}"
+    lanes = f"{e.src(b, 'u32')}, {e.src(c, 'u32')}"
     value, mode = e.src(a, "b32"), ins.parts[2]
     t = e.machine(f"shuffle(L, {value}, {mode!r}, {lanes}, i, {e.mask()})")
     e.dst(d, f"{t}[0]", "b32")
@@ -74,15 +73,14 @@ def shfl(e: Emitter, ins: Instr) -> None:
 def redux(e: Emitter, ins: Instr) -> None:
     only(ins, "sync", "add", "min", "max", "and", "or", "xor")
     kind = kind_of(ins)
-    d, a, mask = ins.operands
-    t = e.machine(f"redux(L, {ins.parts[2]!r}, {e.src(a, kind)}, {e.src(mask, 'u32')}, i)")
-    e.dst(d, t, kind)
+    d, a, _ = ins.operands
+    e.dst(d, e.machine(f"redux(L, {ins.parts[2]!r}, {e.src(a, kind)}, i)"), kind)
 
 
 @op("elect")
 def elect(e: Emitter, ins: Instr) -> None:
     only(ins, "sync")
-    d, mask = ins.operands
-    t = e.machine(f"elect(L, {e.src(mask, 'u32')}, i)")
+    d, _ = ins.operands
+    t = e.machine("elect(L, i)")
     e.dst(d.first, f"{t}[0]", "u32")
     e.dst(d.second, f"{t}[1]", "pred")

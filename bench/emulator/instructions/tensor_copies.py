@@ -39,4 +39,4 @@ def _tensor(e: Emitter, ins: Instr) -> None:
     if loads:
         e.line(f"m.tensor_load({where}, {e.address(rest[0])}, {rank}, {e.mask()}, i)")
     else:
-        e.line(f"m.tensor_store({where}, {rank}, None, {e.mask()}, i)")
+        e.line(f"m.tensor_store({where}, {rank}, {e.mask()}, i)")
