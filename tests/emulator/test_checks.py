@@ -58,6 +58,14 @@ def test_unknown_instruction():
         handmade.run("frobnicate.b32 %r9, %r1;", False, ARCH)
 
 
+def test_a_kernel_that_is_unloaded_is_forgotten():
+    utils = driver.EmulatedDriver(ARCH).utils
+    module, function, *_ = utils.load_binary("sample", "", 0, 0)
+    assert function in utils.functions
+    utils.unload_module(module)
+    assert function not in utils.functions
+
+
 @pytest.mark.parametrize(
     ("body", "threads"),
     [
@@ -137,7 +145,7 @@ def test_right_product_has_no_findings(product, mode):
 
 
 @hopper
-@pytest.mark.parametrize("mode", ["eager", "lazy"])
+@pytest.mark.parametrize("mode", MODES)
 def test_missing_wait_for_a_tensor_load(mode):
     edit(r"mbarrier\.try_wait\S*\s+(\S+),\s*\[[^\]]*\],[^;]*;", r"setp.eq.u32 \1, 0, 0;")
     with suppress(checks.Fault):  # the ring's next load arrives at a barrier that is not done
@@ -165,6 +173,16 @@ def test_planted_fault_of_a_tensor_product(case):
     else:
         tensor_matmul()
         assert kind in kinds()
+
+
+@hopper
+def test_eager_and_lazy_runs_of_a_tensor_product_differ():
+    """What is stored has not been waited for; nothing else is looked at."""
+    tensor_matmul("both", races=False)
+    assert not kinds()
+    edit(r"^\s*wgmma\.wait_group.*$")
+    tensor_matmul("both", races=False)
+    assert kinds() == {"eager and lazy runs differ", "wgmma not waited for"}
 
 
 @hopper

@@ -1,4 +1,4 @@
-"""Moves and conversions (PTX ISA 9.0, 9.7.9: mov, prmt, cvta, cvt)."""
+"""Moves and conversions (PTX ISA, "mov", "prmt", "cvta", "cvt")."""
 
 from ..codegen import BITS, Emitter
 from ..parser import Instr, PTXError, Vector

@@ -1,4 +1,5 @@
-"""Floating-point arithmetic of single numbers and of packed pairs (PTX ISA 9.0, 9.7.3 and 9.7.4).
+"""Floating-point arithmetic of single numbers and of packed pairs: PTX ISA, "Floating Point
+Instructions" and "Half Precision Floating Point Instructions".
 
 What is of 16 bits is computed in float64 and rounded once.
 """

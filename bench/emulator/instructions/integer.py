@@ -1,4 +1,4 @@
-"""Integer arithmetic (PTX ISA 9.0, 9.7.1). Sums and low products are the same of either sign."""
+"""PTX ISA, "Integer Arithmetic Instructions". Sums and low products are the same of either sign."""
 
 from ..codegen import BITS, Emitter
 from ..parser import Instr, Operand, PTXError

@@ -1,4 +1,5 @@
-"""Barriers, fences, mbarriers, and what threads of a warp tell each other (PTX ISA 9.0, 9.7.13).
+"""Barriers, fences, mbarriers, and what threads of a warp tell each other: PTX ISA, "Parallel
+Synchronization and Communication Instructions" and "shfl.sync".
 
 Waits are the machine's: threads come to these functions when they may go on.
 """
@@ -32,9 +33,7 @@ def fence(e: Emitter, ins: Instr) -> None:
 
 @op("mbarrier")
 def mbarrier(e: Emitter, ins: Instr) -> None:
-    """The object is in shared memory; of an arrival the state is not kept, as waits are by parity
-    (9.7.13.15).
-    """
+    """Of an arrival the state is not kept: waits are by parity."""
     how = ins.parts[1]
     known = ("expect_tx", "parity", "shared", "shared::cta", "acquire", "release", "relaxed", "cta")
     only(ins, how, *known)
@@ -57,7 +56,6 @@ def mbarrier(e: Emitter, ins: Instr) -> None:
 
 @op("shfl")
 def shfl(e: Emitter, ins: Instr) -> None:
-    """9.7.9.6."""
     only(ins, "sync", "idx", "bfly", "up", "down")
     d, a, b, c, _ = ins.operands
     d, predicate = (d.first, d.second) if isinstance(d, Pair) else (d, None)

@@ -1,4 +1,4 @@
-"""Asynchronous copies of boxes of tensors, in bulk (PTX ISA 9.0, 9.7.9.27: TMA)."""
+"""Asynchronous copies of boxes of tensors, in bulk (TMA): PTX ISA, "cp.async.bulk.tensor"."""
 
 from ..codegen import Emitter
 from ..parser import Address, Instr, PTXError
