@@ -25,7 +25,7 @@ from kernels.tile import Tile
 from . import compiled, emulator, measure, record, selection, suites
 from .emulator.checks import FINDINGS
 from .emulator.counters import Counts
-from .emulator.driver import LAUNCHES
+from .emulator.launch import LAUNCHES
 from .measure import DTYPES
 
 Row = dict[str, Any]
@@ -188,9 +188,9 @@ def execute(case: suites.Case, gpu: Device) -> tuple[Any, Tile, Assumed | None]:
 
 def count(case: suites.Case, gpu: Device) -> Row:
     """Execute one case and make its row."""
-    LAUNCHES.log.clear()
+    LAUNCHES.clear()
     engine, tile, planned = execute(case, gpu)
-    launches = [scaled(entry) for entry in LAUNCHES.log]
+    launches = [scaled(entry) for entry in LAUNCHES]
     dtype = DTYPES[case.dtype]
     multiplying = [launch for launch in launches if launch.macs]
     macs = sum(launch.macs for launch in multiplying)
@@ -252,8 +252,7 @@ def run(args: argparse.Namespace) -> int:
     except selection.Refusal as error:
         _say(str(error))
         return 2
-    checks = dict.fromkeys(("shared", "races", "conflicts"), False)
-    gpu = emulator.install(args.arch, count=True, ctas=args.programs, **checks)
+    gpu = emulator.install(args.arch, count=True, ctas=args.programs, races=False)
     report = {
         "arch": args.arch,
         "triton": triton.__version__,

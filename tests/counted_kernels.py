@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import counted, emulator
-from bench.emulator.driver import LAUNCHES
+from bench.emulator.launch import LAUNCHES
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def main() -> None:
     found = {}
     for name, launch in launches.items():
         launch()
-        found[name] = counted.scaled(LAUNCHES.log[-1])._asdict()
+        found[name] = counted.scaled(LAUNCHES[-1])._asdict()
     json.dump(found, sys.stdout)
 
 

@@ -10,7 +10,7 @@ if it ends like this::
     assert not emulator.findings()
 
 What cannot go on (a deadlock, a trap) raises ``checks.Fault``, what is not known in the PTX raises
-``parser.PTXError``; both name the instruction and its line. ``LAUNCHES.log`` has an entry a launch.
+``parser.PTXError``; both name the instruction and its line. ``LAUNCHES`` has an entry a launch.
 """
 
 from contextlib import ExitStack

@@ -4,8 +4,8 @@ import numpy as np
 
 from . import arithmetic
 from .memory import TYPES
+from .parser import SIZES
 
-SIZES = {"16": 2, "32": 4, "64": 8}
 _LETTERS = str.maketrans("fsub", "fiuu")  # kinds as numpy calls them
 _OPERATIONS = {"add": np.add, "min": np.fmin, "max": np.fmax}
 _BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
@@ -14,14 +14,14 @@ _BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 class Atomics:
     def atomic(self, L, space, how, kind, address, values, mask, i):
         """One thread after the other; returns the old values."""
-        size = 4 if kind[-2:] == "x2" else SIZES["".join(c for c in kind if c.isdigit())]
+        size = SIZES[kind]
         count = len(values[0])
         sel = np.arange(L.n) if mask is None else np.flatnonzero(mask)
         old = [np.zeros(L.n, TYPES[size]) for _ in range(count)]
         if not len(sel):
             return old
         if space == "shared":
-            memory, index = self.shared_index(L, address, size, sel, i)
+            memory, index = self.shared_index(L, address[sel], size, sel, i)
         elif self.counters is not None:
             self.counters.global_access(self, L, sel, address[sel], size * count, i, "atomic")
         for n, lane in enumerate(sel):

@@ -19,7 +19,7 @@ class Copy:
     waiting: np.ndarray
     flat: np.ndarray
     source: np.ndarray
-    amount: np.ndarray  # bytes from the source; zeros for the others
+    reads: np.ndarray  # which take their bytes from the source; the others are zeros
     size: int
     instruction: int
     landed: bool = False
@@ -35,19 +35,17 @@ class Copies:
         if sel is not None and not len(sel):
             return
         rows = np.arange(L.n) if sel is None else sel
-        flat, source = self.places(L, to, size, sel, i, "copy"), of[rows]
-        amount = np.full(len(rows), size)
-        if source_size is not None:
-            amount = source_size[rows].astype(i64)
-        if (amount > size).any():
-            self.stop("cp.async: a source larger than the copy", i, L)
+        flat, source = self.places(L, to[rows], size, sel, i, "copy"), of[rows]
+        amount = np.full(len(rows), size) if source_size is None else source_size[rows]
+        if ((amount != size) & (amount != 0)).any():
+            self.stop("cp.async of a part of its bytes", i, L)
+        read = np.flatnonzero(amount)
         if self.counters is not None:
-            read = np.flatnonzero(amount > 0)
             self.counters.global_access(self, L, rows[read], source[read], size, i, "copy")
             self.counters.shared_access(self, L, sel, flat, size, i, "store")
         self.note_copy(L, sel, flat, size, self._copy_count[L.idx[L.first]], i)
         groups, waiting = self._copy_count[L.idx[rows]], np.ones(len(rows), bool)
-        copy = Copy(L, rows, groups, waiting, flat, source, amount, size, i)
+        copy = Copy(L, rows, groups, waiting, flat, source, read, size, i)
         self._copies.append(copy)
         if not self.lazy:
             self._copy(copy)
@@ -55,15 +53,9 @@ class Copies:
     def _copy(self, c: Copy) -> None:
         c.landed = True
         data = np.zeros((len(c.rows), c.size), np.uint8)
-        i = c.instruction
-        whole = np.flatnonzero(c.amount == c.size)
-        if len(whole):
-            data[whole] = self.gather(c.L, c.rows[whole], c.source[whole], c.size, i)
-        for n in np.unique(c.amount[(c.amount > 0) & (c.amount < c.size)]):
-            some = np.flatnonzero(c.amount == n)
-            for b in range(int(n)):
-                at = c.source[some] + b
-                data[some, b] = self.gather(c.L, c.rows[some], at, 1, i)[:, 0]
+        if len(c.reads):
+            source = c.source[c.reads]
+            data[c.reads] = self.gather(c.L, c.rows[c.reads], source, c.size, c.instruction)
         self.smem[c.size][c.flat // c.size] = data.view(TYPES[c.size]).reshape(-1)
 
     def copies_commit(self, L, i):

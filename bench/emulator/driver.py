@@ -16,7 +16,6 @@ from kernels import device
 
 from . import launch
 from .checks import OPTIONS
-from .launch import LAUNCHES as LAUNCHES
 from .launch import Argument, Function
 
 Rewrite = Callable[[str], str]

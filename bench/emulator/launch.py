@@ -5,7 +5,7 @@ import mmap
 import struct
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -14,15 +14,14 @@ import torch
 import triton
 from numpy.typing import NDArray
 
-from .checks import FINDINGS, OPTIONS, Options, Report
+from .checks import OPTIONS, Options
 from .codegen import Program
 from .counters import Counters, sample
 from .instructions import handler_of
 from .machine import Machine
 from .memory import GlobalMemory
 from .parser import parse
-from .static import register_hazards
-from .tma import HANDLES, TensorMap
+from .tma import MAPS, TensorMap
 
 _PACK = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<B", "u8": "<B"}
 _PACK |= {"u16": "<H", "u32": "<I", "u64": "<Q", "fp16": "<e", "fp32": "<f", "f32": "<f"}
@@ -33,14 +32,8 @@ Grid = tuple[int, int, int]
 Ints = Sequence[int]
 
 
-@dataclass
-class Launches:
-    """What has been run: for reports of speed and of counts."""
-
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-
-LAUNCHES = Launches()
+LAUNCHES: list[dict[str, Any]] = []
+"""What has been run: for reports of speed and of counts."""
 
 
 @lru_cache(maxsize=64)
@@ -53,16 +46,10 @@ class Function:
 
     def __init__(self, name: str, text: str, shared: int):
         self.name, self.text, self.shared = name, text, shared
-        self._checked = False
 
     @property
     def program(self) -> Program:
-        program = program_of(self.text)
-        if not self._checked:
-            self._checked = True
-            for ins, what in register_hazards(program):
-                FINDINGS.add(Report("wgmma register hazard", self.name, ins, what))
-        return program
+        return program_of(self.text)
 
 
 class Launch:
@@ -123,7 +110,7 @@ def run(
         )
     else:
         launch.execute(ctas, OPTIONS)
-    LAUNCHES.log.append(
+    LAUNCHES.append(
         {
             "kernel": function.name,
             "grid": grid,
@@ -161,8 +148,7 @@ def _scratch(metadata: Any, ctas: int) -> list[Argument]:
 def _chosen(grid: Grid) -> list[Grid]:
     """The CTAs that are run, in their order."""
     ctas = [(x, y, z) for z, y, x in itertools.product(*(range(g) for g in reversed(grid)))]
-    ctas = [ctas[place] for place in sample(len(ctas), OPTIONS.ctas)]
-    return ctas[::-1] if OPTIONS.reverse else ctas
+    return [ctas[place] for place in sample(len(ctas), OPTIONS.ctas)]
 
 
 def _below_4_gib(size: int) -> NDArray[np.uint8]:
@@ -176,7 +162,9 @@ def _pack(kind: str, value: Any) -> bytes:
         pointer = value.data_ptr() if hasattr(value, "data_ptr") else value
         return struct.pack("<Q", pointer or 0)
     if kind == "nvTmaDesc":
-        return HANDLES.encode(value)
+        raw = b"PTXTMAP\0" + len(MAPS).to_bytes(120, "little")
+        MAPS[raw] = value
+        return raw
     if kind == "bf16":
         return struct.pack("<f", value)[2:]
     return struct.pack(_PACK[kind], value)
@@ -188,7 +176,7 @@ def tensor_map(
     """What cuTensorMapEncodeTiled makes of Triton's arguments; its first axis is the innermost."""
     sizes, boxes = ([int(s) for s in reversed(list(axes))] for axes in (shape, box))
     steps = [int(s) * size for s in reversed(list(strides)[:-1])]
-    t = TensorMap(int(base), sizes, steps, boxes, size, swizzle, nan == 1, kind=kind)
+    t = TensorMap(int(base), sizes, steps, boxes, size, swizzle, nan == 1)
     t.check()
     return t
 

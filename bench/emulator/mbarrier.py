@@ -32,7 +32,7 @@ class MBarriers:
     def _flat(self, L, address, mask, i) -> list[tuple]:
         """(lane, flat address) of those that a mask selects."""
         sel = np.arange(L.n) if mask is None else np.flatnonzero(mask)
-        flat = self.places(L, np.broadcast_to(address, (L.n,)), 8, sel, i, "barrier")
+        flat = self.places(L, address[sel], 8, sel, i, "barrier")
         return list(zip(sel.tolist(), flat.tolist(), strict=True))
 
     def barrier_init(self, L, address, count, mask, i):
@@ -91,10 +91,6 @@ class MBarriers:
                 self.order.arrive(b.arriving, int(L.idx[lane]) >> 5)
             self._settle(b)
 
-    def barrier_expect(self, L, address, amount, mask, i):
-        for lane, at in self._flat(L, address, mask, i):
-            self._barrier(at, L, lane, i).transactions += int(amount[lane])
-
     def complete(self, at: int, count: int, L, lane, i) -> None:
         b = self._barrier(at, L, lane, i)
         b.transactions -= count
@@ -127,7 +123,7 @@ class MBarriers:
         """Who has waited acquires what arrived in the phase, and its copies."""
         if self.order is None:
             return
-        flat = self.places(L, np.broadcast_to(address, (L.n,)), 8, None, i, "wait")
+        flat = self.places(L, address, 8, None, i, "wait")
         for at in np.unique(flat).tolist():
             self.order.acquire(self.barriers[at].done, np.unique(L.idx[flat == at] >> 5))
 

@@ -201,7 +201,7 @@ def grain(instructions: list) -> int:
 def _bytes(ins) -> int:
     if ins.op == "cp" and ins.parts[2] in ("ca", "cg"):
         return ins.operands[2].value
-    elsewhere = {"global", "param", "const", "local"} & set(ins.parts)
+    elsewhere = {"global", "param", "const"} & set(ins.parts)
     if ins.op not in ("ld", "st", "atom", "red") or elsewhere:
         return 16
     size = next((SIZES[p] for p in reversed(ins.parts) if p in SIZES), 4)

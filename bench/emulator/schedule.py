@@ -11,6 +11,8 @@ import numpy as np
 
 PATIENCE = 512
 """Blocks after which those whom spinning threads keep waiting have their turn."""
+STEPS = 200_000_000
+"""Blocks after which a kernel counts as hung."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Scheduler:
 
     def _next(self) -> Group:
         self._steps += 1
-        if self._steps > self.options.steps:
+        if self._steps > STEPS:
             self.stop("too many steps: a loop without end, or a lock held by a CTA not run")
         groups = self._groups
         if len(groups) == 1:
@@ -98,7 +100,6 @@ class Scheduler:
         if block.entry is not None and not group.place & 1:
             self._enter(block, lanes)
             return
-        self._now = block.instrs[0]
         taken = block.function(self, lanes, self.R)
         if self.counters is not None:
             self.counters.block(self, block, lanes)
@@ -132,11 +133,11 @@ class Scheduler:
                 guard = self.register(lanes, ins.guard.name) != ins.guard.negated
                 if not guard.all():
                     self.stop("a barrier that some threads skip by a predicate", ins, lanes)
+            if ins.op != "wgmma":
+                self._sync(ins, lanes, inside)
+                return
+            self.wgmma_wait(lanes, ins.operands[0].value, ins.index)
             passed = [lanes]
-            if ins.op == "wgmma":
-                self.wgmma_wait(lanes, ins.operands[0].value, ins.index)
-            else:
-                passed = self._sync(ins, lanes, inside)
         for group in passed:
             self._go(inside, group)
 
@@ -149,20 +150,14 @@ class Scheduler:
             self._converging[block.index] = idx[~whole]
         return [self.lanes_of(idx[whole])] if whole.any() else []
 
-    def _sync(self, ins, lanes, place: int) -> list:
+    def _sync(self, ins, lanes, place: int) -> None:
         if "sync" not in ins.parts:
             self.stop("a barrier of an unknown kind", ins)
         number = ins.operands[0].value if len(ins.operands) else 0
         count = ins.operands[1].value if len(ins.operands) > 1 else None
         bar = self._arrive(lanes, number, count, ins)
-        alone = not bar.waiting and (bar.arrived == lanes.per_cta).all()
-        if alone and (bar.arrived == self._expected(bar))[bar.arrived > 0].all():
-            self._learn(bar, lanes)
-            del self.bars[number]
-            return [lanes]
         bar.waiting.append((lanes, place))
         self._release(number)
-        return []
 
     def bar_arrive(self, L, number, count, i):
         self._arrive(L, number, count, i)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import arithmetic
 from .ordering import Ordering
 from .tensorcore import LAYOUTS, WIDTH, decode, fragments
 from .tma import SPANS, swizzled
@@ -39,11 +38,10 @@ class Accumulators:
     old: list  # their values
     keep: np.ndarray  # whether these are added, for each warpgroup
     after: "Product | None"  # the product in flight that accumulates in the same registers
-    dtype: str
 
     @property
     def columns(self) -> int:
-        return len(self.registers) * (2 if self.dtype == "f32" else 4)
+        return 2 * len(self.registers)
 
 
 @dataclass
@@ -56,7 +54,6 @@ class Product:
     waiting: np.ndarray
     left: np.ndarray | Operand
     right: Operand
-    sign: int
     accumulators: Accumulators
     instruction: int
     matrix: np.ndarray | None = None  # the result
@@ -69,14 +66,10 @@ class GroupProducts:
         self._descriptors: dict = {}
         self._last_product: tuple = [], None
 
-    def wgmma(
-        self, L, shape, types, acc, a, b, use, scale_a, scale_b, trans_a, trans_b, registers, i
-    ):
+    def wgmma(self, L, shape, types, acc, a, b, use, trans_a, trans_b, registers, i):
         if not L.whole_groups:
             self.stop("wgmma that not all threads of a warpgroup execute", i, L)
-        dtype, atype, btype = types
-        if dtype not in ("f32", "f16"):
-            self.stop(f"accumulators of {dtype}", i)
+        _, atype, btype = types
         N, K = map(int, shape.split("n")[1].split("k"))
         if K * WIDTH[atype] != 256:
             self.stop(f"shape {shape} of {atype}", i)
@@ -90,9 +83,9 @@ class GroupProducts:
         if self.counters is not None:
             self.counters.product(self, len(groups), 64 * N * K, i)
         keep = self._uniform(L, np.broadcast_to(use, (L.n,)), "scale-d", i)
-        old = Accumulators(registers, acc, keep, self._before(groups, registers, i), dtype)
+        old = Accumulators(registers, acc, keep, self._before(groups, registers, i))
         waiting = np.ones(len(groups), bool)
-        p = Product(L, groups, number, waiting, left, right, scale_a * scale_b, old, i)
+        p = Product(L, groups, number, waiting, left, right, old, i)
         self._products.append(p)
         if self.lazy:
             return [np.full(L.n, IN_FLIGHT)] * len(acc)
@@ -140,18 +133,11 @@ class GroupProducts:
         c = p.accumulators
         left = p.left if isinstance(p.left, np.ndarray) else self._values(p.left)
         product = np.matmul(left, self._values(p.right).transpose(0, 2, 1))
-        if p.sign < 0:
-            product = -product
         if c.keep.any():
             product = np.where(c.keep[:, None, None], self._before_product(c), f32(0)) + product
         groups, pairs = len(p.groups), c.columns // 8
-        values = arithmetic.to_f16(product) if c.dtype == "f16" else product
-        spread = values.reshape(groups, 4, 2, 8, pairs, 4, 2)
-        if c.dtype == "f16":
-            out = np.ascontiguousarray(spread.transpose(4, 2, 0, 1, 3, 5, 6)).view(u32)
-            product = values.view(np.float16).astype(f32)
-        else:
-            out = np.ascontiguousarray(spread.transpose(4, 2, 6, 0, 1, 3, 5)).view(u32)
+        spread = product.reshape(groups, 4, 2, 8, pairs, 4, 2)
+        out = np.ascontiguousarray(spread.transpose(4, 2, 6, 0, 1, 3, 5)).view(u32)
         p.matrix, c.after = product, None
         result = list(out.reshape(len(c.registers), -1))
         self._last_product = result, product
@@ -170,13 +156,8 @@ class GroupProducts:
         known, product = self._last_product
         if list(map(id, known)) == list(map(id, c.old)):
             return product
-        pairs, raw = c.columns // 8, np.stack(c.old)
-        if c.dtype == "f16":
-            raw = raw.reshape(pairs, 2, -1, 4, 8, 4, 1).view(np.float16).astype(f32)
-            order = raw.transpose(2, 3, 1, 4, 0, 5, 6)
-        else:
-            order = raw.view(f32).reshape(pairs, 2, 2, -1, 4, 8, 4).transpose(3, 4, 1, 5, 0, 6, 2)
-        return order.reshape(-1, 64, c.columns)
+        old = np.stack(c.old).view(f32).reshape(c.columns // 8, 2, 2, -1, 4, 8, 4)
+        return old.transpose(3, 4, 1, 5, 0, 6, 2).reshape(-1, 64, c.columns)
 
     def _chunks(self, d: int, extent: int, size: int, trans: bool, i):
         """Chunks of a CTA's shared memory that a descriptor names, and the matrix's shape."""
@@ -227,7 +208,7 @@ class GroupProducts:
                 registers = p.accumulators.registers
                 for number, value in zip(registers, self._multiply(p), strict=True):
                     old = self.R[number]
-                    self.R[number] = value if p.L.full else self.store(old, p.L.idx, value)
+                    self.R[number] = value if p.L.full else self.replaced(old, p.L.idx, value)
         self._products = [p for p in self._products if p.waiting.any()]
 
     def finish_products(self) -> None:

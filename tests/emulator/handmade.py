@@ -182,13 +182,6 @@ WARPS = {
         atom.global.add.u32 %r9, [%rd2], 1;  // becomes atom.global.add.u32 %r9, [%rd2+4], 1;
         """,
     ),
-    "undefined register": (
-        "undefined register",
-        """
-        mov.b32 %r20, %r1;  // out
-        mov.b32 %r9, %r20;
-        """,
-    ),
     "trap": (
         "stopped",
         """
@@ -355,7 +348,7 @@ MBARRIERS = {
         """
         @%p2 mbarrier.init.shared.b64 [%r6], 1;
         mov.b32 %r7, 0;  // becomes mov.b32 %r7, 16;
-        @%p2 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r6], %r7;
+        @%p2 mbarrier.arrive.expect_tx.shared.b64 _, [%r6], %r7;
         @%p2 mbarrier.inval.shared.b64 [%r6];
         """,
     ),

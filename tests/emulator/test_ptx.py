@@ -90,6 +90,7 @@ def test_a_table_of_labels_is_a_chain_of_branches():
         ("redux.sync.abs.f32 %r1, %r2, -1;", "unknown modifier .abs"),
         ("ld.b32 %r1, [%rd1];", "a generic address"),
         ("bra NOWHERE;", "no label NOWHERE"),
+        ("ld.local.b32 %r1, [%r2];", "unknown modifier .local"),
     ],
 )
 def test_what_is_not_known_is_named_with_its_line(body, message):
@@ -107,6 +108,10 @@ def test_what_is_not_known_is_named_with_its_line(body, message):
 def test_an_unknown_name_is_named_with_its_line(body, message):
     with pytest.raises(PTXError, match=f"{message}.*PTX line 15"):
         program(body)
+
+
+def test_stack_memory_may_be_declared():
+    program(".local .align 4 .b8 __local_depot0[8]; .reg .b64 %SP;")
 
 
 def test_functions_are_shared_by_instructions_of_one_shape():

@@ -1,4 +1,4 @@
-"""Comparisons and selections (PTX ISA 9.0, 9.7.6 and 9.7.7)."""
+"""Comparisons and selections (PTX ISA, "Comparison and Selection Instructions")."""
 
 from ..codegen import BITS, Emitter
 from ..parser import Instr, Pair, PTXError

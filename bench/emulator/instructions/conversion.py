@@ -1,4 +1,4 @@
-"""Moves and conversions (PTX ISA 9.0, 9.7.9: mov, prmt, cvta, cvt)."""
+"""Moves and conversions (PTX ISA, "mov", "prmt", "cvta", "cvt")."""
 
 from ..codegen import BITS, Emitter
 from ..parser import Instr, PTXError, Vector
@@ -45,7 +45,7 @@ def cvta(e: Emitter, ins: Instr) -> None:
 
 @op("cvt", "float cvt")
 def cvt(e: Emitter, ins: Instr) -> None:
-    only(ins, "rn", "rz", *_TO_INTEGRAL, "ftz", "sat", "relu", "rna", "tf32", "e4m3x2")
+    only(ins, "rn", "rz", *_TO_INTEGRAL, "ftz", "relu", "rna", "tf32", "e4m3x2")
     to, of = (p for p in ins.parts[1:] if p in BITS or p in ("tf32", "e4m3x2"))
     rounding = next((p for p in ins.parts if p in ("rn", "rz", "rna", *_TO_INTEGRAL)), None)
     if to in ("f16x2", "bf16x2"):
@@ -98,15 +98,11 @@ def _float_to_float(e: Emitter, ins: Instr, to: str, of: str, rounding: str | No
         raise PTXError(f"rounding .{rounding}")
     if "relu" in ins.parts:
         x = f"relu({x})"
-    if "sat" in ins.parts:
-        x = f"np.clip(np.nan_to_num({x}, nan=0.0), 0, 1)"
     x = f"{x}.astype({to})" if to in ("f32", "f64") else x
     result(e, ins.operands[0], x, to, ftz and to == "f32")
 
 
 def _integer(e: Emitter, ins: Instr, to: str, of: str) -> None:
     """The source is cut to its type, then sign- or zero-extended."""
-    if "sat" in ins.parts:
-        raise PTXError("saturation")
     d, a = ins.operands
     e.dst(d, f"{e.src(a, of)}.astype({to.replace('b', 'u')})", to.replace("b", "u"))

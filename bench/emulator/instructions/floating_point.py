@@ -1,11 +1,12 @@
-"""Floating-point arithmetic of single numbers and of packed pairs (PTX ISA 9.0, 9.7.3 and 9.7.4).
+"""Floating-point arithmetic of single numbers and of packed pairs: PTX ISA, "Floating Point
+Instructions" and "Half Precision Floating Point Instructions".
 
 What is of 16 bits is computed in float64 and rounded once.
 """
 
 from ..codegen import BITS, Emitter
 from ..parser import Instr, Operand, PTXError
-from . import FLOATS, PACKED_FLOATS, kind_of, only, op
+from . import FLOATS, PACKED_FLOATS, compute_packed, kind_of, only, op
 
 
 def source(e: Emitter, operand: Operand, kind: str) -> str:
@@ -26,16 +27,14 @@ def result(e: Emitter, d: Operand, text: str, kind: str, ftz: bool = False) -> N
 def compute(e: Emitter, ins: Instr, formula: str) -> None:
     """Assign a formula of the operands, whose places in it are ``{}``."""
     kind = kind_of(ins)
-    d, *operands = ins.operands
     if "relu" in ins.parts:
         formula = f"relu({formula})"
     if kind in PACKED_FLOATS:
-        pairs = [e.let(f"halves({e.src(o, 'b32')}, {kind!r})") for o in operands]
-        low, high = (formula.format(*(f"{pair}[{half}]" for pair in pairs)) for half in (0, 1))
-        e.dst(d, f"packed({low}, {high}, {kind!r})", "b32")
-    else:
-        text = formula.format(*(source(e, o, kind) for o in operands))
-        result(e, d, f"({text})", kind, "ftz" in ins.parts)
+        compute_packed(e, ins, formula)
+        return
+    d, *operands = ins.operands
+    text = formula.format(*(source(e, o, kind) for o in operands))
+    result(e, d, f"({text})", kind, "ftz" in ins.parts)
 
 
 @op("float add", "float sub", "float mul")

@@ -1,21 +1,12 @@
-"""Integer arithmetic (PTX ISA 9.0, 9.7.1). Sums and low products are the same of either sign."""
+"""PTX ISA, "Integer Arithmetic Instructions". Sums and low products are the same of either sign."""
 
 from ..codegen import BITS, Emitter
 from ..parser import Instr, Operand, PTXError
-from . import PACKED_INTEGERS, kind_of, only, op
+from . import PACKED_INTEGERS, compute_packed, kind_of, only, op
 
 
 def _doubled(kind: str) -> str:
     return kind[0] + str(2 * BITS[kind])
-
-
-def _packed(e: Emitter, ins: Instr, formula: str) -> None:
-    """Of two 16-bit integers in a register each."""
-    kind = kind_of(ins)
-    d, *operands = ins.operands
-    pairs = [e.let(f"halves({e.src(o, 'b32')}, {kind!r})") for o in operands]
-    low, high = (formula.format(*(f"{pair}[{half}]" for pair in pairs)) for half in (0, 1))
-    e.dst(d, f"packed({low}, {high}, {kind!r})", "b32")
 
 
 @op("add", "sub")
@@ -24,7 +15,7 @@ def add(e: Emitter, ins: Instr) -> None:
     kind = kind_of(ins)
     formula = "{} + {}" if ins.op == "add" else "{} - {}"
     if kind in PACKED_INTEGERS:
-        _packed(e, ins, formula)
+        compute_packed(e, ins, formula)
     else:
         d, a, b = ins.operands
         unsigned = f"u{BITS[kind]}"
@@ -84,7 +75,7 @@ def extreme(e: Emitter, ins: Instr) -> None:
     if "relu" in ins.parts:
         formula = f"np.maximum({formula}, 0)"
     if kind in PACKED_INTEGERS:
-        _packed(e, ins, formula)
+        compute_packed(e, ins, formula)
     else:
         d, a, b = ins.operands
         e.dst(d, formula.format(e.src(a, kind), e.src(b, kind)), kind)

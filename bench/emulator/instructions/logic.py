@@ -1,4 +1,4 @@
-"""Logic and shifts (PTX ISA 9.0, 9.7.8)."""
+"""PTX ISA, "Logic and Shift Instructions"."""
 
 from ..codegen import BITS, Emitter
 from ..parser import Instr

@@ -1,4 +1,5 @@
-"""Barriers, fences, mbarriers, and what threads of a warp tell each other (PTX ISA 9.0, 9.7.13).
+"""Barriers, fences, mbarriers, and what threads of a warp tell each other: PTX ISA, "Parallel
+Synchronization and Communication Instructions" and "shfl.sync".
 
 Waits are the machine's: threads come to these functions when they may go on.
 """
@@ -32,9 +33,7 @@ def fence(e: Emitter, ins: Instr) -> None:
 
 @op("mbarrier")
 def mbarrier(e: Emitter, ins: Instr) -> None:
-    """The object is in shared memory; of an arrival the state is not kept, as waits are by parity
-    (9.7.13.15).
-    """
+    """Of an arrival the state is not kept: waits are by parity."""
     how = ins.parts[1]
     known = ("expect_tx", "parity", "shared", "shared::cta", "acquire", "release", "relaxed", "cta")
     only(ins, how, *known)
@@ -48,8 +47,7 @@ def mbarrier(e: Emitter, ins: Instr) -> None:
         method = "barrier_arrive"
         amounts = [*(amounts or ["None"]), str("expect_tx" in ins.parts)]
     else:
-        methods = {"init": "init", "inval": "invalidate", "expect_tx": "expect"}
-        method = f"barrier_{methods[how]}"
+        method = {"init": "barrier_init", "inval": "barrier_invalidate"}[how]
     arguments = ", ".join([e.address(ins.operands[where]), *amounts, e.mask()])
     e.line(f"m.{method}(L, {arguments}, i)")
     if method == "wait_succeeded":
@@ -58,11 +56,10 @@ def mbarrier(e: Emitter, ins: Instr) -> None:
 
 @op("shfl")
 def shfl(e: Emitter, ins: Instr) -> None:
-    """9.7.9.6."""
     only(ins, "sync", "idx", "bfly", "up", "down")
-    d, a, b, c, mask = ins.operands
+    d, a, b, c, _ = ins.operands
     d, predicate = (d.first, d.second) if isinstance(d, Pair) else (d, None)
-    lanes = f"{e.src(b, 'u32')}, {e.src(c, 'u32')}, {e.src(mask, 'u32')}"
+    lanes = f"{e.src(b, 'u32')}, {e.src(c, 'u32')}"
     value, mode = e.src(a, "b32"), ins.parts[2]
     t = e.machine(f"shuffle(L, {value}, {mode!r}, {lanes}, i, {e.mask()})")
     e.dst(d, f"{t}[0]", "b32")
@@ -74,15 +71,14 @@ def shfl(e: Emitter, ins: Instr) -> None:
 def redux(e: Emitter, ins: Instr) -> None:
     only(ins, "sync", "add", "min", "max", "and", "or", "xor")
     kind = kind_of(ins)
-    d, a, mask = ins.operands
-    t = e.machine(f"redux(L, {ins.parts[2]!r}, {e.src(a, kind)}, {e.src(mask, 'u32')}, i)")
-    e.dst(d, t, kind)
+    d, a, _ = ins.operands
+    e.dst(d, e.machine(f"redux(L, {ins.parts[2]!r}, {e.src(a, kind)}, i)"), kind)
 
 
 @op("elect")
 def elect(e: Emitter, ins: Instr) -> None:
     only(ins, "sync")
-    d, mask = ins.operands
-    t = e.machine(f"elect(L, {e.src(mask, 'u32')}, i)")
+    d, _ = ins.operands
+    t = e.machine("elect(L, i)")
     e.dst(d.first, f"{t}[0]", "u32")
     e.dst(d.second, f"{t}[1]", "pred")

@@ -1,4 +1,4 @@
-"""Asynchronous copies of boxes of tensors, in bulk (PTX ISA 9.0, 9.7.9.27: TMA)."""
+"""Asynchronous copies of boxes of tensors, in bulk (TMA): PTX ISA, "cp.async.bulk.tensor"."""
 
 from ..codegen import Emitter
 from ..parser import Address, Instr, PTXError
@@ -39,4 +39,4 @@ def _tensor(e: Emitter, ins: Instr) -> None:
     if loads:
         e.line(f"m.tensor_load({where}, {e.address(rest[0])}, {rank}, {e.mask()}, i)")
     else:
-        e.line(f"m.tensor_store({where}, {rank}, None, {e.mask()}, i)")
+        e.line(f"m.tensor_store({where}, {rank}, {e.mask()}, i)")
