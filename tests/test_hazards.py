@@ -417,8 +417,16 @@ def test_the_control_code_is_decoded():
     ],
 )
 def test_memory_is_in_order_before_other_threads_go_on(first, second):
-    assert find(f"{first}\n{second}") == [("read before it is written", "memory order")]
+    ((kind, order),) = find(f"{first}\n{second}")
+    assert (kind, order[:12]) == ("read before it is written", "memory order")
     assert find(f"{first}\nwait0 {second}") == []
+
+
+def test_fences_between_proxies_are_in_order():
+    fence = "FENCE.VIEW.ASYNC.S"
+    assert find(f"{fence}\nw0 {fence}\nwait0 BAR.SYNC.DEFER_BLOCKING 0x0") == []
+    assert find(f"{fence}\nw0 {fence}\nBAR.SYNC.DEFER_BLOCKING 0x0") != []
+    assert find(f"{fence}\nwait0 BAR.SYNC.DEFER_BLOCKING 0x0") != []
 
 
 @pytest.mark.parametrize(
