@@ -19,7 +19,7 @@ from .codegen import Program
 from .counters import Counters, sample
 from .instructions import handler_of
 from .machine import Machine
-from .memory import GlobalMemory
+from .memory import LARGE, GlobalMemory
 from .parser import parse
 from .tma import MAPS, TensorMap
 
@@ -193,7 +193,7 @@ def _register_tensor(memory: GlobalMemory, t: Any, number: int) -> None:
         return
     name = f"argument {number} ({'x'.join(map(str, t.shape))} {str(tensor.dtype)[6:]})"
     a = memory.register(storage.data_ptr(), storage.nbytes(), name, tensor)
-    if OPTIONS.views:
+    if OPTIONS.views and a.size <= LARGE:
         strides = t.stride() if isinstance(t, torch.Tensor) else t.strides
         inside = _bytes_inside(tensor, t.shape, strides)
         a.elements = inside if a.elements is None else a.elements | inside
