@@ -212,9 +212,10 @@ def expands_first(
 
     Written out, each element takes memory's time for one store and one load; expanded in loads, the
     schedulers' for each read of it, by dgrad for each tap. Engine 2 reads only what is written.
+    Triton 3.6 does not compile a product of float64 whose operand is chosen by offsets of bytes.
     """
     C = g.C // g.groups
-    if device.descriptors and C > 4 and dtype.itemsize <= 4:
+    if dtype.itemsize > 4 or (device.descriptors and C > 4):
         return True
     taps = g.R * g.S
     if direction == "dgrad":

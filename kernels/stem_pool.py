@@ -78,8 +78,8 @@ def choose_tile(
 def keys(values, bias, inside, TAP: tl.constexpr, DTYPE: tl.constexpr):
     """(values + bias)[channels, pixels] above the number of their tap; negative if not inside."""
     values += bias[:, None]
-    if _INTERPRET:
-        # A GPU's own sums give NaN without a sign.
+    if DTYPE == tl.float32 or _INTERPRET:
+        # A GPU's conversion to 16 bits gives NaN without a sign; what sums give is unspecified.
         values = tl.where(values != values, float("nan"), values)
     values = narrow(values, DTYPE)
     if DTYPE == tl.float32:

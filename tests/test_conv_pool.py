@@ -262,25 +262,28 @@ def test_flops_are_those_of_the_convolution(device):
     assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("pool", ["2x2/2", "3x3/2, padded", "2x2/3"])
 @pytest.mark.parametrize("convolution", ["3x3", "strides", "groups"])
-def test_gradients_that_are_expanded_as_they_are_read(convolution, pool, device, monkeypatch):
+def test_gradients_that_are_expanded_as_they_are_read(
+    convolution, pool, dtype, device, monkeypatch
+):
     """Where the planner finds that cheaper; here it always does."""
     monkeypatch.setattr(model, "expands_first", lambda *_: False)
     planner.plan_expanded.cache_clear()
     arguments, kernel = CONVOLUTIONS[convolution]
     groups, before = arguments[-1], launches()
-    x = integers((2, 12, 7, 8), device, 1, 2)
-    w = integers((6, 12 // groups, *kernel), device, 2, 1)
-    compare(x, w, integers((6,), device, 3), arguments, POOLS[pool])
+    x = integers((2, 12, 7, 8), device, 1, 2, dtype)
+    w = integers((6, 12 // groups, *kernel), device, 2, 1, dtype)
+    compare(x, w, integers((6,), device, 3, dtype=dtype), arguments, POOLS[pool])
     assert launches().get("expand_kernel", 0) == before.get("expand_kernel", 0)
     # A first layer's own gradient is not asked for.
-    x, w = integers((2, 3, 9, 8), device, 1), integers((5, 3, 3, 3), device, 2)
-    w.requires_grad_()
+    x = integers((2, 3, 9, 8), device, 1, dtype=dtype)
+    w = integers((5, 3, 3, 3), device, 2, dtype=dtype).requires_grad_()
     y = fused(x, w, None, (2, 1, 1, 1), POOLS[pool])
     (dw,) = torch.autograd.grad(y.sum(), w)
-    v = w.detach().cpu().requires_grad_()
-    right = unfused(x.cpu(), v, None, (2, 1, 1, 1), POOLS[pool])
-    assert torch.equal(dw.cpu(), *torch.autograd.grad(right.sum(), v))
+    v = w.detach().cpu().double().requires_grad_()
+    right = unfused(x.cpu().double(), v, None, (2, 1, 1, 1), POOLS[pool])
+    assert torch.equal(dw.cpu().double(), *torch.autograd.grad(right.sum(), v))
     assert launches().get("expand_kernel", 0) == before.get("expand_kernel", 0)
     planner.plan_expanded.cache_clear()

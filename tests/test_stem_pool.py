@@ -13,7 +13,7 @@ from cases import case_id, conv_case, in_strides, random, sliced
 from tolerance import assert_close
 
 from kernels import device as kernel_device
-from kernels import stem_pool
+from kernels import pair_conv, stem_pool
 from kernels.geometry import Pool2dGeometry
 
 
@@ -64,7 +64,7 @@ def operands(g, dtype, device, layout="channels_last"):
 def tiles(g, pool, dtype, device):
     """The chosen tile, and one that takes several programs, turns and tiles of filters."""
     chosen = stem_pool.choose_tile(g, pool, dtype, kernel_device.describe(device))
-    turn = max(16, chosen.depth // (1 << (g.R - 1).bit_length()))
+    turn = max(16, pair_conv.segment(g))  # the least that holds a run
     return chosen, replace(chosen, rows=256, columns=16, depth=turn, box=(1, 16, 16))
 
 
