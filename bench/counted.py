@@ -122,7 +122,9 @@ def assumed(
     tile, size = plan.tile, dtype.itemsize
     if selection.engine_name(plan.engine) not in ("descriptor_gemm", "implicit_gemm"):
         macs = model.macs(direction, g)
-        return Assumed(1, None, None, macs, None, None, g.bytes(size), plan.ms, plan.limit)
+        return Assumed(
+            1, None, None, macs, None, None, g.bytes(size, direction), plan.ms, plan.limit
+        )
     works = model.launches(direction, g, tile)
     turns = sum(work.programs * work.turns for work in works)
     return Assumed(
@@ -130,9 +132,9 @@ def assumed(
         programs=sum(work.programs for work in works),
         turns=turns,
         macs=turns * tile.rows * tile.columns * tile.depth,
-        turn_instructions=model._TURN if tile.box else None,
+        turn_instructions=model.turn_instructions(direction, tile),
         l2_bytes=turns * (tile.rows + tile.columns) * tile.depth * size,
-        bytes=g.bytes(size),
+        bytes=g.bytes(size, direction),
         ms=plan.ms,
         limit=plan.limit,
     )

@@ -196,7 +196,7 @@ class State:
             self._tell(what, what.boards | write | read)
         for registers, what in (
             (effects.writes, Awaited(True, effects.unit, write)),
-            (effects.orders and {sass.MEMORY_ORDER}, Awaited(True, effects.unit, write | read)),
+            (effects.orders and {effects.orders}, Awaited(True, effects.unit, write | read)),
             (effects.late, Awaited(False, queue, write | read)),
         ):
             if registers:

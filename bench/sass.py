@@ -52,7 +52,7 @@ class Effects(NamedTuple):
     writes: frozenset[str]
     unit: str | None = None
     late: frozenset[str] = frozenset()  # of what is read: what the unit reads some time later
-    orders: bool = False  # memory or a barrier's word, for what other threads do next
+    orders: str | None = None  # memory or a barrier's word, for what other threads do next
     in_order: bool = True  # results of the unit come in the order of its instructions
     product: Product | None = None
     waits: frozenset[int] = frozenset()  # for scoreboards, beside those of the control code
@@ -116,10 +116,11 @@ _UNITS = {
 }
 _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in names.split()}
 # What is a barrier to other threads waits until memory and the barriers' words are in order: the
-# first ones are ready, or no longer needed, and what was written is seen.
-MEMORY_ORDER = "memory order"  # stands among registers
-_ORDERING = ("SYNCS.EXCH", "SYNCS.CCTL", "MEMBAR", "FENCE")
-_ORDERED = ("BAR", "SYNCS.ARRIVE", "FENCE")
+# first ones are ready, or no longer needed, and what was written is seen. Such an order stands
+# among registers. A fence between proxies needs no other's: they are in order anyway.
+_MEMORY, _PROXIES = "memory order", "memory order of proxies"
+_ORDERING = {"SYNCS.EXCH": _MEMORY, "SYNCS.CCTL": _MEMORY, "MEMBAR": _MEMORY, "FENCE": _PROXIES}
+_ORDERED = {"BAR": (_MEMORY, _PROXIES), "SYNCS.ARRIVE": (_MEMORY, _PROXIES), "FENCE": (_MEMORY,)}
 
 _COPIES = {"UTMALDG": "mbarrier", "LDGSTS": "scoreboard"}
 
@@ -179,15 +180,16 @@ def _effects(opcode: str, operands: tuple[str, ...], guard: str) -> Effects:
         elif int(operands[1], 16) == 0:
             boards = frozenset((int(operands[0].removeprefix("SB")),))
     unit = _UNIT_OF.get(name)
-    if opcode.startswith(_ORDERED):
-        reads.add(MEMORY_ORDER)
+    for start, orders in _ORDERED.items():
+        if opcode.startswith(start):
+            reads.update(orders)
     late = frozenset(r for r in reads if r[0] == "R" or unit in _LATE_UNITS)
     return Effects(
         reads=guards.union(reads),
         writes=frozenset(writes),
         unit=unit,
         late=late if unit else frozenset(),
-        orders=opcode.startswith(_ORDERING),
+        orders=next((o for start, o in _ORDERING.items() if opcode.startswith(start)), None),
         in_order=unit != "global",
         waits=boards,
         waits_for_groups=groups,

@@ -543,7 +543,7 @@ def planner_model() -> Figure:
     parts: dict[str, list[float]] = {"tensor cores": [], "L2": [], "memory": []}
     for _, tile, *_ in shown:
         (work,) = model.launches("fprop", LAYER, tile)
-        turn = model.turn_cycles(tile, 2, model.rate(torch.bfloat16, "ieee", here), here)
+        turn = model.turn_cycles("fprop", tile, 2, model.rate(torch.bfloat16, "ieee", here), here)
         together = here.multiprocessors * blocks_per_multiprocessor(tile, 2, here)
         in_waves = -(-work.programs // together) * together
         for name, programs in (("tensor cores", in_waves), ("L2", work.programs)):

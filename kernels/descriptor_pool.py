@@ -423,7 +423,7 @@ def _cycles(
     """What all tiles take by the planner's model, in which pooling counts as any epilogue."""
     rate = model.rate(dtype, precision, device)
     turns = g.R * g.S * cdiv(g.C // g.groups, tile.depth)
-    turn = model.turn_cycles(tile, dtype.itemsize, rate, device)
+    turn = model.turn_cycles("fprop", tile, dtype.itemsize, rate, device)
     busy: model.Times = {limit: turns * cycles for limit, cycles in turn.items()}
     programs = prod(_tiles(g, pool, tile))
     return model.cycles(programs, busy, _without_stores(tile), dtype.itemsize, device)[1]

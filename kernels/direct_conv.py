@@ -41,7 +41,7 @@ from .indexing import (
 )
 from .pair_conv import Normalisation, load_normalisation, load_normalised
 from .split_sum import parts_like, split_sum
-from .tile import INTERPRETER_ELEMENTS, Tile
+from .tile import INTERPRETER_ELEMENTS, Tile, overlapped
 
 _FEW = 4
 
@@ -414,7 +414,7 @@ def fprop(
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.depth), _channels_fastest(x)),
         device=x.device,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=overlapped(tile, computed=normalise is not None),
     )
 
 
@@ -525,7 +525,7 @@ def wgrad(
         (tile.rows, tile.columns, tile.depth, _segment(g, tile.columns), _channels_fastest(x)),
         device=x.device,
         num_warps=tile.warps,
-        num_stages=tile.stages if normalise is None else 1,  # registers, where bytes are widened
+        num_stages=overlapped(tile, computed=normalise is not None or pool is not None),
     )
     if dw is not None and dw_parts is not None:
         split_sum(dw_parts, dw)

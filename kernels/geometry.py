@@ -260,9 +260,29 @@ class Conv2dGeometry:
         """Multiplications and additions, those with padding included: the field's convention."""
         return 2 * prod(self.y_shape) * prod(self.w_shape[1:])
 
-    def bytes(self, itemsize: int) -> int:
-        """Least traffic: each of x, w and y moved once. The same for all three directions."""
-        return itemsize * (prod(self.x_shape) + prod(self.w_shape) + prod(self.y_shape))
+    def bytes(self, itemsize: int, direction: Direction = "dgrad") -> int:
+        """Least traffic: each of w, y and x moved once; of x only pixels that a tap reads, though
+        dgrad writes all.
+        """
+        pixels = self.H * self.W if direction == "dgrad" else self.read_pixels
+        x = self.N * self.C * pixels
+        return itemsize * (x + prod(self.w_shape) + prod(self.y_shape))
+
+    @property
+    def read_pixels(self) -> int:
+        """How many pixels of an image some tap reads."""
+        axes = zip(
+            *((self.H, self.W), (self.P, self.Q), self.kernel),
+            *(self.stride, self.padding, self.dilation),
+            strict=True,
+        )
+        return prod(
+            len(
+                {p * stride - before + r * step for p in range(places) for r in range(taps)}
+                & {*range(size)}
+            )
+            for size, places, taps, stride, (before, _), step in axes
+        )
 
     def gemm(self, direction: Direction) -> Gemm:
         """The matrix product of one group; dgrad's depth is its mean over the parities."""

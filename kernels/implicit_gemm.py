@@ -36,7 +36,7 @@ from .indexing import (
     within,
 )
 from .split_sum import parts_like, split_sum
-from .tile import Tile
+from .tile import Tile, overlapped
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _multiply(
             *(relu, precision, wide, (tile.rows, tile.columns, tile.depth, tile.packed)),
             device=x.device,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=overlapped(tile, computed=pool is not None),
         )
 
 
@@ -363,7 +363,7 @@ def wgrad(
         (tile.rows, tile.columns, tile.depth, tile.packed),
         device=x.device,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=overlapped(tile, computed=pool is not None),
     )
     if dw is not None and dw_parts is not None:
         split_sum(dw_parts, dw)

@@ -296,10 +296,11 @@ def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, 
         return y
     layout = planner.layout_of((x, y, residual), (w,))
     plans = planner.candidates("fprop", g, x.dtype, "ieee", describe(x.device), layout)
-    if not plans:
+    if not plans or plans[0].engine is not descriptor_gemm:
         raise NotImplementedError(
             "float8 needs a GPU with tensor descriptors, groups that fill blocks of channels, and "
-            f"channels_last operands whose rows are multiples of 16 bytes, got {g} on {x.device}"
+            "channels_last operands whose rows are multiples of 16 bytes, got input of "
+            f"{list(x.shape)} and weight of {list(w.shape)} with groups={groups} on {x.device}"
         )
     scale = replay.derive(scale, lambda scale: scale.expand(g.K).contiguous())
     bias = None if bias is None else replay.contiguous(bias)

@@ -24,7 +24,8 @@ _LAUNCH = 0.003  # from one kernel's end to the next one's start
 _FILL = 1500  # cycles from a tile's first load to its first product
 # Instructions of a thread beside the products of one turn: SASS for sm_90 has 95 to 130.
 _TURN = 110
-_POINTERS = 2.0  # engine 1 gathers its operands: turns take so much longer than their products
+# The same of engine 1, for each element of a turn's depth: it gathers its operands.
+_GATHERED = {"fprop": 4.0, "dgrad": 4.0, "wgrad": 5.5}
 _DIRECT = 0.25  # engine 3's share of the tensor cores' rate
 # Instructions of a thread to expand one element of a pooled map's gradient in a load, for each
 # window that may hold it, and the channels whose products share the load: SASS has 6 to 9.
@@ -69,7 +70,10 @@ def roofline(
 ) -> float:
     """Milliseconds that no plan goes below: every product at full rate, every byte moved once."""
     per_second = rate(dtype, precision, device) * device.multiprocessors * device.peaks.clock * 1e9
-    seconds = macs(direction, g) / per_second, g.bytes(dtype.itemsize) / (device.peaks.memory * 1e9)
+    seconds = (
+        macs(direction, g) / per_second,
+        g.bytes(dtype.itemsize, direction) / (device.peaks.memory * 1e9),
+    )
     return 1e3 * max(seconds)
 
 
@@ -86,7 +90,7 @@ def predict(
     """The time of one direction with one tile; ``direct``: it is engine 3's."""
     itemsize, per_cycle = dtype.itemsize, rate(dtype, precision, device)
     everywhere = device.multiprocessors * device.peaks.clock * 1e6  # cycles of all in one ms
-    memory = g.bytes(itemsize) / (device.peaks.memory * 1e6)
+    memory = g.bytes(itemsize, direction) / (device.peaks.memory * 1e6)
     if direct:
         times: Times = {
             "tensor cores": macs(direction, g) / (_DIRECT * per_cycle) / everywhere,
@@ -96,7 +100,7 @@ def predict(
         return Prediction(times[limit] + _LAUNCH, limit)
     works = launches(direction, g, tile)
     programs = max(1, sum(work.programs for work in works))  # none of an empty batch
-    turn = turn_cycles(tile, itemsize, per_cycle, device)
+    turn = turn_cycles(direction, tile, itemsize, per_cycle, device)
     ms, waits = 0.0, Counter[Limit]()
     for work in works:
         busy: Times = {name: work.turns * each for name, each in turn.items()}
@@ -111,10 +115,17 @@ def predict(
     return Prediction(ms + launch, "launch" if launch > ms else waits.most_common(1)[0][0])
 
 
-def turn_cycles(tile: Tile, itemsize: int, per_cycle: float, device: Device) -> Times:
+def turn_instructions(direction: Direction, tile: Tile) -> float:
+    """A thread's in one turn, beside products."""
+    return _TURN if tile.box else _GATHERED[direction] * tile.depth
+
+
+def turn_cycles(
+    direction: Direction, tile: Tile, itemsize: int, per_cycle: float, device: Device
+) -> Times:
     """What one turn of a program takes of its multiprocessor's share of each."""
     products = tile.rows * tile.columns * tile.depth / per_cycle
-    products = max(products, _TURN * tile.warps / 4) if tile.box else products * _POINTERS
+    products = max(products, turn_instructions(direction, tile) * tile.warps / 4)
     l2 = device.peaks.l2 / device.peaks.clock / device.multiprocessors  # bytes a cycle
     return {
         "tensor cores": products,
@@ -145,7 +156,12 @@ def launches(direction: Direction, g: Conv2dGeometry, tile: Tile) -> list[Work]:
     """What an engine launches for one direction, dgrad's parities apart."""
     if direction == "wgrad":
         programs, turns = wgrad_work(g, tile)
-        return [Work(programs * tile.splits, ceil(turns / tile.splits))]
+        shares = [1.0]
+        if tile.box:  # one launch for each parity of x that has taps
+            taps = [h.taps * w.taps for h, w in g.dgrad()]
+            shares = [count / (g.R * g.S) for count in taps if count]
+        turns = ceil(turns / tile.splits)
+        return [Work(round(programs * share) * tile.splits, turns) for share in shares]
     columns, reduction = (g.K, g.C) if direction == "fprop" else (g.C, g.K)
     if direction == "fprop":
         walks = [(g.N, g.P, g.Q, g.R * g.S)]

@@ -410,7 +410,8 @@ def _split(g: Conv2dGeometry, tile: Tile, device: Device) -> Iterator[Tile]:
     """wgrad's reduction in one part, and in as many as fill the device once, twice and four times,
     of at least eight turns each.
     """
-    programs, turns = model.wgrad_work(g, tile)
+    works = model.launches("wgrad", g, replace(tile, splits=1))
+    programs, turns = max(works)  # of the parity with most taps
     room = blocks_per_multiprocessor(tile, 2, device) * device.multiprocessors
     parts = {1} | {min(turns // 8, fill * room // max(1, programs)) for fill in (1, 2, 4)}
     yield from (replace(tile, splits=splits) for splits in sorted(parts) if splits > 0)

@@ -36,6 +36,16 @@ class Tile:
     patch: Pair = (1, 1)
 
 
+def overlapped(tile: Tile, computed: bool) -> int:
+    """How many turns of its loop Triton may overlap: a single one where the left operand of the
+    product is ``computed`` from what is loaded.
+
+    Hopper takes such an operand from registers, and Triton 3.6 lets the next turn write them while
+    this turn's products may still be reading.
+    """
+    return 1 if computed else tile.stages
+
+
 def shared_bytes(tile: Tile, itemsize: int) -> int:
     """Shared memory of one program: the ring of operands, and what a descriptor stores from."""
     ring = tile.stages * (tile.rows + tile.columns) * tile.depth * itemsize

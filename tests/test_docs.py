@@ -13,6 +13,7 @@ A block's first word is its language; the second is an option:
 The figures are what ``docs/figures.py`` draws.
 """
 
+import argparse
 import contextlib
 import io
 import os
@@ -24,6 +25,7 @@ from importlib import util
 from pathlib import Path
 from typing import NamedTuple
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -164,10 +166,21 @@ def check_python(arguments: list[str], monkeypatch) -> None:
             assert bench.__main__.main([command, *rest]) == 0
         case ["-m", "pip", *rest]:
             check_pip(rest, monkeypatch)
+        case ["-m", "pytest", *rest]:
+            check_pytest(rest)
         case [script]:
             assert (ROOT / script).is_file(), script
         case _:
             pytest.fail(f"nothing checks python {' '.join(arguments)}")
+
+
+def check_pytest(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", nargs="*", type=lambda name: (ROOT / name).resolve(strict=True))
+    parser.add_argument("-k")
+    for name, settings in conftest.OPTIONS.items():
+        parser.add_argument(name, **settings)
+    parser.parse_args(arguments)
 
 
 def check_torchrun(arguments: list[str], monkeypatch) -> None:

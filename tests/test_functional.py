@@ -504,6 +504,17 @@ def test_what_float8_refuses(changes, error, named, device):
         F.conv2d(**call)
 
 
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(3, 1), (32, 32), (8, 4)], ids=["few", "depthwise", "few-of-a-group"]
+)
+def test_float8_of_channels_that_fill_no_block_is_refused(channels, groups, device):
+    x = float8(2, channels, 5, 5, device=device, seed=0)
+    w = float8(32, channels // groups, 3, 3, device=device, seed=1)
+    got = rf"got input of \[2, {channels}, 5, 5\] and weight of .* with groups={groups} on"
+    with pytest.raises(NotImplementedError, match=f"float8 needs .*, {got}"):
+        F.conv2d(x, w, groups=groups, scale=torch.ones(32, device=device))
+
+
 # Images in bytes.
 
 SCALE, SHIFT = (1 / 64, 1 / 32, 1 / 128), (-2, -1.5, 0.25)  # exact in every dtype, as their sums

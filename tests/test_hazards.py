@@ -101,6 +101,57 @@ def test_the_known_hazard_is_found_where_triton_3_6_compiles_it():
     assert found["(128, 1, 1)"] == []  # one long axis: both operands are in shared memory
 
 
+COMPUTED = """
+import json
+
+import torch
+
+from bench import compiled, dataflow, selection
+from kernels import direct_conv, implicit_gemm
+from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.tile import Tile
+
+pads = (1, 1), (1, 1)
+layer = Conv2dGeometry(8, 64, 56, 56, 64, 3, 3, padding=pads)
+pool = Pool2dGeometry(8, 64, 56, 56, (2, 2), (2, 2))
+first = Conv2dGeometry(8, 3, 56, 56, 64, 7, 7, padding=pads)
+
+
+def expanded(x, w, y):
+    dy = selection.empty(pool.y_shape, x.dtype, False)
+    tile, options = Tile(128, 64, 32, warps=8, stages=3), {"pool": pool, "offsets": dy.byte()}
+    implicit_gemm.wgrad(x, dy, w, None, layer, tile, precision="tf32", **options)
+
+
+def widened(x, w, y):
+    options = {"relu": False, "precision": "tf32", "normalise": (w.new_empty(3), w.new_empty(3))}
+    direct_conv.fprop(x.byte(), w, None, None, y, first, Tile(64, 32, 16), **options)
+
+
+found = {}
+with selection.compiling("sm_90") as (_, launched):
+    for g, engine, launch in ((layer, implicit_gemm, expanded), (first, direct_conv, widened)):
+        hazards = []
+        for rule in (engine.overlapped, lambda tile, computed: tile.stages):
+            engine.overlapped = rule
+            launched.clear()
+            launch(*selection.operands(g, torch.float32, g is first))
+            (kernel,) = launched
+            code = compiled.instructions(kernel, encoded=True)
+            hazards.append(dataflow.find(code, kernel.metadata.name))
+        found[launch.__name__] = hazards
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not OLD_TRITON.exists(), reason="no environment with Triton 3.6.0")
+def test_a_computed_operand_is_overwritten_where_triton_3_6_overlaps_turns():
+    """Of a pooled gradient that is expanded as it is loaded, and of an image of bytes."""
+    for ruled, overlapped in json.loads(run(OLD_TRITON, "-c", COMPUTED)).values():
+        assert ruled == []
+        assert {kind for kind, *_ in overlapped} == {"operand of a product in flight"}
+
+
 def run(python: Path | str, *arguments: str) -> str:
     """What Python prints, in a process of its own without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -366,8 +417,16 @@ def test_the_control_code_is_decoded():
     ],
 )
 def test_memory_is_in_order_before_other_threads_go_on(first, second):
-    assert find(f"{first}\n{second}") == [("read before it is written", "memory order")]
+    ((kind, order),) = find(f"{first}\n{second}")
+    assert (kind, order[:12]) == ("read before it is written", "memory order")
     assert find(f"{first}\nwait0 {second}") == []
+
+
+def test_fences_between_proxies_are_in_order():
+    fence = "FENCE.VIEW.ASYNC.S"
+    assert find(f"{fence}\nw0 {fence}\nwait0 BAR.SYNC.DEFER_BLOCKING 0x0") == []
+    assert find(f"{fence}\nw0 {fence}\nBAR.SYNC.DEFER_BLOCKING 0x0") != []
+    assert find(f"{fence}\nwait0 BAR.SYNC.DEFER_BLOCKING 0x0") != []
 
 
 @pytest.mark.parametrize(

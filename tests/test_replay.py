@@ -11,11 +11,11 @@ from torch import Tensor
 
 import cnn.functional as F
 from kernels import autotune, descriptor_gemm, descriptor_pool, device, library, planner, replay
-from kernels.device import INTERPRET, Device, launches
+from kernels.device import Device, launches
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 
 pytestmark = pytest.mark.skipif(
-    not (INTERPRET or torch.cuda.is_available()), reason="calls are kept on kernels alone"
+    not (device.takes_cpu() or torch.cuda.is_available()), reason="calls are kept on kernels alone"
 )
 HOPPER = Device("cuda", 90, multiprocessors=132, shared_memory=227 << 10)
 
@@ -198,7 +198,7 @@ def test_an_index_is_checked_in_each_call(forget):
 DESCRIBED = Conv2dGeometry.of((2, 64, 16, 16), (64, 64, 3, 3), (2, 2), (1, 1, 1, 1), (1, 1), 1)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="plans for a GPU that need not be there")
+@pytest.mark.skipif(not device.takes_cpu(), reason="plans for a GPU that need not be there")
 @pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad", "pooled"])
 def test_descriptors_are_made_over_the_new_tensors(direction):
     g, dtype = DESCRIBED, torch.float16
