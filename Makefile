@@ -1,7 +1,7 @@
-# `make demo` trains LeNet-5, `make test` runs the tests, `make test-emulated` executes all compiled
-# code, `make lint` checks style, layers and types, `make docs` builds the documentation into build/docs,
-# `make hazards` checks the machine code of all binaries with the newest and the oldest Triton (hours,
-# but what is done is not done again).
+# `make demo` trains LeNet-5, `make test` runs the tests, `make test-emulated` all tests of compiled code
+# in the emulator, `make lint` checks style, layers and types, `make docs` builds the documentation into
+# build/docs, `make hazards` checks machine code for the layers of SUITES with the newest and the oldest
+# Triton (hours, but what is done is not done again).
 # Nothing is needed but Python 3.11 or later and make.
 PYTHON ?= python3
 VENV ?= .venv
@@ -60,7 +60,8 @@ docs: $(VENV)/tools
 	$(PY) -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 # -j2 runs both versions side by side.
-hazards: hazards-newest hazards-oldest
+hazards:
+	@$(MAKE) --keep-going hazards-newest hazards-oldest
 
 hazards-newest:
 	@$(MAKE) hazards-table

@@ -113,8 +113,8 @@ def _name(function: Any, key: str) -> str:
 
 @cache
 def _checked_by() -> str:
-    modules = (assembly, sass, dataflow)
-    return sha256("".join(map(inspect.getsource, modules)).encode()).hexdigest()
+    sources = (assembly, sass, dataflow, check, compiled.instructions)
+    return sha256("".join(map(inspect.getsource, sources)).encode()).hexdigest()
 
 
 # The command.
@@ -139,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.arch != "sm_90":
             raise selection.Refusal(f"hazards are known of sm_90, not of {args.arch}")
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise selection.Refusal(f"no folder for {args.json}")
         layers = selection.layers(args)
         with selection.compiling(args.arch) as (_, launched), compiled.timing():
             found = dict(_check(layers, args, launched, failures))

@@ -86,12 +86,13 @@ class Device:
 class _Launching:
     """What a launch does, and the device that tensors count as being on; None: the one they are on.
 
-    "emulate": CPU tensors count as a GPU's, and whoever stands in as Triton's driver runs what was
-    compiled for it.
+    ``emulated``: CPU tensors count as a GPU's, and whoever stands in as Triton's driver runs what
+    was compiled for it.
     """
 
-    mode: Literal["run", "compile", "warm_up", "nothing", "emulate"] = "run"
+    mode: Literal["run", "compile", "warm_up", "nothing"] = "run"
     stand_in: Device | None = None
+    emulated: bool = False
 
 
 # Of the process: autograd's threads would not see a context variable.
@@ -164,7 +165,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         with _lock, np.errstate(all="ignore"), _quickly_interpreted():
             kernel[grid](*args, **meta)
         return
-    if mode == "emulate":
+    if _launching.emulated:
         with _lock:
             kernel[grid](*args, **meta)
         return
@@ -255,11 +256,12 @@ def warm_up() -> Iterator[None]:
     if INTERPRET:
         yield
         return
+    outer = _launching.mode
     try:
         with _launch_mode(replace(_launching, mode="warm_up")):
             yield
     finally:
-        if _launching.mode != "compile":
+        if outer == "run":  # no one else is collecting what is compiled
             _compiled.clear()
 
 
@@ -291,12 +293,12 @@ def emulate(stand_in: Device) -> Iterator[None]:
     """
     if INTERPRET:
         raise RuntimeError("emulation needs a process without TRITON_INTERPRET")
-    with _launch_mode(_Launching("emulate", stand_in)):
+    with _launch_mode(_Launching("run", stand_in, emulated=True)):
         yield
 
 
 def is_emulated() -> bool:
-    return _launching.mode == "emulate"
+    return _launching.emulated
 
 
 def takes_cpu() -> bool:

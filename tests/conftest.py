@@ -4,6 +4,7 @@ On a GPU where there is one, else on the CPU in Triton's interpreter. ``--emulat
 instead the code that Triton compiles for such a GPU, in the emulator.
 """
 
+import argparse
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,13 +33,19 @@ EMULATED: dict[str, str] = {
     "test_replay.py": "",
     "test_stem_pool.py": "",
 }
-"""What ``--emulate`` runs: files whose tests launch kernels, and where not all do, words of one of
-which a test's name has to have."""
+"""What ``--emulate`` runs: files whose tests launch kernels. If not all tests of a file do, those
+whose name contains one of these words."""
 
 
 EMULATION = {"mode": "both", "views": True, "owners": True}
 """All checks: asynchronous work at its earliest and at its latest moment, a tensor's own elements
 alone, and blocks of a launch that keep apart."""
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 OPTIONS: dict[str, Any] = {
@@ -47,7 +54,7 @@ OPTIONS: dict[str, Any] = {
         "help": "execute the code compiled for such a GPU",
     },
     "--sample": {
-        "type": int,
+        "type": _positive,
         "metavar": "N",
         "help": "run N cases, spread evenly, of each test function",
     },
@@ -107,9 +114,10 @@ def _emulated_without_findings(request: pytest.FixtureRequest) -> Iterator[None]
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device(request: pytest.FixtureRequest) -> torch.device:
     """Where tests run: the GPU where there is one, else the CPU, interpreted or emulated."""
-    return torch.device("cuda" if GPU else "cpu")
+    emulated = request.config.getoption("emulate") is not None
+    return torch.device("cuda" if GPU and not emulated else "cpu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -48,4 +48,6 @@ def findings() -> list[Report]:
 
 
 def clear() -> None:
+    """Forget what launches have found and done."""
     FINDINGS.clear()
+    LAUNCHES.clear()

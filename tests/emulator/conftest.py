@@ -11,11 +11,12 @@ from bench.emulator import checks, driver
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
+    before = dict(vars(checks.OPTIONS))
     emulator.configure(**vars(checks.Options()))
     emulator.clear()
     driver.rewrite_by(None)
     torch.manual_seed(0)
     yield
     driver.rewrite_by(None)
-    emulator.configure(**vars(checks.Options()))
+    emulator.configure(**before)
     emulator.clear()

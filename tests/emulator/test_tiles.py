@@ -1,4 +1,4 @@
-"""Each tile of the planner's families by itself: every binary that a layer may get is executed.
+"""Each tile of the planner's families by itself, with a plain epilogue.
 
 The layers are small; their channels are those of layers that fill a GPU, so that all tiles apply.
 """
@@ -10,6 +10,7 @@ import torch
 from cases import Operands, case_id, conv_case, operands
 from tolerance import assert_close, double, evaluate_torch, torch_conv2d
 
+from bench import emulator
 from kernels import device as devices
 from kernels import planner
 from kernels.geometry import Conv2dGeometry, Direction
@@ -82,6 +83,7 @@ def references(g: Conv2dGeometry, t: Operands) -> list[tuple]:
 
 
 def check(run: Run, device: torch.device) -> None:
+    emulator.configure(mode="both", views=True, owners=True)
     g, (engine, tile, *_), precision = run.g, run.plan, run.precision
     layout = "contiguous" if run.layout == "scattered" else "channels_last"
     t = operands(g, run.dtype, device, layout)
