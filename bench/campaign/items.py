@@ -273,11 +273,14 @@ def _timings(here: Device, small: bool) -> Iterator[Timing]:
 
 
 def _best_tiles(direction: Direction, g: Conv2dGeometry, here: Device) -> list[Forced]:
-    """The best predicted of each kind of tile: splits and boxes apart, tiles are of one kind."""
+    """The best predicted of each kind of tile, rows and columns; if these are too few, the best of
+    the others, which differ from them in their boxes or splits.
+    """
     kind = DTYPES["bf16"]
     best: dict[tuple, Forced] = {}
+    others: list[Forced] = []
     for plan in planner.candidates(direction, g, kind.torch, kind.precision, here, "aligned"):
-        tile = plan.tile
-        engine = selection.engine_name(plan.engine)
-        best.setdefault((engine, tile.rows, tile.columns), Forced(engine, tile))
-    return list(best.values())[:RANKS]
+        tile = Forced(selection.engine_name(plan.engine), plan.tile)
+        if best.setdefault((tile.engine, plan.tile.rows, plan.tile.columns), tile) is not tile:
+            others.append(tile)
+    return [*best.values(), *others][:RANKS]
