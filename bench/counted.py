@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from kernels import device, max_pool, model, planner
 from kernels.device import Device
-from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
+from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry, read_pixels
 from kernels.tile import Tile
 
 from . import compiled, emulator, measure, record, selection, suites
@@ -144,29 +144,18 @@ def least_bytes(op: str, g: suites.Geometry, itemsize: int) -> int:
     """Least traffic of memory: what any tap reads, once, and what is written."""
     if isinstance(g, Pool2dGeometry):
         kept = prod(g.y_shape) * (itemsize + max_pool.offset_dtype(g).itemsize)
-        x = _read_pixels(g) if op == "max_pool" else g.H * g.W
+        x = read_pixels(g) if op == "max_pool" else g.H * g.W
         return kept + g.N * g.C * x * itemsize
     if isinstance(g, suites.Block):
         conv, pool = g
         kept = prod(pool.y_shape) * (itemsize + max_pool.offset_dtype(pool).itemsize)
-        read = conv.N * conv.C * _read_pixels(conv)
+        read = conv.N * conv.C * read_pixels(conv)
         if op == "conv_relu_max_pool":
             return kept + itemsize * (read + prod(conv.w_shape))
         dx = prod(conv.x_shape) + prod(conv.w_shape) if conv.C > 4 else 0
         return kept + itemsize * (read + prod(conv.w_shape) + dx)
-    pixels = g.H * g.W if suites.NAMED.get(op, op) == "dgrad" else _read_pixels(g)
+    pixels = g.H * g.W if suites.NAMED.get(op, op) == "dgrad" else read_pixels(g)
     return itemsize * (g.N * g.C * pixels + prod(g.w_shape) + prod(g.y_shape))
-
-
-def _read_pixels(g: Conv2dGeometry | Pool2dGeometry) -> int:
-    """The pixels of an image that some tap reads."""
-    axes = zip((g.H, g.W), (g.P, g.Q), g.kernel, g.stride, g.padding, g.dilation, strict=True)
-    read = []
-    for size, places, taps, stride, padding, dilation in axes:
-        before = padding if isinstance(padding, int) else padding[0]
-        at = {p * stride + tap * dilation - before for p in range(places) for tap in range(taps)}
-        read.append(len(at & set(range(size))))
-    return prod(read)
 
 
 def execute(case: suites.Case, gpu: Device) -> tuple[Any, Tile, Assumed | None]:

@@ -264,25 +264,9 @@ class Conv2dGeometry:
         """Least traffic: each of w, y and x moved once; of x only pixels that a tap reads, though
         dgrad writes all.
         """
-        pixels = self.H * self.W if direction == "dgrad" else self.read_pixels
+        pixels = self.H * self.W if direction == "dgrad" else read_pixels(self)
         x = self.N * self.C * pixels
         return itemsize * (x + prod(self.w_shape) + prod(self.y_shape))
-
-    @property
-    def read_pixels(self) -> int:
-        """How many pixels of an image some tap reads."""
-        axes = zip(
-            *((self.H, self.W), (self.P, self.Q), self.kernel),
-            *(self.stride, self.padding, self.dilation),
-            strict=True,
-        )
-        return prod(
-            len(
-                {p * stride - before + r * step for p in range(places) for r in range(taps)}
-                & {*range(size)}
-            )
-            for size, places, taps, stride, (before, _), step in axes
-        )
 
     def gemm(self, direction: Direction) -> Gemm:
         """The matrix product of one group; dgrad's depth is its mean over the parities."""
@@ -465,3 +449,14 @@ class ReceptiveField(NamedTuple):
 def receptive_field(layers: Iterable[Window]) -> ReceptiveField:
     """What one output of a chain of convolutions and poolings sees of the input, in pixels."""
     return reduce(ReceptiveField.through, layers, ReceptiveField())
+
+
+def read_pixels(g: Conv2dGeometry | Pool2dGeometry) -> int:
+    """How many pixels of an image some tap reads."""
+    axes = zip((g.H, g.W), (g.P, g.Q), g.kernel, g.stride, g.padding, g.dilation, strict=True)
+    read = []
+    for size, places, taps, stride, padding, dilation in axes:
+        before = padding if isinstance(padding, int) else padding[0]
+        at = {p * stride + tap * dilation - before for p in range(places) for tap in range(taps)}
+        read.append(len(at & set(range(size))))
+    return prod(read)

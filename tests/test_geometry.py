@@ -24,6 +24,7 @@ from kernels.geometry import (
     is_channels_last,
     largest_offset,
     pool_output_size,
+    read_pixels,
     receptive_field,
     same_padding,
 )
@@ -185,6 +186,14 @@ def test_flops_count_each_tap_of_each_output(g):
     assert products == g.groups * fprop.rows * fprop.columns * fprop.depth
     assert products == g.groups * wgrad.rows * wgrad.columns * wgrad.depth
     assert g.bytes(2) == 2 * (g.N * g.C * g.H * g.W + g.K * c * g.R * g.S + g.N * g.K * g.P * g.Q)
+    read = {
+        (h, w)
+        for p, q, r, s in itertools.product(*(range(size) for size in (g.P, g.Q, g.R, g.S)))
+        if 0 <= (h := p * g.stride[0] - g.padding[0][0] + r * g.dilation[0]) < g.H
+        and 0 <= (w := q * g.stride[1] - g.padding[1][0] + s * g.dilation[1]) < g.W
+    }
+    assert read_pixels(g) == len(read)
+    assert g.bytes(2, "wgrad") == g.bytes(2) - 2 * g.N * g.C * (g.H * g.W - len(read))
 
 
 @pytest.mark.parametrize(
