@@ -147,3 +147,18 @@ def test_an_operator_beside_torchs_nan(g, dtype, value, device):
     for wrong, message in ((torchs, "NaN differs"), (shifted, "is right, an error of")):
         with pytest.raises(AssertionError, match=message):
             assert_operator_close(wrong, torchs, t.inputs, t.dy, names=names)
+
+
+def test_operands_that_tensor_cores_cut_are_right_and_more_is_not():
+    """Products of tf32 lose a third of their bound on average, and none of it evens out."""
+    random = torch.Generator().manual_seed(0)
+    x, w = (torch.rand(4096, generator=random) + 0.5 for _ in range(2))
+    cut_x, cut_w = ((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (x, w))
+    right, eps = x.double() * w.double(), 2**-9
+    torchs = right.float()
+    assert_close(cut_x * cut_w, right, torchs, right, product_eps=eps)
+    for wrong in (right * (1 - 0.9 * eps), right * (1 + 0.9 * eps)):  # within each element's bound
+        with pytest.raises(AssertionError, match="RMS error"):
+            assert_close(wrong.float(), right, torchs, right, product_eps=eps)
+    with pytest.raises(AssertionError, match="is right, an error of"):
+        assert_close(cut_x * cut_w, right, torchs, right)

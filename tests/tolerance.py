@@ -8,9 +8,8 @@ The oracle is torch on the CPU in float64. A result passes if
   absolute values, sum |x||w| + |bias| + |residual|;
 - its root-mean-square error is at most twice that of torch's own operator of the same dtype on
   the same device. Torch's is not taken for less than a correctly rounded result has, nor, of
-  sums, for less than ``LUCK`` allows; where tensor cores cut the operands of a product, nor for
-  less than half of what that takes from it. In float64 the oracle is that operator, so this is not
-  asked.
+  sums, for less than ``LUCK`` allows; nor, if ``product_eps`` is given, for less than a quarter of
+  it times the result. In float64 the oracle is that operator, so this is not asked.
 
 Torch's error is a measure only of elements that torch has within the bound. What its CPU kernels
 give in low precision depends on the processor: some write NaN where the oracle is finite (those
@@ -91,7 +90,7 @@ def assert_close(
     if dtype == torch.float64:
         return
     luck = sum_eps * (LUCK[0] + LUCK[1] / error.numel() ** 0.5)
-    # Operands that are cut make each product smaller, so that in a sum nothing evens out.
+    # Tensor cores cut operands to tf32, so each product is smaller, and in a sum nothing evens out.
     cut = product_eps / 4 * _rms(reference)
     least = _rms(expected - reference) + luck * _rms(magnitude) + cut + smallest
     torch_error = (same_dtype - reference).abs()
