@@ -141,7 +141,11 @@ class State:
             # A unit takes its operands in order, and so before a later one's result.
             if not what.writes and what.unit == sass.queue(effects.unit):
                 continue
-            touched = reads | writes if what.writes else writes
+            # Nor does a result overtake an earlier one of its unit, if these come in order.
+            if what.writes and what.unit == effects.unit and effects.in_order:
+                touched = reads
+            else:
+                touched = reads | writes if what.writes else writes
             for register in touched & registers.keys():
                 if what.writes:
                     kind = "read before it is written" if register in reads else "written twice"

@@ -355,6 +355,7 @@ def test_what_takes_its_time_is_waited_for(first, second, kind):
         "STS [R2], R4\nSTG.E desc[UR4][R6.64], R8\nr3 STS [R2+0x4], R5\nwait3 MOV R4, RZ",
         # Results of shared memory come in order.
         "LDS R4, [R2]\nw0 LDS R5, [R2+0x4]\nwait0 FADD R6, R4, R5",
+        "w0 LDSM.16.M88.4 R4, [R2]\nw1 LDS.64 R4, [R3]\nwait0 MOV R8, R7\nwait1 FADD R9, R4, R5",
         "LDGDEPBAR\nDEPBAR.LE SB0, 0x1",
     ],
 )
@@ -365,6 +366,15 @@ def test_what_needs_no_wait_of_its_own_is_clean(text):
 def test_results_of_global_memory_come_in_no_order():
     text = "LDG.E R4, desc[UR4][R2.64]\nw0 LDG.E R5, desc[UR4][R6.64]\nwait0 FADD R6, R4, R5"
     assert find(text) == [("read before it is written", "R4")]
+    text = "w0 LDG.E R4, desc[UR4][R2.64]\nw1 LDG.E R4, desc[UR4][R6.64]"
+    assert find(text) == [("written twice", "R4")]
+    assert find("w0 LDS R4, [R2]\nw1 LDG.E R4, desc[UR4][R6.64]") == [("written twice", "R4")]
+
+
+def test_a_result_that_replaces_another_one_is_waited_for_itself():
+    text = "w0 LDSM.16.M88.4 R4, [R2]\nw1 LDS.64 R4, [R3]"
+    assert find(f"{text}\nwait0 FADD R9, R4, R5") != []
+    assert find(f"{text}\nwait1 MOV R9, R7") != []
 
 
 def test_all_that_a_scoreboard_holds_is_waited_for_by_a_barrier():
