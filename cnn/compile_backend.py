@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         place = " ".join(filter(None, (self.layer, self.line and f"({self.line})")))
-        reason = f", as {self.why}" if self.why else ""
+        reason = f"; {self.why}" if self.why else ""
         return f"{self.graph}: {place} {self.function} -> {self.became}{reason}"
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node, Proxy
 from torch.utils import _pytree as pytree
 
+import kernels
 from kernels import device, functions
 from kernels.geometry import conv_transpose_output_size, conv_transpose_padding
 
@@ -28,6 +30,10 @@ OPERATORS = {
     _ops.max_pool2d.default: "max_pool2d",
     _ops.conv2d_relu_max_pool2d.default: "conv2d + max_pool2d",
 }
+_OWN_SOURCES = (
+    str(Path(kernels.__file__).parent),
+    *(str(Path(__file__).with_name(name)) for name in ("functional.py", "layers.py")),
+)
 _PACKETS: dict[Any, Any] = {overload.overloadpacket: overload for overload in OPERATORS}
 
 
@@ -82,7 +88,8 @@ def lower(graph: Graph) -> list[Outcome]:
 
 
 def name_of(node: Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
+    target: Any = node.target
+    return OPERATORS.get(target) or str(getattr(target, "__name__", target))
 
 
 def _layer(node: Node) -> str:
@@ -92,9 +99,10 @@ def _layer(node: Node) -> str:
 
 
 def _line(node: Node) -> str:
-    """FILE:LINE of a call."""
+    """FILE:LINE of a call, outside of this library's functions and layers."""
     frames = re.findall(r'File "(.*)", line (\d+)', node.meta.get("stack_trace") or "")
-    return ":".join(frames[-1]) if frames else ""
+    users = [":".join(frame) for frame in frames if not frame[0].startswith(_OWN_SOURCES)]
+    return users[-1] if users else ""
 
 
 # How a call's arguments are bound.
