@@ -17,13 +17,12 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.inductor_prims import force_stride_order
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 import kernels
 
-_ops = torch.ops.triton_cnn
+_aten, _ops = torch.ops.aten, torch.ops.triton_cnn
 _CONVOLUTIONS = {
     *(_ops.conv2d.default, _ops.conv2d_dgrad.default, _ops.conv2d_wgrad.default),
     *(_ops.conv2d_bytes.default, _ops.conv2d_bytes_wgrad.default, _ops.conv2d_fp8.default),
@@ -72,7 +71,7 @@ def move(graph: Graph) -> None:
 class _Mover:
     def __init__(self) -> None:
         self.before: dict[Node, Any] = {}  # the values of nodes whose results lay otherwise
-        self.copies: dict[tuple[Node, tuple], Node] = {}
+        self.copies: dict[tuple[Node, tuple[int, ...]], Node] = {}
 
     def visit(self, node: Node) -> None:
         if _is_own(node):
@@ -83,21 +82,20 @@ class _Mover:
         result = _evaluated(node)
         if result is None:  # it gets its operands as they lay before
             for operand in moved:
-                self._copy(node, operand, self.before[operand])
+                self._give_copy(node, operand, _order(self.before[operand]))
         elif _strides(result) != _strides(node.meta["val"]):
             self.before[node] = node.meta["val"]
             node.meta["val"] = result
 
     def _give_channels_last(self, node: Node) -> None:
         """Move a convolution's images; others' only if one of them has been moved."""
-        images = [operand for operand in node.all_input_nodes if _value(operand).dim() == 4]
+        images = [operand for operand in node.all_input_nodes if _is_image(operand)]
         moved = [image for image in images if _is_channels_last(_value(image))]
         if node.target not in _CONVOLUTIONS and not moved:
             return
         for image in images:
             if image not in moved and _value(image).is_contiguous():
-                t = _value(image).contiguous(memory_format=torch.channels_last)
-                self._copy(node, image, t)
+                self._give_copy(node, image, (0, 2, 3, 1))
         names = [argument.name for argument in node.target._schema.arguments]  # type: ignore
         node.args = tuple(
             True if name == "channels_last" else argument
@@ -105,16 +103,33 @@ class _Mover:
         )
         node.meta.pop("eager_input_vals", None)  # by which Inductor would have them as before
 
-    def _copy(self, node: Node, operand: Node, like: Tensor) -> None:
-        """Give a node an operand as another tensor of that size lies."""
-        key = operand, tuple(like.stride())
-        if key not in self.copies:
+    def _give_copy(self, node: Node, operand: Node, order: tuple[int, ...]) -> None:
+        """Give a node an operand whose axes lie in an order, the longest strides first."""
+        if (operand, order) not in self.copies:
+            back = [order.index(axis) for axis in range(len(order))]
             with node.graph.inserting_before(node):
-                made = node.graph.call_function(force_stride_order, (operand, list(key[1])))
-            made.meta = node.meta | {"val": like}
-            made.meta.pop("eager_input_vals", None)
-            self.copies[key] = made
-        node.replace_input_with(operand, self.copies[key])
+                copy = _call(node, _aten.permute.default, operand, list(order))
+                copy = _call(node, _aten.clone.default, copy, memory_format=torch.contiguous_format)
+                self.copies[operand, order] = _call(node, _aten.permute.default, copy, back)
+        node.replace_input_with(operand, self.copies[operand, order])
+
+
+def _call(node: Node, target: Any, *arguments: Any, **options: Any) -> Node:
+    """A call for a node, in whose part of the graph it is."""
+    made = node.graph.call_function(target, arguments, options)
+    made.meta = {key: item for key, item in node.meta.items() if key != "eager_input_vals"}
+    made.meta["val"] = _evaluated(made)
+    return made
+
+
+def _order(t: Tensor) -> tuple[int, ...]:
+    if t.is_contiguous():
+        return tuple(range(t.dim()))
+    return tuple(sorted(range(t.dim()), key=t.stride, reverse=True))
+
+
+def _is_image(node: Node) -> bool:
+    return isinstance(_value(node), Tensor) and _value(node).dim() == 4
 
 
 def _is_own(node: Node) -> bool:
