@@ -87,7 +87,7 @@ def fuse(gm: GraphModule) -> GraphModule:
         counters["triton_cnn"][row.became] += 1
         log.debug("%s", row)
     if any(row.why == ON_CPU for row in rows):
-        warning_once(log, "convolutions are left to Inductor, as %s", ON_CPU)
+        warning_once(log, "a graph is left to Inductor, as %s", ON_CPU)
     return gm
 
 

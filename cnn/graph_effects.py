@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
@@ -32,14 +33,14 @@ def value(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
-def storages(nodes: Iterable[Node]) -> set[int]:
-    """The storages in which the results of nodes lie."""
-    return {
-        t.untyped_storage()._cdata
-        for node in nodes
-        for t in pytree.tree_leaves(value(node))
-        if isinstance(t, Tensor)
-    }
+def storages(nodes: Iterable[Node]) -> set[int] | None:
+    """The storages in which the results of nodes lie; None if it is not known for one of them."""
+    found = set()
+    for t in pytree.tree_leaves([value(node) for node in nodes]):
+        if type(t) is not FakeTensor:
+            return None
+        found.add(t.untyped_storage()._cdata)
+    return found
 
 
 def changed(node: Node) -> list[Node] | None:

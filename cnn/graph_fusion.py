@@ -70,10 +70,11 @@ def _check_way(conv: Node, reader: Node, arguments: dict[str, Any]) -> None:
     read = storages(node for node in arguments.values() if isinstance(node, Node))
     node = conv.next
     while node is not reader:
-        written = changed(node)
-        if written is None or any(value(tensor) is None for tensor in written):
+        changes = changed(node)
+        written = None if changes is None else storages(changes)
+        if written is None or (written and read is None):
             raise Refusal(f"{name_of(node)} stands between it and {name_of(reader)}")
-        if storages(written) & read:
+        if read and written & read:
             raise Refusal(f"{name_of(node)} changes what it reads before {name_of(reader)}")
         node = node.next
 

@@ -5,17 +5,20 @@ Most tests run the rewritten graph through AOTAutograd and no further, as Induct
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as TF
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+import cnn
 import cnn.functional as F
+import kernels.device
 from cnn import compile_backend
 from cnn.compile_backend import compile_report, fuse
 
@@ -391,3 +394,172 @@ def test_not_fused(function):
     wanted, expected, why = NOT_FUSING[function]
     assert check(function, wanted) == expected
     assert why in compile_report().rows[0].why
+
+
+# Autocast.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_under_autocast_operands_are_cast_as_torch_casts_them(dtype, where, device):
+    def inside(x, r, w, b):
+        with torch.autocast(device.type, dtype):
+            return chain(x, r, w, b)
+
+    def chain(x, r, w, b):
+        y = TF.max_pool2d(conv(x, w, b).relu_(), 2)
+        return y, TF.conv_transpose2d(y, w, None, 2)
+
+    inputs = {name: t.to(device) for name, t in operands(torch.float32).items()}
+    function = inside if where == "inside" else chain
+    with torch.autocast(device.type, dtype, enabled=where == "around"):
+        expected = run(function, "xwb", **inputs)
+        got = run(torch.compile(function, backend=rewritten, fullgraph=True), "xwb", **inputs)
+    assert became() == [POOLED, "conv_transpose2d"]
+    assert got["result0"].dtype == got["result1"].dtype == dtype
+    for name, value in expected.items():
+        if value is not None:
+            assert got[name].dtype == value.dtype
+            torch.testing.assert_close(got[name], value, rtol=2e-2, atol=2e-2, msg=name)
+
+
+@pytest.mark.parametrize("fused_part", ["convolution", "relu"])
+def test_nothing_moves_over_the_edge_of_autocast(fused_part, device):
+    def edge(x, r, w, b):
+        with torch.autocast(device.type, torch.bfloat16, enabled=fused_part == "convolution"):
+            y = conv(x, w, b)
+        with torch.autocast(device.type, torch.bfloat16, enabled=fused_part == "relu"):
+            return y.relu()
+
+    inputs = {name: t.to(device) for name, t in operands(torch.float32).items()}
+    got = run(torch.compile(edge, backend=rewritten, fullgraph=True), "xwb", **inputs)
+    expected = run(edge, "xwb", **inputs)
+    (row,) = compile_report().rows
+    assert row.became == "conv2d"
+    assert "_exit_autocast stands between it and relu" in row.why
+    assert got["result0"].dtype == expected["result0"].dtype
+    torch.testing.assert_close(got["result0"], expected["result0"], rtol=2e-2, atol=2e-2)
+
+
+def test_autocast_leaves_float64_alone(device):
+    def function(x, r, w, b):
+        with torch.autocast(device.type, torch.bfloat16):
+            return conv(x, w, b).relu()
+
+    inputs = {name: t.to(device) for name, t in operands().items()}
+    assert check(function, "xwb", **inputs) == [FUSED]
+
+
+def test_a_residual_of_another_dtype_is_added_by_torch(device):
+    def function(x, r, w, b):
+        with torch.autocast(device.type, torch.bfloat16):
+            return (conv(x, w, b) + r).relu()
+
+    inputs = {name: t.to(device) for name, t in operands(torch.float32).items()}
+    run(torch.compile(function, backend=rewritten, fullgraph=True), "xrwb", **inputs)
+    assert became() == ["conv2d"]
+
+
+# What is left to Inductor.
+
+
+def _vectorized(x: Tensor, w: Tensor) -> Tensor:
+    return torch.vmap(lambda image: TF.conv2d(image[None], w).relu())(x)
+
+
+X, W = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 1, 1)
+LEFT_ALONE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
+    "integers": (TF.conv2d, (X.long(), W.long()), "its tensors have dtype torch.int64"),
+    "complex": (TF.conv2d, (X * 1j, W * 1j), "its tensors have dtype torch.complex64"),
+    "unbatched": (TF.conv2d, (X[0], W), "its input has no batch"),
+    "without channels": (TF.conv2d, (X[:, :0], W[:, :0]), "its input or result is empty"),
+    "in a transform": (_vectorized, (X, W), "in a transform of torch.func"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_the_operators_do_not_take_is_left_to_inductor(name):
+    function, inputs, why = LEFT_ALONE[name]
+    compiled = torch.compile(function, backend=rewritten, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    (row,) = compile_report().rows
+    assert row.became == LEFT
+    assert why in row.why
+
+
+def test_arguments_that_vary_are_left_to_inductor():
+    def function(x, w):
+        return TF.conv2d(x, w, padding=x.shape[2] // 4)
+
+    compiled = torch.compile(function, backend=rewritten, fullgraph=True, dynamic=True)
+    x, w = torch.randn(1, 2, 9, 8), torch.randn(3, 2, 3, 3)
+    torch.testing.assert_close(compiled(x, w), function(x, w))
+    assert [(row.became, row.why) for row in compile_report().rows] == [
+        (LEFT, "its arguments vary")
+    ]
+
+
+def test_on_a_cpu_without_the_interpreter_it_says_once_that_inductor_gets_the_graph(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr(kernels.device, "takes_cpu", lambda: False)
+    torch._logging._internal.warning_once.cache_clear()
+    for _ in range(2):
+        check(lambda x, r, w, b: TF.max_pool2d(TF.conv2d(x, w, b).relu(), 2))
+        assert became() == [LEFT, LEFT]
+        torch._dynamo.reset()
+    messages = [r.message for r in caplog.records if r.name == compile_backend.__name__]
+    (warning,) = [message for message in messages if "->" not in message]
+    assert warning.startswith("a graph is left to Inductor, as its tensors are on the CPU")
+
+
+# Sizes, graphs and reports.
+
+
+def test_other_batches_and_images_compile_nothing_anew():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3, 2, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(TF.max_pool2d(TF.relu(self.down(x)), 2))
+
+    network = Network().double()
+    compiled = torch.compile(network, backend=rewritten, fullgraph=True, dynamic=True)
+    for sizes in ((2, 10, 11), (3, 10, 11), (4, 9, 12)):
+        n, h, w = sizes
+        x = torch.randn(n, 3, h, w, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x), network(x), rtol=1e-9, atol=1e-9)
+    assert became() == [POOLED, "conv_transpose2d"]
+
+
+def test_the_report_names_layer_line_graph_and_reason():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(1, 2, 3), cnn.Conv2d(2, 2, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).relu()
+            torch._dynamo.graph_break()
+            return TF.max_pool2d(x, 2)
+
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        torch.compile(Network(), backend=rewritten)(torch.randn(1, 1, 8, 8))
+    first, second, pool = compile_report().rows
+    assert (first.layer, first.function, first.became) == ("stem.0", "conv2d", "conv2d")
+    assert first.why == "conv2d follows it"
+    assert (second.layer, second.became) == ("stem.1", FUSED)
+    assert second.why == "its result leaves the graph"
+    source = Path(first.line.rpartition(":")[0])
+    assert {source, Path(second.line.rpartition(":")[0])} == {Path(__file__)}
+    assert (pool.became, pool.why) == ("max_pool2d", "")
+    assert first.graph == second.graph != pool.graph
+    lines = str(compile_report()).splitlines()
+    assert lines[0] == f"{first.graph}: stem.0 ({first.line}) conv2d -> conv2d; conv2d follows it"
+    assert compile_report().counts == {"conv2d": 1, FUSED: 1, "max_pool2d": 1}
+    assert torch._dynamo.utils.counters["triton_cnn"] == compile_report().counts
+    torch._dynamo.reset()
+    assert compile_report().rows == []
