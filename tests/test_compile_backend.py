@@ -4,6 +4,7 @@ with eager mode.
 Most tests run the rewritten graph through AOTAutograd and no further, as Inductor takes its time.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
+from hand_made import MODELS
+from rewritten import rewritten, run
 from torch import Tensor, nn
-from torch._dynamo.backends.debugging import aot_eager
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 import cnn
 import cnn.functional as F
 import kernels.device
 from cnn import compile_backend
-from cnn.compile_backend import compile_report, fuse
+from cnn.compile_backend import compile_report
 
 FUSED = "conv2d + relu"
 POOLED = "conv2d + relu + max_pool2d"
@@ -35,13 +36,6 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def rewritten(gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    return aot_eager(fuse(gm), inputs)
-
-
-rewritten.reset = compile_backend.triton_cnn.reset
-
-
 def became() -> list[str]:
     return [row.became for row in compile_report().rows]
 
@@ -51,18 +45,6 @@ def operands(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     torch.manual_seed(0)
     shapes = {"x": (2, 3, 6, 6), "r": (2, 4, 6, 6), "w": (4, 3, 3, 3), "b": (4,)}
     return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
-
-
-def run(function: Callable[..., Any], wanted: str, **inputs: Tensor) -> dict[str, Any]:
-    """Results, gradients of the inputs in ``wanted``, and the inputs as they are afterwards."""
-    given = {n: t.detach().clone().requires_grad_(n in wanted) for n, t in inputs.items()}
-    results = pytree.tree_leaves(function(**given))
-    differentiable = [y for y in results if y.requires_grad]
-    if differentiable:
-        weights = [torch.linspace(0.5, 1.5, y.numel()).to(y).view(y.shape) for y in differentiable]
-        torch.autograd.backward(differentiable, weights)
-    gradients = {f"d{name}": given[name].grad for name in wanted}
-    return {f"result{i}": y for i, y in enumerate(results)} | gradients | given
 
 
 def check(function: Callable[..., Any], wanted: str = "xrwb", **inputs: Tensor) -> list[str]:
@@ -563,3 +545,42 @@ def test_the_report_names_layer_line_graph_and_reason():
     assert torch._dynamo.utils.counters["triton_cnn"] == compile_report().counts
     torch._dynamo.reset()
     assert compile_report().rows == []
+
+
+# Whole networks.
+
+
+class Fire(nn.Module):
+    """SqueezeNet's: two convolutions of one map, side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.squeeze, self.activation = nn.Conv2d(3, 2, 1), nn.ReLU(inplace=True)
+        self.one, self.three = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.squeeze(x))
+        return torch.cat([self.activation(self.one(x)), self.activation(self.three(x))], 1)
+
+
+@pytest.mark.parametrize("make", [*MODELS, Fire])
+def test_a_training_step_of_a_network_is_eager_modes(make):
+    """Values, gradients and buffers; every convolution is one of this library's operators."""
+    torch.manual_seed(0)
+    network = make().double()
+    twin = copy.deepcopy(network)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    compiled = torch.compile(network, backend=rewritten, fullgraph=True)
+    got = run(lambda x: compiled(x), "x", x=x)
+    expected = run(lambda x: twin(x), "x", x=x)
+    tensors = [dict(got), dict(network.named_buffers()), _gradients(network)]
+    others = [dict(expected), dict(twin.named_buffers()), _gradients(twin)]
+    torch.testing.assert_close(tensors, others, rtol=1e-8, atol=1e-8)
+    assert LEFT not in became()
+    convolutions = [row for row in compile_report().rows if row.function.startswith("conv")]
+    kinds = nn.Conv2d, nn.ConvTranspose2d
+    assert len(convolutions) == sum(isinstance(layer, kinds) for layer in network.modules())
+
+
+def _gradients(network: nn.Module) -> dict[str, Any]:
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
