@@ -16,6 +16,7 @@ from torch._guards import CompileContext
 from torch._logging._internal import warning_once
 from torch.fx import GraphModule
 
+from .graph_effects import forget_reshaped
 from .graph_fusion import rewrite
 from .graph_lowering import ON_CPU
 
@@ -78,6 +79,7 @@ def fuse(gm: GraphModule) -> GraphModule:
     frame = str(CompileContext.current_compile_id() or "-")
     _graphs[frame] += 1
     name = f"[{frame}]" if _graphs[frame] == 1 else f"[{frame}, graph {_graphs[frame]}]"
+    forget_reshaped(gm)
     rows = []
     for inner, module in gm.named_modules():
         if isinstance(module, GraphModule):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 _PURE_MODULES = {"torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator"}
@@ -28,9 +28,38 @@ _KEEPING_STATISTICS = ("batch_norm", "instance_norm", "embedding", "fake_quant")
 """Words in the names of functions that may also write to the tensors after their first."""
 
 
+_RESHAPING = {
+    *("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_"),
+    *("resize_", "resize_as_", "set_", "detach_", "requires_grad_"),
+}
+"""Names of functions that change in place how a tensor lies, or whether it gets a gradient."""
+
+
+def forget_reshaped(gm: GraphModule) -> None:
+    """Have ``value`` give None for tensors that are reshaped in place: Dynamo then keeps for all
+    nodes how they are at the end.
+    """
+    graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes]
+    reshaped = {
+        id(value(operand))
+        for node in nodes
+        if _name(node.target) in _RESHAPING
+        for operand in node.all_input_nodes
+    }
+    for node in nodes:
+        if any(id(leaf) in reshaped for leaf in pytree.tree_leaves(value(node))):
+            node.meta["reshaped"] = True
+
+
+def _name(target: Any) -> str:
+    """A function's or method's, without its overload."""
+    return str(getattr(getattr(target, "overloadpacket", target), "__name__", target))
+
+
 def value(node: Node) -> Any:
     """What Dynamo knows of a node's result; None if it knows nothing."""
-    return node.meta.get("example_value")
+    return None if "reshaped" in node.meta else node.meta.get("example_value")
 
 
 def storages(nodes: Iterable[Node]) -> set[int] | None:

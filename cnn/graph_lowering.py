@@ -184,7 +184,7 @@ def _max_pool2d(
 ) -> Node:
     _check_constant(kernel_size, stride, padding, dilation, ceil_mode)
     indices = bool(return_indices) or node.target is TF.max_pool2d_with_indices
-    results = value(node) if indices else (value(node),)
+    results = value(node) if indices and value(node) else (value(node),)
     operands = _operands(results[0], input)
     if indices and any(user.target is not operator.getitem for user in node.users):
         raise Refusal("its maxima and indices are handed on in one tuple")
@@ -258,19 +258,22 @@ def _check_constant(*arguments: Any) -> None:
         raise Refusal("its arguments vary")
 
 
-def _operands(result: Any, input: Any, *others: Any) -> list[Node | None]:
+def _operands(result: Any, *operands: Any) -> list[Node | None]:
     """The operands, cast to the result's dtype: autocast has given it another than theirs."""
-    nodes = (input, *others)
-    tensors = [value(node) if isinstance(node, Node) else node for node in nodes]
-    _check_tensors(result, *(t for t in tensors if t is not None))
+    given = [operand for operand in operands if operand is not None]
+    _check_tensors(result, *(value(node) if isinstance(node, Node) else node for node in given))
     return [
-        node if t is None or t.dtype == result.dtype else _evaluated(node, "to", result.dtype)
-        for node, t in zip(nodes, tensors, strict=True)
+        node
+        if node is None or value(node).dtype == result.dtype
+        else _evaluated(node, "to", result.dtype)
+        for node in operands
     ]
 
 
 def _check_tensors(result: Any, input: Any, *others: Any) -> None:
     tensors = (result, input, *others)
+    if any(t is None for t in tensors):
+        raise Refusal("its tensors are reshaped in place, or not known")
     if any(type(t) is not FakeTensor for t in tensors):
         raise Refusal("its tensors are of a subclass, or in a transform of torch.func")
     for t in tensors:

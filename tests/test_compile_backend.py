@@ -459,6 +459,39 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
 }
 
 
+def weight_transposed(x, r, w, b):
+    w = TF.pad(w, (0, 0, 1, 1))
+    y = TF.conv2d(x, w, padding="same").relu()
+    w.transpose_(2, 3)
+    return y
+
+
+def weight_detached(x, r, w, b):
+    w = w * 2
+    y = TF.max_pool2d(w, 2)
+    z = y * 2
+    y.detach_()
+    return z
+
+
+def residual_unsqueezed(x, r, w, b):
+    r = r * 1
+    y = TF.relu(conv(x, w, b) + r)
+    r.unsqueeze_(0)
+    return y
+
+
+@pytest.mark.parametrize("function", [weight_transposed, weight_detached, residual_unsqueezed])
+def test_tensors_that_are_reshaped_in_place_are_left_alone(function):
+    wanted = {weight_transposed: "", weight_detached: "w", residual_unsqueezed: "xrw"}[function]
+    check(function, wanted)
+    (row,) = compile_report().rows
+    if function is residual_unsqueezed:
+        assert (row.became, row.why[:7]) == ("conv2d", "its sum")
+    else:
+        assert (row.became, "reshaped in place" in row.why) == (LEFT, True)
+
+
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_what_the_operators_do_not_take_is_left_to_inductor(name):
     function, inputs, why = LEFT_ALONE[name]
