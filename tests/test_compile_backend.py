@@ -5,6 +5,11 @@ Most tests run the rewritten graph through AOTAutograd and no further, as Induct
 """
 
 import copy
+import json
+import os
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +20,18 @@ import torch.nn.functional as TF
 from hand_made import MODELS
 from rewritten import rewritten, run
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils import checkpoint
 
 import cnn
 import cnn.functional as F
 import kernels.device
 from cnn import compile_backend
-from cnn.compile_backend import compile_report
+from cnn.compile_backend import compile_report, triton_cnn
+from cnn.graph_layout import ChannelsLast
 
+ROOT = Path(__file__).parents[1]
 FUSED = "conv2d + relu"
 POOLED = "conv2d + relu + max_pool2d"
 SUMMED = "conv2d + residual + relu"
@@ -617,3 +626,121 @@ def test_a_training_step_of_a_network_is_eager_modes(make):
 
 def _gradients(network: nn.Module) -> dict[str, Any]:
     return {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+def test_a_step_with_a_grad_scaler(device):
+    torch.manual_seed(0)
+    network = MODELS[0]().to(device)
+    x = torch.randn(2, 3, 16, 16, device=device)
+
+    def train(step: Callable[[Tensor], Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        scaler = torch.amp.GradScaler(device.type)
+        for _ in range(2):
+            with torch.autocast(device.type, torch.float16):
+                loss = step(x).square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return parameters
+
+    twin = copy.deepcopy(network)
+    compiled = torch.compile(network, backend=rewritten, fullgraph=True)
+    got = train(compiled, list(network.parameters()))
+    torch.testing.assert_close(got, train(twin, list(twin.parameters())), rtol=1e-2, atol=1e-3)
+    assert sorted(became()) == [FUSED, POOLED, POOLED]
+
+
+# Inductor, and other processes.
+
+
+@pytest.fixture
+def configs(monkeypatch) -> list[dict[str, Any]]:
+    """What Inductor would be called with; the graph is run as it is."""
+    seen = []
+
+    def call(self: Any, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        seen.append(self.config)
+        return torch._dynamo.disable(gm.forward)
+
+    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", call)
+    return seen
+
+
+def test_modes_and_options_are_inductors(configs):
+    def function(x):
+        return x + 1
+
+    for how in ({"mode": "reduce-overhead"}, {"options": {"max-autotune": True}}, {}):
+        torch._dynamo.reset()
+        torch.compile(function, backend=triton_cnn, **how)(torch.ones(2))
+    for config in configs:
+        assert isinstance(config.pop("joint_custom_post_pass"), CustomGraphPass)
+    assert configs == [{"triton.cudagraphs": True}, {"max_autotune": True}, {}]
+    torch._dynamo.reset()
+    with pytest.raises(BackendCompilerFailed, match="Unexpected optimization option nothing"):
+        torch.compile(function, backend=triton_cnn, options={"nothing": 1})(torch.ones(2))
+
+
+class Counting(CustomGraphPass):
+    calls = 0
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.calls += 1
+
+    def uuid(self) -> str:
+        return "counting"
+
+
+def test_a_pass_of_the_users_is_kept(configs):
+    pass_of_users = Counting()
+    options = {"joint_custom_post_pass": pass_of_users}
+    torch.compile(lambda x: x + 1, backend=triton_cnn, options=options)(torch.ones(2))
+    made = configs[0]["joint_custom_post_pass"]
+    made(torch.fx.Graph())
+    assert pass_of_users.calls == 1
+    assert made.uuid() == (ChannelsLast().uuid()[0], "counting")
+    assert ChannelsLast(lambda graph: None).uuid() is None  # Inductor then caches nothing
+
+
+def in_a_process(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A module of tests/ that has run in the interpreter, with the backend's entry point."""
+    paths = [environment.pop("PYTHONPATH", ""), str(ROOT), str(ROOT / "tests")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    kept = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", name],
+        cwd=ROOT,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_it_is_found_by_name_and_a_second_process_finds_what_the_first_compiled(tmp_path):
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    (group, points), *_ = declared.items()
+    folder = tmp_path / "triton_cnn_of_a_test-0.dist-info"
+    folder.mkdir()
+    metadata = "Metadata-Version: 2.1\nName: triton-cnn-of-a-test\nVersion: 0\n"
+    (folder / "METADATA").write_text(metadata)
+    lines = [f"[{group}]", *(f"{name} = {where}" for name, where in points.items())]
+    (folder / "entry_points.txt").write_text("\n".join(lines))
+    where = {"PYTHONPATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    where["TORCH_LOGS"] = "+cnn.compile_backend"
+    processes = [in_a_process("compiled_twice", **where) for _ in range(2)]
+    for process in processes:
+        assert f"conv2d -> {POOLED}" in process.stderr
+    first, second = (json.loads(process.stdout) for process in processes)
+    assert first == {"hits": {}, "became": {POOLED: 1}}
+    assert second == {
+        "hits": {"fxgraph_cache_hit": 2, "autograd_cache_hit": 1},
+        "became": {POOLED: 1},
+    }
+
+
+def test_under_ddp_fsdp_and_dtensor():
+    in_a_process("compiled_distributed")
