@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as TF
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 import kernels
@@ -276,6 +277,8 @@ def _check_tensors(result: Any, input: Any, *others: Any) -> None:
             raise Refusal(f"its tensors have dtype {t.dtype}")
         if t.layout != torch.strided:
             raise Refusal(f"its tensors have layout {t.layout}")
+        if free_unbacked_symbols(t):
+            raise Refusal("its sizes depend on data")
     if input.dim() != 4:
         raise Refusal("its input has no batch")
     if any(isinstance(size, int) and size == 0 for size in (*input.shape[1:], *result.shape[1:])):
