@@ -29,6 +29,7 @@ kernels.autotune
 kernels.library
 kernels.functions
 cnn.arguments cnn.autocast cnn.decisions cnn.problem
+cnn.composed
 cnn.functional cnn.fusion
 cnn.layers
 cnn.summary cnn.convert cnn.export
