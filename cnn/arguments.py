@@ -34,7 +34,9 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
     Numbers that are equal need not be alike: True and 1.0 are refused where 1 is not. So only
     calls with plain numbers are kept, and none that is traced or cast on the way.
     """
-    if not (type(tensors[0]) in _TENSORS and library.runs_kernels(tensors[0])):
+    if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
+        return None
+    if type(tensors[0]) not in _TENSORS or not library.runs_kernels(tensors[0]):
         return None
     for value in arguments:
         if type(value) not in _PLAIN:
@@ -43,9 +45,7 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
             for item in value:
                 if type(item) is not int:
                     return None
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return None
-    if (setting := library.setting(tensors[0])) is None:
+    if torch._C._is_any_autocast_enabled() or (setting := library.setting(tensors[0])) is None:
         return None
     key: list[Any] = [name, setting, arguments]
     try:

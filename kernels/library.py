@@ -178,10 +178,8 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def setting(x: Tensor) -> tuple | None:
-    """What a call on x depends on besides its arguments; None where it may not be kept."""
-    if is_watched() or torch._C._is_torch_function_mode_enabled() or not _may_replay():
-        return None
-    if not runs_kernels(x):
+    """What kernels called on x depend on besides arguments; None where the call may not be kept."""
+    if is_watched() or not _may_replay():
         return None
     precision = x.dtype == torch.float32 and resolve_precision(None, x)
     return describe(x.device), precision, torch.is_grad_enabled()
