@@ -80,9 +80,9 @@ def _beyond_torch(
     y = torch.conv2d(input, weight, bias, *geometry)
     if residual is None:
         return y
-    _, residual = autocast(y, residual)
-    check_dtypes(y, residual=residual)
-    return y + residual
+    _, addend = autocast(y, residual)
+    check_dtypes(y, residual=addend)
+    return y + addend
 
 
 def _float8(
