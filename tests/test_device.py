@@ -1,6 +1,5 @@
 """Launching: counting, empty grids, threads; and compiling without a device."""
 
-import os
 import subprocess
 import sys
 import threading
