@@ -1,9 +1,13 @@
 """``functional``'s own functions, composed of torch's: on a CPU without kernels, and for export."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kernels import device
 
 from .arguments import (
     PRECISIONS,
@@ -16,6 +20,26 @@ from .arguments import (
     convolution,
 )
 from .autocast import autocast
+
+_exports_operators = False
+
+
+@contextmanager
+def exported_operators() -> Iterator[None]:
+    """Within this context ``torch.export`` finds this library's operators, not torch's."""
+    global _exports_operators
+    outer, _exports_operators = _exports_operators, True
+    try:
+        yield
+    finally:
+        _exports_operators = outer
+
+
+def is_torchs(input: Any) -> bool:
+    """Whether a call is torch's own affair: it is exported, or on a CPU that runs no kernels."""
+    if torch.compiler.is_exporting():
+        return not _exports_operators
+    return isinstance(input, Tensor) and input.is_cpu and not device.takes_cpu()
 
 
 def conv2d(

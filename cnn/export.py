@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .functional import exported_operators
+from .composed import exported_operators
 from .problem import missing
 
 

@@ -8,8 +8,7 @@ On a CPU without the interpreter these functions are torch's own, with whatever 
 raises there, and so they are on every device while ``torch.export`` looks on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -18,7 +17,7 @@ import torch.nn.functional as TF
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from kernels import device, functions
+from kernels import functions
 from kernels.geometry import conv_transpose_output_size, pool_output_size
 
 from . import composed
@@ -53,27 +52,6 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-_exports_operators = False
-
-
-@contextmanager
-def exported_operators() -> Iterator[None]:
-    """Within this context ``torch.export`` finds this library's operators, not torch's."""
-    global _exports_operators
-    outer, _exports_operators = _exports_operators, True
-    try:
-        yield
-    finally:
-        _exports_operators = outer
-
-
-def _is_torchs(input: Any) -> bool:
-    """Whether a call is torch's own affair: it is exported, or on a CPU that runs no kernels."""
-    if torch.compiler.is_exporting():
-        return not _exports_operators
-    return isinstance(input, Tensor) and input.is_cpu and not device.takes_cpu()
-
-
 def _overridable(
     torchs: Callable[..., Any],
 ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
@@ -87,7 +65,7 @@ def _overridable(
             values = (*args, *kwargs.values())
             if has_torch_function(values):
                 return handle_torch_function(call, values, *args, **kwargs)
-            if _is_torchs(args[0] if args else kwargs.get("input")):
+            if composed.is_torchs(args[0] if args else kwargs.get("input")):
                 return torchs(*args, **kwargs)
             return function(*args, **kwargs)
 
@@ -157,27 +135,20 @@ def conv2d(
         key = call_key("conv2d", tensors, arguments)
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias, residual)
-    others = (scale, *normalise) if isinstance(normalise, tuple) else (scale, normalise)
-    if has_torch_function((*tensors, *others, *arguments)):
-        return handle_torch_function(
-            conv2d,
-            (*tensors, *others, *arguments),
-            *(input, weight, bias, stride, padding, dilation, groups),
-            activation=activation,
-            residual=residual,
-            precision=precision,
-            scale=scale,
-            normalise=normalise,
-        )
-    if _is_torchs(input):
-        return composed.conv2d(
-            *(input, weight, bias, stride, padding, dilation, groups),
-            activation=activation,
-            residual=residual,
-            precision=precision,
-            scale=scale,
-            normalise=normalise,
-        )
+    given = input, weight, bias, stride, padding, dilation, groups
+    options: Any = {
+        "activation": activation,
+        "residual": residual,
+        "precision": precision,
+        "scale": scale,
+        "normalise": normalise,
+    }
+    others = normalise if isinstance(normalise, tuple) else ()
+    values = (*given, *options.values(), *others)
+    if has_torch_function(values):
+        return handle_torch_function(conv2d, values, *given, **options)
+    if composed.is_torchs(input):
+        return composed.conv2d(*given, **options)
     check_tensor("input", input)
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
