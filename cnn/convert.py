@@ -33,9 +33,7 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _LAZY = {nn.LazyConv2d: layers.Conv2d, nn.LazyConvTranspose2d: layers.ConvTranspose2d}
 # What a swap would bypass if a layer had its own, and what it would take for ours.
-_REPLACED = (
-    *("forward", "_conv_forward", "__call__", "_call_impl", "__reduce__", "__reduce_ex__"),
-)
+_REPLACED = ("forward", "_conv_forward", "__call__", "_call_impl", "__reduce__", "__reduce_ex__")
 _ADDED = {base: sorted({"qconfig", *dir(ours)} - {*dir(base)}) for base, ours in SWAPS.items()}
 
 
@@ -98,10 +96,9 @@ def revert(model: nn.Module) -> nn.Module:
         kind = type_before_parametrizations(module)
         if module.__dict__.get("cls_to_become") in theirs:
             del module.cls_to_become
-        if kind in theirs and getattr(module, "normalise", None) is None:
-            _become(module, theirs[kind])
-        elif _is_mixed(kind):
-            _become(module, kind.__bases__[0])
+        own = kind.__bases__[0] if _is_mixed(kind) else theirs.get(kind)
+        if own is not None and getattr(module, "normalise", None) is None:
+            _become(module, own)
     return model
 
 

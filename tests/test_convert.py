@@ -85,6 +85,13 @@ class Subclass(nn.Conv2d):
     def extra_repr(self):
         return "ours, " + super().extra_repr()
 
+    def __getstate__(self):
+        return {**vars(self), "saved": True}
+
+    def __setstate__(self, state):
+        assert state.pop("saved")
+        super().__setstate__(state)
+
 
 class Overriding(nn.Conv2d):
     def forward(self, input):
@@ -495,12 +502,12 @@ def test_what_is_no_model():
 
 
 def test_layers_that_torch_has_no_class_for_stay():
-    model = nn.Sequential(cnn.models.lenet5(), cnn.Conv2d(1, 2, 3))
-    model[1].normalise = 2.0, 0.0
+    model = cnn.convert(nn.Sequential(cnn.models.lenet5(), nn.Conv2d(1, 2, 3), Subclass(1, 2, 3)))
+    model[1].normalise = model[2].normalise = 2.0, 0.0
     before = str(model)
-    assert str(cnn.revert(cnn.convert(model))) == before
-    model[1].normalise = None
-    assert type(cnn.revert(model)[1]) is nn.Conv2d
+    assert str(cnn.revert(model)) == before
+    model[1].normalise = model[2].normalise = None
+    assert [type(layer) for layer in cnn.revert(model)[1:]] == [nn.Conv2d, Subclass]
 
 
 REPORT = """\
