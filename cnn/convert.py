@@ -42,7 +42,7 @@ class Line:
     """What became of one layer."""
 
     name: str
-    was: str
+    kind: str
     became: str
     engine: str  # that the planner takes for the forward pass; "ATen" on a CPU
     note: str  # why it was not swapped
@@ -55,7 +55,7 @@ class Report(tuple[Line, ...]):
 
     def __str__(self) -> str:
         rows = [("layer", "was", "is", "engine", "note")]
-        rows += [(line.name, line.was, line.became, line.engine, line.note) for line in self]
+        rows += [(line.name, line.kind, line.became, line.engine, line.note) for line in self]
         return table(rows, "<<<<<")
 
 
