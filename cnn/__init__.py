@@ -19,7 +19,6 @@ from .layers import (
     ConvTranspose2d,
     MaxPool2d,
     MaxUnpool2d,
-    fold_batch_norm,
 )
 from .summary import summary
 
@@ -34,7 +33,6 @@ __all__ = [
     "convert",
     "export",
     "export_onnx",
-    "fold_batch_norm",
     "functional",
     "models",
     "revert",

@@ -294,14 +294,14 @@ def test_a_step_of_training_runs_torchs_operators_and_no_more(build, layout):
 
 
 class Operators(TorchDispatchMode):
-    """The operators that run, in place or not."""
+    """The names of the operators that run."""
 
     def __init__(self):
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name.rstrip("_"))
+        self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 

@@ -89,9 +89,7 @@ ZOO = {
     "vgg": lambda: narrow_vgg(batch_norm=True),
     "vgg_small": lambda: cnn.models.vgg_small(in_channels=3, image_size=16),
     "resnet": lambda: narrow_resnet().to(memory_format=torch.channels_last),
-    "folded": lambda: narrow_resnet().folded(),
     "converted": lambda: cnn.convert(hand_made.SegNet()),
-    "apart": lambda: cnn.convert(hand_made.VGG(), fuse=False),
 }
 
 

@@ -28,11 +28,12 @@ kernels.planner kernels.aten kernels.vmap kernels.winners
 kernels.autotune
 kernels.library
 kernels.functions
-cnn.arguments cnn.autocast cnn.decisions cnn.problem
+cnn.arguments cnn.autocast cnn.problem
 cnn.composed
-cnn.functional cnn.fusion
+cnn.functional
 cnn.layers
-cnn.summary cnn.convert cnn.export
+cnn.summary cnn.export
+cnn.convert
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
 cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
 cnn.models.hed
