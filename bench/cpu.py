@@ -145,7 +145,7 @@ def _row(case: Case, task: str, layout: str, seconds: float) -> dict[str, Any]:
     calls = {name: make(network, x, labels) for name, network in networks.items()}
     times = alternating(calls, seconds)
     ms = {name: statistics.median(found) for name, found in times.items()}
-    ratio = {name: ms[name] / ms["torch"] for name in ("ours", "converted")}
+    ratio = {name: typical_ratio(times[name], times["torch"]) for name in ("ours", "converted")}
     return {
         **case._asdict(),
         "task": task,
@@ -155,6 +155,11 @@ def _row(case: Case, task: str, layout: str, seconds: float) -> dict[str, Any]:
         "ratio": rounded(ratio),
         "limit": LIMIT_OF_ONE if case.batch_size == 1 else LIMIT,
     }
+
+
+def typical_ratio(ours: list[float], torchs: list[float]) -> float:
+    """The median over the rounds: what slows a few of either hardly moves it."""
+    return statistics.median(one / other for one, other in zip(ours, torchs, strict=True))
 
 
 def contenders(model: nn.Module) -> dict[str, nn.Module]:

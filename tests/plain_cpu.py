@@ -364,6 +364,10 @@ def test_checkpoints_go_to_torchs_layers_and_back(build, build_plain, tmp_path):
 # The benchmark.
 
 
+def test_a_ratio_is_of_one_round():
+    assert cpu.typical_ratio([2.0, 9.0, 3.0], [1.0, 9.0, 2.0]) == 1.5
+
+
 def test_the_benchmark(tmp_path, capsys, monkeypatch):
     """A row for each task and layout, and 1 if a ratio is over its limit."""
     file = tmp_path / "cpu.json"
@@ -376,6 +380,5 @@ def test_the_benchmark(tmp_path, capsys, monkeypatch):
     assert len(results["rows"]) == len(capsys.readouterr().out.splitlines()) - 1 == 8
     for row in results["rows"]:
         assert row["rounds"] == 11
-        assert row["ratio"]["ours"] == pytest.approx(row["ms"]["ours"] / row["ms"]["torch"], 1e-3)
     monkeypatch.setattr(cpu, "LIMIT", 0.0)
     assert main(command) == 1
