@@ -149,6 +149,7 @@ FUSING: dict[str, tuple[Callable[..., Any], list[str]]] = {
         lambda x, r, w, b: _with_calm_neighbors(x, r, w, b),
         [SUMMED],
     ),
+    "asked about": (lambda x, r, w, b: _asking(x, w, b), [FUSED]),
     "checkpoint": (
         lambda x, r, w, b: checkpoint.checkpoint(
             lambda x: TF.max_pool2d(conv(x, w, b).relu(), 2), x * 2, use_reentrant=False
@@ -168,6 +169,11 @@ def _with_calm_neighbors(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
     running = torch.zeros_like(b)
     other = TF.batch_norm(other, running, running + 1, training=True)
     return TF.relu(y + other)
+
+
+def _asking(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    y = conv(x, w, b)
+    return y.relu() if y.is_cpu or y.is_cuda else y
 
 
 def _without_gradient(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
