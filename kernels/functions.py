@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import library
 from .geometry import Pair, conv_places, is_channels_last
@@ -63,6 +63,7 @@ def _apply(function: type[Operator], *tensors: Tensor | None, numbers: tuple) ->
     call. ``function.apply``, which looks its defaults up by inspection, takes longer still.
     """
     if not library.is_plain(tensors):
+        library.meet_subclasses()
         return function.dispatched(*tensors, *numbers)
     if torch.is_grad_enabled():
         record = super(Function, function).apply
@@ -450,9 +451,14 @@ def _register(function: type[Operator]) -> None:
     def autograd(keyset: Any, *args: Any) -> Any:
         tensors, numbers = args[:count], library.with_tuples(args[count:])
         below = keyset & torch._C._after_autograd_keyset
+        recorded, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
 
         def make(*tensors: Tensor | None) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with (
+                torch._C._AutoDispatchBelowAutograd(),
+                torch.set_grad_enabled(recorded),  # a Function's forward turns off what the levels
+                forward_ad._set_fwd_grad_enabled(tangents),  # below have to record
+            ):
                 return dispatched.redispatch(below, *tensors, *numbers)
 
         if not library.is_recorded(tensors):
@@ -483,6 +489,7 @@ class Call:
     def __call__(self, *tensors: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
             # Dynamo takes no Function that is given one tensor twice: its own residual, say.
+            library.meet_subclasses()
             made = self._dispatched(*tensors, *self._numbers)
         else:
             made = _apply(self._function, *tensors, numbers=self._numbers)

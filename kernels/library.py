@@ -6,8 +6,9 @@ Triton's interpreter (TRITON_INTERPRET=1 at import), emulated (``device.emulate`
 ATen, through the same operators.
 """
 
+import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable)
     _implementations[name] = kept, on_cpu
     for where, function in zip(("CUDA", "CPU"), _implementations[name], strict=True):
         _library.impl(name, _of_dispatcher(name, function, count), where)
+    _library.impl(name, partial(_refuse_trace, name), "Tracer")
     torch.library.register_fake(f"triton_cnn::{name}", fake, lib=_library)
 
 
@@ -150,6 +152,20 @@ def dispatched(name: str) -> Any:
     return getattr(torch.ops.triton_cnn, name).default
 
 
+@torch.compiler.assume_constant_result
+def meet_subclasses() -> None:
+    """Tell DTensor of the operators, if it has been imported: before a call that it may be in."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register_sharding()
+
+
+@cache
+def _register_sharding() -> None:
+    from . import sharding  # half a second, of which few have need
+
+    sharding.register()
+
+
 def direct(name: str) -> Callable[..., Any]:
     """An operator's implementation, for tensors that are plain and with nothing left to record."""
     (on_gpu, on_cpu), through = _implementations[name], dispatched(name)
@@ -165,7 +181,18 @@ def direct(name: str) -> Callable[..., Any]:
 def operator(name: str) -> Callable[..., Any]:
     """An operator without gradients: past the dispatcher if nothing is left for it to do."""
     past, through, count = direct(name), dispatched(name), _operands[name]
-    return lambda *args: (past if is_plain(args[:count]) else through)(*args)
+
+    def call(*args: Any) -> Any:
+        if is_plain(args[:count]):
+            return past(*args)
+        meet_subclasses()
+        return through(*args)
+
+    return call
+
+
+def _refuse_trace(name: str, *args: Any) -> Any:
+    raise NotImplementedError(f"torch.jit.trace does not take triton_cnn::{name}: use torch.export")
 
 
 def register_autograd(name: str, kernel: Callable[..., Any]) -> None:
