@@ -44,7 +44,7 @@ def _shared_cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     hooks keep a caller's own, such as a checkpoint's, from seeing this; where hooks are disabled
     there are none.
     """
-    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()
+    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
     hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same) if enabled else nullcontext()
     with torch.enable_grad(), hooks:
         if t.dim() == 1:

@@ -54,7 +54,13 @@ def _strategy(operands: tuple, results: tuple, schema: OpSchema) -> OpStrategy:
     """Of each axis of the mesh: sharded, or all replicated."""
     given = [isinstance(t, OpStrategy) for t in schema.args_schema[: len(operands)]]
     choices = [
-        [*out, *(placement if is_given else None for placement, is_given in zip(into, given))]
+        [
+            *out,
+            *(
+                placement if is_given else None
+                for placement, is_given in zip(into, given, strict=True)
+            ),
+        ]
         for out, into in (
             (results, operands),
             ([_WHOLE] * len(results), [_WHOLE] * len(operands)),
