@@ -449,22 +449,24 @@ def _register(function: type[Operator]) -> None:
     record = super(Function, function).apply
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        tensors, numbers = args[:count], library.with_tuples(args[count:])
-        below = keyset & torch._C._after_autograd_keyset
-        recorded, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        tensors, numbers = args[:count], args[count:]
+        rest = keyset & torch._C._after_autograd_keyset
 
-        def make(*tensors: Tensor | None) -> Any:
-            with (
-                torch._C._AutoDispatchBelowAutograd(),
-                torch.set_grad_enabled(recorded),  # a Function's forward turns off what the levels
-                forward_ad._set_fwd_grad_enabled(tangents),  # below have to record
-            ):
-                return dispatched.redispatch(below, *tensors, *numbers)
+        def below(*tensors: Tensor | None) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return dispatched.redispatch(rest, *tensors, *numbers)
 
         if not library.is_recorded(tensors):
-            return make(*tensors)
+            return below(*tensors)
+        grad, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+
+        def make(*tensors: Tensor | None) -> Any:
+            # A Function's forward turns off what the levels below may have to record.
+            with torch.set_grad_enabled(grad), forward_ad._set_fwd_grad_enabled(tangents):
+                return below(*tensors)
+
         with enable_single_level_autograd_function():
-            return record(*tensors, _Numbers(make, tensors, numbers))
+            return record(*tensors, _Numbers(make, tensors, library.with_tuples(numbers)))
 
     library.register_autograd(function.name, autograd)
 
