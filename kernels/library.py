@@ -152,11 +152,14 @@ def dispatched(name: str) -> Any:
     return getattr(torch.ops.triton_cnn, name).default
 
 
-@torch.compiler.assume_constant_result
 def meet_subclasses() -> None:
     """Tell DTensor of the operators, if it has been imported: before a call that it may be in."""
     if "torch.distributed.tensor" in sys.modules:
         _register_sharding()
+
+
+# Dynamo calls it while it traces: torch.compiler.assume_constant_result, without importing Dynamo.
+meet_subclasses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
