@@ -102,7 +102,7 @@ def _of_dispatcher(name: str, function: Callable[..., Any], count: int) -> Calla
             if t is not None and not t.data_ptr() and t.numel():
                 raise RuntimeError(
                     f"{name} needs tensors whose memory is allocated, got one of {list(t.shape)} "
-                    "without, whose storage was resized, say"
+                    "whose storage is empty"
                 )
         return function(*with_tuples(args))
 

@@ -6,10 +6,11 @@ weights and biases are each process's share of a sum, which DTensor adds up wher
 Importing this module imports ``torch.distributed.tensor``, which takes half a second.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
 from torch.distributed.tensor._ops.utils import (
     expand_to_full_mesh_op_strategy,
@@ -53,18 +54,13 @@ def register() -> None:
 def _strategy(operands: tuple, results: tuple, schema: OpSchema) -> OpStrategy:
     """Of each axis of the mesh: sharded, or all replicated."""
     given = [isinstance(t, OpStrategy) for t in schema.args_schema[: len(operands)]]
+
+    def choice(out: Sequence[Placement], into: Sequence[Placement]) -> list[Placement | None]:
+        return [*out, *(p if is_given else None for p, is_given in zip(into, given, strict=True))]
+
     choices = [
-        [
-            *out,
-            *(
-                placement if is_given else None
-                for placement, is_given in zip(into, given, strict=True)
-            ),
-        ]
-        for out, into in (
-            (results, operands),
-            ([_WHOLE] * len(results), [_WHOLE] * len(operands)),
-        )
+        choice(results, operands),
+        choice([_WHOLE] * len(results), [_WHOLE] * len(operands)),
     ]
     return expand_to_full_mesh_op_strategy(
         schema.get_mesh_from_args(),
