@@ -22,6 +22,7 @@ EMULATED: dict[str, str] = {
     "test_conv.py": "",
     "test_conv_pool.py": "",
     "test_depthwise.py": "",
+    "test_dispatch.py": "kept or given_back",
     "test_descriptor_gemm.py": "",
     "test_descriptor_pool.py": "",
     "test_device.py": "counted_and or threads",

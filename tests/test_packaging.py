@@ -24,7 +24,7 @@ kernels.implicit_gemm kernels.pair_conv kernels.depthwise kernels.max_pool kerne
 kernels.direct_conv kernels.stem_pool
 kernels.descriptor_gemm
 kernels.descriptor_pool
-kernels.planner kernels.aten kernels.vmap kernels.winners
+kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.winners
 kernels.autotune
 kernels.library
 kernels.functions
