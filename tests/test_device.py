@@ -1,5 +1,6 @@
 """Launching: counting, empty grids, threads; and compiling without a device."""
 
+import os
 import subprocess
 import sys
 import threading
