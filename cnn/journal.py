@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .checkpoint import write
 from .problem import Problem, missing
+from .text import plain
 
 Row = dict[str, Any]
 """What is known of an epoch: its number, losses and accuracies of both sets, and so on."""
@@ -129,4 +130,4 @@ class Progress:
 
 def tell(line: str) -> None:
     """A line of progress; a bar that is on show steps aside."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(plain(line), file=sys.stderr)
