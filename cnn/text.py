@@ -22,5 +22,9 @@ def lines(text: str) -> str:
 
 
 def caption(text: object) -> str:
-    """``plain`` of each line of a text in a chart, in which matplotlib reads no formulas."""
-    return lines(str(text)).replace("$", r"\$")
+    """``plain`` of each line of a text in a chart, as which matplotlib draws it.
+
+    It would read a formula between dollars, and leave what begins with _ out of a legend.
+    """
+    shown = lines(str(text)).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown

@@ -149,7 +149,7 @@ def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
     given = made if isinstance(made, Mapping) else {"train": made}
     parts = _parts(given, name)
     classes = _classes(given, parts, name)
-    description = _described(parts["train"], classes, size, name)
+    description = _described(parts, classes, size, name)
     wanted, whole = missing(parts, val), parts["train"]
     drawn = draw([str(index) for index in range(len(whole))], seed, wanted)
     for part in ("train", *wanted) if wanted else ():
@@ -226,9 +226,7 @@ def _classes(given: Mapping[str, Any], parts: Mapping[str, Any], name: str) -> t
     names = range(classes) if isinstance(classes, int) else classes
     found = tuple(map(str, names))
     if len(found) < 2 or len({*found}) < len(found):
-        raise Problem(
-            f"--data: {name} gives {len({*found})} classes, where two or more must differ"
-        )
+        raise Problem(f"--data: the classes of {name} must be two or more, and must differ")
     for other in told:
         if "classes" not in given and other is not None and tuple(map(str, other)) != found:
             raise Problem(f"--data: the parts of {name} have different classes")
