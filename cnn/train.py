@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import eq
 from pathlib import Path
 from typing import Any
@@ -332,11 +332,16 @@ class Run:
         With another number the order of images stays, and dropout draws anew.
         """
         training = checkpoint["training"]
+        known, found = checkpoints.description(checkpoint), self.data.description
+        if replace(known, identity="") != replace(found, identity=""):
+            raise Problem(f"--data: {self.config.data} is not what {path} was trained on")
         if training["images"] != len(self.data.train):
             counts = f"{len(self.data.train)} images to train with, {training['images']}"
             raise Problem(f"--data: {self.config.data} holds {counts} when {path} was saved")
-        if checkpoint["description"] != asdict(self.data.description):
-            raise Problem(f"--data: {self.config.data} is not what {path} was trained on")
+        if known.identity not in ("", found.identity):
+            raise Problem(
+                f"--data: {self.config.data} holds other images than when {path} was saved"
+            )
         self.model.load_state_dict(training["model"])
         if self.average:
             self.average.load_state_dict(training["average"])
