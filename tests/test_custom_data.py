@@ -7,7 +7,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from forks import forks
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
@@ -15,13 +14,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from cnn import data
 from cnn.data import UNCOUNTED, Augmented, Watch
 from cnn.problem import Problem
-
-
-@pytest.fixture(scope="module")
-def cpu():
-    """The command line on the CPU without the interpreter."""
-    with forks() as started:
-        yield started
 
 
 class Colours(Dataset):
@@ -121,6 +113,8 @@ def test_parts_and_what_is_lacking(given):
     sets = data.load(given(asked))
     assert [len(part) for part in (sets.train, sets.val, sets.test)] == [30, 300, 9]
     assert sets.description.classes == Colours.classes
+    sets = data.load(given((whole, Subset(whole, range(9)))))
+    assert [len(part) for part in (sets.train, sets.test)] == [300, 9]
     numbered = {"train": TensorDataset(torch.zeros(9, 1, 4, 4), torch.arange(9) % 2), "classes": 2}
     assert data.load(given(numbered)).description.classes == ("0", "1")
 
@@ -208,6 +202,8 @@ class Odd(Colours):
                 return "image", label
             case 8:
                 return image, 0.5
+            case 9:
+                return {"image": image, "label": label}
         return image, label
 
 
@@ -216,7 +212,7 @@ def test_images_that_cannot_be_had_are_broken(given):
     told = []
     watch = Watch(sets.train, "skip", told.append)
     labels = torch.cat([watch(labels) for _, labels in DataLoader(sets.train, 5)])
-    assert labels.eq(UNCOUNTED).nonzero().flatten().tolist() == [*range(3, 9)]
+    assert labels.eq(UNCOUNTED).nonzero().flatten().tolist() == [*range(3, 10)]
     name = "cannot read image {} to train with of made:here: {}; skipped"
     reasons = [
         "no such record",
@@ -225,6 +221,7 @@ def test_images_that_cannot_be_had_are_broken(given):
         "it is of torch.float32, others are not",
         "it is of str, and neither a tensor nor of Pillow's",
         "its label 0.5 is none of 0 to 2",
+        "it is a dict, and not (image, label)",
     ]
     assert told == [name.format(3 + i, reason) for i, reason in enumerate(reasons)]
     with pytest.raises(Problem, match="no such record"):

@@ -8,20 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import forks
 from PIL import Image
 
 from cnn import data
 from cnn.problem import Problem
 
 COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}
-
-
-@pytest.fixture(scope="module")
-def cpu():
-    """The command line on the CPU without the interpreter."""
-    with forks() as started:
-        yield started
 
 
 def picture(path: Path, colour: tuple[int, int, int] = (9, 9, 9)) -> Path:

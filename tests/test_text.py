@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from forks import forks
 from PIL import Image
 
 from cnn.journal import new_figure, png
@@ -57,13 +56,6 @@ def test_charts_tables_and_pages_take_any_text(text):
     html.encode()
     assert "<script>a" not in html
     assert "\x1b" not in html
-
-
-@pytest.fixture(scope="module")
-def cpu():
-    """The command line on the CPU without the interpreter."""
-    with forks() as started:
-        yield started
 
 
 CLASSES = ["$5_bill_^$", "<script>", "a\nb", "\x1b[31mred", UNDECODABLE, "\u732b"]

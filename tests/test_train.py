@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import Fork, Forks, forks, normed
+from forks import Fork, Forks, normed
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -34,13 +34,6 @@ RUN = ["last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"]
 
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def cpu():
-    """The command line on the CPU without the interpreter."""
-    with forks() as started:
-        yield started
 
 
 def numbers(folder: Path) -> list[dict]:

@@ -66,7 +66,7 @@ class Samples(Dataset):
     def _sample(self, index: int, seed: int, epoch: int) -> tuple[Tensor, int]:
         try:
             with fixed_random(seed, epoch, index):
-                image, label = self.data[index][:2]
+                image, label = _pair(self.data[index])
             return tensor(image, self.description), self._label(label)
         except Exception as error:  # someone else's code can raise anything
             raise unreadable(self.name(index), error) from None
@@ -76,6 +76,13 @@ class Samples(Dataset):
         if not 0 <= number < count or number != label:
             raise ValueError(f"its label {label} is none of 0 to {count - 1}")
         return number
+
+
+def _pair(sample: Any) -> tuple[Any, Any]:
+    """The image and the label of a data set's item."""
+    if not isinstance(sample, list | tuple) or len(sample) != 2:
+        raise TypeError(f"it is a {type(sample).__name__}, and not (image, label)")
+    return sample[0], sample[1]
 
 
 @contextmanager
@@ -136,17 +143,20 @@ def square(image: Tensor, size: int) -> Tensor:
 def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
     """The data set that the function ``name`` returns, which is called without arguments.
 
-    It returns a map-style ``torch.utils.data.Dataset`` of (image, label), or a dict of them by
-    "train", "val" and "test". "test", and if ``val`` also "val", is drawn from the images to train
-    with if it is lacking, each image by its index and ``seed``. Classes are the attribute
-    ``classes`` of the data set, or "classes" in the dict: their names or their number. An entry
-    "mirrors" says whether to mirror images.
+    It returns a map-style ``torch.utils.data.Dataset`` of (image, label); two of them, to train
+    and to test with; or a dict of them by "train", "val" and "test". If there is none to test with,
+    or ``val`` and none to validate with, it is drawn from the images to train with, each by its
+    index and ``seed``. Classes are the attribute ``classes`` of the data set, or "classes" in the
+    dict: their names or their number. An entry "mirrors" says whether to mirror images.
     """
     try:
         made = resolve_name(name)()
     except Exception as error:  # someone else's code can raise anything
         raise Problem(f"--data: {name}() fails: {type(error).__name__}: {error}") from None
-    given = made if isinstance(made, Mapping) else {"train": made}
+    if isinstance(made, tuple) and len(made) == 2:
+        given: Mapping[str, Any] = dict(zip(("train", "test"), made, strict=True))
+    else:
+        given = made if isinstance(made, Mapping) else {"train": made}
     parts = _parts(given, name)
     classes = _classes(given, parts, name)
     description = _described(parts, classes, size, name)
@@ -209,7 +219,7 @@ def _first(data: Any, name: str) -> Any:
     for index in range(min(len(data), SAMPLE)):
         try:
             with fixed_random(0, 0, index):
-                return data[index][0]
+                return _pair(data[index])[0]
         except Exception as raised:  # someone else's code can raise anything
             error = error or raised
     if error is None:
