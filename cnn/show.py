@@ -224,9 +224,10 @@ class Images:
         every = range(len(sets.test))
         if self.only is None:
             return [*every[: self.limit]]
-        if self.only not in classes:
+        only = data.class_name(self.only)
+        if only not in classes:
             raise Problem(f"--only: {self.only} is none of {', '.join(classes)}")
-        label = classes.index(self.only)
+        label = classes.index(only)
         return [i for i in every if int(sets.test[i][1]) == label][: self.limit]
 
 

@@ -159,6 +159,8 @@ def test_dark_and_odd_deep_images(tmp_path):
     values = np.array([[-2, np.inf], [0, 2]], np.float32)
     Image.fromarray(values).save(path)
     assert read(path, 2)[0].tolist() == [[0, 255], [128, 255]]
+    path.with_suffix(".pgm").write_bytes(b"P5 2 1 1023\n" + struct.pack(">HH", 1023, 512))
+    assert read(path.with_suffix(".pgm"), 1)[0].item() in (191, 192)
     for nothing in (np.nan, np.inf):
         Image.fromarray(np.full((2, 2), nothing, np.float32)).save(path)
         assert len(read(path, 2).unique()) == 1
@@ -168,6 +170,19 @@ def test_dark_and_odd_deep_images(tmp_path):
     picture.save(path.with_suffix(".png"), exif=exif)
     turned = np.rot90(RAMP * 255, -1)
     assert np.abs(read(path.with_suffix(".png"), 64).numpy() - turned).max() <= 1
+
+
+def test_a_tiff_of_12_bits(tmp_path):
+    """Two pixels are three bytes; no tool at hand writes them."""
+    first, second = (RAMP * 4095).round().astype(int).reshape(-1, 2).T
+    pixels = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1)
+    strip = pixels.astype(np.uint8).tobytes()
+    values = {256: 64, 257: 64, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 64, 279: len(strip)}
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    start = b"II*\0" + struct.pack("<I", 8 + len(strip))
+    rest = strip + struct.pack("<H", len(values)) + table + bytes(4)
+    (tmp_path / "x.tif").write_bytes(start + rest)
+    assert np.abs(read(tmp_path / "x.tif", 64).numpy() - 255 * RAMP).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "tif"])
@@ -281,6 +296,28 @@ def test_mutated_images_are_read_or_broken(tmp_path):
     assert min(count.values()) >= MUTATIONS // 10
 
 
+def test_commands_skip_mutated_images(cpu, tmp_path):
+    """None ends a run or is lost: those that can be read count, the others are told of."""
+    draw = np.random.default_rng(int(os.environ.get("TRITON_CNN_SEED", "0")))
+    picture = Image.fromarray(draw.integers(256, size=(32, 32, 3), dtype=np.uint8))
+    sound = [bytes_of(picture, kind) for kind in ("PNG", "JPEG", "TIFF", "GIF")]
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(50):
+            contents = sound[number % 4]
+            contents = mutated(contents, draw) if number % 2 else contents
+            (tmp_path / "set" / name / f"{number}.png").write_bytes(contents)
+    argv = ["train", "--model", "lenet5", "--size", 32, "--epochs", 1, "--batch-size", 8]
+    argv += ["--data", f"folder:{tmp_path}/set", "--output", tmp_path / "run", "--workers", 1]
+    code, _, err = cpu.run(*argv, "--broken", "skip")
+    assert (code, "Traceback" in err) == (0, False), err
+    assert "broken images skipped" in err
+    code, out, err = cpu.run("predict", tmp_path / "run" / "last.pt", tmp_path / "set")
+    assert (code, "Traceback" in err) == (1, False), err
+    assert len(out.splitlines()) + len(err.splitlines()) == 100
+    assert len(out.splitlines()) >= 50
+
+
 def test_broken_images(tmp_path):
     """Cut off, no image, or away: they are told of once and do not count, or stop the program."""
     for name in ("0", "1", "2", "3"):
@@ -289,6 +326,7 @@ def test_broken_images(tmp_path):
     whole = bytes_of(Image.fromarray(noise), "PNG")
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "bomb.png").write_bytes(bytes_of(Image.new("1", (20000, 20000)), "PNG"))
     paths = data.image_files(tmp_path)
     images = ImageFiles(paths, [3] * len(paths), 8)
     paths[0].unlink()
@@ -297,9 +335,10 @@ def test_broken_images(tmp_path):
     for _ in range(2):
         labels = torch.cat([watch(labels) for _, labels in DataLoader(images, 4, num_workers=2)])
         broken = [paths[at] for at in labels.ne(3).nonzero().flatten().tolist()]
-        assert broken == [paths[0], tmp_path / "cut.png", tmp_path / "text.jpg"]
-        assert labels[labels != 3].tolist() == [UNCOUNTED] * 3
-    reasons = ["No such file or directory", None, "cannot identify image file"]
+        names = ["bomb.png", "cut.png", "text.jpg"]
+        assert broken == [paths[0], *(tmp_path / name for name in names)]
+        assert labels[labels != 3].tolist() == [UNCOUNTED] * 4
+    reasons = ["No such file or directory", None, None, "cannot identify image file"]
     for line, path, reason in zip(told, broken, reasons, strict=True):
         assert re.fullmatch(f"cannot read {path}: {reason or '.+'}; skipped", line)
     strict = Watch(images, "stop", told.append)

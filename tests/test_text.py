@@ -1,6 +1,7 @@
 """Names of files and classes that terminals, charts and pages must not take for something else."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,22 @@ def test_show_takes_any_class(cpu, run, what):
     html = place.with_name(f"{place.name}.html").read_text(encoding="utf-8")
     assert html.count("<script>") == 1  # the page's own
     assert "<b>" not in html
+
+
+def test_predict_names_files_of_any_bytes(cpu, run, tmp_path):
+    draw = random.Random(int(os.environ.get("TRITON_CNN_SEED", "0")))
+    letters = [bytes([byte]) for byte in range(1, 256) if byte not in b"/."]
+    letters += ["\u202e".encode(), "\u00e9".encode(), b"$", b"<b>", b"\xed\xa0\x80", b"\xff"] * 8
+    found = set()
+    for number in range(100):
+        name = b"".join(draw.choices(letters, k=draw.randrange(1, 40)))
+        place = Path(tmp_path, os.fsdecode(b"%d%s.png" % (number, name)))
+        Image.new("RGB", (8, 8)).save(place)
+        found.add(plain(place))
+    code, out, err = cpu.run("predict", run / "last.pt", tmp_path)
+    assert (code, err) == (0, "")
+    safe(out, 100)
+    assert {line.split("\t")[0] for line in out.splitlines()} == found
 
 
 def test_errors_are_one_line(cpu, run):

@@ -9,7 +9,7 @@ from .augment import Augmented
 from .batches import Batches
 from .custom import is_code
 from .files import PHOTOGRAPHS, UNCOUNTED, ImageFiles, Watch, image_files, photograph
-from .parts import Data
+from .parts import Data, class_name
 from .prepare import IMAGENET, Description, Preparation
 from .sets import NAMES, load, runs_code, same_set
 
@@ -25,6 +25,7 @@ __all__ = [
     "ImageFiles",
     "Preparation",
     "Watch",
+    "class_name",
     "image_files",
     "is_code",
     "load",

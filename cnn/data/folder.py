@@ -7,7 +7,7 @@ from pathlib import Path
 from ..problem import Problem
 from ..text import plain
 from .files import ImageFiles, hidden, image_files, is_image
-from .parts import USES, WORDS, Data, draw, identity, missing, utf8
+from .parts import USES, WORDS, Data, class_name, draw, identity, missing, utf8
 from .prepare import IMAGENET, Description
 
 Listing = dict[str, list[Path]]
@@ -76,7 +76,7 @@ def _folders(path: Path) -> list[Path]:
 def _listing(path: Path) -> Listing:
     found: Listing = {}
     for place in _folders(path):
-        name = utf8(place.name).decode(errors="surrogateescape")
+        name = class_name(place.name)
         if name in found:
             raise Problem(f"{path} holds two folders of the class {name}, in two spellings")
         found[name] = image_files(place)

@@ -49,6 +49,11 @@ def utf8(name: str) -> bytes:
         return raw
 
 
+def class_name(name: str) -> str:
+    """The name of a class, as it is in every locale, from that of its folder."""
+    return utf8(name).decode(errors="surrogateescape")
+
+
 def missing(given: Container[str], val: bool) -> list[str]:
     """The parts that have to be drawn from the images to train with."""
     return [part for part in ("test", "val")[: 1 + val] if part not in given]

@@ -11,7 +11,7 @@ from ..problem import missing
 BACKGROUND = "white"
 """The colour behind what is transparent."""
 
-ORIENTATION = 0x0112  # of EXIF
+ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102  # of EXIF and TIFF
 
 TURNS = (
     *("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"),
@@ -53,9 +53,10 @@ def turned(picture: Any, orientation: int) -> Any:
 def eight_bits(picture: Any) -> Any:
     """The picture with the shades of deeper ones scaled to 0 to 255.
 
-    White is 65,535 in 16 bits. Numbers of 32 bits do not say what white is: it is the least of 1,
-    for floating point, 255 and 65,535 that no pixel exceeds. Where pixels are negative or exceed
-    all of these, the darkest becomes black and the brightest white.
+    White is 65,535 in 16 bits, and the largest number of 9 to 15 bits in a TIFF of these. Numbers
+    of 32 bits do not say what white is: it is the least of 1, for floating point, 255 and 65,535
+    that no pixel exceeds. If pixels are negative or exceed all of these, the darkest becomes black
+    and the brightest white.
     """
     if picture.mode not in DEEP:
         return picture
@@ -63,16 +64,23 @@ def eight_bits(picture: Any) -> Any:
     values = np.asarray(picture).astype(np.float64 if picture.mode in "IF" else np.float32)
     finite = np.isfinite(values)
     low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 1.0)
-    whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(picture.mode, (65535,))
-    if picture.format in ("PNG", "PPM"):  # 16 bits, in Pillow's 32
-        whites = (65535,)
-    white = next((white for white in whites if high <= white), None)
+    white = next((white for white in _whites(picture) if high <= white), None)
     if low < 0 or white is None:
         black, span = low, max(high - low, 1e-300)
     else:
         black, span = 0.0, white
     shades = (np.nan_to_num(values, nan=black, posinf=high, neginf=low) - black) / span * 255
     return image.fromarray(shades.round().clip(0, 255).astype(np.uint8))
+
+
+def _whites(picture: Any) -> tuple[int, ...]:
+    """What white may be in a picture of a DEEP mode."""
+    if picture.mode == "F":
+        return 1, 255, 65535
+    if picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # 16 bits, in Pillow's 32
+        return 255, 65535
+    bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))
+    return (2 ** min(bits[0], 16) - 1,)
 
 
 def opaque(picture: Any) -> Any:
