@@ -156,6 +156,14 @@ REFUSED = {
         lambda: {"train": TensorDataset(torch.zeros(9, 1, 2, 4, 4), torch.zeros(9)), "classes": 2},
         r"has the shape \[1, 2, 4, 4\]",
     ),
+    "empty val": (
+        lambda: {"train": Colours("grey"), "test": Colours("grey"), "val": []},
+        "gives no image to validate with",
+    ),
+    "no label of its classes": (
+        lambda: {"train": [(torch.zeros(1, 4, 4, dtype=torch.uint8), 7)] * 9, "classes": 2},
+        "image 0 to train with of made:here: its label 7 is none of 0 to 1",
+    ),
     "no image": (lambda: Colours("1 / 0"), "cannot read any image of made:here: division by zero"),
 }
 

@@ -18,7 +18,10 @@ from cnn import data
 from cnn.data import UNCOUNTED, ImageFiles, Watch
 from cnn.problem import Problem
 
-MUTATIONS = int(os.environ.get("TRITON_CNN_MUTATIONS", "200"))
+EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
+"""Draws other mutations, so many times as many."""
+
+MUTATIONS = 200 * max(1, EXAMPLES)
 
 
 def read(path: Path, size: int, channels: int = 3) -> Tensor:
@@ -275,7 +278,7 @@ def mutated(contents: bytes, draw: np.random.Generator) -> bytes:
 
 
 def test_mutated_images_are_read_or_broken(tmp_path):
-    draw = np.random.default_rng(int(os.environ.get("TRITON_CNN_SEED", "0")))
+    draw = np.random.default_rng(EXAMPLES)
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x011A] = 72.0
@@ -298,7 +301,7 @@ def test_mutated_images_are_read_or_broken(tmp_path):
 
 def test_commands_skip_mutated_images(cpu, tmp_path):
     """None ends a run or is lost: those that can be read count, the others are told of."""
-    draw = np.random.default_rng(int(os.environ.get("TRITON_CNN_SEED", "0")))
+    draw = np.random.default_rng(EXAMPLES)
     picture = Image.fromarray(draw.integers(256, size=(32, 32, 3), dtype=np.uint8))
     sound = [bytes_of(picture, kind) for kind in ("PNG", "JPEG", "TIFF", "GIF")]
     for name in ("a", "b"):

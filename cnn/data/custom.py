@@ -117,7 +117,7 @@ def tensor(image: Any, known: Description) -> Tensor:
 
 def _channels_first(image: Any) -> Tensor:
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        image = torch.from_numpy(np.array(image))
         image = image.permute(2, 0, 1) if image.dim() == 3 else image
     if not isinstance(image, Tensor):
         raise TypeError(f"it is of {type(image).__name__}, and neither a tensor nor of Pillow's")
@@ -209,8 +209,11 @@ def _described(
     else:
         sample = Samples(train, name, "train", known)
         chosen = range(0, len(train), -(-len(train) // SAMPLE))
-        items = [sample[index] for index in chosen]
-        mean, std = moments(torch.stack([image for image, label in items if label >= 0]))
+        images = [image for image, label in map(sample.__getitem__, chosen) if label >= 0]
+        if not images:
+            sample.read(0)  # says what is wrong with them
+            raise Problem(f"--data: few images of {name} can be read")
+        mean, std = moments(torch.stack(images))
     return replace(known, mean=mean, std=std)
 
 
