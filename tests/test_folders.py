@@ -173,6 +173,8 @@ def test_parts_that_are_lacking_are_drawn_from_those_to_train_with(given, tmp_pa
             assert all(name.startswith("train/") for name in own)
     assert len(drawn) == sum(2 * counts[part] for part in given.split())
     whole = load(tmp_path)
+    note = f"{tmp_path} holds no test: {len(whole.test)} images of train are drawn for it"
+    assert whole.notes == (() if "test" in given else (note,))
     assert {name for name, part in drawn.items() if part == "test"} == names(whole.test, tmp_path)
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -349,6 +350,16 @@ def test_broken_images(tmp_path):
         strict(torch.tensor([3, images[len(paths) - 1][1]]))
     assert str(caught.value) == f"cannot read {tmp_path}/text.jpg: cannot identify image file"
     assert strict(torch.tensor([3, 0])).tolist() == [3, 0]
+
+
+def test_no_program_in_an_image_is_run(tmp_path, monkeypatch):
+    def started(*args, **options):
+        pytest.fail(f"{args} was started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
+    with pytest.raises(Problem, match="it is PostScript, a program"):
+        read(tmp_path / "x.png", 8)
 
 
 def test_pipes_and_devices_are_not_waited_for(tmp_path):

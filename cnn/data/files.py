@@ -51,6 +51,8 @@ class ImageFiles(Dataset):
             if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
                 raise OSError("it is not a file")
             with warnings.catch_warnings(action="ignore"), image.open(path) as file:
+                if file.format == "EPS":  # for which Pillow starts Ghostscript
+                    raise ValueError("it is PostScript, a program")
                 return fit(file, self.size, self.channels)
         except Exception as error:  # decoders raise anything
             raise unreadable(path, error) from None

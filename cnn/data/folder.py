@@ -32,8 +32,13 @@ def folder(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     learned = [file for part, each in images.items() if part != "test" for file in each.paths]
     whole = identity(sorted(utf8(str(file.relative_to(path))) for file in learned))
     description = Description(classes, size or 224, *IMAGENET, identity=whole)
-    notes = (*_lacking(path, parts), *_loose(path, places.values()))
-    return Data(images["train"], images["test"], description, True, images.get("val"), notes)
+    notes = [*_lacking(path, parts), *_loose(path, places.values())]
+    if "test" not in places and places["train"] != path:
+        count = len(images["test"])
+        notes.append(
+            f"{path} holds no test: {count} images of {places['train'].name} are drawn for it"
+        )
+    return Data(images["train"], images["test"], description, True, images.get("val"), tuple(notes))
 
 
 def _parts(path: Path) -> dict[str, Path]:
