@@ -9,9 +9,9 @@ from typing import Any
 from kernels.autotune import enabled as autotune
 from kernels.device import warm_up
 
-from . import export, functional, models
+from . import functional, models
 from .convert import convert, revert
-from .export import export_onnx
+from .export import export, export_onnx
 from .layers import (
     Conv2d,
     ConvReLU2d,

@@ -34,6 +34,10 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
     Numbers that are equal need not be alike: True and 1.0 are refused where 1 is not. So only
     calls with plain numbers are kept, and none that is traced or cast on the way.
     """
+    if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
+        return None
+    if type(tensors[0]) not in _TENSORS or not library.runs_kernels(tensors[0]):
+        return None
     for value in arguments:
         if type(value) not in _PLAIN:
             if type(value) is not tuple:
@@ -41,9 +45,7 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
             for item in value:
                 if type(item) is not int:
                     return None
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return None
-    if type(tensors[0]) not in _TENSORS or (setting := library.setting(tensors[0])) is None:
+    if torch._C._is_any_autocast_enabled() or (setting := library.setting(tensors[0])) is None:
         return None
     key: list[Any] = [name, setting, arguments]
     try:
@@ -302,6 +304,18 @@ def check_devices(input: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def check_residual(residual: Tensor | None, input: Tensor, weight: Tensor, size: Pair) -> None:
+    """That it has the shape of the result, whose rows and columns are ``size``."""
+    if residual is None:
+        return
+    channels = weight.shape[0] if input.shape[-3] else 0
+    expected = (*input.shape[:-3], channels, *size)
+    if residual.shape != expected:
+        raise ValueError(
+            f"residual must have the result's shape {expected}, got residual of {shape(residual)}"
+        )
+
+
 def check_dtypes(input: Tensor, **others: Tensor | None) -> None:
     dtype = input.dtype
     for name, t in others.items():
@@ -323,7 +337,7 @@ def check_bytes(
         raise TypeError(f"normalise must be (scale, shift), got normalise={normalise!r:.80}")
     if input.dtype != torch.uint8:
         raise RuntimeError(f"with normalise, input must be torch.uint8, got {input.dtype}")
-    C = input.shape[1]
+    C = input.shape[-3]
     if not 1 <= C // groups <= 4:
         raise NotImplementedError(
             "an input of bytes must have 1 to 4 channels to a group, got input of "

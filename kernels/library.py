@@ -2,8 +2,8 @@
 
 All take batched N, C, H, W tensors and normalised arguments: pairs are (height, width), padding
 is (top, bottom, left, right). A CUDA tensor always runs the kernels; a CPU tensor runs them in
-Triton's interpreter (TRITON_INTERPRET=1 at import), emulated (``device.emulate``), and otherwise
-ATen, through the same operators.
+Triton's interpreter (TRITON_INTERPRET=1 at import) or emulated (``device.emulate``), and is
+otherwise refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,14 +53,19 @@ _PLAIN = {Tensor, Parameter}
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable) -> None:
+def _define(schema: str, kernels: Callable, fake: Callable) -> None:
     name = schema.split("(")[0]
     _operands[name] = count = schema.split("->")[0].count("Tensor")
     kept = _kept(name, kernels, count)
     _library.define(schema)
 
     def on_cpu(*args: Any) -> Any:
-        return kept(*args) if device.takes_cpu() else reference(*args)
+        if device.takes_cpu():
+            return kept(*args)
+        raise NotImplementedError(
+            f"triton_cnn::{name} takes CPU tensors only under TRITON_INTERPRET=1, to be set before "
+            "Triton is imported; without it cnn.functional calls torch's operators"
+        )
 
     _implementations[name] = kept, on_cpu
     for where, function in zip(("CUDA", "CPU"), _implementations[name], strict=True):
@@ -168,11 +173,13 @@ def is_watched() -> bool:
     )
 
 
+def runs_kernels(x: Tensor) -> bool:
+    return x.is_cuda or (x.is_cpu and device.takes_cpu())
+
+
 def setting(x: Tensor) -> tuple | None:
-    """What a call on x depends on besides its arguments; None where it may not be kept."""
-    if is_watched() or torch._C._is_torch_function_mode_enabled() or not _may_replay():
-        return None
-    if not (x.is_cuda or (x.is_cpu and device.takes_cpu())):
+    """What kernels called on x depend on besides arguments; None where the call may not be kept."""
+    if is_watched() or not _may_replay():
         return None
     precision = x.dtype == torch.float32 and resolve_precision(None, x)
     return describe(x.device), precision, torch.is_grad_enabled()
@@ -419,49 +426,42 @@ def _relu_backward(dy: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
 _define(
     f"conv2d(Tensor x, Tensor w, Tensor? bias, Tensor? residual, {_CONV}, bool relu) -> Tensor",
     _conv2d,
-    aten.conv2d,
     _conv2d_empty,
 )
 _define(
     f"conv2d_dgrad(Tensor dy, Tensor w, Tensor? bias, SymInt[2] size, {_CONV}, bool channels_last)"
     " -> Tensor",
     _conv2d_dgrad,
-    aten.conv2d_dgrad,
     _dgrad_empty,
 )
 _define(
     f"conv2d_wgrad(Tensor x, Tensor dy, SymInt[4] size, SymInt[4] strides, {_CONV}, bool bias)"
     " -> (Tensor, Tensor)",
     _conv2d_wgrad,
-    aten.conv2d_wgrad,
     _wgrad_empty,
 )
 _define(
     "conv2d_fp8(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor? residual, SymInt[2] stride,"
     " SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool relu) -> Tensor",
     _conv2d_fp8,
-    aten.conv2d_fp8,
     _conv2d_fp8_empty,
 )
 _define(
     f"conv2d_bytes(Tensor x, Tensor w, Tensor? bias, Tensor scale, Tensor shift, {_CONV}, bool"
     " relu) -> Tensor",
     _conv2d_bytes,
-    aten.conv2d_bytes,
     _conv2d_bytes_empty,
 )
 _define(
     "conv2d_bytes_wgrad(Tensor x, Tensor dy, Tensor scale, Tensor shift, SymInt[4] size, SymInt[4]"
     f" strides, {_CONV}, bool bias) -> (Tensor, Tensor)",
     _conv2d_bytes_wgrad,
-    aten.conv2d_bytes_wgrad,
     _conv2d_bytes_wgrad_empty,
 )
-_define("channel_sum(Tensor dy) -> Tensor", _channel_sum, aten.channel_sum, _channel_sum_empty)
+_define("channel_sum(Tensor dy) -> Tensor", _channel_sum, _channel_sum_empty)
 _define(
     "relu_backward(Tensor dy, Tensor y, bool bias) -> (Tensor, Tensor)",
     _relu_backward,
-    aten.relu_backward,
     _relu_backward_empty,
 )
 
@@ -542,32 +542,27 @@ def _max_unpool2d_backward(dy, indices):
 _define(
     f"max_pool2d(Tensor x, {_POOL}, bool offsets, bool indices) -> (Tensor, Tensor, Tensor)",
     _max_pool2d,
-    aten.max_pool2d,
     _max_pool2d_empty,
 )
 _define(
     f"max_pool2d_backward(Tensor dy, Tensor offsets, SymInt[2] size, {_POOL}, bool channels_last)"
     " -> Tensor",
     _max_pool2d_backward,
-    aten.max_pool2d_backward,
     _max_pool2d_backward_empty,
 )
 _define(
     f"max_pool2d_gather(Tensor ddx, Tensor offsets, {_POOL}) -> Tensor",
     _max_pool2d_gather,
-    aten.max_pool2d_gather,
     _max_pool2d_gather_empty,
 )
 _define(
     "max_unpool2d(Tensor x, Tensor indices, SymInt[2] size) -> Tensor",
     _max_unpool2d,
-    aten.max_unpool2d,
     _max_unpool2d_empty,
 )
 _define(
     "max_unpool2d_backward(Tensor dy, Tensor indices) -> Tensor",
     _max_unpool2d_backward,
-    aten.max_unpool2d_backward,
     _max_unpool2d_backward_empty,
 )
 
@@ -664,7 +659,6 @@ _define(
     f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_CONV}, SymInt[2] pool_kernel,"
     " SymInt[2] pool_stride, SymInt[2] pool_padding, bool offsets) -> (Tensor, Tensor)",
     _conv_pool,
-    aten.conv2d_relu_max_pool2d,
     _conv_pool_empty,
 )
 _define(
@@ -673,7 +667,6 @@ _define(
     " pool_stride, SymInt[2] pool_padding, bool channels_last, bool[3] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     _conv_pool_backward,
-    aten.conv2d_relu_max_pool2d_backward,
     _conv_pool_backward_empty,
 )
 

@@ -1,6 +1,5 @@
 """Launching: counting, empty grids, threads; and compiling without a device."""
 
-import os
 import subprocess
 import sys
 import threading
@@ -85,38 +84,6 @@ def test_offsets_are_wide_where_the_largest_offset_or_the_count_of_pixels_is(
 ):
     view = torch.empty_strided(shape, strides, device="meta")
     assert devices.wide(pixels, view, None) is wide
-
-
-def test_cpu_tensors_run_aten_without_the_interpreter():
-    program = """
-import torch, torch.nn.functional as TF
-import cnn, cnn.functional as F
-from kernels import device
-x = torch.randn(2, 4, 9, 8, requires_grad=True)
-w = torch.randn(6, 2, 3, 3, requires_grad=True)
-r = torch.randn(2, 6, 5, 4)
-y = F.conv2d(x, w, stride=2, padding=1, groups=2, activation="relu", residual=r)
-z = torch.relu(TF.conv2d(x, w, stride=2, padding=1, groups=2) + r)
-torch.testing.assert_close(y, z)
-for ours, torchs in zip(
-    torch.autograd.grad(y.square().sum(), (x, w)), torch.autograd.grad(z.square().sum(), (x, w))
-):
-    torch.testing.assert_close(ours, torchs)
-p, i = F.max_pool2d(x, 3, 2, 1, return_indices=True)
-q, j = TF.max_pool2d(x, 3, 2, 1, return_indices=True)
-assert torch.equal(p, q) and torch.equal(i, j)
-assert torch.equal(*(torch.autograd.grad(v.sum(), x)[0] for v in (p, q)))
-u = F.max_unpool2d(p.detach(), i, 3, 2, 1, (9, 8))
-assert torch.equal(u, TF.max_unpool2d(p.detach(), i, 3, 2, 1, (9, 8)))
-t = F.conv_transpose2d(y, w, stride=2, groups=2)
-torch.testing.assert_close(t, TF.conv_transpose2d(z, w, stride=2, groups=2))
-assert device.launches() == {}, device.launches()
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
 
 
 # What a call costs, and CUDA graphs.

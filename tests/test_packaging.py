@@ -29,6 +29,7 @@ kernels.autotune
 kernels.library
 kernels.functions
 cnn.arguments cnn.autocast cnn.problem cnn.text
+cnn.composed
 cnn.functional
 cnn.layers
 cnn.summary cnn.export
@@ -109,7 +110,7 @@ def test_sources_import_neither_tests_nor_benchmarks():
     assert {"torch", "triton", "kernels"} <= roots
 
 
-def test_import_touches_no_gpu_and_compiles_nothing(tmp_path):
+def test_import_touches_no_gpu_compiles_nothing_and_loads_little(tmp_path):
     """With every way to a GPU walled up; without the interpreter, which would need none."""
     script = """
 import torch, triton
@@ -118,12 +119,17 @@ def wall(*args, **kwargs):
 for name in ("_lazy_init", "is_available", "device_count", "current_device"):
     setattr(torch.cuda, name, wall)
 torch.cuda.get_device_properties = torch.cuda.get_device_capability = wall
-import sys, cnn, cnn.functional
+import sys
+before = set(sys.modules)
+import cnn, cnn.functional
 from kernels.device import INTERPRET, launches
 assert not INTERPRET
 assert launches() == {}
 assert triton.runtime.driver._active is None
-assert "sklearn" not in sys.modules
+own = ("cnn", "kernels", "triton", *sys.stdlib_module_names)
+others = {n for n in sys.modules.keys() - before if n.partition(".")[0] not in own}
+# What counts FLOPs; the rest, a tenth of a second and more each, when it is asked for.
+assert others <= {"torch.utils.flop_counter", "torch.utils.module_tracker"}, others
 assert "cnn.visualize" not in sys.modules
 assert callable(cnn.visualize.deconvnet)
 assert "matplotlib" not in sys.modules
