@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks, forks
 
 GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[1]
@@ -119,6 +120,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where tests run: the GPU where there is one, else the CPU, interpreted or emulated."""
     emulated = request.config.getoption("emulate") is not None
     return torch.device("cuda" if GPU and not emulated else "cpu")
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Iterator[Forks]:
+    """The command line on the CPU without the interpreter."""
+    with forks() as started:
+        yield started
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
