@@ -52,11 +52,11 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
         for t in tensors:
             if t is None:
                 key.append(None)
-            elif type(t) in _TENSORS:
-                key += (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+            elif type(t) in _TENSORS and not t.is_neg() and (start := t.data_ptr()):
+                key += (t.shape, t.stride(), t.dtype, t.device, start % 16)
             else:
-                return None
-    except RuntimeError:  # t is not strided
+                return None  # its values are not what lies in its memory: see library.is_plain
+    except RuntimeError:  # t is not strided, or has no memory
         return None
     return tuple(key)
 
@@ -351,8 +351,7 @@ def _constant(value: Any, channels: int, where: torch.device) -> Tensor:
     """float32 [C] from a tensor, a number or a sequence; it gets no gradient."""
     if not isinstance(value, Tensor):
         value = tuple(value) if isinstance(value, list) else value
-        make = _on_device.__wrapped__ if torch.compiler.is_compiling() else _on_device
-        value = make(value, where)
+        value = (_new_on_device if _is_watched() else _on_device)(value, where)
     if value.device != where or not value.is_floating_point():
         raise RuntimeError(
             f"normalise must hold floats on {where}, got {value.dtype} on {value.device}"
@@ -366,13 +365,27 @@ def _constant(value: Any, channels: int, where: torch.device) -> Tensor:
     return value.to(torch.float32).expand(channels)
 
 
-@lru_cache(maxsize=256)
-def _on_device(value: float | tuple[float, ...], where: torch.device) -> Tensor:
-    """Made once: a copy to a GPU waits for it."""
+def _is_watched() -> bool:
+    """Whether a tensor that is made now may be another than it would be later: a fake one, say."""
+    return (
+        torch.compiler.is_compiling()
+        or library.is_watched()
+        or torch._C._is_torch_function_mode_enabled()
+    )
+
+
+def _new_on_device(value: float | tuple[float, ...], where: torch.device) -> Tensor:
     try:
         return torch.tensor(value, dtype=torch.float32, device=where)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"normalise must hold numbers, got {value!r:.80}") from None
+
+
+@lru_cache(maxsize=256)
+def _on_device(value: float | tuple[float, ...], where: torch.device) -> Tensor:
+    """Made once, as a copy to a GPU waits for it; and for all modes of autograd."""
+    with torch.inference_mode(False):
+        return _new_on_device(value, where)
 
 
 def check_scale(scale: Tensor, filters: int, *operands: Tensor | None) -> None:

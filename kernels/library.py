@@ -6,8 +6,9 @@ Triton's interpreter (TRITON_INTERPRET=1 at import) or emulated (``device.emulat
 otherwise refused.
 """
 
+import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,7 +51,6 @@ _implementations: dict[str, tuple[Callable, Callable]] = {}  # on a GPU, on the 
 _operands: dict[str, int] = {}  # how many of an operator's arguments, the first, are tensors
 _recordings: dict[tuple, replay.Recording] = {}  # of calls on kernels, by all they follow from
 _PLAIN = {Tensor, Parameter}
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _define(schema: str, kernels: Callable, fake: Callable) -> None:
@@ -69,7 +69,8 @@ def _define(schema: str, kernels: Callable, fake: Callable) -> None:
 
     _implementations[name] = kept, on_cpu
     for where, function in zip(("CUDA", "CPU"), _implementations[name], strict=True):
-        _library.impl(name, _of_lists(function), where)
+        _library.impl(name, _of_dispatcher(name, function, count), where)
+    _library.impl(name, partial(_refuse_trace, name), "Tracer")
     torch.library.register_fake(f"triton_cnn::{name}", fake, lib=_library)
 
 
@@ -98,8 +99,19 @@ def _may_replay() -> bool:
     return device.may_replay() and not autotune.is_enabled()
 
 
-def _of_lists(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: function(*with_tuples(args))
+def _of_dispatcher(name: str, function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """The implementation as the dispatcher calls it: with lists, and with whatever tensors."""
+
+    def call(*args: Any) -> Any:
+        for t in args[:count]:
+            if t is not None and not t.data_ptr() and t.numel():
+                raise RuntimeError(
+                    f"{name} needs tensors whose memory is allocated, got one of {list(t.shape)} "
+                    "whose storage is empty"
+                )
+        return function(*with_tuples(args))
+
+    return call
 
 
 def with_tuples(args: Sequence[Any]) -> tuple:
@@ -140,27 +152,88 @@ def recording_of(name: str, operands: Sequence[Tensor | None], *rest: Any) -> An
     return _recordings.get(_key(name, (*operands, *rest), len(operands)))
 
 
-def operator(name: str) -> Callable[..., Any]:
-    """``torch.ops.triton_cnn.NAME`` for a Function's forward, where nothing is left to record.
+def dispatched(name: str) -> Any:
+    """``torch.ops.triton_cnn.NAME``."""
+    return getattr(torch.ops.triton_cnn, name).default
 
-    On plain tensors that no mode, transform or trace watches it calls the implementation, which
-    saves the two thirds of a call that the dispatcher takes. What a transform that has ended has
-    wrapped, as the function that torch.func.vjp returns finds it, is not plain.
-    """
-    dispatched = getattr(torch.ops.triton_cnn, name).default
-    (on_gpu, on_cpu), count = _implementations[name], _operands[name]
+
+def meet_subclasses() -> None:
+    """Tell DTensor of the operators, if it has been imported: before a call that it may be in."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register_sharding()
+
+
+# Dynamo calls it while it traces: torch.compiler.assume_constant_result, without importing Dynamo.
+meet_subclasses._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _register_sharding() -> None:
+    from . import sharding  # half a second, of which few have need
+
+    sharding.register()
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """An operator's implementation, for tensors that are plain and with nothing left to record."""
+    (on_gpu, on_cpu), through = _implementations[name], dispatched(name)
 
     def call(*args: Any) -> Any:
-        for t in args[:count]:
-            if t is not None and (type(t) not in _PLAIN or _is_wrapped(t)):
-                return dispatched(*args)
-        if is_watched():
-            return dispatched(*args)
         if args[0].is_cuda:
             return on_gpu(*args)
-        return on_cpu(*args) if args[0].is_cpu else dispatched(*args)
+        return on_cpu(*args) if args[0].is_cpu else through(*args)
 
     return call
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """An operator without gradients: past the dispatcher if nothing is left for it to do."""
+    past, through, count = direct(name), dispatched(name), _operands[name]
+
+    def call(*args: Any) -> Any:
+        if is_plain(args[:count]):
+            return past(*args)
+        meet_subclasses()
+        return through(*args)
+
+    return call
+
+
+def _refuse_trace(name: str, *args: Any) -> Any:
+    raise NotImplementedError(f"torch.jit.trace does not take triton_cnn::{name}: use torch.export")
+
+
+def register_autograd(name: str, kernel: Callable[..., Any]) -> None:
+    """Of a kernel that is given the keys left to dispatch on and the operator's arguments."""
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call on the tensors may pass PyTorch's dispatcher by: nothing watches it, and their
+    values are what lies in their memory.
+
+    That is not so of tensors of other classes, of lazily negated ones, and of all that have no
+    memory: wrappers of a transform, also of one that has ended, zeros that are none but in name,
+    functional tensors. To ask each tensor for its dispatch keys would take three times as long.
+    """
+    if is_watched():
+        return False
+    try:
+        for t in tensors:
+            if t is not None and (type(t) not in _PLAIN or t.is_neg() or not t.data_ptr()):
+                return False
+    except RuntimeError:  # wrappers do not tell where their memory is
+        return False
+    return True
+
+
+def is_recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd has something to do for a call: to record it, or to refuse it."""
+    return (
+        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def is_watched() -> bool:

@@ -1,5 +1,6 @@
 """Launching: counting, empty grids, threads; and compiling without a device."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -41,6 +42,63 @@ def test_threads_get_right_numbers(device):
         thread.join()
     for i, x in enumerate(inputs):
         torch.testing.assert_close(results[i], TF.conv2d(x, w, padding=1), rtol=1e-12, atol=1e-12)
+
+
+FORKED = """
+import os, signal, threading, time
+import torch, torch.nn.functional as TF
+import cnn.functional as F
+from kernels import autotune, device
+
+x, w = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+right = TF.conv2d(x, w)
+
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)  # what hangs ends
+        os._exit(0 if work() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def convolves():
+    return torch.allclose(F.conv2d(x, w), right, atol=1e-5)
+
+def hold(lock, held):
+    with lock:
+        held.set()
+        time.sleep(0.2)
+
+for lock in (device._lock, autotune._scopes_lock, autotune._choosing):
+    held = threading.Event()
+    thread = threading.Thread(target=hold, args=(lock, held))
+    thread.start()
+    held.wait()
+    assert child(lambda: lock.acquire(timeout=10)) == 0
+    thread.join()
+    assert lock.acquire(timeout=10)
+    lock.release()
+
+stop = threading.Event()
+thread = threading.Thread(target=lambda: [convolves() for _ in iter(stop.is_set, True)])
+thread.start()
+found = [(time.sleep(0.01 * i), child(convolves)) for i in range(6)]
+stop.set()
+thread.join()
+assert [code for _, code in found] == [0] * 6, found
+"""
+
+
+def test_a_child_forked_beside_a_kernel_runs_its_own():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.skipif(not devices.INTERPRET, reason="the interpreter is off")

@@ -24,11 +24,11 @@ kernels.implicit_gemm kernels.pair_conv kernels.depthwise kernels.max_pool kerne
 kernels.direct_conv kernels.stem_pool
 kernels.descriptor_gemm
 kernels.descriptor_pool
-kernels.planner kernels.aten kernels.vmap kernels.winners
+kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.winners
 kernels.autotune
 kernels.library
 kernels.functions
-cnn.arguments cnn.autocast cnn.problem
+cnn.arguments cnn.autocast cnn.problem cnn.text
 cnn.composed
 cnn.functional
 cnn.layers
@@ -43,8 +43,10 @@ cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
 cnn.models.hed
 cnn.models
 cnn
-cnn.data.batches cnn.data.augment cnn.data.prepare cnn.data.formats cnn.data.files
-cnn.data.sets
+cnn.data.batches cnn.data.prepare cnn.data.formats cnn.data.pixels
+cnn.data.files cnn.data.parts
+cnn.data.custom cnn.data.folder
+cnn.data.augment cnn.data.sets
 cnn.data
 cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
