@@ -1,0 +1,633 @@
+"""Small networks drawn at random, as Python source: for tests of what compiles graphs.
+
+``draw(seed)`` writes a program of chains (convolution, sum, ReLU, pooling) in all spellings of
+torch's and of this library's, with whatever may come between their members: other readers,
+mutation, views, regions of autocast and no_grad, casts, hooks, checkpoints. ``reduced`` takes from
+a program what it need not have to fail; ``str`` of one can be pasted into a file and run.
+
+The writer executes each line as it writes it. So it knows the shapes and dtypes of all names, and a
+line that torch refuses is not written.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import count
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMPORTS = """\
+import torch
+import torch.nn.functional as TF
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import cnn
+import cnn.functional as F
+"""
+HOOKS = """\
+def double(module, args, result):
+    return result * 2
+
+
+def keep(module, args, result):
+    module.register_buffer("kept", result.detach())
+"""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network's layers and the lines of its forward pass, with inputs and settings of a run."""
+
+    seed: int
+    dtype: torch.dtype  # of parameters and inputs
+    coarsest: torch.dtype  # of all values
+    channels_last: bool
+    training: bool  # else evaluated, without gradients
+    autocast: bool  # around the call
+    dynamic: bool  # compiled for sizes that vary
+    leaves: tuple[str, ...]
+    inputs: tuple[str, ...]  # which the network may mutate
+    layers: tuple[str, ...]
+    lines: tuple[str, ...]
+    results: tuple[str, ...]
+
+    def __str__(self) -> str:
+        inputs = ", ".join(f"x{i}" for i in range(len(self.inputs)))
+        layers = ("super().__init__()", *self.layers)
+        return "\n".join(
+            (
+                IMPORTS,
+                HOOKS,
+                "",
+                "class Network(nn.Module):",
+                "    def __init__(self):",
+                *(f"        {layer}" for layer in layers),
+                "",
+                f"    def forward(self, {inputs}):",
+                *(f"        {line}" for line in self.lines),
+                f"        return {', '.join(self.results)},",
+                "",
+                "",
+                f"torch.manual_seed({self.seed})",
+                f"layout = torch.{'channels_last' if self.channels_last else 'contiguous_format'}",
+                f"network = Network().to({self.dtype}, memory_format=layout)",
+                f"network.train({self.training})",
+                *(f"leaf{i} = {text}" for i, text in enumerate(self.leaves)),
+                *(f"x{i} = {text}" for i, text in enumerate(self.inputs)),
+            )
+        )
+
+    def build(self) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+        """(the network, leaves, inputs made of them), the same ones at each call."""
+        names: dict[str, Any] = {}
+        exec(compile(str(self), f"<drawn network {self.seed}>", "exec"), names)
+        leaves = [names[f"leaf{i}"] for i in range(len(self.leaves))]
+        return names["network"], leaves, [names[f"x{i}"] for i in range(len(self.inputs))]
+
+
+def reduced(program: Program, fails: Callable[[Program], bool]) -> Program:
+    """A smaller program that still fails: without the lines, layers and results it does not need.
+
+    A line gives way to ``pass`` and a region to ``if True:``, as others may stand within it.
+    """
+    changed = True
+    while changed:
+        changed = False
+        for smaller in _smaller(program):
+            if fails(smaller):
+                program, changed = smaller, True
+                break
+    return program
+
+
+def _smaller(program: Program) -> Iterator[Program]:
+    for i in range(len(program.results) if len(program.results) > 1 else 0):
+        yield replace(program, results=_without(program.results, i))
+    for i, line in reversed(list(enumerate(program.lines))):
+        text = line.lstrip()
+        less = "if True:" if text.startswith("with") else "pass"
+        if text != less and text != "if True:":
+            changed = line.replace(text, less)
+            yield replace(program, lines=(*program.lines[:i], changed, *program.lines[i + 1 :]))
+    for i in reversed(range(len(program.layers))):
+        yield replace(program, layers=_without(program.layers, i))
+    for name in ("training", "autocast", "dynamic", "channels_last"):
+        if getattr(program, name):
+            yield replace(program, **{name: False})
+
+
+def _without(parts: tuple[str, ...], i: int) -> tuple[str, ...]:
+    return (*parts[:i], *parts[i + 1 :])
+
+
+def draw(seed: int) -> Program:
+    """The program of this number: the first one drawn whose backward pass eager torch takes."""
+    attempts = (_drawn(seed, Random(f"{seed}, {i}")) for i in count())
+    return next(program for program in attempts if program is not None)
+
+
+def _drawn(seed: int, random: Random) -> Program | None:
+    dtype = random.choice((torch.float64, torch.float64, torch.float32))
+    training, channels_last = random.random() < 0.7, random.random() < 0.3
+    autocast = dtype == torch.float32 and random.random() < 0.15
+    with (
+        torch.random.fork_rng(),
+        torch.set_grad_enabled(training),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False),
+    ):
+        writer = _Writer(random, dtype, training, channels_last)
+        for _ in range(random.randint(2, 4)):
+            writer.chain()
+        writer.close(0)
+    results = writer.results()
+    differentiable = [writer.names[name].sum() for name in results if writer.requires_grad(name)]
+    try:
+        sum(differentiable, torch.zeros((), requires_grad=True)).backward()
+    except RuntimeError:  # what it saved has been modified in place
+        return None
+    return Program(
+        seed,
+        dtype,
+        writer.coarsest,
+        channels_last,
+        training,
+        autocast,
+        random.random() < 0.15,
+        tuple(writer.leaves),
+        tuple(writer.inputs),
+        tuple(writer.used_layers()),
+        tuple(writer.lines),
+        tuple(results),
+    )
+
+
+class _Writer:
+    def __init__(self, random: Random, dtype: torch.dtype, training: bool, channels_last: bool):
+        self.random, self.dtype, self.training = random, dtype, training
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.names: dict[str, Any] = {"self": nn.Module()}
+        exec(IMPORTS, self.names)
+        exec(HOOKS, self.names)
+        self.leaves: list[str] = []
+        self.inputs: list[str] = []
+        self.layers: list[str] = []
+        self.lines: list[str] = []
+        self.returned: list[str] = []
+        self.regions: list[ExitStack] = []
+        self.coarsest = torch.bfloat16 if torch.is_autocast_enabled("cpu") else dtype
+        self.count = count(1)
+        size = (
+            f"{self.pick(1, 2)}, {self.pick(2, 4, 4, 6)}, {self.pick(5, 6, 8)}, {self.pick(6, 7)}"
+        )
+        for i in range(self.pick(1, 2, 2)):
+            grad = ", requires_grad=True" if self.maybe(0.7) else ""
+            self.leaves.append(f"torch.randn({size}, dtype={dtype}{grad})")
+            self.inputs.append(f"leaf{i}.clone(memory_format=layout)")
+        if self.maybe(0.1):
+            self.inputs.append(self.pick("x0.detach()", "x0[:, :2]", "x0.transpose(2, 3)"))
+        self.names["layout"] = self.layout
+        for prefix, values in (("leaf", self.leaves), ("x", self.inputs)):
+            for i, value in enumerate(values):
+                exec(f"{prefix}{i} = {value}", self.names)
+
+    def requires_grad(self, name: str) -> bool:
+        return self.names[name].requires_grad
+
+    # Drawing.
+
+    def maybe(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def pick(self, *choices: Any) -> Any:
+        return self.random.choice(choices)
+
+    def pick_recent(self, names: Iterable[str]) -> str:
+        """One of the names, more likely a late one."""
+        names = list(names)
+        return names[max(0, len(names) - 1 - int(self.random.expovariate(0.7)))]
+
+    # What there is.
+
+    def maps(self, like: Tensor | None = None) -> list[str]:
+        """Names of images, of the shape of one if it is given."""
+        return [
+            name
+            for name, value in self.names.items()
+            if isinstance(value, Tensor)
+            and not name.startswith("leaf")
+            and value.is_floating_point()
+            and value.dim() in (3, 4)
+            and value.numel() > 0
+            and (like is None or value.shape == like.shape)
+        ]
+
+    def results(self) -> list[str]:
+        """What forward returns: the last image, what a chain meant to return, and a few others."""
+        names = self.maps()
+        others = [name for name in names[:-1] if self.maybe(0.15)]
+        return list(dict.fromkeys([names[-1], *self.returned, *others]))
+
+    def used_layers(self) -> list[str]:
+        """What lines of forward mention: an expression that was not chosen had layers, too."""
+        used = set(re.findall(r"self\.(\w+)", "\n".join(self.lines)))
+        return [layer for layer in self.layers if re.findall(r"\w+\d+", layer)[0] in used]
+
+    # Writing.
+
+    def execute(self, text: str) -> bool:
+        try:
+            exec(text, self.names)
+        except Exception:
+            return False
+        return True
+
+    def write(self, text: str) -> bool:
+        """Whether torch takes the line; if so it is written."""
+        if not self.execute(text):
+            return False
+        self.lines.append("    " * len(self.regions) + text)
+        for value in self.names.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.coarsest = max(self.coarsest, value.dtype, key=lambda t: torch.finfo(t).eps)
+        return True
+
+    def new(self, prefix: str = "v") -> str:
+        return f"{prefix}{next(self.count)}"
+
+    def assign(self, expression: str, old: str | None = None) -> str | None:
+        """The name that the expression's value has got, at times the old one; None if there is
+        no such value.
+        """
+        name = old if old is not None and self.maybe(0.3) else self.new()
+        return name if self.write(f"{name} = {expression}") else None
+
+    def layer(self, prefix: str, text: str) -> str:
+        """The name under which the network has a layer, parameter or buffer."""
+        name = f"self.{self.new(prefix)}"
+        line = text.replace("NAME", name.removeprefix("self."))
+        line = line if line.startswith("self.register") else f"{name} = {line}"
+        exec(line, self.names)
+        self.layers.append(line)
+        self.names["self"].to(self.dtype, memory_format=self.layout).train(self.training)
+        return name
+
+    def open(self, context: str) -> None:
+        self.lines.append("    " * len(self.regions) + f"with {context}:")
+        region = ExitStack()
+        region.enter_context(eval(context, self.names))
+        self.regions.append(region)
+
+    def close(self, depth: int) -> None:
+        """Leave regions until there are so many."""
+        while len(self.regions) > depth:
+            if self.lines[-1].endswith(":"):
+                self.lines.append("    " * len(self.regions) + "pass")
+            self.regions.pop().close()
+
+    def call(
+        self, function: str, required: dict[str, str], optional: dict[str, tuple[str, str]]
+    ) -> str:
+        """A call with some arguments by position and the rest by keyword. ``optional`` has values
+        and defaults; what is the default may be left out.
+        """
+        known = [*required.items(), *((name, value) for name, (value, _) in optional.items())]
+        by_position = self.pick(1, len(required), len(required), len(known))
+        words = [value for _, value in known[:by_position]]
+        for name, value in known[by_position:]:
+            default = optional[name][1] if name in optional else None
+            if value != default or self.maybe(0.1):
+                words.append(f"{name}={value}")
+        return f"{function}({', '.join(words)})"
+
+    # Chains.
+
+    def chain(self) -> None:
+        """A convolution and what may follow it, with interruptions."""
+        x = self.pick_recent(self.maps())
+        self.operands = [x]
+        if self.maybe(0.1) and (y := self.assign(self.block(x))):
+            return self.interruption(y)
+        y = self.assign(self.convolution(x), x)
+        if y is None:
+            return None
+        for step, probability in (
+            (self.sum, 0.45),
+            (self.relu, 0.85),
+            (self.relu, 0.08),
+            (self.pool, 0.4),
+        ):
+            if self.maybe(0.2):
+                y = self.interruption(y)
+            if self.maybe(probability):
+                y = step(y)
+        self.returned += [y] * self.maybe(0.6)
+        return None
+
+    def block(self, x: str) -> str:
+        """The call of several layers, checkpointed or not."""
+        C = self.names[x].shape[-3]
+        relu, pool = self.pick("", "inplace=True"), self.pick("", ", nn.MaxPool2d(2)")
+        layers = f"nn.Conv2d({C}, {C}, 3, padding=1), nn.ReLU({relu}){pool}"
+        body = self.layer("block", f"nn.Sequential({layers})")
+        if self.maybe(0.3):
+            other = self.pick_recent(self.maps(self.names[x]))
+            body = f"lambda v: TF.relu({body}[0](v) + {other})"
+        # AOTAutograd refuses what eager torch takes: to change a checkpoint's result in place.
+        return f"checkpoint({body}, {x}, use_reentrant=False) + 1"
+
+    def convolution(self, x: str) -> str:
+        C = self.names[x].shape[-3]
+        shared = [
+            name
+            for name, layer in self.names["self"].named_children()
+            if isinstance(layer, nn.Conv2d) and layer.in_channels == C
+        ]
+        if shared and self.maybe(0.2):
+            layer = f"self.{self.pick(*shared)}"
+            self.operands += [f"{layer}.weight", f"{layer}.bias"]
+            return f"{layer}({x})"
+        if self.maybe(0.1):
+            return self.transposed(x, C)
+        K = C if self.maybe(0.7) else self.pick(2, 3, 4, 8)
+        K, groups = self.pick(*[(K, 1)] * 6, (K + K % 2, 2 - C % 2), (C, C), (2 * C, C))
+        if self.maybe(0.65):  # of x's size
+            kernel, padding, dilation = self.pick(
+                *[("3", "1", "1")] * 4,
+                ("1", "0", "1"),
+                ("(3, 1)", "(1, 0)", "1"),
+                ("3", "'same'", "1"),
+                ("2", "'same'", "2"),
+                ("3", "2", "2"),
+            )
+            stride = "1"
+        else:
+            kernel, padding = (
+                self.pick("2", "3", "(2, 3)"),
+                self.pick("0", "1", "(0, 1)", "'valid'"),
+            )
+            stride, dilation = self.pick("1", "2", "(2, 1)"), "1"
+        geometry = {
+            "stride": (stride, "1"),
+            "padding": (padding, "0"),
+            "dilation": (dilation, "1"),
+            "groups": (str(groups), "1"),
+        }
+        if self.maybe(0.55):
+            return self.conv_module(x, C, K, kernel, geometry)
+        return self.conv_function(x, C // groups, K, kernel, geometry)
+
+    def conv_module(self, x: str, C: int, K: int, kernel: str, geometry: dict) -> str:
+        sizes = {"in_channels": str(C), "out_channels": str(K), "kernel_size": kernel}
+        optional = {**geometry, "bias": (self.pick("True", "True", "False"), "True")}
+        name = self.pick(*["nn.Conv2d"] * 4, "cnn.Conv2d", "cnn.ConvReLU2d")
+        constructor = self.call(name, sizes, optional)
+        if name == "cnn.ConvReLU2d" and self.maybe(0.5):
+            name = "cnn.ConvReLUMaxPool2d"
+            constructor = f"{name}({C}, {K}, 3, padding=1, pool_kernel_size=2)"
+        layer = self.layer("conv", constructor)
+        if self.maybe(0.12):
+            self.layers.append(f"{layer}.requires_grad_(False)")
+            self.execute(self.layers[-1])
+        if self.maybe(0.06):
+            self.layers.append(f"{layer}.register_forward_hook({self.pick('double', 'keep')})")
+            self.execute(self.layers[-1])
+        self.operands += [f"{layer}.weight", f"{layer}.bias"]
+        return f"{layer}({x})"
+
+    def conv_function(self, x: str, C: int, K: int, kernel: str, geometry: dict) -> str:
+        R, S = eval(kernel) if kernel.startswith("(") else (int(kernel), int(kernel))
+        weight = self.parameter(
+            "weight", f"torch.randn({K}, {C}, {R}, {S}) / {(C * R * S) ** 0.5:.1f}"
+        )
+        bias = self.pick("None", *[self.parameter("bias", f"torch.randn({K})")] * 3)
+        self.operands += [weight, bias]
+        weight = self.pick(*[weight] * 6, f"{weight} * 2", f"torch.tanh({weight})")
+        required = {"input": x, "weight": weight}
+        optional = {"bias": (bias, "None"), **geometry}
+        function = self.pick("TF.conv2d", "TF.conv2d", "torch.conv2d", "F.conv2d")
+        text = self.call(function, required, optional)
+        if function == "F.conv2d" and self.maybe(0.5):
+            text = f"{text[:-1]}, activation='relu')"
+        if function == "F.conv2d" and self.maybe(0.3):
+            text = f"{text[:-1]}, residual={self.pick_recent(self.maps())})"
+        if function == "F.conv2d" and self.maybe(0.2):
+            text = self.call("F.conv2d_relu_max_pool2d", required, optional)
+            text = f"{text[:-1]}, pool_kernel_size={self.pick('2', '3')}, pool_stride=2)"
+        return text
+
+    def transposed(self, x: str, C: int) -> str:
+        K, stride = self.pick(C, C, 2), self.pick("1", "2")
+        if self.maybe(0.5):
+            name = self.pick("nn.ConvTranspose2d", "cnn.ConvTranspose2d")
+            layer = self.layer("up", f"{name}({C}, {K}, 3, {stride}, padding=1)")
+            self.operands += [f"{layer}.weight", f"{layer}.bias"]
+            return f"{layer}({x})"
+        weight = self.parameter("weight", f"torch.randn({C}, {K}, 3, 3) / {3 * C**0.5:.1f}")
+        bias = self.pick("None", self.parameter("bias", f"torch.randn({K})"))
+        self.operands += [weight, bias]
+        function = self.pick("TF.conv_transpose2d", "torch.conv_transpose2d", "F.conv_transpose2d")
+        geometry = {
+            "bias": (bias, "None"),
+            "stride": (stride, "1"),
+            "padding": ("1", "0"),
+            "output_padding": (self.pick("0", str(int(stride) - 1)), "0"),
+            "groups": ("1", "1"),
+            "dilation": ("1", "1"),
+        }
+        return self.call(function, {"input": x, "weight": weight}, geometry)
+
+    def parameter(self, prefix: str, value: str) -> str:
+        if self.maybe(0.15):
+            return self.layer(prefix, f"self.register_buffer('NAME', {value})")
+        grad = ", requires_grad=False" if self.maybe(0.12) else ""
+        return self.layer(prefix, f"nn.Parameter({value}{grad})")
+
+    def sum(self, y: str) -> str:
+        """y plus an operand: of its shape, made now or before, broadcast, a number, itself."""
+        value = self.names[y]
+        like = [name for name in self.maps(value) if name != y] or [y]
+        b = self.pick_recent(like)
+        if self.maybe(0.25):
+            made = self.pick(f"TF.relu({b})", f"{b} * 0.5", f"self.{self.similar(value)}({b})")
+            b = self.assign(made) or b
+        self.operands.append(b)
+        if self.maybe(0.12):
+            channel = f"{b}[:, :1]" if value.dim() == 4 else f"{b}[:1]"
+            b = self.pick(channel, f"{b}.mean()", "1.5", "2", y, f"{b}.float()", f"{b} * 0.5")
+        expressions = (
+            *[f"{y} + {b}"] * 4,
+            *[f"{b} + {y}"] * 2,
+            f"torch.add({y}, {b})",
+            f"torch.add({b}, other={y})",
+            f"torch.add({y}, {b}, alpha=2)",
+            f"torch.add({y}, {b}, out=torch.empty_like({y}))",
+            f"{y}.add({b})",
+            f"{y}.add({b}, alpha=0.5)",
+            f"{y}.add_({b})",
+            f"{y} - {b}",
+            f"{y} * {b}",
+        )
+        statements = (f"{y} += {b}", f"{y}.add_({b})", f"{y}.add_({b}, alpha=2)", f"{y} -= {b}")
+        return self.step(y, expressions, statements, 0.3)
+
+    def similar(self, like: Tensor) -> str:
+        """A convolution that keeps the shape."""
+        C = like.shape[-3]
+        return self.layer("conv", f"nn.Conv2d({C}, {C}, 3, padding=1)").removeprefix("self.")
+
+    def relu(self, y: str) -> str:
+        layer = self.pick("nn.ReLU()", "nn.ReLU(inplace=True)")
+        known = [f"self.{n}" for n, m in self.names["self"].named_children() if type(m) is nn.ReLU]
+        expressions = (
+            *[f"TF.relu({y})"] * 3,
+            f"torch.relu({y})",
+            f"{y}.relu()",
+            f"TF.relu({y}, inplace=True)",
+            f"TF.relu(input={y})",
+            f"{y}.relu_()",
+            f"torch.relu_({y})",
+            *[f"{known[0] if known else self.layer('relu', layer)}({y})"] * 3,
+            self.pick(f"TF.leaky_relu({y}, 0.1)", f"TF.gelu({y})", f"torch.clamp_min({y}, 0)"),
+        )
+        statements = (f"TF.relu({y}, inplace=True)", f"{y}.relu_()", f"TF.relu_({y})")
+        return self.step(y, expressions, statements, 0.2)
+
+    def step(
+        self, y: str, expressions: tuple[str, ...], statements: tuple[str, ...], effects: float
+    ) -> str:
+        """The name of y's successor: of an expression's value, or y that a statement changes."""
+        if self.maybe(effects):
+            self.write(self.pick(*statements))
+            return y
+        return self.assign(self.pick(*expressions), y) or y
+
+    def pool(self, y: str) -> str:
+        kernel, stride, padding = self.pick(
+            ("2", "None", "0"),
+            ("2", "2", "0"),
+            ("3", "2", "1"),
+            ("3", "1", "1"),
+            ("(2, 1)", "1", "0"),
+        )
+        ceil_mode, dilation = (
+            self.pick("False", "False", "True"),
+            self.pick("1", "1", "1", "1", "2"),
+        )
+        optional = {
+            "stride": (stride, "None"),
+            "padding": (padding, "0"),
+            "dilation": (dilation, "1"),
+            "ceil_mode": (ceil_mode, "False"),
+        }
+        if self.maybe(0.15):
+            function = self.pick("TF.max_pool2d_with_indices", "TF.max_pool2d", "F.max_pool2d")
+            if function != "TF.max_pool2d_with_indices":
+                optional["return_indices"] = ("True", "False")
+            text = self.call(function, {"input": y, "kernel_size": kernel}, optional)
+            name, indices = self.new(), self.new("indices")
+            if self.write(f"{name}, {indices} = {text}"):
+                self.returned += [indices] * self.maybe(0.5)
+                return name
+            return y
+        if self.maybe(0.3):
+            constructor = self.pick("nn.MaxPool2d", "nn.MaxPool2d", "cnn.MaxPool2d")
+            known = {name: optional[name] for name in ("stride", "padding", "dilation")}
+            known |= {"return_indices": ("False", "False"), "ceil_mode": optional["ceil_mode"]}
+            layer = self.layer("pool", self.call(constructor, {"kernel_size": kernel}, known))
+            return self.assign(f"{layer}({y})", y) or y
+        if self.maybe(0.08):
+            return self.assign(f"TF.avg_pool2d({y}, 2)", y) or y
+        function = self.pick("TF.max_pool2d", "TF.max_pool2d", "torch.max_pool2d", "F.max_pool2d")
+        if function == "torch.max_pool2d" and stride == "None":
+            optional["stride"] = (kernel, "None")
+        text = self.call(function, {"input": y, "kernel_size": kernel}, optional)
+        return self.assign(text, y) or y
+
+    # Interruptions.
+
+    def interruption(self, y: str) -> str:
+        """Something that may forbid to fuse what stands before it with what comes after it; returns
+        the name under which the chain goes on.
+        """
+        kind = self.pick(
+            *[self.mutation] * 4, self.reader, self.reader, *[self.region] * 3, self.other
+        )
+        return kind(y) or y
+
+    def mutation(self, y: str) -> None:
+        """Of an operand of the chain, of its value, of another image or of a buffer."""
+        names = [*self.operands, *self.operands, y, self.pick_recent(self.maps())]
+        name = self.pick(*[name for name in names if name != "None"])
+        if self.maybe(0.15):
+            count = self.layer("count", "self.register_buffer('NAME', torch.zeros(1))")
+            self.write(self.pick(f"{count}.add_(1)", f"{count}.add_({y}.detach().mean())"))
+            return
+        region = name.startswith("self.") and torch.is_grad_enabled()
+        if region:
+            self.open("torch.no_grad()")
+        self.write(
+            self.pick(
+                *(f"{name}.mul_(0.5)", f"{name}.add_(1)", f"{name}.neg_()"),
+                *(
+                    f"{name}[:1].zero_()",
+                    f"{name}[..., 0] = 1",
+                    f"{name}.view(-1).mul_(2)",
+                    f"{name}.mul_({name} > 0)",
+                ),
+                *(f"{name}.relu_()", f"{name}.copy_({name} * 2)"),
+            )
+        )
+        if region:
+            self.close(len(self.regions) - 1)
+
+    def reader(self, y: str) -> None:
+        """Of the chain's value, beside the next member: a computation, the caller, or a hook."""
+        kind = self.pick("compute", "compute", "return", "detach", "hook")
+        if kind == "compute":
+            self.assign(self.pick(f"{y} * 2", f"torch.sigmoid({y})", f"{y} + 1"))
+        elif kind == "return":
+            self.returned.append(y)
+        elif kind == "detach" and (name := self.assign(f"{y}.detach()")):
+            self.returned.append(name)
+        elif kind == "hook" and self.names[y].requires_grad:
+            self.write(f"{y}.register_hook(lambda gradient: gradient * 2)")
+
+    def region(self, y: str) -> None:
+        if self.regions and self.maybe(0.6):
+            self.close(len(self.regions) - 1)
+            return
+        if self.maybe(0.06):
+            self.lines.append("    " * len(self.regions) + "torch._dynamo.graph_break()")
+            return
+        contexts = [
+            "torch.no_grad()",
+            "torch.enable_grad()",
+            "torch.autocast('cpu', enabled=False)",
+        ]
+        if self.dtype == torch.float32:
+            contexts += ["torch.autocast('cpu', torch.bfloat16, cache_enabled=False)"] * 3
+        self.open(self.pick(*contexts))
+
+    def other(self, y: str) -> str | None:
+        """Another operation on the chain's value: a view, a cast, a copy, a layer."""
+        first, rows = ("0", "1") if self.names[y].dim() == 3 else ("1", "2")
+        expressions = [
+            *(f"{y}.transpose(-1, -2)", f"{y}.narrow({first}, 0, 2)", f"{y}.flip({rows})"),
+            *(f"{y}.detach()", f"{y}.clone()", f"torch.cat([{y}, {y}], {first})"),
+            *(f"{y}.chunk(2, {first})[1]", f"{y}.to({self.dtype})", f"{y}.float()"),
+            f"{y}.to(torch.{self.pick('float64', 'float32')})",
+        ]
+        if self.names[y].dim() == 4:
+            norm = f"nn.BatchNorm2d({self.names[y].shape[1]})"
+            expressions += [
+                *(f"{y}[0]", f"{y}.contiguous(memory_format=torch.channels_last)"),
+                *[f"{self.layer('norm', norm)}({y})"] * 2,
+            ]
+        else:
+            expressions += [f"{y}.unsqueeze(0)"] * 6
+        return self.assign(self.pick(*expressions), y)
