@@ -317,9 +317,11 @@ class _Writer:
             return None
         for step, probability in (
             (self.sum, 0.45),
+            (self.sum, 0.1),
             (self.relu, 0.85),
             (self.relu, 0.08),
-            (self.pool, 0.4),
+            (self.sum, 0.08),
+            (self.pool, 0.5),
         ):
             if self.maybe(0.2):
                 y = self.interruption(y)
@@ -465,14 +467,15 @@ class _Writer:
             f"torch.add({y}, {b})",
             f"torch.add({b}, other={y})",
             f"torch.add({y}, {b}, alpha=2)",
-            f"torch.add({y}, {b}, out=torch.empty_like({y}))",
             f"{y}.add({b})",
             f"{y}.add({b}, alpha=0.5)",
             f"{y}.add_({b})",
-            f"{y} - {b}",
-            f"{y} * {b}",
+            self.pick(f"{y} - {b}", f"{y} * {b}"),
         )
-        statements = (f"{y} += {b}", f"{y}.add_({b})", f"{y}.add_({b}, alpha=2)", f"{y} -= {b}")
+        statements = (
+            *(f"{y} += {b}", f"{y}.add_({b})", f"{y}.add_({b}, alpha=2)", f"{y} -= {b}"),
+            *(f"{b} += {y}", f"{b}.add_({y})"),
+        )
         return self.step(y, expressions, statements, 0.3)
 
     def similar(self, like: Tensor) -> str:
@@ -516,7 +519,7 @@ class _Writer:
         )
         ceil_mode, dilation = (
             self.pick("False", "False", "True"),
-            self.pick("1", "1", "1", "1", "2"),
+            self.pick("1", "1", "1", "2"),
         )
         optional = {
             "stride": (stride, "None"),
@@ -555,7 +558,7 @@ class _Writer:
         the name under which the chain goes on.
         """
         kind = self.pick(
-            *[self.mutation] * 4, self.reader, self.reader, *[self.region] * 3, self.other
+            *[self.mutation] * 5, self.reader, self.reader, *[self.region] * 2, self.other
         )
         return kind(y) or y
 
@@ -570,18 +573,14 @@ class _Writer:
         region = name.startswith("self.") and torch.is_grad_enabled()
         if region:
             self.open("torch.no_grad()")
-        self.write(
-            self.pick(
-                *(f"{name}.mul_(0.5)", f"{name}.add_(1)", f"{name}.neg_()"),
-                *(
-                    f"{name}[:1].zero_()",
-                    f"{name}[..., 0] = 1",
-                    f"{name}.view(-1).mul_(2)",
-                    f"{name}.mul_({name} > 0)",
-                ),
-                *(f"{name}.relu_()", f"{name}.copy_({name} * 2)"),
-            )
+        changes = (
+            *(f"{name}.mul_(0.5)", f"{name} += 1", f"{name}.neg_()", f"{name}.relu_()"),
+            *(f"TF.relu({name}, inplace=True)", f"torch.mul({name}, 2, out={name})"),
+            *(f"{name}[:1].zero_()", f"{name}[..., 0] = 1", f"{name}.view(-1).mul_(2)"),
+            *(f"{name}.copy_({name} * 2)", f"{name}.mul_({name} > 0)"),
+            self.pick(f"{name}.detach_()", f"{name}.transpose_(-1, -2)"),
         )
+        self.write(self.pick(*changes))
         if region:
             self.close(len(self.regions) - 1)
 
