@@ -189,7 +189,7 @@ class _Writer:
             self.leaves.append(f"torch.randn({size}, dtype={dtype}{grad})")
             self.inputs.append(f"leaf{i}.clone(memory_format=layout)")
         if self.maybe(0.1):
-            self.inputs.append(self.pick("x0.detach()", "x0[:, :2]", "x0.transpose(2, 3)"))
+            self.inputs.append(self.pick("x0[:, :2]", "x0.transpose(2, 3)"))
         self.names["layout"] = self.layout
         for prefix, values in (("leaf", self.leaves), ("x", self.inputs)):
             for i, value in enumerate(values):
@@ -229,7 +229,7 @@ class _Writer:
     def results(self) -> list[str]:
         """What forward returns: the last image, what a chain meant to return, and a few others."""
         names = self.maps()
-        others = [name for name in names[:-1] if self.maybe(0.15)]
+        others = [name for name in names[:-1] if self.maybe(0.07)]
         return list(dict.fromkeys([names[-1], *self.returned, *others]))
 
     def used_layers(self) -> list[str]:
@@ -263,7 +263,7 @@ class _Writer:
         """The name that the expression's value has got, at times the old one; None if there is
         no such value.
         """
-        name = old if old is not None and self.maybe(0.3) else self.new()
+        name = old if old is not None and self.maybe(0.5) else self.new()
         return name if self.write(f"{name} = {expression}") else None
 
     def layer(self, prefix: str, text: str) -> str:
@@ -321,9 +321,9 @@ class _Writer:
             (self.relu, 0.85),
             (self.relu, 0.08),
             (self.sum, 0.08),
-            (self.pool, 0.5),
+            (self.pool, 0.55),
         ):
-            if self.maybe(0.2):
+            if self.maybe(0.22):
                 y = self.interruption(y)
             if self.maybe(probability):
                 y = step(y)
@@ -386,7 +386,7 @@ class _Writer:
     def conv_module(self, x: str, C: int, K: int, kernel: str, geometry: dict) -> str:
         sizes = {"in_channels": str(C), "out_channels": str(K), "kernel_size": kernel}
         optional = {**geometry, "bias": (self.pick("True", "True", "False"), "True")}
-        name = self.pick(*["nn.Conv2d"] * 4, "cnn.Conv2d", "cnn.ConvReLU2d")
+        name = self.pick(*["nn.Conv2d"] * 6, "cnn.Conv2d", "cnn.ConvReLU2d")
         constructor = self.call(name, sizes, optional)
         if name == "cnn.ConvReLU2d" and self.maybe(0.5):
             name = "cnn.ConvReLUMaxPool2d"
@@ -458,9 +458,10 @@ class _Writer:
             made = self.pick(f"TF.relu({b})", f"{b} * 0.5", f"self.{self.similar(value)}({b})")
             b = self.assign(made) or b
         self.operands.append(b)
-        if self.maybe(0.12):
+        if self.maybe(0.25):
             channel = f"{b}[:, :1]" if value.dim() == 4 else f"{b}[:1]"
-            b = self.pick(channel, f"{b}.mean()", "1.5", "2", y, f"{b}.float()", f"{b} * 0.5")
+            number = self.pick("1.5", "2", f"{b}.mean()")
+            b = self.pick(channel, channel, number, y, f"{b}.float()", f"{b} * 0.5")
         expressions = (
             *[f"{y} + {b}"] * 4,
             *[f"{b} + {y}"] * 2,
@@ -573,11 +574,12 @@ class _Writer:
         region = name.startswith("self.") and torch.is_grad_enabled()
         if region:
             self.open("torch.no_grad()")
+        views = (f"{name}[:1]", f"{name}.flatten()", f"{name}.view({name}.shape)")
+        part = self.pick(name, name, *views)
         changes = (
-            *(f"{name}.mul_(0.5)", f"{name} += 1", f"{name}.neg_()", f"{name}.relu_()"),
-            *(f"TF.relu({name}, inplace=True)", f"torch.mul({name}, 2, out={name})"),
-            *(f"{name}[:1].zero_()", f"{name}[..., 0] = 1", f"{name}.view(-1).mul_(2)"),
-            *(f"{name}.copy_({name} * 2)", f"{name}.mul_({name} > 0)"),
+            *(f"{name} += 1", f"{name}[..., 0] = 1", f"{name}.copy_({name} * 2)"),
+            *[f"{part}.{self.pick('mul_(0.5)', 'neg_()', 'relu_()', 'zero_()', 'add_(1)')}"] * 6,
+            *(f"TF.relu({part}, inplace=True)", f"torch.mul({part}, 2, out={part})"),
             self.pick(f"{name}.detach_()", f"{name}.transpose_(-1, -2)"),
         )
         self.write(self.pick(*changes))
