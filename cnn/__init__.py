@@ -44,7 +44,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``cnn.visualize``, which needs more than a network does, when it is first asked for."""
-    if name == "visualize":
-        return import_module("cnn.visualize")
+    """What needs more than a network does, when it is first asked for."""
+    if name in ("compile_backend", "visualize"):
+        return import_module(f"cnn.{name}")
+    if name == "compile_report":
+        return import_module("cnn.compile_backend").compile_report
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

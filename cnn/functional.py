@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from kernels import functions
-from kernels.geometry import conv_transpose_output_size, pool_output_size
+from kernels.geometry import (
+    conv_transpose_output_size,
+    conv_transpose_padding,
+    pool_output_size,
+)
 
 from .arguments import (
     INT32,
@@ -242,12 +246,7 @@ def conv_transpose2d(
     x = input.unsqueeze(0) if unbatched else input
     x, weight, bias = autocast(x, weight, bias)
     check_dtypes(x, weight=weight, bias=bias)
-    # Dilation admits output padding that no window of this convolution reaches: the last windows
-    # then end before the image, as negative padding has it.
-    pads = (
-        *(ph, ph - max(0, extra[0] - steps[0] + 1)),
-        *(pw, pw - max(0, extra[1] - steps[1] + 1)),
-    )
+    pads = conv_transpose_padding((ph, pw), extra, steps)
     last = functions.channels_last(x, weight)
     call = functions.conv_transpose2d(size, steps, pads, spread, groups, None, last)
     return _called(call, x, weight, bias, key=key, unbatched=unbatched)

@@ -44,6 +44,19 @@ def conv_transpose_output_size(
     return (size - 1) * stride - before - after + dilation * (kernel - 1) + output_padding + 1
 
 
+def conv_transpose_padding(
+    padding: Pair, output_padding: Pair, stride: Pair
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of the convolution that a transposed one is the gradient of.
+
+    Dilation admits output padding that no window of this convolution reaches: the last windows then
+    end before the image, as negative padding has it.
+    """
+    (top, left), (below, beside) = padding, output_padding
+    bottom, right = top - max(0, below - stride[0] + 1), left - max(0, beside - stride[1] + 1)
+    return top, bottom, left, right
+
+
 def pool_output_size(
     size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
 ) -> int:

@@ -31,6 +31,10 @@ kernels.functions
 cnn.arguments cnn.autocast cnn.decisions cnn.problem
 cnn.functional cnn.fusion
 cnn.layers
+cnn.graph_effects cnn.graph_layout
+cnn.graph_lowering
+cnn.graph_fusion
+cnn.compile_backend
 cnn.summary cnn.convert cnn.export
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
 cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
@@ -124,6 +128,8 @@ assert "sklearn" not in sys.modules
 assert "cnn.visualize" not in sys.modules
 assert callable(cnn.visualize.deconvnet)
 assert "matplotlib" not in sys.modules
+assert "cnn.compile_backend" not in sys.modules
+assert str(cnn.compile_report()) == ""
 try:
     cnn.nothing
 except AttributeError as error:
@@ -153,3 +159,7 @@ def test_a_wheel_holds_the_two_packages_alone(tmp_path):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     sources = {str(path.relative_to(ROOT)) for path in SOURCES.values()}
     assert names == sources | {"kernels/py.typed", "cnn/py.typed"}
+    (declared,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
+    entry_points = wheel.read(declared).decode().split("\n\n")
+    backend = "[torch_dynamo_backends]\ntriton_cnn = cnn.compile_backend:triton_cnn"
+    assert backend in map(str.strip, entry_points)

@@ -1,0 +1,124 @@
+"""``torch.compile(model, backend="triton_cnn")``: fusion in the graphs of any model.
+
+Dynamo guards the graphs and knows their lines. In them convolutions and poolings become this
+library's operators (``graph_fusion``); all else is Inductor's.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch._dynamo.utils import counters
+from torch._guards import CompileContext
+from torch._logging._internal import warning_once
+from torch.fx import GraphModule
+
+from .graph_effects import forget_reshaped
+from .graph_fusion import rewrite
+from .graph_lowering import ON_CPU
+
+log = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """What became of a call of a convolution or pooling."""
+
+    graph: str
+    layer: str  # of the model
+    line: str  # of its source
+    function: str
+    became: str  # the operator with what is fused in it, or "left to Inductor"
+    why: str  # it was left, or nothing more was fused
+
+    def __str__(self) -> str:
+        place = " ".join(filter(None, (self.layer, self.line and f"({self.line})")))
+        reason = f"; {self.why}" if self.why else ""
+        return f"{self.graph}: {place} {self.function} -> {self.became}{reason}"
+
+
+@dataclass
+class CompileReport:
+    """A row for each convolution and pooling that was compiled since ``torch._dynamo.reset()``.
+
+    Graphs have the numbers that Dynamo's logs give the frame and its compilation, and a number of
+    their own if it was cut into several, as by DDP's buckets.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many calls became what."""
+        return Counter(row.became for row in self.rows)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.rows))
+
+
+_rows: list[Row] = []
+_graphs: Counter[str] = Counter()
+
+
+def compile_report() -> CompileReport:
+    """What became of the convolutions and poolings that ``backend="triton_cnn"`` has compiled."""
+    return CompileReport(list(_rows))
+
+
+def _reset() -> None:
+    _rows.clear()
+    _graphs.clear()
+
+
+def fuse(gm: GraphModule) -> GraphModule:
+    """Rewrite a graph that Dynamo made, and those in it, such as a checkpoint's; tell what became
+    of each convolution and pooling.
+    """
+    frame = str(CompileContext.current_compile_id() or "-")
+    _graphs[frame] += 1
+    name = f"[{frame}]" if _graphs[frame] == 1 else f"[{frame}, graph {_graphs[frame]}]"
+    forget_reshaped(gm)
+    rows = []
+    for inner, module in gm.named_modules():
+        if isinstance(module, GraphModule):
+            rows += _rewritten(module, " ".join(filter(None, (name, inner))))
+    _rows.extend(rows)
+    for row in rows:
+        counters["triton_cnn"][row.became] += 1
+        log.debug("%s", row)
+    if any(row.why == ON_CPU for row in rows):
+        warning_once(log, "a graph is left to Inductor, as %s", ON_CPU)
+    return gm
+
+
+def _rewritten(gm: GraphModule, name: str) -> list[Row]:
+    outcomes = rewrite(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    return [
+        Row(name, o.layer, o.line, o.function, o.became or "left to Inductor", o.why)
+        for o in outcomes
+    ]
+
+
+def triton_cnn(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """Inductor's compilation of a graph that was rewritten before, by its modes and options."""
+    from torch._inductor import config
+
+    from .graph_layout import ChannelsLast
+
+    inductor = torch._TorchCompileInductorWrapper(mode, options, None)
+    before = inductor.config.get("joint_custom_post_pass", config.joint_custom_post_pass)
+    inductor.config["joint_custom_post_pass"] = ChannelsLast(before)
+    return inductor(fuse(gm), example_inputs)
+
+
+triton_cnn.reset = _reset  # type: ignore[attr-defined]  # which torch._dynamo.reset calls

@@ -1,0 +1,143 @@
+"""What a node of Dynamo's graph changes: tensors in place, or a state that others depend on.
+
+Dynamo traces on fake tensors, whose storages tell which results are views of which: each node keeps
+its own in ``meta["example_value"]``.
+"""
+
+import inspect
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+_PURE_MODULES = {"torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator"}
+"""Their functions change what they are told to change in place, and nothing else."""
+
+_WRITING_OPERATORS = {
+    *(operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul),
+    *(operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul),
+    *(operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+    operator.iconcat,
+}
+_KEEPING_STATISTICS = ("batch_norm", "instance_norm", "embedding", "fake_quant")
+"""Words in the names of functions that may also write to the tensors after their first."""
+
+
+_RESHAPING = {
+    *("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_"),
+    *("resize_", "resize_as_", "set_", "detach_", "requires_grad_"),
+}
+"""Names of functions that change in place how a tensor lies, or whether it gets a gradient."""
+
+
+def forget_reshaped(gm: GraphModule) -> None:
+    """Have ``value`` give None for tensors that are reshaped in place: Dynamo then keeps for all
+    nodes how they are at the end.
+    """
+    graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes]
+    reshaped = {
+        id(value(operand))
+        for node in nodes
+        if _name(node.target) in _RESHAPING
+        for operand in node.all_input_nodes
+    }
+    for node in nodes:
+        if any(id(leaf) in reshaped for leaf in pytree.tree_leaves(value(node))):
+            node.meta["reshaped"] = True
+
+
+def _name(target: Any) -> str:
+    """A function's or method's, without its overload."""
+    return str(getattr(getattr(target, "overloadpacket", target), "__name__", target))
+
+
+def value(node: Node) -> Any:
+    """What Dynamo knows of a node's result; None if it knows nothing."""
+    return None if "reshaped" in node.meta else node.meta.get("example_value")
+
+
+def storages(nodes: Iterable[Node]) -> set[int] | None:
+    """The storages in which the results of nodes lie; None if it is not known for one of them."""
+    found = set()
+    for t in pytree.tree_leaves([value(node) for node in nodes]):
+        if type(t) is not FakeTensor:
+            return None
+        found.add(t.untyped_storage()._cdata)
+    return found
+
+
+def changed(node: Node) -> list[Node] | None:
+    """The nodes whose tensors a node writes to; None if it may change anything else, too."""
+    if node.op in ("placeholder", "get_attr"):
+        return []
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return _written_by_operator(node)
+    if target in _WRITING_OPERATORS:
+        return _nodes(node.args[0])
+    if not _gives_tensors(node):
+        return None
+    if node.op == "call_method":
+        return _nodes(node.args[0]) if _writes_in_place(str(target)) else []
+    if node.op != "call_function" or getattr(target, "__module__", None) not in _PURE_MODULES:
+        return None
+    return _written_by_function(node)
+
+
+def _written_by_operator(node: Node) -> list[Node] | None:
+    target: Any = node.target
+    if target.__module__ not in ("torch._ops.aten", "torch._ops.triton_cnn"):
+        return None
+    packet = isinstance(target, torch._ops.OpOverloadPacket)
+    overloads = [getattr(target, name) for name in target.overloads()] if packet else [target]
+    mutable = any(overload._schema.is_mutable for overload in overloads)
+    return node.all_input_nodes if mutable or _keeps_statistics(target) else []
+
+
+def _written_by_function(node: Node) -> list[Node]:
+    target: Any = node.target
+    written = _nodes(node.kwargs.get("out"))
+    if _writes_in_place(target.__name__) or _is_told_to_write(node):
+        written += _nodes(node.args[0] if node.args else node.kwargs)
+    if _keeps_statistics(target):
+        written += node.all_input_nodes[1:] if node.args else node.all_input_nodes
+    return written
+
+
+def _keeps_statistics(target: Any) -> bool:
+    return any(word in target.__name__ for word in _KEEPING_STATISTICS)
+
+
+def _writes_in_place(name: str) -> bool:
+    dunder = name.startswith("__") and name.endswith("__")
+    return name.startswith(("__i", "__set", "__del")) if dunder else name.endswith("_")
+
+
+def _is_told_to_write(node: Node) -> bool:
+    """Whether a function of torch.nn.functional is called with inplace=True."""
+    if not inspect.isfunction(node.target):
+        return bool(node.kwargs.get("inplace"))
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)
+    except TypeError:
+        return True
+    return bool(bound.arguments.get("inplace"))
+
+
+def _gives_tensors(node: Node) -> bool:
+    """Whether the result is made of tensors and numbers. A change of state gives none."""
+    leaves = pytree.tree_leaves(value(node))
+    return bool(leaves) and all(
+        isinstance(leaf, Tensor | int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+        for leaf in leaves
+    )
+
+
+def _nodes(argument: Any) -> list[Node]:
+    return [leaf for leaf in pytree.tree_leaves(argument) if isinstance(leaf, Node)]

@@ -1,0 +1,167 @@
+"""Networks given in NCHW, computed in channels_last, as Inductor does with torch's convolutions.
+
+Inductor decides by ``aten.convolution``. So this pass does it for this library's operators, in
+AOTAutograd's joint graph of forward and backward: it has no side effects, and nothing in it sees
+how a tensor lies. Operands are copied once, the gradients' operators are told to keep the layout,
+and what leaves the graph lies as it did.
+"""
+
+import hashlib
+import operator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+import kernels
+
+_aten, _ops = torch.ops.aten, torch.ops.triton_cnn
+_CONVOLUTIONS = {
+    *(_ops.conv2d.default, _ops.conv2d_dgrad.default, _ops.conv2d_wgrad.default),
+    *(_ops.conv2d_bytes.default, _ops.conv2d_bytes_wgrad.default, _ops.conv2d_fp8.default),
+    *(_ops.conv2d_relu_max_pool2d.default, _ops.conv2d_relu_max_pool2d_backward.default),
+}
+
+
+class ChannelsLast(CustomGraphPass):
+    """The pass, after one that the user has set.
+
+    Its id stands for this library's sources, too: what Inductor and AOTAutograd cache depends on
+    the operators' fake versions and gradients.
+    """
+
+    def __init__(self, before: Any = None):
+        self.before = before
+
+    def __call__(self, graph: Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
+        if config.layout_optimization and any(node.target in _CONVOLUTIONS for node in graph.nodes):
+            move(graph)
+
+    def uuid(self) -> Any:
+        before = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
+        unknown = self.before is not None and before is None
+        return None if unknown else (_digest_of_sources(), before)
+
+
+@cache
+def _digest_of_sources() -> bytes:
+    digest = hashlib.sha256()
+    for folder in (Path(kernels.__file__).parent, Path(__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def move(graph: Graph) -> None:
+    """Have the operands of convolutions, and all that follows from them, in channels_last."""
+    mover = _Mover()
+    for node in list(graph.nodes):
+        mover.visit(node)
+
+
+class _Mover:
+    def __init__(self) -> None:
+        self.before: dict[Node, Any] = {}  # the values of nodes whose results lay otherwise
+        self.copies: dict[tuple[Node, tuple[int, ...]], Node] = {}
+
+    def visit(self, node: Node) -> None:
+        if _is_own(node):
+            self._give_channels_last(node)
+        moved = [operand for operand in node.all_input_nodes if operand in self.before]
+        if not moved and not _is_own(node):
+            return
+        result = _evaluated(node)
+        if result is None:  # it gets its operands as they lay before
+            for operand in moved:
+                self._give_copy(node, operand, _order(self.before[operand]))
+        elif _strides(result) != _strides(node.meta["val"]):
+            self.before[node] = node.meta["val"]
+            node.meta["val"] = result
+
+    def _give_channels_last(self, node: Node) -> None:
+        """Move a convolution's images; others' only if one of them has been moved."""
+        images = [operand for operand in node.all_input_nodes if _is_image(operand)]
+        moved = [image for image in images if _is_channels_last(_value(image))]
+        if node.target not in _CONVOLUTIONS and not moved:
+            return
+        for image in images:
+            if image not in moved and _value(image).is_contiguous():
+                self._give_copy(node, image, (0, 2, 3, 1))
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore
+        node.args = tuple(
+            True if name == "channels_last" else argument
+            for name, argument in zip(names, node.args, strict=True)
+        )
+        node.meta.pop("eager_input_vals", None)  # by which Inductor would have them as before
+
+    def _give_copy(self, node: Node, operand: Node, order: tuple[int, ...]) -> None:
+        """Give a node an operand whose axes lie in an order, the longest strides first."""
+        if (operand, order) not in self.copies:
+            back = [order.index(axis) for axis in range(len(order))]
+            with node.graph.inserting_before(node):
+                copy = _call(node, _aten.permute.default, operand, list(order))
+                copy = _call(node, _aten.clone.default, copy, memory_format=torch.contiguous_format)
+                self.copies[operand, order] = _call(node, _aten.permute.default, copy, back)
+        node.replace_input_with(operand, self.copies[operand, order])
+
+
+def _call(node: Node, target: Any, *arguments: Any, **options: Any) -> Node:
+    """A call for a node, in whose part of the graph it is."""
+    made = node.graph.call_function(target, arguments, options)
+    made.meta = {key: item for key, item in node.meta.items() if key != "eager_input_vals"}
+    made.meta["val"] = _evaluated(made)
+    return made
+
+
+def _order(t: Tensor) -> tuple[int, ...]:
+    if t.is_contiguous():
+        return tuple(range(t.dim()))
+    return tuple(sorted(range(t.dim()), key=t.stride, reverse=True))
+
+
+def _is_image(node: Node) -> bool:
+    return isinstance(_value(node), Tensor) and _value(node).dim() == 4
+
+
+def _is_own(node: Node) -> bool:
+    return getattr(node.target, "__module__", None) == "torch._ops.triton_cnn"
+
+
+def _value(node: Node) -> Tensor:
+    return node.meta["val"]
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _strides(value: Any) -> list[tuple]:
+    return [tuple(t.stride()) for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _evaluated(node: Node) -> Any:
+    """The result of operands as they lie now; None of a node that may go by how they lie."""
+    target: Any = node.target
+    if target is not operator.getitem and (
+        not isinstance(target, torch._ops.OpOverload)
+        or target.namespace not in ("aten", "prims", "triton_cnn")
+        or "as_strided" in target.name()
+        or target._schema.is_mutable
+        or "unbacked_bindings" in node.meta
+    ):
+        return None
+    arguments = pytree.tree_map_only(Node, _value, (node.args, node.kwargs))
+    try:
+        with torch.no_grad(), enable_python_dispatcher():
+            return target(*arguments[0], **arguments[1])
+    except (RuntimeError, ValueError):  # a view that only the old strides have
+        return None

@@ -1,0 +1,318 @@
+"""Calls of convolutions and poolings in Dynamo's graphs, each as an operator at its own place."""
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as TF
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, Node, Proxy
+from torch.utils import _pytree as pytree
+
+import kernels
+from kernels import device, functions
+from kernels.geometry import conv_transpose_output_size, conv_transpose_padding
+
+from .arguments import DTYPES, conv_padding, one_number, pair, pooling
+from .graph_effects import value
+
+_ops = torch.ops.triton_cnn
+OPERATORS = {
+    _ops.conv2d.default: "conv2d",
+    _ops.conv2d_bytes.default: "conv2d of bytes",
+    _ops.conv2d_fp8.default: "conv2d of float8",
+    _ops.conv2d_dgrad.default: "conv_transpose2d",
+    _ops.max_pool2d.default: "max_pool2d",
+    _ops.conv2d_relu_max_pool2d.default: "conv2d + max_pool2d",
+}
+_OWN_SOURCES = (
+    str(Path(kernels.__file__).parent),
+    *(str(Path(__file__).with_name(name)) for name in ("functional.py", "layers.py")),
+)
+_PACKETS: dict[Any, Any] = {overload.overloadpacket: overload for overload in OPERATORS}
+
+
+class Refusal(Exception):
+    """Why a node stays as it is, as a clause about it."""
+
+
+@dataclass
+class Outcome:
+    """What became of a convolution or pooling."""
+
+    node: Node
+    function: str  # that was called
+    layer: str  # of the model
+    line: str  # of its source
+    why: str = ""  # it was left to Inductor, or nothing more was fused
+
+    @property
+    def became(self) -> str:
+        """The operator with what is fused in it; nothing if the call was left to Inductor."""
+        target: Any = self.node.target
+        if target not in OPERATORS:
+            return ""
+        name, _, pool = OPERATORS[target].partition(" + ")
+        arguments = given(self.node)
+        parts = [name]
+        if arguments.get("residual") is not None:
+            parts.append("residual")
+        if arguments.get("relu") or pool:
+            parts.append("relu")
+        return " + ".join([*parts, pool] if pool else parts)
+
+
+def lower(graph: Graph) -> list[Outcome]:
+    """Put an operator in place of each call; what became of it."""
+    outcomes = []
+    for node in list(graph.nodes):
+        lowering = _lowering(node)
+        if lowering is None:
+            continue
+        make, arguments = lowering
+        outcomes.append(outcome := Outcome(node, name_of(node), _layer(node), _line(node)))
+        try:
+            with graph.inserting_before(node):
+                outcome.node = make(node, **arguments)
+        except Refusal as refusal:
+            outcome.why = str(refusal)
+    return outcomes
+
+
+def name_of(node: Node) -> str:
+    target: Any = node.target
+    return OPERATORS.get(target) or str(getattr(target, "__name__", target))
+
+
+def _layer(node: Node) -> str:
+    """The name in the model of the innermost layer that made a call."""
+    path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    return re.sub(r"^L\['\w+'\]\.?", "", path[-1]) if path else ""
+
+
+def _line(node: Node) -> str:
+    """FILE:LINE of a call, outside of this library's functions and layers."""
+    frames = re.findall(r'File "(.*)", line (\d+)', node.meta.get("stack_trace") or "")
+    users = [":".join(frame) for frame in frames if not frame[0].startswith(_OWN_SOURCES)]
+    return users[-1] if users else ""
+
+
+# How a call's arguments are bound.
+
+
+def signature(*required: str, **defaults: Any) -> Signature:
+    kind = Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [Parameter(name, kind) for name in required]
+    parameters += [Parameter(name, kind, default=value) for name, value in defaults.items()]
+    return Signature(parameters)
+
+
+def bound(node: Node, targets: tuple, signature: Signature) -> dict[str, Any] | None:
+    """The arguments by name of a call of one of the targets; None of another node."""
+    if node.op not in ("call_function", "call_method") or node.target not in targets:
+        return None
+    try:
+        call = signature.bind(*node.args, **node.kwargs)
+    except TypeError:
+        return None
+    call.apply_defaults()
+    return call.arguments
+
+
+def given(node: Node) -> dict[str, Any]:
+    """The arguments by name of a call of an operator, which has all of them by place."""
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    return dict(zip(names, node.args, strict=True))
+
+
+# What makes the operator of a call.
+
+
+def _conv2d(
+    node: Node, input: Any, weight: Any, bias: Any, stride, padding, dilation, groups
+) -> Node:
+    _check_constant(stride, padding, dilation, groups)
+    operands = _operands(value(node), input, weight, bias)
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    pads = conv_padding(padding, value(weight).shape[2:], stride, steps, spread)
+    numbers = steps, pads, spread, one_number("groups", groups, 1), None, False
+    return _replace(node, _ops.conv2d.default, *operands, None, *numbers)
+
+
+def _conv_transpose2d(
+    node: Node,
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride,
+    padding,
+    output_padding,
+    groups,
+    dilation,
+) -> Node:
+    _check_constant(stride, padding, output_padding, groups, dilation)
+    operands = _operands(value(node), input, weight, bias)
+    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
+    pads, extra = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
+    size = [
+        conv_transpose_output_size(_size(input, axis), kernel, step, (pad, pad), spacing, more)
+        for axis, kernel, step, pad, spacing, more in zip(
+            (2, 3), value(weight).shape[2:], steps, pads, spread, extra, strict=True
+        )
+    ]
+    size = [item.node if isinstance(item, Proxy) else item for item in size]
+    last = functions.channels_last(value(input), value(weight))
+    sides = conv_transpose_padding(pads, extra, steps)
+    numbers = size, steps, sides, spread, one_number("groups", groups, 1), None, last
+    return _replace(node, _ops.conv2d_dgrad.default, *operands, *numbers)
+
+
+def _size(node: Node, axis: int) -> Any:
+    """A size of a tensor: if it may vary, what asks for it when the graph runs."""
+    size = value(node).shape[axis]
+    return size if isinstance(size, int) else Proxy(node).size(axis)
+
+
+def _max_pool2d(
+    node: Node, input: Any, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+) -> Node:
+    _check_constant(kernel_size, stride, padding, dilation, ceil_mode)
+    indices = bool(return_indices) or node.target is TF.max_pool2d_with_indices
+    results = value(node) if indices and value(node) else (value(node),)
+    operands = _operands(results[0], input)
+    if indices and any(user.target is not operator.getitem for user in node.users):
+        raise Refusal("its maxima and indices are handed on in one tuple")
+    kernel, steps, pads = pooling(kernel_size, stride, padding)
+    # Without a gradient the offsets of the maxima are not kept.
+    kept = results[0].requires_grad
+    numbers = kernel, steps, pads, pair("dilation", dilation, 1), bool(ceil_mode), kept, indices
+    made = _call(node, _ops.max_pool2d.default, *operands, *numbers)
+    parts = [_call(node, operator.getitem, made, place) for place in (0, 2)[: len(results)]]
+    for part, result in zip(parts, results, strict=True):
+        part.meta["example_value"] = result
+    if not indices:
+        node.replace_all_uses_with(parts[0])
+    for user in list(node.users):
+        user.replace_all_uses_with(parts[user.args[1]])  # type: ignore[index]
+        node.graph.erase_node(user)
+    node.graph.erase_node(node)
+    return made
+
+
+def _own(node: Node, target: Any) -> Node:
+    """A call of one of this library's operators: what it needs to be told by place."""
+    arguments = {argument.name: argument.default_value for argument in target._schema.arguments}
+    arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
+    _check_constant(*(a for a in arguments.values() if not isinstance(a, Node)))
+    node.target, node.args, node.kwargs = target, tuple(arguments.values()), {}
+    return node
+
+
+_WINDOW = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+_LOWERINGS = (
+    (
+        _conv2d,
+        (torch.conv2d,),
+        signature("input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1),
+    ),
+    (
+        _conv_transpose2d,
+        (torch.conv_transpose2d,),
+        signature(
+            *("input", "weight"),
+            bias=None,
+            stride=1,
+            padding=0,
+            output_padding=0,
+            groups=1,
+            dilation=1,
+        ),
+    ),
+    (
+        _max_pool2d,
+        (TF.max_pool2d, TF.max_pool2d_with_indices, torch.max_pool2d),
+        signature("input", "kernel_size", **_WINDOW),
+    ),
+)
+
+
+def _lowering(node: Node) -> tuple[Callable[..., Node], dict[str, Any]] | None:
+    for make, targets, names in _LOWERINGS:
+        if (arguments := bound(node, targets, names)) is not None:
+            return make, arguments
+    target: Any = _PACKETS.get(node.target, node.target)
+    return (_own, {"target": target}) if target in OPERATORS else None
+
+
+# Operands, and nodes.
+
+
+def _check_constant(*arguments: Any) -> None:
+    if any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(arguments)):
+        raise Refusal("its arguments vary")
+
+
+def _operands(result: Any, *operands: Any) -> list[Node | None]:
+    """The operands, cast to the result's dtype: autocast has given it another than theirs."""
+    given = [operand for operand in operands if operand is not None]
+    _check_tensors(result, *(value(node) if isinstance(node, Node) else node for node in given))
+    return [
+        node
+        if node is None or value(node).dtype == result.dtype
+        else _evaluated(node, "to", result.dtype)
+        for node in operands
+    ]
+
+
+def _check_tensors(result: Any, input: Any, *others: Any) -> None:
+    tensors = (result, input, *others)
+    if any(t is None for t in tensors):
+        raise Refusal("its tensors are reshaped in place, or not known")
+    if any(type(t) is not FakeTensor for t in tensors):
+        raise Refusal("its tensors are of a subclass, or in a transform of torch.func")
+    for t in tensors:
+        if t.dtype not in DTYPES:
+            raise Refusal(f"its tensors have dtype {t.dtype}")
+        if t.layout != torch.strided:
+            raise Refusal(f"its tensors have layout {t.layout}")
+    if input.dim() != 4:
+        raise Refusal("its input has no batch")
+    if any(isinstance(size, int) and size == 0 for size in (*input.shape[1:], *result.shape[1:])):
+        raise Refusal("its input or result is empty")
+    kind = input.device.type
+    if kind == "cpu" and not device.takes_cpu():
+        raise Refusal(ON_CPU)
+    if kind not in ("cpu", "cuda"):
+        raise Refusal(f"its tensors are on {kind}")
+
+
+ON_CPU = "its tensors are on the CPU, where kernels run only in Triton's interpreter"
+
+
+def _evaluated(node: Node, method: str, *arguments: Any) -> Node:
+    """A call of a method that changes nothing, with its value."""
+    made = node.graph.call_method(method, (node, *arguments))
+    with torch.no_grad():
+        made.meta["example_value"] = getattr(value(node), method)(*arguments)
+    return made
+
+
+def _call(node: Node, target: Callable[..., Any], *arguments: Any) -> Node:
+    """A call in place of a node, whose lines of source it keeps."""
+    made = node.graph.call_function(target, arguments)
+    made.meta = {key: item for key, item in node.meta.items() if key != "example_value"}
+    return made
+
+
+def _replace(node: Node, target: Callable[..., Any], *arguments: Any) -> Node:
+    made = _call(node, target, *arguments)
+    made.meta["example_value"] = value(node)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    return made
