@@ -355,9 +355,9 @@ class _Writer:
             return f"{layer}({x})"
         if self.maybe(0.1):
             return self.transposed(x, C)
-        K = C if self.maybe(0.7) else self.pick(2, 3, 4, 8)
+        K = C if self.maybe(0.85) else self.pick(2, 3, 4, 8)
         K, groups = self.pick(*[(K, 1)] * 6, (K + K % 2, 2 - C % 2), (C, C), (2 * C, C))
-        if self.maybe(0.65):  # of x's size
+        if self.maybe(0.75):  # of x's size
             kernel, padding, dilation = self.pick(
                 *[("3", "1", "1")] * 4,
                 ("1", "0", "1"),
@@ -452,8 +452,10 @@ class _Writer:
     def sum(self, y: str) -> str:
         """y plus an operand: of its shape, made now or before, broadcast, a number, itself."""
         value = self.names[y]
-        like = [name for name in self.maps(value) if name != y] or [y]
-        b = self.pick_recent(like)
+        like = [name for name in self.maps(value) if name != y]
+        if not like and self.maybe(0.9):
+            return y
+        b = self.pick_recent(like or [y])
         if self.maybe(0.25):
             made = self.pick(f"TF.relu({b})", f"{b} * 0.5", f"self.{self.similar(value)}({b})")
             b = self.assign(made) or b
@@ -474,7 +476,8 @@ class _Writer:
             self.pick(f"{y} - {b}", f"{y} * {b}"),
         )
         statements = (
-            *(f"{y} += {b}", f"{y}.add_({b})", f"{y}.add_({b}, alpha=2)", f"{y} -= {b}"),
+            *[f"{y} += {b}"] * 5,
+            *(f"{y}.add_({b})", f"{y}.add_({b}, alpha=2)", f"{y} -= {b}"),
             *(f"{b} += {y}", f"{b}.add_({y})"),
         )
         return self.step(y, expressions, statements, 0.3)
@@ -499,7 +502,7 @@ class _Writer:
             self.pick(f"TF.leaky_relu({y}, 0.1)", f"TF.gelu({y})", f"torch.clamp_min({y}, 0)"),
         )
         statements = (f"TF.relu({y}, inplace=True)", f"{y}.relu_()", f"TF.relu_({y})")
-        return self.step(y, expressions, statements, 0.2)
+        return self.step(y, expressions, statements, 0.1)
 
     def step(
         self, y: str, expressions: tuple[str, ...], statements: tuple[str, ...], effects: float
