@@ -131,12 +131,14 @@ def _is_told_to_write(node: Node) -> bool:
 
 
 def _gives_tensors(node: Node) -> bool:
-    """Whether the result is made of tensors and numbers. A change of state gives none."""
+    """Whether the result is made of tensors, or a method's of numbers. A change of state gives
+    neither.
+    """
     leaves = pytree.tree_leaves(value(node))
-    return bool(leaves) and all(
-        isinstance(leaf, Tensor | int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
-        for leaf in leaves
-    )
+    kinds = (Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+    if not all(isinstance(leaf, kinds) for leaf in leaves):
+        return False
+    return node.op == "call_method" or any(isinstance(leaf, Tensor) for leaf in leaves)
 
 
 def _nodes(argument: Any) -> list[Node]:

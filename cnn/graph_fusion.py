@@ -98,7 +98,7 @@ def _add_residual(conv: Node, reader: Node) -> _Fused:
         raise Refusal("its sum is not with another tensor")
     if changed(reader) and not is_first:
         raise Refusal("its sum is written into the other operand")
-    if not _is_alike(value(residual), value(conv)) or not _is_alike(value(reader), value(conv)):
+    if not _is_alike(value(residual), value(conv)):
         raise Refusal("its sum is with a tensor of another shape, dtype or device")
     return conv.target, arguments | {"residual": residual}
 
