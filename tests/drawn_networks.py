@@ -126,7 +126,10 @@ def _without(parts: tuple[str, ...], i: int) -> tuple[str, ...]:
 
 
 def draw(seed: int) -> Program:
-    """The program of this number: the first one drawn whose backward pass eager torch takes."""
+    """The program of this number: the first one drawn whose values eager torch differentiates.
+
+    That of dead ends, too: AOTAutograd also does where they end a graph.
+    """
     attempts = (_drawn(seed, Random(f"{seed}, {i}")) for i in count())
     return next(program for program in attempts if program is not None)
 
@@ -141,11 +144,12 @@ def _drawn(seed: int, random: Random) -> Program | None:
         torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False),
     ):
         writer = _Writer(random, dtype, training, channels_last)
-        for _ in range(random.randint(2, 4)):
+        for _ in range(random.randint(2, 3)):
             writer.chain()
         writer.close(0)
     results = writer.results()
-    differentiable = [writer.names[name].sum() for name in results if writer.requires_grad(name)]
+    tensors = [value for value in writer.names.values() if isinstance(value, Tensor)]
+    differentiable = [t.sum() for t in tensors if t.requires_grad]
     try:
         sum(differentiable, torch.zeros((), requires_grad=True)).backward()
     except RuntimeError:  # what it saved has been modified in place
@@ -194,9 +198,6 @@ class _Writer:
         for prefix, values in (("leaf", self.leaves), ("x", self.inputs)):
             for i, value in enumerate(values):
                 exec(f"{prefix}{i} = {value}", self.names)
-
-    def requires_grad(self, name: str) -> bool:
-        return self.names[name].requires_grad
 
     # Drawing.
 
@@ -583,8 +584,9 @@ class _Writer:
             *(f"{name} += 1", f"{name}[..., 0] = 1", f"{name}.copy_({name} * 2)"),
             *[f"{part}.{self.pick('mul_(0.5)', 'neg_()', 'relu_()', 'zero_()', 'add_(1)')}"] * 6,
             *(f"TF.relu({part}, inplace=True)", f"torch.mul({part}, 2, out={part})"),
-            self.pick(f"{name}.detach_()", f"{name}.transpose_(-1, -2)"),
         )
+        if not region and self.maybe(0.08):
+            changes = f"{name}.detach_()", f"{name}.transpose_(-1, -2)"
         self.write(self.pick(*changes))
         if region:
             self.close(len(self.regions) - 1)

@@ -12,6 +12,13 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from cnn.compile_backend import fuse, triton_cnn
 
+pytestmark = [
+    # Dynamo looks for the gradients of its inputs, which are no leaves here.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    # Inductor imports what it is in.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated"),
+]
+
 PART = 25
 """Programs of one test: few enough to share among workers, enough for each pattern to occur."""
 
