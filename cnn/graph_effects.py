@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-_PURE_MODULES = {"torch", "torch.functional", "torch.nn.functional", "torch._C._nn", "_operator"}
+_PURE_MODULES = {"torch", "torch.functional", "torch.nn.functional", "torch._C._nn"}
 """Their functions change what they are told to change in place, and nothing else."""
 
 _WRITING_OPERATORS = {
@@ -79,8 +79,8 @@ def changed(node: Node) -> list[Node] | None:
     target = node.target
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return _written_by_operator(node)
-    if target in _WRITING_OPERATORS:
-        return _nodes(node.args[0])
+    if getattr(target, "__module__", None) == "_operator":
+        return _nodes(node.args[0]) if target in _WRITING_OPERATORS else []
     if not _gives_tensors(node):
         return None
     if node.op == "call_method":

@@ -105,7 +105,7 @@ def _add_residual(conv: Node, reader: Node) -> _Fused:
 
 def _is_alike(t: Any, y: Any) -> bool:
     return (
-        type(t) is FakeTensor
+        type(t) is type(y) is FakeTensor
         and (t.dtype, t.device, t.layout, t.dim()) == (y.dtype, y.device, y.layout, y.dim())
         and all(statically_known_true(a == b) for a, b in zip(t.shape, y.shape, strict=True))
     )

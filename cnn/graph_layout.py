@@ -31,25 +31,24 @@ _CONVOLUTIONS = {
 
 
 class ChannelsLast(CustomGraphPass):
-    """The pass, after one that the user has set.
+    """The pass, after those that the user has set.
 
     Its id stands for this library's sources, too: what Inductor and AOTAutograd cache depends on
     the operators' fake versions and gradients.
     """
 
     def __init__(self, before: Any = None):
-        self.before = before
+        self.before = before if isinstance(before, list | tuple) else [before] if before else []
 
     def __call__(self, graph: Graph) -> None:
-        if self.before is not None:
-            self.before(graph)
+        for custom_pass in self.before:
+            custom_pass(graph)
         if config.layout_optimization and any(node.target in _CONVOLUTIONS for node in graph.nodes):
             move(graph)
 
     def uuid(self) -> Any:
-        before = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
-        unknown = self.before is not None and before is None
-        return None if unknown else (_digest_of_sources(), before)
+        ids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
+        return None if None in ids else (_digest_of_sources(), *ids)
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as TF
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 import kernels
@@ -28,7 +29,7 @@ OPERATORS = {
     _ops.conv2d_fp8.default: "conv2d of float8",
     _ops.conv2d_dgrad.default: "conv_transpose2d",
     _ops.max_pool2d.default: "max_pool2d",
-    _ops.conv2d_relu_max_pool2d.default: "conv2d + max_pool2d",
+    _ops.conv2d_relu_max_pool2d.default: "conv2d + relu + max_pool2d",
 }
 _OWN_SOURCES = (
     str(Path(kernels.__file__).parent),
@@ -54,17 +55,11 @@ class Outcome:
     @property
     def became(self) -> str:
         """The operator with what is fused in it; nothing if the call was left to Inductor."""
-        target: Any = self.node.target
-        if target not in OPERATORS:
+        if self.node.target not in OPERATORS:
             return ""
-        name, _, pool = OPERATORS[target].partition(" + ")
         arguments = given(self.node)
-        parts = [name]
-        if arguments.get("residual") is not None:
-            parts.append("residual")
-        if arguments.get("relu") or pool:
-            parts.append("relu")
-        return " + ".join([*parts, pool] if pool else parts)
+        residual = " + residual" if arguments.get("residual") is not None else ""
+        return name_of(self.node) + residual + (" + relu" if arguments.get("relu") else "")
 
 
 def lower(graph: Graph) -> list[Outcome]:
@@ -176,7 +171,7 @@ def _conv_transpose2d(
 def _size(node: Node, axis: int) -> Any:
     """A size of a tensor: if it may vary, what asks for it when the graph runs."""
     size = value(node).shape[axis]
-    return size if isinstance(size, int) else Proxy(node).size(axis)
+    return size if isinstance(size, int) else Proxy(_evaluated(node, "size", axis))
 
 
 def _max_pool2d(
@@ -206,10 +201,9 @@ def _max_pool2d(
 
 
 def _own(node: Node, target: Any) -> Node:
-    """A call of one of this library's operators: what it needs to be told by place."""
+    """A call of one of this library's operators, with all arguments by place."""
     arguments = {argument.name: argument.default_value for argument in target._schema.arguments}
     arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
-    _check_constant(*(a for a in arguments.values() if not isinstance(a, Node)))
     node.target, node.args, node.kwargs = target, tuple(arguments.values()), {}
     return node
 
@@ -260,8 +254,10 @@ def _check_constant(*arguments: Any) -> None:
 
 def _operands(result: Any, *operands: Any) -> list[Node | None]:
     """The operands, cast to the result's dtype: autocast has given it another than theirs."""
-    given = [operand for operand in operands if operand is not None]
-    _check_tensors(result, *(value(node) if isinstance(node, Node) else node for node in given))
+    tensors = [
+        value(node) if isinstance(node, Node) else node for node in operands if node is not None
+    ]
+    _check_tensors(result, *tensors)
     return [
         node
         if node is None or value(node).dtype == result.dtype
@@ -281,6 +277,8 @@ def _check_tensors(result: Any, input: Any, *others: Any) -> None:
             raise Refusal(f"its tensors have dtype {t.dtype}")
         if t.layout != torch.strided:
             raise Refusal(f"its tensors have layout {t.layout}")
+        if free_unbacked_symbols(t):
+            raise Refusal("its sizes depend on data")
     if input.dim() != 4:
         raise Refusal("its input has no batch")
     if any(isinstance(size, int) and size == 0 for size in (*input.shape[1:], *result.shape[1:])):

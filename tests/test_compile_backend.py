@@ -523,6 +523,17 @@ def test_arguments_that_vary_are_left_to_inductor():
     ]
 
 
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_sizes_that_depend_on_data_are_left_to_inductor():
+    def function(x, w):
+        return TF.max_pool2d(TF.conv2d(x[x.sum((1, 2, 3)) > 0], w).relu(), 2)
+
+    compiled = torch.compile(function, backend=rewritten, fullgraph=True)
+    x, w = torch.randn(6, 2, 9, 8), torch.randn(3, 2, 3, 3)
+    torch.testing.assert_close(compiled(x, w), function(x, w))
+    assert [row.why for row in compile_report().rows] == ["its sizes depend on data"] * 2
+
+
 def test_on_a_cpu_without_the_interpreter_it_says_once_that_inductor_gets_the_graph(
     monkeypatch, caplog
 ):
@@ -701,6 +712,7 @@ def test_a_pass_of_the_users_is_kept(configs):
     made(torch.fx.Graph())
     assert pass_of_users.calls == 1
     assert made.uuid() == (ChannelsLast().uuid()[0], "counting")
+    assert ChannelsLast([pass_of_users, pass_of_users]).uuid()[1:] == ("counting", "counting")
     assert ChannelsLast(lambda graph: None).uuid() is None  # Inductor then caches nothing
 
 
