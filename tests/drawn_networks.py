@@ -10,7 +10,7 @@ line that torch refuses is not written.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import count
@@ -70,7 +70,7 @@ class Program:
                 "",
                 f"    def forward(self, {inputs}):",
                 *(f"        {line}" for line in self.lines),
-                f"        return {', '.join(self.results)},",
+                f"        return ({''.join(f'{name}, ' for name in self.results)})",
                 "",
                 "",
                 f"torch.manual_seed({self.seed})",
@@ -91,38 +91,29 @@ class Program:
 
 
 def reduced(program: Program, fails: Callable[[Program], bool]) -> Program:
-    """A smaller program that still fails: without the lines, layers and results it does not need.
+    """A smaller program that still fails: without the results, lines and layers it does not need.
 
     A line gives way to ``pass`` and a region to ``if True:``, as others may stand within it.
     """
-    changed = True
-    while changed:
-        changed = False
-        for smaller in _smaller(program):
+    for part in ("results", "lines", "layers"):
+        for i in reversed(range(len(getattr(program, part)))):
+            smaller = _without(program, part, i)
             if fails(smaller):
-                program, changed = smaller, True
-                break
+                program = smaller
+    for setting in ("training", "autocast", "dynamic", "channels_last"):
+        smaller = replace(program, **{setting: False})
+        if smaller != program and fails(smaller):
+            program = smaller
     return program
 
 
-def _smaller(program: Program) -> Iterator[Program]:
-    for i in range(len(program.results) if len(program.results) > 1 else 0):
-        yield replace(program, results=_without(program.results, i))
-    for i, line in reversed(list(enumerate(program.lines))):
-        text = line.lstrip()
-        less = "if True:" if text.startswith("with") else "pass"
-        if text != less and text != "if True:":
-            changed = line.replace(text, less)
-            yield replace(program, lines=(*program.lines[:i], changed, *program.lines[i + 1 :]))
-    for i in reversed(range(len(program.layers))):
-        yield replace(program, layers=_without(program.layers, i))
-    for name in ("training", "autocast", "dynamic", "channels_last"):
-        if getattr(program, name):
-            yield replace(program, **{name: False})
-
-
-def _without(parts: tuple[str, ...], i: int) -> tuple[str, ...]:
-    return (*parts[:i], *parts[i + 1 :])
+def _without(program: Program, part: str, i: int) -> Program:
+    parts = getattr(program, part)
+    less = ()
+    if part == "lines":
+        text = parts[i].lstrip()
+        less = (parts[i].replace(text, "if True:" if text.endswith(":") else "pass"),)
+    return replace(program, **{part: (*parts[:i], *less, *parts[i + 1 :])})
 
 
 def draw(seed: int) -> Program:
@@ -149,8 +140,8 @@ def _drawn(seed: int, random: Random) -> Program | None:
         writer.close(0)
     results = writer.results()
     tensors = [value for value in writer.names.values() if isinstance(value, Tensor)]
-    differentiable = [t.sum() for t in tensors if t.requires_grad]
     try:
+        differentiable = (t.sum() for t in tensors if t.requires_grad)
         sum(differentiable, torch.zeros((), requires_grad=True)).backward()
     except RuntimeError:  # what it saved has been modified in place
         return None
