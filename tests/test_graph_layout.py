@@ -164,10 +164,16 @@ def test_an_input_that_inference_changes_is_changed():
     assert all(images(moved(function, "", **operands())))
 
 
-def test_a_pooling_alone_is_not_moved():
+def test_a_pooling_without_a_convolution_is_not_moved():
     graph = moved(lambda x: TF.max_pool2d(x, 3, 1, 1), x=operands()["x"])
     assert not any(images(graph))
     assert copies(graph) == 0
+
+
+def test_a_pooling_beside_a_convolution_is_not_moved():
+    graph = moved(lambda x, v: (TF.max_pool2d(x, 3, 1, 1), TF.conv2d(x, v)), **_two())
+    (pool,) = (node for node in graph.nodes if node.target is _ops.max_pool2d.default)
+    assert pool.all_input_nodes[0].op == "placeholder"
 
 
 def test_a_transposed_convolution_is():
