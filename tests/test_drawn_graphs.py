@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as TF
-from drawn_networks import Program, draw, reduced
+from drawn_networks import draw
+from drawn_programs import Program, reduced
 from torch import Tensor, fx
 from torch._dynamo.backends.debugging import aot_eager
 
