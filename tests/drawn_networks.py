@@ -101,6 +101,7 @@ class _Network(Writer):
             (self.relu, 0.08),
             (self.sum, 0.08),
             (self.pool, 0.55),
+            (self.relu, 0.1),
         ):
             if self.maybe(0.22):
                 y = self.interruption(y)
