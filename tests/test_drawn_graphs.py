@@ -21,23 +21,28 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated"),
 ]
 
-PART = 25
+PART = 50
 """Programs of one test: few enough to share among workers, enough for each pattern to occur."""
 
 PATTERNS = {
-    "conv2d": 10,
-    "conv2d + relu": 8,
-    "conv2d + residual": 0,
-    "conv2d + residual + relu": 1,
-    "conv2d_relu_max_pool2d": 1,
+    "conv2d": 30,
+    "conv2d + relu": 10,
+    "conv2d + residual + relu": 2,
+    "conv2d_relu_max_pool2d": 3,
     "conv2d_dgrad": 1,
-    "max_pool2d": 4,
+    "max_pool2d": 25,
 }
 """The operators that fusion makes of the rest, and how many at least in each part."""
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.06}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.02}
 """RMS error of a tensor, by the coarsest dtype of the program, relative to the larger of its RMS
-and one. What is sound differs by rounding, what is not by as much as the values."""
+and one; of integers the share that differs. What is sound differs by rounding, what is not by as
+much as the values."""
+
+FLIPS = 2.0
+"""The same of gradients in bfloat16, which shows only what is grossly wrong. Fusion rounds once in
+place of twice, and where that changes which elements a ReLU or a pooling lets through, their whole
+gradients go elsewhere."""
 
 
 @pytest.fixture(autouse=True)
@@ -128,11 +133,12 @@ def differences(program: Program, backend: Any) -> list[str]:
         found = outcome(program, backend)
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
-    return [
-        f"{name}: {line}"
-        for name in sorted(expected.keys() | found.keys())
-        if (line := _difference(found.get(name), expected.get(name), program.coarsest))
-    ]
+    lines = []
+    for name in sorted(expected.keys() | found.keys()):
+        pair = found.get(name), expected.get(name)
+        if line := _difference(*pair, program.coarsest, name.startswith("gradient")):
+            lines.append(f"{name}: {line}")
+    return lines
 
 
 def outcome(program: Program, backend: Any = None) -> dict[str, Tensor]:
@@ -166,17 +172,21 @@ def _weighted_sum(t: Tensor) -> Tensor:
     return (t.double() * weights).sum()
 
 
-def _difference(found: Tensor | None, right: Tensor | None, coarsest: torch.dtype) -> str | None:
+def _difference(
+    found: Tensor | None, right: Tensor | None, coarsest: torch.dtype, is_gradient: bool
+) -> str | None:
     if found is None or right is None:
         return f"only {'eager' if found is None else 'compiled'}"
     if (found.shape, found.dtype) != (right.shape, right.dtype):
         return f"{found.dtype} of {tuple(found.shape)}, not {right.dtype} of {tuple(right.shape)}"
+    tolerance = FLIPS if is_gradient and coarsest == torch.bfloat16 else TOLERANCE[coarsest]
     if not right.is_floating_point():
-        return None if torch.equal(found, right) else f"{found}, not {right}"
+        share = (found != right).double().mean().item()
+        return f"{found}, not {right}" if share > tolerance else None
     found, right = found.double(), right.double()
     if not torch.equal(found.isfinite(), right.isfinite()):
         return "infinite or NaN elsewhere"
     error, size = (t.nan_to_num().square().mean().sqrt().item() for t in (found - right, right))
-    if error <= TOLERANCE[coarsest] * max(size, 1):
+    if error <= tolerance * max(size, 1):
         return None
     return f"RMS error {error:.3g} of {size:.3g}"
