@@ -24,6 +24,7 @@ COMMANDS = {
     "counted": "count what the planner's choices do, by executing some of it, without a GPU",
     "campaign": "check every kernel and measure the device in the first minutes on a GPU",
     "hazards": "check the machine code of all binaries for hazards, without a GPU",
+    "cpu": "time networks on a CPU beside PyTorch's own layers",
     "launch": "time the Python side of a call, without a GPU",
     "report": "draw charts and write the README's table from bench/results",
 }

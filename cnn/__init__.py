@@ -9,9 +9,9 @@ from typing import Any
 from kernels.autotune import enabled as autotune
 from kernels.device import warm_up
 
-from . import export, functional, models
+from . import functional, models
 from .convert import convert, revert
-from .export import export_onnx
+from .export import export, export_onnx
 from .layers import (
     Conv2d,
     ConvReLU2d,
@@ -19,7 +19,6 @@ from .layers import (
     ConvTranspose2d,
     MaxPool2d,
     MaxUnpool2d,
-    fold_batch_norm,
 )
 from .summary import summary
 
@@ -34,7 +33,6 @@ __all__ = [
     "convert",
     "export",
     "export_onnx",
-    "fold_batch_norm",
     "functional",
     "models",
     "revert",

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
+from io import TextIOWrapper
 from pathlib import Path
 
 import torch
@@ -33,7 +34,9 @@ from .options import (
     Parser,
     add_common,
     check_agreed,
+    check_pixels,
     check_size,
+    chosen_data,
     data_set,
     interval,
     not_negative,
@@ -43,6 +46,7 @@ from .options import (
     whole,
 )
 from .problem import FAILURE, Problem
+from .text import plain
 from .train import OPTIMIZERS, SCHEDULES, Config, Run, Setting
 
 LAST = Path()  # --resume without a path
@@ -113,7 +117,10 @@ def _configuration(command: Parser) -> None:
     )
     known = ", ".join(models.list())
     add("--model", choices=models.list(), metavar="NAME", help=f"{known} ({Config.model})")
-    help = f"{', '.join(data.NAMES)}, with its place as NAME:PATH ({Config.data})"
+    help = (
+        f"{', '.join(data.NAMES)}, with its place as NAME:PATH; or MODULE:FUNCTION, which is "
+        f"imported and called to make one ({Config.data})"
+    )
     add("--data", type=data_set, metavar="NAME", help=help)
     add("--size", type=whole, help="side of the images in pixels (folders 224, others 32)")
     add("--epochs", type=whole, help=f"passes ({Config.epochs})")
@@ -148,6 +155,7 @@ def train(args: argparse.Namespace) -> None:
     if source:
         checkpoint = checkpoints.load(source)
         config = Config(**checkpoint["config"]).resumed(given, source)
+        chosen_data(args.data, config.data, source)
         folder = args.output or source.parent
     last = folder / "last.pt"
     if last.exists() and not args.overwrite and not (source and source.samefile(last)):
@@ -158,6 +166,8 @@ def train(args: argparse.Namespace) -> None:
     if group.first:
         checkpoints.prepare(folder)
     sets = load_data(config.data, config.size, config.seed)
+    if group.first:
+        _tell_notes(sets)
     _check_size(config.model, sets.description)
     period, in_seconds = args.save_every
     rest = {"broken": args.broken, "keep_every": args.keep_every}
@@ -178,6 +188,11 @@ def train(args: argparse.Namespace) -> None:
         group.close()
         raise
     group.close()
+
+
+def _tell_notes(sets: data.Data) -> None:
+    for note in sets.notes:
+        tell(note)
 
 
 def _check_size(name: str, description: data.Description) -> None:
@@ -201,8 +216,12 @@ def evaluate(args: argparse.Namespace) -> None:
                 raise Problem(f"{args.checkpoint} holds parameters alone: say by --{name} {use}")
         trained, known = Config(model=args.model, data=args.data, size=args.size), None
     size = known.size if known else trained.size
-    sets = load_data(args.data or trained.data, size, trained.seed)
+    name = chosen_data(args.data, trained.data, args.checkpoint)
+    sets = load_data(name, size, trained.seed)
+    _tell_notes(sets)
     known = known or sets.description
+    if data.same_set(name, trained.data) and known.identity not in ("", sets.description.identity):
+        tell(f"{name} has changed since the training: renamed images may now be among those tested")
     model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
     check_fit(model, known, sets.description, args)
 
@@ -223,7 +242,7 @@ def evaluate(args: argparse.Namespace) -> None:
     picture = args.confusion or args.checkpoint.with_name(f"{args.checkpoint.stem}-confusion.png")
     try:
         draw_confusion(labels, given, known.classes, picture)
-        print(f"confusion matrix: {picture}")
+        print(f"confusion matrix: {plain(picture)}")
     except Problem as problem:  # without matplotlib
         tell(str(problem))
     right = int((labels == given).sum())
@@ -240,7 +259,11 @@ def check_fit(
     """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
     outputs = len([*model.parameters()][-1])
     if found.classes != known.classes or len(known.classes) != outputs:
-        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
+        differ = sorted({*found.classes} ^ {*known.classes})
+        which = f": {differ[0]} is one of the two alone" if differ else ""
+        raise Problem(f"--data: its classes are not those of {args.checkpoint}{which}")
+    if found.pixels != known.pixels:
+        raise Problem(f"--data: its images are not of the type that {args.checkpoint} is for")
     if found.channels != known.channels:
         raise Problem(f"--data: {args.checkpoint} is for images of {known.channels} channels")
 
@@ -249,6 +272,7 @@ def predict(args: argparse.Namespace) -> None:
     """Print a line an image: its path, then the likeliest classes with their probabilities."""
     checkpoint = checkpoints.load(args.checkpoint)
     trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
+    check_pixels(known, args.checkpoint)
     parameters = checkpoint["state_dict"]
     model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
     folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
@@ -267,7 +291,8 @@ def predict(args: argparse.Namespace) -> None:
         for (label, chances, classes), path in zip(rows, ahead, strict=False):
             if label != UNCOUNTED:
                 pairs = zip(classes, chances, strict=True)
-                print(path, *(f"{known.classes[c]}\t{chance:.4f}" for c, chance in pairs), sep="\t")
+                named = [f"{plain(known.classes[c])}\t{chance:.4f}" for c, chance in pairs]
+                print(plain(path), *named, sep="\t")
     for line in unread:
         say(line)
     if unread:
@@ -288,11 +313,13 @@ def report(where: torch.device, share: float) -> None:
 def say(line: str) -> None:
     """A line on stderr; of several processes the number is told."""
     rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"python -m cnn{rank}: {line}", file=sys.stderr)
+    print(f"python -m cnn{rank}: {plain(line)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal may not know all characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     try:
         args.run(args)

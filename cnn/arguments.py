@@ -34,6 +34,10 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
     Numbers that are equal need not be alike: True and 1.0 are refused where 1 is not. So only
     calls with plain numbers are kept, and none that is traced or cast on the way.
     """
+    if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
+        return None
+    if type(tensors[0]) not in _TENSORS or not library.runs_kernels(tensors[0]):
+        return None
     for value in arguments:
         if type(value) not in _PLAIN:
             if type(value) is not tuple:
@@ -41,20 +45,18 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
             for item in value:
                 if type(item) is not int:
                     return None
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return None
-    if type(tensors[0]) not in _TENSORS or (setting := library.setting(tensors[0])) is None:
+    if torch._C._is_any_autocast_enabled() or (setting := library.setting(tensors[0])) is None:
         return None
     key: list[Any] = [name, setting, arguments]
     try:
         for t in tensors:
             if t is None:
                 key.append(None)
-            elif type(t) in _TENSORS:
-                key += (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16)
+            elif type(t) in _TENSORS and not t.is_neg() and (start := t.data_ptr()):
+                key += (t.shape, t.stride(), t.dtype, t.device, start % 16)
             else:
-                return None
-    except RuntimeError:  # t is not strided
+                return None  # its values are not what lies in its memory: see library.is_plain
+    except RuntimeError:  # t is not strided, or has no memory
         return None
     return tuple(key)
 
@@ -302,6 +304,18 @@ def check_devices(input: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def check_residual(residual: Tensor | None, input: Tensor, weight: Tensor, size: Pair) -> None:
+    """That it has the shape of the result, whose rows and columns are ``size``."""
+    if residual is None:
+        return
+    channels = weight.shape[0] if input.shape[-3] else 0
+    expected = (*input.shape[:-3], channels, *size)
+    if residual.shape != expected:
+        raise ValueError(
+            f"residual must have the result's shape {expected}, got residual of {shape(residual)}"
+        )
+
+
 def check_dtypes(input: Tensor, **others: Tensor | None) -> None:
     dtype = input.dtype
     for name, t in others.items():
@@ -323,7 +337,7 @@ def check_bytes(
         raise TypeError(f"normalise must be (scale, shift), got normalise={normalise!r:.80}")
     if input.dtype != torch.uint8:
         raise RuntimeError(f"with normalise, input must be torch.uint8, got {input.dtype}")
-    C = input.shape[1]
+    C = input.shape[-3]
     if not 1 <= C // groups <= 4:
         raise NotImplementedError(
             "an input of bytes must have 1 to 4 channels to a group, got input of "
@@ -337,8 +351,7 @@ def _constant(value: Any, channels: int, where: torch.device) -> Tensor:
     """float32 [C] from a tensor, a number or a sequence; it gets no gradient."""
     if not isinstance(value, Tensor):
         value = tuple(value) if isinstance(value, list) else value
-        make = _on_device.__wrapped__ if torch.compiler.is_compiling() else _on_device
-        value = make(value, where)
+        value = (_new_on_device if _is_watched() else _on_device)(value, where)
     if value.device != where or not value.is_floating_point():
         raise RuntimeError(
             f"normalise must hold floats on {where}, got {value.dtype} on {value.device}"
@@ -352,13 +365,27 @@ def _constant(value: Any, channels: int, where: torch.device) -> Tensor:
     return value.to(torch.float32).expand(channels)
 
 
-@lru_cache(maxsize=256)
-def _on_device(value: float | tuple[float, ...], where: torch.device) -> Tensor:
-    """Made once: a copy to a GPU waits for it."""
+def _is_watched() -> bool:
+    """Whether a tensor that is made now may be another than it would be later: a fake one, say."""
+    return (
+        torch.compiler.is_compiling()
+        or library.is_watched()
+        or torch._C._is_torch_function_mode_enabled()
+    )
+
+
+def _new_on_device(value: float | tuple[float, ...], where: torch.device) -> Tensor:
     try:
         return torch.tensor(value, dtype=torch.float32, device=where)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"normalise must hold numbers, got {value!r:.80}") from None
+
+
+@lru_cache(maxsize=256)
+def _on_device(value: float | tuple[float, ...], where: torch.device) -> Tensor:
+    """Made once, as a copy to a GPU waits for it; and for all modes of autograd."""
+    with torch.inference_mode(False):
+        return _new_on_device(value, where)
 
 
 def check_scale(scale: Tensor, filters: int, *operands: Tensor | None) -> None:

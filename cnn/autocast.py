@@ -1,5 +1,6 @@
 """Casts that an operator owes to ``torch.autocast``, as torch's own operators make them."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def _may_share(t: Tensor) -> bool:
         torch.is_autocast_cache_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_inference_mode_enabled()  # torch keeps nothing there
-        and not torch._C._are_functorch_transforms_active()  # they refuse saved-tensor hooks
+        and not torch._C._are_functorch_transforms_active()  # what they save is wrapped
         and t.dim() in (1, 4)
         and t.numel() > 0
     )
@@ -40,12 +41,12 @@ def _shared_cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
     Only torch's operators can reach it. So one is run on an empty batch, which launches nothing,
     and what it has saved for backward is taken: the cast, at its place in the autograd graph. The
-    hooks keep a caller's own, such as a checkpoint's, from seeing this.
+    hooks keep a caller's own, such as a checkpoint's, from seeing this; where hooks are disabled
+    there are none.
     """
-    with (
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(_same, _same),
-    ):
+    enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+    hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same) if enabled else nullcontext()
+    with torch.enable_grad(), hooks:
         if t.dim() == 1:
             empty = t.new_empty((0, *t.shape), dtype=dtype, requires_grad=True)
             return torch.matmul(empty, t).grad_fn._saved_vec  # type: ignore[union-attr]

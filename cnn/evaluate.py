@@ -16,6 +16,7 @@ from .group import Group
 from .interruption import ignore_in_worker
 from .journal import Progress, new_figure, png
 from .problem import FAILURE, Problem
+from .text import caption, plain
 
 BATCH = 256
 """Images of a batch when nothing is learnt."""
@@ -107,8 +108,8 @@ def class_table(labels: Tensor, answers: Tensor, classes: tuple[str, ...]) -> st
     """Precision, recall, F1 and number of images of each class."""
     from sklearn.metrics import classification_report  # takes its time
 
-    numbers = range(len(classes))
-    options = {"labels": numbers, "target_names": classes, "digits": 3, "zero_division": 0.0}
+    numbers, names = range(len(classes)), [*map(plain, classes)]
+    options = {"labels": numbers, "target_names": names, "digits": 3, "zero_division": 0.0}
     return str(classification_report(labels, answers, **options))
 
 
@@ -122,7 +123,7 @@ def draw_confusion(labels: Tensor, answers: Tensor, classes: tuple[str, ...], pa
     )
     axes = figure.subplots()
     matrix = confusion_matrix(labels, answers, labels=range(count))
-    display = ConfusionMatrixDisplay(matrix, display_labels=classes)
+    display = ConfusionMatrixDisplay(matrix, display_labels=[*map(caption, classes)])
     display.plot(ax=axes, cmap="Blues", include_values=count <= 20, xticks_rotation="vertical")
     if count > 50:
         axes.set(xticks=[], yticks=[])

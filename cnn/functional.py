@@ -3,6 +3,9 @@
 Signatures, defaults, unbatched inputs, result layouts, autocast and errors are torch's: what torch
 rejects is rejected here with the same class of exception, and no bad argument reaches a kernel.
 The dtypes are float16, bfloat16, float32 and float64; others raise NotImplementedError.
+
+On a CPU without the interpreter these functions are torch's own, with whatever torch takes and
+raises there, and so they are on every device while ``torch.export`` looks on.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +13,7 @@ from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as TF
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -20,6 +24,7 @@ from kernels.geometry import (
     pool_output_size,
 )
 
+from . import composed
 from .arguments import (
     INT32,
     PRECISIONS,
@@ -32,6 +37,7 @@ from .arguments import (
     check_dtypes,
     check_not_empty,
     check_pixels,
+    check_residual,
     check_scale,
     check_tensor,
     convolution,
@@ -50,17 +56,26 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def _overridable(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Ask ``__torch_function__`` first, as torch does; torch.fx traces through it."""
+def _overridable(
+    torchs: Callable[..., Any],
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Ask ``__torch_function__`` first, as torch does; torch.fx traces through it. Then call
+    ``torchs``, which takes the same arguments, if the call is torch's own affair.
+    """
 
-    @wraps(function)
-    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        values = (*args, *kwargs.values())
-        if has_torch_function(values):
-            return handle_torch_function(call, values, *args, **kwargs)
-        return function(*args, **kwargs)
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            values = (*args, *kwargs.values())
+            if has_torch_function(values):
+                return handle_torch_function(call, values, *args, **kwargs)
+            if composed.is_torchs(args[0] if args else kwargs.get("input")):
+                return torchs(*args, **kwargs)
+            return function(*args, **kwargs)
 
-    return call
+        return call
+
+    return decorate
 
 
 _calls: dict[tuple, Callable[..., Any]] = {}  # those that have passed the checks
@@ -124,18 +139,20 @@ def conv2d(
         key = call_key("conv2d", tensors, arguments)
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias, residual)
-    others = (scale, *normalise) if isinstance(normalise, tuple) else (scale, normalise)
-    if has_torch_function((*tensors, *others, *arguments)):
-        return handle_torch_function(
-            conv2d,
-            (*tensors, *others, *arguments),
-            *(input, weight, bias, stride, padding, dilation, groups),
-            activation=activation,
-            residual=residual,
-            precision=precision,
-            scale=scale,
-            normalise=normalise,
-        )
+    given = input, weight, bias, stride, padding, dilation, groups
+    options: Any = {
+        "activation": activation,
+        "residual": residual,
+        "precision": precision,
+        "scale": scale,
+        "normalise": normalise,
+    }
+    others = normalise if isinstance(normalise, tuple) else ()
+    values = (*given, *options.values(), *others)
+    if has_torch_function(values):
+        return handle_torch_function(conv2d, values, *given, **options)
+    if composed.is_torchs(input):
+        return composed.conv2d(*given, **options)
     check_tensor("input", input)
     check_tensor("weight", weight)
     check_tensor("bias", bias, optional=True)
@@ -149,14 +166,9 @@ def conv2d(
     K, C = weight.shape[0], input.shape[-3]
     check_pixels(input)
     check_devices(input, weight=weight, bias=bias, residual=residual, scale=scale)
-    if residual is not None:
-        expected = (*input.shape[:-3], K if C else 0, *size)
-        if residual.shape != expected:
-            raise ValueError(
-                f"residual must have the result's shape {expected}, got residual of "
-                f"{shape(residual)}"
-            )
-        residual = residual.unsqueeze(0) if unbatched else residual
+    check_residual(residual, input, weight, size)
+    if residual is not None and unbatched:
+        residual = residual.unsqueeze(0)
     x = input.unsqueeze(0) if unbatched else input
     relu = activation is not None
     if scale is not None:
@@ -190,7 +202,7 @@ def _without_channels(
     return y if bias is None else y + bias.sum()
 
 
-@_overridable
+@_overridable(TF.conv_transpose2d)
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -252,7 +264,7 @@ def conv_transpose2d(
     return _called(call, x, weight, bias, key=key, unbatched=unbatched)
 
 
-@_overridable
+@_overridable(TF.max_pool2d)
 def max_pool2d(
     input: Tensor,
     kernel_size: Size,
@@ -271,7 +283,8 @@ def max_pool2d(
         ceil_mode: whether a window may reach beyond the padded input.
 
     Returns [N, C, P, Q] or [C, P, Q] in input's layout; with return_indices also the int64 places
-    of the maxima, flat over H * W. A window without any pixel gives -inf and index -1.
+    of the maxima, flat over H * W. A window without any pixel gives -inf and index -1; with torch's
+    own an index outside the map.
     """
     # In words, as 1 would be taken for the True that it is equal to.
     words = str(ceil_mode), str(return_indices)
@@ -299,7 +312,7 @@ def max_pool2d(
     return _called(call, x, key=key, unbatched=unbatched)
 
 
-@_overridable
+@_overridable(composed.conv2d_relu_max_pool2d)
 def conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -357,7 +370,7 @@ def conv2d_relu_max_pool2d(
     return _called(call, x, weight, bias, key=key, unbatched=g.unbatched)
 
 
-@_overridable
+@_overridable(TF.max_unpool2d)
 def max_unpool2d(
     input: Tensor,
     indices: Tensor,

@@ -74,9 +74,9 @@ def storages(nodes: Iterable[Node]) -> set[int] | None:
 
 def changed(node: Node) -> list[Node] | None:
     """The nodes whose tensors a node writes to; None if it may change anything else, too."""
-    if node.op in ("placeholder", "get_attr"):
-        return []
     target = node.target
+    if node.op in ("placeholder", "get_attr") or target is getattr:
+        return []
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return _written_by_operator(node)
     if getattr(target, "__module__", None) == "_operator":

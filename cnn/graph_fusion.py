@@ -23,6 +23,9 @@ _Fused = tuple[Any, dict[str, Any]] | None  # an operator and its arguments
 
 def rewrite(graph: Graph) -> list[Outcome]:
     """Put the operators into a graph; what became of each convolution and pooling."""
+    for node in list(graph.nodes):
+        if node.target is getattr and not node.users:  # asked while it was traced: is_cpu, say
+            graph.erase_node(node)
     outcomes = lower(graph)
     for outcome in list(outcomes):
         if outcome.became:

@@ -101,6 +101,7 @@ def _line(node: Node) -> str:
 
 
 def signature(*required: str, **defaults: Any) -> Signature:
+    """Of a function whose arguments may all be given by place or by name."""
     kind = Parameter.POSITIONAL_OR_KEYWORD
     parameters = [Parameter(name, kind) for name in required]
     parameters += [Parameter(name, kind, default=value) for name, value in defaults.items()]

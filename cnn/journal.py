@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import time
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from .checkpoint import write
 from .problem import Problem, missing
+from .text import plain
 
 Row = dict[str, Any]
 """What is known of an epoch: its number, losses and accuracies of both sets, and so on."""
@@ -79,7 +81,9 @@ def new_figure(use: str, **options: Any):
 def png(figure: Any) -> bytes:
     """A figure as the contents of a PNG file."""
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for it
+        figure.savefig(image, format="png", dpi=120)
     return image.getvalue()
 
 
@@ -129,4 +133,4 @@ class Progress:
 
 def tell(line: str) -> None:
     """A line of progress; a bar that is on show steps aside."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(plain(line), file=sys.stderr)

@@ -5,7 +5,6 @@ Constructors, ``state_dict`` and ``isinstance`` are those of ``torch.nn``.
 
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
@@ -17,7 +16,26 @@ from . import functional as F
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
-class Conv2d(nn.Conv2d):
+class _Layer(nn.Module):
+    """What layers of this library have beside those of torch that they stand for."""
+
+    def _get_name(self) -> str:
+        """The class as it is printed: cnn.Conv2d, or Own[cnn.Conv2d] of a subclass of that."""
+        kind = type(self)
+        ours = next(base for base in kind.__mro__ if base.__module__ == __name__)
+        name = f"cnn.{ours.__name__}"
+        return name if kind is ours else f"{kind.__name__}[{name}]"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig" and value is not None:
+            raise NotImplementedError(
+                f"torch.ao.quantization knows torch's own classes only, not {self._get_name()}: "
+                "call cnn.revert(model) first, or give this layer qconfig=None"
+            )
+        super().__setattr__(name, value)  # type: ignore[arg-type]
+
+
+class Conv2d(_Layer, nn.Conv2d):
     """torch.nn.Conv2d, whose padding may also be "full": dilation * (kernel_size - 1).
 
     Under a padding_mode other than "zeros" the input is padded first, as in torch.
@@ -123,7 +141,7 @@ class ConvReLUMaxPool2d(Conv2d):
         )
 
 
-class ConvTranspose2d(nn.ConvTranspose2d):
+class ConvTranspose2d(_Layer, nn.ConvTranspose2d):
     """torch.nn.ConvTranspose2d."""
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
@@ -140,7 +158,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
         )
 
 
-class MaxPool2d(nn.MaxPool2d):
+class MaxPool2d(_Layer, nn.MaxPool2d):
     """torch.nn.MaxPool2d."""
 
     def forward(self, input: Tensor) -> Any:
@@ -155,87 +173,10 @@ class MaxPool2d(nn.MaxPool2d):
         )
 
 
-class MaxUnpool2d(nn.MaxUnpool2d):
+class MaxUnpool2d(_Layer, nn.MaxUnpool2d):
     """torch.nn.MaxUnpool2d."""
 
     def forward(self, input: Tensor, indices: Tensor, output_size: Any = None) -> Tensor:
         return F.max_unpool2d(
             input, indices, self.kernel_size, self.stride, self.padding, output_size
         )
-
-
-@torch.no_grad()
-def fold_batch_norm(
-    convolution: nn.Conv2d, norm: nn.BatchNorm2d, *following: nn.ReLU | nn.MaxPool2d
-) -> Conv2d:
-    """One module for inference that does what the given ones do one after another.
-
-    The normalisation, by its running statistics, goes into weight and bias (Jacob et al.,
-    "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-    2018, section 3.2), computed in float64 and rounded once to the weight's dtype.
-
-    Args:
-        convolution: torch's Conv2d or ours; its memory format, dtype and device are kept.
-        norm: of the convolution's filters, with running statistics.
-        following: nothing, a ReLU, or a ReLU and a MaxPool2d without dilation, ceil_mode or
-            return_indices.
-
-    Returns a Conv2d, a ConvReLU2d or a ConvReLUMaxPool2d with parameters of its own, in eval mode.
-    Raises ValueError where the modules do not fit together.
-    """
-    if isinstance(convolution, ConvReLU2d | ConvReLUMaxPool2d):
-        raise ValueError(f"norm must follow a Conv2d alone, got convolution={convolution}")
-    weight, bias = folded_parameters(convolution, norm)
-    kinds = [type(module) for module in following]
-    pool: Any = following[-1] if len(following) == 2 else None
-    if len(kinds) > 2 or not all(map(issubclass, kinds, (nn.ReLU, nn.MaxPool2d))):
-        raise ValueError(f"a ReLU and a MaxPool2d may follow, got following={following}")
-    if pool and (pool.return_indices or pool.ceil_mode or _pair(pool.dilation) != (1, 1)):
-        raise ValueError(f"no fused module pools as {pool} does")
-    normalise = getattr(convolution, "normalise", None)
-    if pool and normalise is not None:
-        raise ValueError("no fused module pools what it makes of bytes, got normalise")
-    window = {}
-    if pool:
-        window = {
-            "pool_kernel_size": pool.kernel_size,
-            "pool_stride": pool.stride,
-            "pool_padding": pool.padding,
-        }
-    folded = (Conv2d, ConvReLU2d, ConvReLUMaxPool2d)[len(following)](
-        convolution.in_channels,
-        convolution.out_channels,
-        convolution.kernel_size,
-        convolution.stride,
-        convolution.padding,
-        convolution.dilation,
-        convolution.groups,
-        padding_mode=convolution.padding_mode,  # type: ignore[arg-type]
-        device="meta",
-        **window,
-    )
-    folded.weight, folded.bias = nn.Parameter(weight), nn.Parameter(bias)
-    if normalise is not None:
-        folded.normalise = normalise
-    return folded.eval()
-
-
-@torch.no_grad()
-def folded_parameters(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does what the two do one after the other."""
-    if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(f"norm must have running statistics, got norm={norm}")
-    if norm.num_features != convolution.out_channels:
-        raise ValueError(
-            f"norm must have {convolution.out_channels} features, got norm={norm} after "
-            f"convolution={convolution}"
-        )
-    weight, bias = convolution.weight, convolution.bias
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = -norm.running_mean.double() if bias is None else bias - norm.running_mean.double()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = shift * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias
-    return (weight * scale[:, None, None, None]).to(weight), shift.to(weight)

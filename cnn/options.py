@@ -57,10 +57,11 @@ def device(text: str) -> torch.device:
 
 
 def data_set(text: str) -> str:
-    """Read the name of a data set, with or without a place."""
-    if text.partition(":")[0] not in data.NAMES:
+    """Read the name of a data set, with or without a place, or of the function that makes one."""
+    if data.runs_code(text) and not data.is_code(text):
         known = ", ".join(data.NAMES)
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, or NAME:PATH of these")
+        also = "NAME:PATH of these, or MODULE:FUNCTION"
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, {also}")
     return text
 
 
@@ -94,6 +95,22 @@ def check_agreed(args: argparse.Namespace, name: str, known: object) -> None:
     value = vars(args)[name]
     if value not in (None, known):
         raise Problem(f"--{name}: {value} contradicts {known} of {args.checkpoint}")
+
+
+def chosen_data(given: str | None, known: str, path: object) -> str:
+    """The data set that is given, else the one that the checkpoint ``path`` names.
+
+    Raises Problem if the checkpoint names code: whoever made the file does not choose what runs.
+    """
+    if not given and data.runs_code(known):
+        raise Problem(f"{path} names data that is code: to run it, give --data {known}")
+    return given or known
+
+
+def check_pixels(known: data.Description, path: object) -> None:
+    """Raise Problem unless a model was trained on pixels, so that it can take image files."""
+    if not known.pixels:
+        raise Problem(f"{path} was trained on images of floating point, which no file holds")
 
 
 def check_size(model: nn.Module, name: str, known: data.Description) -> None:

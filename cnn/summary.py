@@ -14,6 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels.geometry import Pair, ReceptiveField
 
+from .text import plain
+
 
 class Layer(NamedTuple):
     """One call of a layer: of a module, not an Identity, that has no modules of its own.
@@ -49,6 +51,7 @@ class Summary(NamedTuple):
 
 def table(rows: Sequence[Sequence[str]], sides: str) -> str:
     """Rows as lines whose columns stand below each other, each at its left < or its right >."""
+    rows = [[*map(plain, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join(f"{{:{side}{n}}}" for side, n in zip(sides, widths, strict=True))
     return "\n".join(form.format(*row).rstrip() for row in rows)

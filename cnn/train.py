@@ -3,7 +3,8 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from . import checkpoint as checkpoints
 from . import models
-from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
+from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch, same_set
 from .evaluate import Evaluator, autocast, in_workers, tally
 from .group import Group
 from .interruption import Interrupted, Interruption
@@ -66,14 +67,12 @@ class Config:
     def resumed(self, given: dict[str, Any], path: Path) -> "Config":
         """This configuration of the checkpoint ``path``, if the arguments ``given`` agree with it.
 
-        Files may have moved: of the data only the name must agree.
+        Files may have moved: of data in files only the name must agree.
         """
         known = asdict(self)
         for name, value in given.items():
-            pair = [value, known[name]]
-            if name == "data":
-                pair = [text.partition(":")[0] for text in pair]
-            if pair[0] != pair[1]:
+            same = same_set if name == "data" else eq
+            if not same(value, known[name]):
                 flag = f"--{name.replace('_', '-')}"
                 raise Problem(f"{flag}: {value} contradicts {known[name]} of {path}")
         return Config(**{**known, **given})
@@ -333,11 +332,16 @@ class Run:
         With another number the order of images stays, and dropout draws anew.
         """
         training = checkpoint["training"]
-        if checkpoint["description"] != asdict(self.data.description):
+        known, found = checkpoints.description(checkpoint), self.data.description
+        if replace(known, identity="") != replace(found, identity=""):
             raise Problem(f"--data: {self.config.data} is not what {path} was trained on")
         if training["images"] != len(self.data.train):
             counts = f"{len(self.data.train)} images to train with, {training['images']}"
             raise Problem(f"--data: {self.config.data} holds {counts} when {path} was saved")
+        if known.identity not in ("", found.identity):
+            raise Problem(
+                f"--data: {self.config.data} holds other images than when {path} was saved"
+            )
         self.model.load_state_dict(training["model"])
         if self.average:
             self.average.load_state_dict(training["average"])

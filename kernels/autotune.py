@@ -13,7 +13,6 @@ layout. So whatever wins, and for whichever batch it won, an image's result keep
 
 import json
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
 from . import planner
-from .device import Device, is_emulated
+from .device import Device, fork_safe_lock, is_emulated
 from .geometry import Conv2dGeometry, Direction, largest_offset
 from .planner import Layout, Plan
 from .winners import Record, Store, cache_folder, versions_of
@@ -46,7 +45,7 @@ Results = tuple[Tensor, ...]
 # Whether it is on. One setting for the whole process and no context variable, as autograd runs a
 # GPU's backward pass in threads of its own, which see none of the caller's.
 _scopes: dict[object, bool] = {None: os.environ.get("TRITON_CNN_AUTOTUNE") == "1"}
-_scopes_lock = threading.Lock()
+_scopes_lock = fork_safe_lock()
 _on = _scopes[None]
 
 
@@ -289,6 +288,9 @@ def _no_cudnn_benchmark() -> Iterator[None]:
         torch.backends.cudnn.benchmark = previous
 
 
+_choosing = fork_safe_lock()  # one class at a time
+
+
 class Tuner:
     """Chooses plans by measuring them, once for each class of problems.
 
@@ -304,7 +306,6 @@ class Tuner:
         self._folder, self._measure, self._candidates = folder, measure, candidates
         self._plans: dict[tuple[Problem, torch.device], Plan] = {}
         self._stores: dict[torch.device, Store] = {}
-        self._lock = threading.RLock()
 
     def choose(
         self,
@@ -338,7 +339,7 @@ class Tuner:
             return plan
         if not _is_computed(problem, tensors):
             return problem.untuned()
-        with self._lock:
+        with _choosing:
             plan = self._choose(problem, where, tensors, run, reference)
             if plan is None:
                 return problem.untuned()

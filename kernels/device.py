@@ -3,6 +3,7 @@
 Everything is asked lazily: importing this module touches no GPU.
 """
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +36,20 @@ class _Recorder(threading.local):
 
 
 recorder = _Recorder()
-_lock = threading.RLock()
+
+
+def fork_safe_lock() -> threading.RLock:
+    """A lock that is free in a child: forking waits for whichever thread holds it. What it guards
+    is then whole there, as the child has no other thread that could finish it.
+    """
+    lock = threading.RLock()
+    os.register_at_fork(
+        before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+    )
+    return lock
+
+
+_lock = fork_safe_lock()
 _launches: Counter[str] = Counter()
 _compiled: list[Any] = []  # by launches that only compile
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import Function, forward_ad
 
 from . import library
 from .geometry import Pair, conv_places, is_channels_last
@@ -25,21 +26,19 @@ def channels_last(*tensors: Tensor) -> bool:
 
 
 class _Numbers:
-    """What a Function takes besides tensors, in one piece, as each argument costs time: the
-    operator's numbers, how the tensors lie, and what makes the result of them.
+    """What a Function takes besides tensors, in one piece, as each argument costs time: what makes
+    the result of the tensors, how they lie, and the operator's numbers.
     """
 
     __slots__ = ("make", "numbers", "shapes", "strides")
 
     def __init__(
         self,
-        operator: Callable[..., Any],
+        make: Callable[..., Any],
         tensors: Sequence[Tensor | None],
         numbers: tuple,
-        recording: Callable[..., Any] | None = None,
     ):
-        self.numbers = numbers
-        self.make = recording or (lambda *tensors: operator(*tensors, *numbers))
+        self.make, self.numbers = make, numbers
         self.shapes = [None if t is None else t.shape for t in tensors]
         self.strides = [None if t is None else t.stride() for t in tensors]
 
@@ -50,9 +49,9 @@ class _Numbers:
 class Operator(Function):
     """An operator of ``library``, applied to its tensors and its ``_Numbers``."""
 
-    generate_vmap_rule = True
     name: str  # the operator's
-    operator: Callable[..., Any]
+    dispatched: Callable[..., Any]  # through PyTorch's dispatcher
+    direct: Callable[..., Any]  # past it
 
     @staticmethod
     def forward(*args):
@@ -60,16 +59,18 @@ class Operator(Function):
 
 
 def _apply(function: type[Operator], *tensors: Tensor | None, numbers: tuple) -> Any:
-    """``function.apply``, which looks its defaults up by inspection and so takes longer than all
-    else in a call: where no transform is active, what it calls in the end; without gradients the
-    operator.
+    """The operator, past the dispatcher if nothing is left for it to do: it takes two thirds of a
+    call. ``function.apply``, which looks its defaults up by inspection, takes longer still.
     """
-    if library.is_watched():
-        return function.apply(*tensors, _Numbers(function.operator, tensors, numbers))
+    if not library.is_plain(tensors):
+        library.meet_subclasses()
+        return function.dispatched(*tensors, *numbers)
     if torch.is_grad_enabled():
         record = super(Function, function).apply
-        return record(*tensors, _Numbers(function.operator, tensors, numbers))
-    return function.operator(*tensors, *numbers)
+        direct = function.direct
+        call = _Numbers(lambda *tensors: direct(*tensors, *numbers), tensors, numbers)
+        return record(*tensors, call)
+    return function.direct(*tensors, *numbers)
 
 
 class ReluBackward(Operator):
@@ -437,18 +438,37 @@ class MaxUnpool2dBackward(Operator):
 
 
 def _register(function: type[Operator]) -> None:
-    """The operators are differentiable by themselves too; the Functions cost less to call."""
-    function.operator = staticmethod(library.operator(function.name))
+    """Make the operator itself differentiable, by the same Function.
+
+    As in the operators of PyTorch the level of a transform is no concern of this kernel: within
+    ``torch.func.grad`` it is given the tensors of one level, and the next operator is the level's.
+    """
+    dispatched = function.dispatched = library.dispatched(function.name)
+    function.direct = staticmethod(library.direct(function.name))
     count = library.operands(function.name)
+    record = super(Function, function).apply
 
-    def setup_context(ctx: Any, inputs, output):
-        tensors = inputs[:count]
-        numbers = _Numbers(function.operator, tensors, library.with_tuples(inputs[count:]))
-        function.setup_context(ctx, (*tensors, numbers), output)
+    def autograd(keyset: Any, *args: Any) -> Any:
+        tensors, numbers = args[:count], args[count:]
+        rest = keyset & torch._C._after_autograd_keyset
 
-    torch.library.register_autograd(
-        f"triton_cnn::{function.name}", function.backward, setup_context=setup_context
-    )
+        def below(*tensors: Tensor | None) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return dispatched.redispatch(rest, *tensors, *numbers)
+
+        if not library.is_recorded(tensors):
+            return below(*tensors)
+        grad, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+
+        def make(*tensors: Tensor | None) -> Any:
+            # A Function's forward turns off what the levels below may have to record.
+            with torch.set_grad_enabled(grad), forward_ad._set_fwd_grad_enabled(tangents):
+                return below(*tensors)
+
+        with enable_single_level_autograd_function():
+            return record(*tensors, _Numbers(make, tensors, library.with_tuples(numbers)))
+
+    library.register_autograd(function.name, autograd)
 
 
 for _function in Operator.__subclasses__():
@@ -471,6 +491,7 @@ class Call:
     def __call__(self, *tensors: Tensor | None) -> Any:
         if torch.compiler.is_compiling():
             # Dynamo takes no Function that is given one tensor twice: its own residual, say.
+            library.meet_subclasses()
             made = self._dispatched(*tensors, *self._numbers)
         else:
             made = _apply(self._function, *tensors, numbers=self._numbers)
@@ -484,7 +505,7 @@ class Call:
         recording = library.recording_of(function.name, tensors, *self._numbers)
         if recording is None:
             return None
-        numbers = _Numbers(function.operator, tensors, self._numbers, recording)
+        numbers = _Numbers(recording, tensors, self._numbers)
         record = super(Function, function).apply
         if not torch.is_grad_enabled():
             return recording if result is None else lambda *tensors: result(recording(*tensors))

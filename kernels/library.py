@@ -2,12 +2,13 @@
 
 All take batched N, C, H, W tensors and normalised arguments: pairs are (height, width), padding
 is (top, bottom, left, right). A CUDA tensor always runs the kernels; a CPU tensor runs them in
-Triton's interpreter (TRITON_INTERPRET=1 at import), emulated (``device.emulate``), and otherwise
-ATen, through the same operators.
+Triton's interpreter (TRITON_INTERPRET=1 at import) or emulated (``device.emulate``), and is
+otherwise refused.
 """
 
+import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,21 +51,26 @@ _implementations: dict[str, tuple[Callable, Callable]] = {}  # on a GPU, on the 
 _operands: dict[str, int] = {}  # how many of an operator's arguments, the first, are tensors
 _recordings: dict[tuple, replay.Recording] = {}  # of calls on kernels, by all they follow from
 _PLAIN = {Tensor, Parameter}
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def _define(schema: str, kernels: Callable, reference: Callable, fake: Callable) -> None:
+def _define(schema: str, kernels: Callable, fake: Callable) -> None:
     name = schema.split("(")[0]
     _operands[name] = count = schema.split("->")[0].count("Tensor")
     kept = _kept(name, kernels, count)
     _library.define(schema)
 
     def on_cpu(*args: Any) -> Any:
-        return kept(*args) if device.takes_cpu() else reference(*args)
+        if device.takes_cpu():
+            return kept(*args)
+        raise NotImplementedError(
+            f"triton_cnn::{name} takes CPU tensors only under TRITON_INTERPRET=1, to be set before "
+            "Triton is imported; without it cnn.functional calls torch's operators"
+        )
 
     _implementations[name] = kept, on_cpu
     for where, function in zip(("CUDA", "CPU"), _implementations[name], strict=True):
-        _library.impl(name, _of_lists(function), where)
+        _library.impl(name, _of_dispatcher(name, function, count), where)
+    _library.impl(name, partial(_refuse_trace, name), "Tracer")
     torch.library.register_fake(f"triton_cnn::{name}", fake, lib=_library)
 
 
@@ -93,8 +99,19 @@ def _may_replay() -> bool:
     return device.may_replay() and not autotune.is_enabled()
 
 
-def _of_lists(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args: function(*with_tuples(args))
+def _of_dispatcher(name: str, function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """The implementation as the dispatcher calls it: with lists, and with whatever tensors."""
+
+    def call(*args: Any) -> Any:
+        for t in args[:count]:
+            if t is not None and not t.data_ptr() and t.numel():
+                raise RuntimeError(
+                    f"{name} needs tensors whose memory is allocated, got one of {list(t.shape)} "
+                    "whose storage is empty"
+                )
+        return function(*with_tuples(args))
+
+    return call
 
 
 def with_tuples(args: Sequence[Any]) -> tuple:
@@ -135,27 +152,88 @@ def recording_of(name: str, operands: Sequence[Tensor | None], *rest: Any) -> An
     return _recordings.get(_key(name, (*operands, *rest), len(operands)))
 
 
-def operator(name: str) -> Callable[..., Any]:
-    """``torch.ops.triton_cnn.NAME`` for a Function's forward, where nothing is left to record.
+def dispatched(name: str) -> Any:
+    """``torch.ops.triton_cnn.NAME``."""
+    return getattr(torch.ops.triton_cnn, name).default
 
-    On plain tensors that no mode, transform or trace watches it calls the implementation, which
-    saves the two thirds of a call that the dispatcher takes. What a transform that has ended has
-    wrapped, as the function that torch.func.vjp returns finds it, is not plain.
-    """
-    dispatched = getattr(torch.ops.triton_cnn, name).default
-    (on_gpu, on_cpu), count = _implementations[name], _operands[name]
+
+def meet_subclasses() -> None:
+    """Tell DTensor of the operators, if it has been imported: before a call that it may be in."""
+    if "torch.distributed.tensor" in sys.modules:
+        _register_sharding()
+
+
+# Dynamo calls it while it traces: torch.compiler.assume_constant_result, without importing Dynamo.
+meet_subclasses._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _register_sharding() -> None:
+    from . import sharding  # half a second, of which few have need
+
+    sharding.register()
+
+
+def direct(name: str) -> Callable[..., Any]:
+    """An operator's implementation, for tensors that are plain and with nothing left to record."""
+    (on_gpu, on_cpu), through = _implementations[name], dispatched(name)
 
     def call(*args: Any) -> Any:
-        for t in args[:count]:
-            if t is not None and (type(t) not in _PLAIN or _is_wrapped(t)):
-                return dispatched(*args)
-        if is_watched():
-            return dispatched(*args)
         if args[0].is_cuda:
             return on_gpu(*args)
-        return on_cpu(*args) if args[0].is_cpu else dispatched(*args)
+        return on_cpu(*args) if args[0].is_cpu else through(*args)
 
     return call
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """An operator without gradients: past the dispatcher if nothing is left for it to do."""
+    past, through, count = direct(name), dispatched(name), _operands[name]
+
+    def call(*args: Any) -> Any:
+        if is_plain(args[:count]):
+            return past(*args)
+        meet_subclasses()
+        return through(*args)
+
+    return call
+
+
+def _refuse_trace(name: str, *args: Any) -> Any:
+    raise NotImplementedError(f"torch.jit.trace does not take triton_cnn::{name}: use torch.export")
+
+
+def register_autograd(name: str, kernel: Callable[..., Any]) -> None:
+    """Of a kernel that is given the keys left to dispatch on and the operator's arguments."""
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call on the tensors may pass PyTorch's dispatcher by: nothing watches it, and their
+    values are what lies in their memory.
+
+    That is not so of tensors of other classes, of lazily negated ones, and of all that have no
+    memory: wrappers of a transform, also of one that has ended, zeros that are none but in name,
+    functional tensors. To ask each tensor for its dispatch keys would take three times as long.
+    """
+    if is_watched():
+        return False
+    try:
+        for t in tensors:
+            if t is not None and (type(t) not in _PLAIN or t.is_neg() or not t.data_ptr()):
+                return False
+    except RuntimeError:  # wrappers do not tell where their memory is
+        return False
+    return True
+
+
+def is_recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd has something to do for a call: to record it, or to refuse it."""
+    return (
+        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def is_watched() -> bool:
@@ -168,11 +246,13 @@ def is_watched() -> bool:
     )
 
 
+def runs_kernels(x: Tensor) -> bool:
+    return x.is_cuda or (x.is_cpu and device.takes_cpu())
+
+
 def setting(x: Tensor) -> tuple | None:
-    """What a call on x depends on besides its arguments; None where it may not be kept."""
-    if is_watched() or torch._C._is_torch_function_mode_enabled() or not _may_replay():
-        return None
-    if not (x.is_cuda or (x.is_cpu and device.takes_cpu())):
+    """What kernels called on x depend on besides arguments; None where the call may not be kept."""
+    if is_watched() or not _may_replay():
         return None
     precision = x.dtype == torch.float32 and resolve_precision(None, x)
     return describe(x.device), precision, torch.is_grad_enabled()
@@ -419,49 +499,42 @@ def _relu_backward(dy: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
 _define(
     f"conv2d(Tensor x, Tensor w, Tensor? bias, Tensor? residual, {_CONV}, bool relu) -> Tensor",
     _conv2d,
-    aten.conv2d,
     _conv2d_empty,
 )
 _define(
     f"conv2d_dgrad(Tensor dy, Tensor w, Tensor? bias, SymInt[2] size, {_CONV}, bool channels_last)"
     " -> Tensor",
     _conv2d_dgrad,
-    aten.conv2d_dgrad,
     _dgrad_empty,
 )
 _define(
     f"conv2d_wgrad(Tensor x, Tensor dy, SymInt[4] size, SymInt[4] strides, {_CONV}, bool bias)"
     " -> (Tensor, Tensor)",
     _conv2d_wgrad,
-    aten.conv2d_wgrad,
     _wgrad_empty,
 )
 _define(
     "conv2d_fp8(Tensor x, Tensor w, Tensor scale, Tensor? bias, Tensor? residual, SymInt[2] stride,"
     " SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool relu) -> Tensor",
     _conv2d_fp8,
-    aten.conv2d_fp8,
     _conv2d_fp8_empty,
 )
 _define(
     f"conv2d_bytes(Tensor x, Tensor w, Tensor? bias, Tensor scale, Tensor shift, {_CONV}, bool"
     " relu) -> Tensor",
     _conv2d_bytes,
-    aten.conv2d_bytes,
     _conv2d_bytes_empty,
 )
 _define(
     "conv2d_bytes_wgrad(Tensor x, Tensor dy, Tensor scale, Tensor shift, SymInt[4] size, SymInt[4]"
     f" strides, {_CONV}, bool bias) -> (Tensor, Tensor)",
     _conv2d_bytes_wgrad,
-    aten.conv2d_bytes_wgrad,
     _conv2d_bytes_wgrad_empty,
 )
-_define("channel_sum(Tensor dy) -> Tensor", _channel_sum, aten.channel_sum, _channel_sum_empty)
+_define("channel_sum(Tensor dy) -> Tensor", _channel_sum, _channel_sum_empty)
 _define(
     "relu_backward(Tensor dy, Tensor y, bool bias) -> (Tensor, Tensor)",
     _relu_backward,
-    aten.relu_backward,
     _relu_backward_empty,
 )
 
@@ -542,32 +615,27 @@ def _max_unpool2d_backward(dy, indices):
 _define(
     f"max_pool2d(Tensor x, {_POOL}, bool offsets, bool indices) -> (Tensor, Tensor, Tensor)",
     _max_pool2d,
-    aten.max_pool2d,
     _max_pool2d_empty,
 )
 _define(
     f"max_pool2d_backward(Tensor dy, Tensor offsets, SymInt[2] size, {_POOL}, bool channels_last)"
     " -> Tensor",
     _max_pool2d_backward,
-    aten.max_pool2d_backward,
     _max_pool2d_backward_empty,
 )
 _define(
     f"max_pool2d_gather(Tensor ddx, Tensor offsets, {_POOL}) -> Tensor",
     _max_pool2d_gather,
-    aten.max_pool2d_gather,
     _max_pool2d_gather_empty,
 )
 _define(
     "max_unpool2d(Tensor x, Tensor indices, SymInt[2] size) -> Tensor",
     _max_unpool2d,
-    aten.max_unpool2d,
     _max_unpool2d_empty,
 )
 _define(
     "max_unpool2d_backward(Tensor dy, Tensor indices) -> Tensor",
     _max_unpool2d_backward,
-    aten.max_unpool2d_backward,
     _max_unpool2d_backward_empty,
 )
 
@@ -664,7 +732,6 @@ _define(
     f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_CONV}, SymInt[2] pool_kernel,"
     " SymInt[2] pool_stride, SymInt[2] pool_padding, bool offsets) -> (Tensor, Tensor)",
     _conv_pool,
-    aten.conv2d_relu_max_pool2d,
     _conv_pool_empty,
 )
 _define(
@@ -673,7 +740,6 @@ _define(
     " pool_stride, SymInt[2] pool_padding, bool channels_last, bool[3] wanted)"
     " -> (Tensor, Tensor, Tensor)",
     _conv_pool_backward,
-    aten.conv2d_relu_max_pool2d_backward,
     _conv_pool_backward_empty,
 )
 

@@ -1,11 +1,12 @@
 """The winners of tuning, in a file for each device and set of versions that processes share."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
-import threading
+import stat
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ import triton
 from .device import Device
 
 Record = dict[str, Any]
-"""A plan as JSON: the engine's name and the tile's fields."""
+"""A plan as JSON: the engine's name and the tile's fields, which are scalars or lists of them."""
+
+_LARGEST = 16 << 20  # bytes of a file, which takes about 400 for each class
 
 
 def cache_folder() -> Path:
@@ -58,7 +61,8 @@ class Store:
 
     Each class has the records of one or more winners, the latest first: not each plan can run all
     geometries of a class. A file is replaced as a whole, under a lock, so it may be read without.
-    What cannot be read or written costs one warning and is then kept in memory alone.
+    What cannot be read or written costs one warning and is then kept in memory alone. The folder
+    may be one that others write to, so only regular files count: see ``_regular``.
     """
 
     def __init__(self, folder: Path, versions: dict[str, str]):
@@ -109,19 +113,23 @@ class Store:
         self._entries = entries
 
     def _identity(self) -> tuple:
-        status = self.path.stat()
+        status = self.path.lstat()
         return status.st_ino, status.st_mtime_ns, status.st_size
 
     def _read(self) -> dict[str, list[Record]]:
         """The file's entries; ValueError if it is damaged."""
-        content = json.loads(self.path.read_bytes())
+        with open(self.path, "rb", opener=_regular) as file:
+            text = file.read(_LARGEST + 1)
+        if len(text) > _LARGEST:
+            raise ValueError("it is too large")
+        try:
+            content = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if not isinstance(content, dict) or content.get("versions") != self._versions:
             raise ValueError("it is not of these versions")
         entries = content.get("winners")
-        if not isinstance(entries, dict) or not all(
-            isinstance(records, list) and all(isinstance(record, dict) for record in records)
-            for records in entries.values()
-        ):
+        if not isinstance(entries, dict) or not all(map(_are_records, entries.values())):
             raise ValueError("it has no winners by class")
         return entries
 
@@ -139,9 +147,11 @@ class Store:
             return {}
 
     def _write(self) -> None:
-        temporary = self.path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        """Under the lock: a temporary file that is there already was left by one who was killed."""
+        temporary = self.path.with_suffix(".new")
+        temporary.unlink(missing_ok=True)
         try:
-            with temporary.open("w") as file:
+            with open(temporary, "x", opener=_regular) as file:
                 content = {"versions": self._versions, "winners": self._entries}
                 json.dump(content, file, indent=1)
                 file.flush()
@@ -154,7 +164,7 @@ class Store:
     def _lock(self, patience: float = 10.0) -> Iterator[None]:
         """Hold the file's lock, for which a stopped process is waited for ``patience`` seconds."""
         deadline = time.monotonic() + patience
-        with self.path.with_suffix(".lock").open("a") as file:
+        with open(self.path.with_suffix(".lock"), "a", opener=_regular) as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +173,10 @@ class Store:
                     if time.monotonic() > deadline:
                         raise TimeoutError(f"{file.name} has been locked for long") from None
                     time.sleep(0.01)
-            yield  # closing the file unlocks it
+            try:
+                yield
+            finally:  # closing it would not do while a child that was forked meanwhile has it open
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     @contextmanager
     def _one_warning_if_it_fails(self) -> Iterator[None]:
@@ -174,3 +187,21 @@ class Store:
                 self._usable = False
                 reason = f"tuning is remembered in this process only: {error}"
                 warnings.warn(reason, RuntimeWarning, stacklevel=2)
+
+
+def _regular(path: str, flags: int) -> int:
+    """Open a regular file: no link that someone has put there, and no pipe, on which to wait."""
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return file
+
+
+def _are_records(records: Any) -> bool:
+    """Whether they are what this module may have written for a class."""
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        return False
+    fields = (field for record in records for field in record.values())
+    items = (item for field in fields for item in (field if isinstance(field, list) else [field]))
+    return not any(isinstance(item, list | dict) for item in items)

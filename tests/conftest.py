@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks, forks
 
 GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,7 @@ EMULATED: dict[str, str] = {
     "test_conv.py": "",
     "test_conv_pool.py": "",
     "test_depthwise.py": "",
+    "test_dispatch.py": "kept or given_back",
     "test_descriptor_gemm.py": "",
     "test_descriptor_pool.py": "",
     "test_device.py": "counted_and or threads",
@@ -119,6 +121,13 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where tests run: the GPU where there is one, else the CPU, interpreted or emulated."""
     emulated = request.config.getoption("emulate") is not None
     return torch.device("cuda" if GPU and not emulated else "cpu")
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Iterator[Forks]:
+    """The command line on the CPU without the interpreter."""
+    with forks() as started:
+        yield started
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -136,6 +136,7 @@ def run(argv: list[str], environment: dict[str, str], out: str, err: str) -> int
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may ignore it
     os.environ.update(environment)
+    sys.path.extend(filter(None, [environment.get("PYTHONPATH")]))
     if saves := environment.get("SIGNAL_AFTER_SAVES"):
         signal_after(
             int(saves),

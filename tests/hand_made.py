@@ -1,12 +1,15 @@
 """Small networks in the manner of well-known ones, of torch's own layers, for tests of conversion.
 
-Each takes images [N, 3, 16, 16]. ``FUSED`` names, for each, the convolutions that conversion fuses
-with a ReLU, and with "+" those it fuses with a MaxPool2d as well.
+Each takes images [N, 3, 16, 16].
 """
+
+import copy
 
 import torch
 import torch.nn.functional as TF
 from torch import Tensor, nn
+
+import cnn
 
 
 class VGG(nn.Sequential):
@@ -324,16 +327,25 @@ class ConvNeXt(nn.Module):
 
 
 MODELS = (*(VGG, ResNet, MobileNet, Inception, DeepLab, UNet, SegNet, FPN, ShuffleNet, ConvNeXt),)
-FUSED = {
-    "VGG": "0 2+ 5.0+",
-    "ResNet": "",
-    "MobileNet": "features.2.squeeze.1 features.3.squeeze.1",
-    "Inception": "branch3.0 branch3.2",
-    "DeepLab": "backbone.0 branches.0.0 branches.1.0 branches.2.0 image.1 project auxiliary.0",
-    "UNet": "inner.0 inner.2 bottom.0 bottom.2 up.conv.0 up.conv.2",
-    "SegNet": "encode decode.0",
-    "FPN": "smooth.0.0 smooth.1.0 smooth.2.0",
-    "ShuffleNet": "0+ 3.reduce 4.reduce",
-    "ConvNeXt": "",
-}
-FOLDED = {**FUSED, "ResNet": "conv1+", "FPN": "stages.0.0 stages.1.0 stages.2.0 " + FUSED["FPN"]}
+
+
+def fused(chain: nn.Sequential) -> nn.Sequential:
+    """A copy in which a convolution does what the ReLU and the MaxPool2d after it do, and these do
+    nothing.
+    """
+    chain = copy.deepcopy(chain)
+    for i, conv in enumerate(chain):
+        relu, pool = [*chain, None, None][i + 1 : i + 3]
+        if (
+            isinstance(conv, nn.Conv2d)
+            and isinstance(relu, nn.ReLU)
+            and isinstance(pool, nn.MaxPool2d)
+        ):
+            layer = cnn.ConvReLUMaxPool2d(
+                *(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding),
+                pool_kernel_size=pool.kernel_size,
+                pool_stride=pool.stride,
+            )
+            layer.to(conv.weight).load_state_dict(conv.state_dict())
+            chain[i], chain[i + 1], chain[i + 2] = layer, nn.Identity(), nn.Identity()
+    return chain

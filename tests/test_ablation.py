@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from hand_made import fused
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -108,13 +109,12 @@ def test_as_a_network_whose_layers_are_constant(how, device):
 
 
 @pytest.mark.parametrize("how", ["zero", "mean"])
-def test_a_map_of_a_converted_network(how, device):
+def test_a_map_of_a_fused_network(how, device):
     """A map that is zero has a filter and a bias of zero; means are behind ReLU and pooling."""
     batches = pictures(device)
-    model = network().to(device)
-    plain = copy.deepcopy(model)
+    plain = network().to(device)
     pooled = plain[:3](torch.cat([images for images, _ in batches])).detach()
-    model = cnn.convert(model)
+    model = fused(plain)
     assert isinstance(model[0], cnn.ConvReLUMaxPool2d)
     found = map_ablation(model, batches, "0", how=how)
     assert found.numbers.tolist() == [0, 1, 2]

@@ -31,11 +31,7 @@ def test_the_table():
     )
     groups = ["image", "convolution", "pooling", "linear"]
     assert [block.group for block in found.blocks] == groups
-    fused = architecture(cnn.convert(plain()), (1, 8, 8)).blocks
-    assert [block[:3] for block in fused[1:3]] == [
-        ("0.0", "Conv2d + BatchNorm2d + ReLU", "convolution"),
-        ("0.3", "MaxPool2d + Dropout + Flatten", "pooling"),
-    ]
+    assert str(architecture(cnn.convert(plain()), (1, 8, 8))) == str(found)
 
 
 def test_fused_layers():

@@ -123,6 +123,21 @@ def test_autocast_within_a_checkpoint(reentrant, device):
     assert_close(list(found[0]), list(found[1]))
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_autocast_while_saved_tensor_hooks_are_disabled(images, device):
+    """With the parameter's cast still shared, and its gradient torch's."""
+    w, bias = parameters(device)
+    x = arguments("conv2d", {"input": (images, 4, 9, 11)}, device)["input"]
+    found = []
+    for module in (TF, F):
+        disabled = torch.autograd.graph.disable_saved_tensors_hooks("not here")
+        with disabled, half(device), Casts() as casts:
+            y = module.conv2d(x, w, bias) + module.conv2d(x, w, bias)
+        found.append((casts.count, torch.autograd.grad(y.float().sum(), (w, bias))))
+    assert found[0][0] == found[1][0]
+    assert_close(found[0][1], found[1][1])
+
+
 def test_autocast_within_a_function_transform(device):
     w, bias = parameters(device)
     x = arguments("conv2d", {}, device)["input"]

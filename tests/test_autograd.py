@@ -30,6 +30,7 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+import cnn
 import cnn.functional as F
 from kernels import device as kernel_device
 
@@ -448,7 +449,7 @@ def test_exports(device):
             return network(*tensors)
 
     inputs = network_inputs(device, 5, 12)
-    program = torch.export.export(Model(), inputs)
+    program = cnn.export(Model(), inputs, kernels=True)
     torch.testing.assert_close(program.module()(*inputs), network(*inputs))
 
 

@@ -475,6 +475,14 @@ DAMAGE = {
     "winners": lambda text: json.dumps(json.loads(text) | {"winners": [1]}),
     "records": lambda text: json.dumps(json.loads(text) | {"winners": {"a": 1}}),
     "record": lambda text: json.dumps(json.loads(text) | {"winners": {"a": [1]}}),
+    "field": lambda text: json.dumps(json.loads(text) | {"winners": {"a": [{"rows": {}}]}}),
+    "list in a list": lambda text: json.dumps(
+        json.loads(text) | {"winners": {"a": [{"box": [[1]]}]}}
+    ),
+    "deep": lambda text: "[" * 100_000,
+    "deep and valid": lambda text: text[:-2] + ', "more": ' + "[" * 50_000 + "]" * 50_000 + "}",
+    "long number": lambda text: text[:-2] + ', "more": ' + "9" * 5_000 + "}",
+    "large": lambda text: text + " " * winners._LARGEST,
 }
 
 
@@ -538,6 +546,77 @@ def test_an_unwritable_folder_costs_one_warning(tmp_path):
     runs = len(fake.runs)
     assert fake.choose() == 32
     assert len(fake.runs) == runs
+
+
+def plant(kind: str, path: Path, victim: Path) -> None:
+    """At ``path`` what another user of a shared folder may have put there."""
+    path.unlink(missing_ok=True)
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "link":
+            path.symlink_to(victim)
+        case "link to nothing":
+            path.symlink_to(victim.with_name("nothing"))
+        case "link to itself":
+            path.symlink_to(path)
+        case "link to a device":
+            path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".lock"])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "folder", "link", "link to nothing", "link to itself", "link to a device"]
+)
+def test_what_is_no_regular_file_costs_one_warning(tmp_path, kind, suffix):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "shared"
+    Fake(folder, {16: 2.0, 32: 1.0}).choose()
+    (path,) = files(folder)
+    path.unlink()
+    plant(kind, path.with_suffix(suffix), victim)
+    fake = Fake(folder, {16: 1.0, 32: 2.0})
+    with counted_warnings() as found:
+        assert fake.choose() == 16
+        assert fake.choose("dgrad") == 16
+    assert ["in this process only" in str(w.message) for w in found] == [True]
+    assert "\n" not in str(found[0].message)
+    assert victim.read_text() == "precious"
+    assert not victim.with_name("nothing").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing", "pipe"])
+def test_what_a_killed_writer_left_is_written_anew(tmp_path, kind):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "shared"
+    store = winners.Store(folder, winners.versions_of(CPU, describe(CPU)))
+    folder.mkdir()
+    left = store.path.with_suffix(".new")
+    left.write_text("{")
+    plant(kind, left, victim)
+    store.put("a", {"rows": 1})
+    assert json.loads(store.path.read_text())["winners"] == {"a": [{"rows": 1}]}
+    assert not store.path.is_symlink()
+    assert not left.exists()
+    assert victim.read_text() == "precious"
+
+
+def test_a_child_that_was_forked_meanwhile_holds_no_lock(tmp_path):
+    """Its copy of the open file would keep it locked for as long as it lives."""
+    store = winners.Store(tmp_path, winners.versions_of(CPU, describe(CPU)))
+    with store._lock():
+        opened = [fd for fd in Path("/proc/self/fd").iterdir() if fd.exists()]
+        (number,) = (int(fd.name) for fd in opened if fd.readlink().suffix == ".lock")
+        copy = os.dup(number)
+    try:
+        with store._lock(patience=0.5):
+            pass
+    finally:
+        os.close(copy)
 
 
 def test_a_lock_that_is_never_released_costs_one_warning(tmp_path):

@@ -49,16 +49,15 @@ def became() -> list[str]:
     return [row.became for row in compile_report().rows]
 
 
-def operands(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def operands(device: torch.device, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Of a convolution that keeps the image's size, and a residual."""
     torch.manual_seed(0)
     shapes = {"x": (2, 3, 6, 6), "r": (2, 4, 6, 6), "w": (4, 3, 3, 3), "b": (4,)}
-    return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, dtype=dtype).to(device) for name, shape in shapes.items()}
 
 
-def check(function: Callable[..., Any], wanted: str = "xrwb", **inputs: Tensor) -> list[str]:
+def check(function: Callable[..., Any], wanted: str, inputs: dict[str, Tensor]) -> list[str]:
     """Compare with eager mode; what became of the function's convolutions and poolings."""
-    inputs = inputs or operands()
     expected = run(function, wanted, **inputs)
     got = run(torch.compile(function, backend=rewritten, fullgraph=True), wanted, **inputs)
     assert got.keys() == expected.keys()
@@ -149,6 +148,7 @@ FUSING: dict[str, tuple[Callable[..., Any], list[str]]] = {
         lambda x, r, w, b: _with_calm_neighbors(x, r, w, b),
         [SUMMED],
     ),
+    "asked about": (lambda x, r, w, b: _asking(x, w, b), [FUSED]),
     "checkpoint": (
         lambda x, r, w, b: checkpoint.checkpoint(
             lambda x: TF.max_pool2d(conv(x, w, b).relu(), 2), x * 2, use_reentrant=False
@@ -170,15 +170,20 @@ def _with_calm_neighbors(x: Tensor, r: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return TF.relu(y + other)
 
 
+def _asking(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    y = conv(x, w, b)
+    return y.relu() if y.is_cpu or y.is_cuda else y
+
+
 def _without_gradient(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     with torch.no_grad():
         return TF.max_pool2d(conv(x, w, b).relu(), 2)
 
 
 @pytest.mark.parametrize("name", FUSING)
-def test_fused(name):
+def test_fused(name, device):
     function, expected = FUSING[name]
-    assert sorted(check(function)) == sorted(expected)
+    assert sorted(check(function, "xrwb", operands(device))) == sorted(expected)
 
 
 # What is not: each of these gives something else when its rule is left out.
@@ -381,9 +386,9 @@ NOT_FUSING: dict[Callable[..., Any], tuple[str, list[str], str]] = {
 
 
 @pytest.mark.parametrize("function", NOT_FUSING, ids=lambda function: function.__name__)
-def test_not_fused(function):
+def test_not_fused(function, device):
     wanted, expected, why = NOT_FUSING[function]
-    assert check(function, wanted) == expected
+    assert check(function, wanted, operands(device)) == expected
     assert why in compile_report().rows[0].why
 
 
@@ -401,7 +406,7 @@ def test_under_autocast_operands_are_cast_as_torch_casts_them(dtype, where, devi
         y = TF.max_pool2d(conv(x, w, b).relu_(), 2)
         return y, TF.conv_transpose2d(y, w, None, 2)
 
-    inputs = {name: t.to(device) for name, t in operands(torch.float32).items()}
+    inputs = operands(device, torch.float32)
     function = inside if where == "inside" else chain
     with torch.autocast(device.type, dtype, enabled=where == "around"):
         expected = run(function, "xwb", **inputs)
@@ -422,7 +427,7 @@ def test_nothing_moves_over_the_edge_of_autocast(fused_part, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=fused_part == "relu"):
             return y.relu()
 
-    inputs = {name: t.to(device) for name, t in operands(torch.float32).items()}
+    inputs = operands(device, torch.float32)
     got = run(torch.compile(edge, backend=rewritten, fullgraph=True), "xwb", **inputs)
     expected = run(edge, "xwb", **inputs)
     (row,) = compile_report().rows
@@ -437,8 +442,7 @@ def test_autocast_leaves_float64_alone(device):
         with torch.autocast(device.type, torch.bfloat16):
             return conv(x, w, b).relu()
 
-    inputs = {name: t.to(device) for name, t in operands().items()}
-    assert check(function, "xwb", **inputs) == [FUSED]
+    assert check(function, "xwb", operands(device)) == [FUSED]
 
 
 def test_a_residual_of_another_dtype_is_added_by_torch(device):
@@ -446,7 +450,7 @@ def test_a_residual_of_another_dtype_is_added_by_torch(device):
         with torch.autocast(device.type, torch.bfloat16):
             return (conv(x, w, b) + r).relu()
 
-    inputs = {name: t.to(device) for name, t in operands(torch.float32).items()}
+    inputs = operands(device, torch.float32)
     run(torch.compile(function, backend=rewritten, fullgraph=True), "xrwb", **inputs)
     assert became() == ["conv2d"]
 
@@ -491,9 +495,9 @@ def residual_unsqueezed(x, r, w, b):
 
 
 @pytest.mark.parametrize("function", [weight_transposed, weight_detached, residual_unsqueezed])
-def test_tensors_that_are_reshaped_in_place_are_left_alone(function):
+def test_tensors_that_are_reshaped_in_place_are_left_alone(function, device):
     wanted = {weight_transposed: "", weight_detached: "w", residual_unsqueezed: "xrw"}[function]
-    check(function, wanted)
+    check(function, wanted, operands(device))
     (row,) = compile_report().rows
     if function is residual_unsqueezed:
         assert (row.became, row.why[:7]) == ("conv2d", "its sum")
@@ -540,7 +544,7 @@ def test_on_a_cpu_without_the_interpreter_it_says_once_that_inductor_gets_the_gr
     monkeypatch.setattr(kernels.device, "takes_cpu", lambda: False)
     torch._logging._internal.warning_once.cache_clear()
     for _ in range(2):
-        check(lambda x, r, w, b: TF.max_pool2d(TF.conv2d(x, w, b).relu(), 2))
+        check(pool_with_ceil_mode, "xwb", operands(torch.device("cpu")))
         assert became() == [LEFT, LEFT]
         torch._dynamo.reset()
     messages = [r.message for r in caplog.records if r.name == compile_backend.__name__]
@@ -551,7 +555,7 @@ def test_on_a_cpu_without_the_interpreter_it_says_once_that_inductor_gets_the_gr
 # Sizes, graphs and reports.
 
 
-def test_other_batches_and_images_compile_nothing_anew():
+def test_other_batches_and_images_compile_nothing_anew(device):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
@@ -560,16 +564,16 @@ def test_other_batches_and_images_compile_nothing_anew():
         def forward(self, x: Tensor) -> Tensor:
             return self.up(TF.max_pool2d(TF.relu(self.down(x)), 2))
 
-    network = Network().double()
+    network = Network().to(device, torch.float64)
     compiled = torch.compile(network, backend=rewritten, fullgraph=True, dynamic=True)
     for sizes in ((2, 10, 11), (3, 10, 11), (4, 9, 12)):
         n, h, w = sizes
-        x = torch.randn(n, 3, h, w, dtype=torch.float64)
+        x = torch.randn(n, 3, h, w, dtype=torch.float64, device=device)
         torch.testing.assert_close(compiled(x), network(x), rtol=1e-9, atol=1e-9)
     assert became() == [POOLED, "conv_transpose2d"]
 
 
-def test_the_report_names_layer_line_graph_and_reason():
+def test_the_report_names_layer_line_graph_and_reason(device):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
@@ -582,7 +586,9 @@ def test_the_report_names_layer_line_graph_and_reason():
 
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
-        torch.compile(Network(), backend=rewritten)(torch.randn(1, 1, 8, 8))
+        torch.compile(Network().to(device), backend=rewritten)(
+            torch.randn(1, 1, 8, 8, device=device)
+        )
     first, second, pool = compile_report().rows
     assert (first.layer, first.function, first.became) == ("stem.0", "conv2d", "conv2d")
     assert first.why == "conv2d follows it"
@@ -617,12 +623,12 @@ class Fire(nn.Module):
 
 
 @pytest.mark.parametrize("make", [*MODELS, Fire])
-def test_a_training_step_of_a_network_is_eager_modes(make):
+def test_a_training_step_of_a_network_is_eager_modes(make, device):
     """Values, gradients and buffers; every convolution is one of this library's operators."""
     torch.manual_seed(0)
-    network = make().double()
+    network = make().to(device, torch.float64)
     twin = copy.deepcopy(network)
-    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64, device=device)
     compiled = torch.compile(network, backend=rewritten, fullgraph=True)
     got = run(lambda x: compiled(x), "x", x=x)
     expected = run(lambda x: twin(x), "x", x=x)

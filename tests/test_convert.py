@@ -6,28 +6,24 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from converted_training import results
-from hand_made import FOLDED, FUSED, MODELS, UNet
-from torch import nn
-from torch.nn.utils import parametrizations
+from hand_made import MODELS
+from torch import fx, nn
+from torch.nn.utils import fuse_conv_bn_eval, parametrizations, prune
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from triton.backends.compiler import GPUTarget
 
 import cnn
-from cnn.convert import FusedMaxPool2d, FusedReLU
+from cnn.convert import SWAPS
 from kernels.device import launch_nothing
 
 ROOT = Path(__file__).parents[1]
-
-
-def fused(report: list) -> str:
-    plus = {"ConvReLU2d": "", "ConvReLUMaxPool2d": "+"}
-    return " ".join(line.name + plus[line.became] for line in report if line.became in plus)
 
 
 def identities(model: nn.Module) -> dict[str, int]:
@@ -35,33 +31,39 @@ def identities(model: nn.Module) -> dict[str, int]:
     return {name: id(t) for name, t in tensors}
 
 
+def layers_of(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def outcomes(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """What a model returns, and the gradients of its input and parameters."""
+    leaf = x.clone().requires_grad_()
+    ys = results(model(leaf))
+    model.zero_grad()
+    sum(y.square().sum() for y in ys).backward()
+    return [*ys, *(t.grad for t in (leaf, *model.parameters()) if t.grad is not None)]
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_models_agree(kind, device):
-    """Through the kernels: results and gradients in training, and results with norms folded."""
     torch.manual_seed(0)
     theirs = kind().to(device, torch.float64, memory_format=torch.channels_last)
     ours, state = copy.deepcopy(theirs), theirs.state_dict()
     before = identities(ours)
     converted, report = cnn.convert(ours, report=True)
     assert converted is ours
-    assert fused(report) == FUSED[kind.__name__]
+    swapped = layers_of(theirs, tuple(SWAPS))
+    assert layers_of(ours, tuple(SWAPS.values())) == swapped
+    assert [line.name for line in report] == swapped
+    assert {line.note for line in report} == {""}
     assert identities(ours) == before
     assert list(ours.state_dict()) == list(state)
     x = torch.randn(2, 3, 16, 16, device=device, dtype=torch.float64)
-    found = []
-    for model in (ours, theirs):
-        leaf = x.clone().requires_grad_()
-        ys = results(model(leaf))
-        leaves = [leaf, *model.parameters()]
-        grads = torch.autograd.grad(sum(y.square().sum() for y in ys), leaves)
-        found.append([*ys, *grads])
-    assert_close(*found, rtol=1e-9, atol=1e-11)
+    assert_close(outcomes(ours, x), outcomes(theirs, x), rtol=1e-9, atol=1e-11)
     assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-9, atol=1e-11)
-    if FOLDED[kind.__name__] == FUSED[kind.__name__]:
-        return
-    cnn.convert(ours.eval(), fold_batch_norm=True)
-    with torch.no_grad():
-        assert_close(results(ours(x)), results(theirs.eval()(x)), rtol=1e-9, atol=1e-11)
+    once = str(ours)
+    assert str(cnn.convert(ours)) == once
+    assert str(cnn.revert(ours)) == str(theirs)
 
 
 def test_models_train_alike():
@@ -70,28 +72,6 @@ def test_models_train_alike():
     command = [sys.executable, "-W", "error", "-m", "tests.converted_training"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_what_is_folded(kind):
-    model = kind().eval()
-    keys, norms = (
-        set(model.state_dict()),
-        [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)],
-    )
-    _, report = cnn.convert(model, fold_batch_norm=True, report=True)
-    assert fused(report) == FOLDED[kind.__name__]
-    folded = [line for line in report if line.kind == "BatchNorm2d"]
-    names = {line.name for line in folded}
-    assert {line.became for line in folded} <= {"Identity"}
-    assert len(folded) == (len(norms) if kind.__name__ != "Inception" else 0)
-    gone = {key for key in keys if key.rpartition(".")[0] in names}
-    biases = set(model.state_dict()) - keys
-    assert set(model.state_dict()) == keys - gone | biases
-    assert all(key.endswith(".bias") for key in biases)
-    again = copy.deepcopy(model)
-    assert fused(cnn.convert(model, fold_batch_norm=True, report=True)[1]) == fused(report)
-    assert str(cnn.convert(cnn.revert(model))) == str(again)
 
 
 # Layers of every kind.
@@ -105,6 +85,13 @@ class Subclass(nn.Conv2d):
     def extra_repr(self):
         return "ours, " + super().extra_repr()
 
+    def __getstate__(self):
+        return {**vars(self), "saved": True}
+
+    def __setstate__(self, state):
+        assert state.pop("saved")
+        super().__setstate__(state)
+
 
 class Overriding(nn.Conv2d):
     def forward(self, input):
@@ -114,6 +101,15 @@ class Overriding(nn.Conv2d):
 class OverridingInner(nn.Conv2d):
     def _conv_forward(self, input, weight, bias):
         return super()._conv_forward(input, weight, bias) + 1
+
+
+class OverridingReduce(nn.Conv2d):
+    def __reduce__(self):
+        return OverridingReduce, (2, 3, 3), self.__getstate__()
+
+
+class Normalising(nn.Conv2d):
+    normalise = True
 
 
 class OverridingPool(nn.MaxPool2d):
@@ -139,18 +135,30 @@ def replaced():
     return layer
 
 
+def quantized():
+    layer = nn.Conv2d(2, 3, 3)
+    layer.qconfig = "mine"
+    return layer
+
+
 LAYERS = {
-    "plain": (lambda: nn.Conv2d(2, 3, 3), "Conv2d"),
-    "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), "Conv2d"),
-    "same": (lambda: nn.Conv2d(2, 3, (2, 3), padding="same", dilation=2), "Conv2d"),
-    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3, 2), "ConvTranspose2d"),
-    "pool": (lambda: nn.MaxPool2d(2, ceil_mode=True), "MaxPool2d"),
+    "plain": (lambda: nn.Conv2d(2, 3, 3), "cnn.Conv2d"),
+    "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), "cnn.Conv2d"),
+    "same": (lambda: nn.Conv2d(2, 3, (2, 3), padding="same", dilation=2), "cnn.Conv2d"),
+    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3, 2), "cnn.ConvTranspose2d"),
+    "pool": (lambda: nn.MaxPool2d(2, ceil_mode=True), "cnn.MaxPool2d"),
     "lazy": (lambda: nn.LazyConv2d(3, 3), "LazyConv2d"),
     "lazy transposed": (lambda: nn.LazyConvTranspose2d(3, 3), "LazyConvTranspose2d"),
-    "subclass": (lambda: Subclass(2, 3, 3), "Subclass"),
-    "weight norm": (lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3)), "Conv2d"),
-    "orthogonal": (lambda: parametrizations.orthogonal(Subclass(2, 3, 3)), "Subclass"),
-    "hooks": (hooked, "Conv2d"),
+    "subclass": (lambda: Subclass(2, 3, 3), "Subclass[cnn.Conv2d]"),
+    "weight norm": (
+        lambda: parametrizations.weight_norm(nn.Conv2d(2, 3, 3)),
+        "ParametrizedConv2d[cnn.Conv2d]",
+    ),
+    "orthogonal": (
+        lambda: parametrizations.orthogonal(Subclass(2, 3, 3)),
+        "ParametrizedSubclass[cnn.Conv2d]",
+    ),
+    "hooks": (hooked, "cnn.Conv2d"),
 }
 
 
@@ -163,6 +171,7 @@ def test_layers_of_every_kind(layer, became, device):
     before = identities(ours)
     _, report = cnn.convert(ours, report=True)
     assert [line.became for line in report] == [became]
+    assert f"(0): {became}(" in str(ours)
     assert identities(ours) == before
     x = torch.randn(2, 2, 7, 8, device=device, dtype=torch.float64)
     copied = copy.deepcopy(ours)
@@ -206,7 +215,10 @@ def test_the_old_norms(device):
         (lambda: Overriding(2, 3, 3), "forward is overridden"),
         (lambda: OverridingInner(2, 3, 3), "_conv_forward is overridden"),
         (lambda: OverridingPool(2), "forward is overridden"),
+        (lambda: OverridingReduce(2, 3, 3), "__reduce__ is overridden"),
         (lambda: OverridingLazy(3, 3), "it becomes a class of its own"),
+        (lambda: Normalising(2, 3, 3), "it has normalise of its own"),
+        (quantized, "it has qconfig of its own"),
         (replaced, "forward is overridden"),
         (lambda: nn.Conv2d(2, 3, 3, dtype=torch.complex64), "its parameters are torch.complex64"),
         (lambda: nn.Conv2d(2, 3, 3).to(torch.float8_e5m2), "its parameters are torch.float8_e5m2"),
@@ -236,7 +248,7 @@ def test_shared_layers_stay_shared():
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer, nn.ReLU())})
     _, report = cnn.convert(model, report=True)
     assert model["a"] is model["b"][0] is layer
-    assert [(line.name, line.became) for line in report] == [("a", "Conv2d")]
+    assert [(line.name, line.became) for line in report] == [("a", "cnn.Conv2d")]
 
 
 def test_an_optimizer_made_before(device):
@@ -260,9 +272,30 @@ def reloaded(model):
 
 
 def from_state(model):
-    fresh = cnn.convert(nn.Sequential(Subclass(2, 3, 3), *UNet().inner, UNet().pool))
+    fresh = cnn.convert(Net())
     fresh.load_state_dict(model.state_dict())
     return fresh
+
+
+class Net(nn.Module):
+    """A layer of each kind: two called one after another, one after a function, one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+        self.body = nn.Sequential(Subclass(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.unpool = nn.MaxUnpool2d(2)
+        self.up = nn.ConvTranspose2d(4, 2, 3, padding=1)
+
+    def forward(self, x):
+        x, indices = self.pool(self.act(self.stem(x)))
+        x = nn.functional.relu(self.body(self.body(x)))
+        return self.up(self.unpool(x, indices))
+
+
+OURS = (*("stem", "pool", "body.0", "unpool", "up"),)
 
 
 @pytest.mark.parametrize(
@@ -271,19 +304,146 @@ def from_state(model):
 )
 def test_copies(clone, device):
     torch.manual_seed(0)
-    theirs = nn.Sequential(Subclass(2, 3, 3), *UNet().inner, UNet().pool).to(device)
-    ours = clone(cnn.convert(copy.deepcopy(theirs))).to(device)
-    assert [type(layer) for layer in ours[1:]] == [
-        *(cnn.ConvReLU2d, FusedReLU, cnn.ConvReLUMaxPool2d, FusedReLU, FusedMaxPool2d),
-    ]
-    assert isinstance(ours[0], Subclass)
-    assert isinstance(ours[0], cnn.Conv2d)
-    x = torch.randn(1, 2, 8, 8, device=device)
-    assert_close(ours(x), theirs(x))
-    reverted = cnn.revert(ours)
-    assert str(reverted) == str(theirs)
-    assert [type(layer) for layer in reverted] == [type(layer) for layer in theirs]
-    assert [vars(layer).keys() for layer in reverted] == [vars(layer).keys() for layer in theirs]
+    theirs = Net().to(device, torch.float64)
+    theirs.body[0].note = ["mine"]
+    ours = clone(cnn.convert(copy.deepcopy(theirs))).to(device, torch.float64)
+    assert layers_of(ours, tuple(SWAPS.values())) == [*OURS]
+    assert isinstance(ours.body[0], Subclass)
+    if clone is not from_state:
+        assert ours.body[0].note == ["mine"]
+    x = torch.randn(2, 3, 8, 8, device=device, dtype=torch.float64)
+    assert_close(outcomes(ours, x), outcomes(theirs, x), rtol=1e-9, atol=1e-9)
+    cnn.revert(ours)
+    assert str(ours) == str(theirs)
+    kinds = [[type(module) for module in model.modules()] for model in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+
+
+def another_stem(net):
+    net.stem = nn.Conv2d(1, 4, 3, padding=1).to(net.up.weight)
+    return net
+
+
+def one_channel(net):
+    net.stem.weight = nn.Parameter(net.stem.weight.detach().sum(1, keepdim=True))
+    net.stem.in_channels = 1
+    return net
+
+
+def another_activation(net):
+    net.act, net.body[2] = nn.GELU(), nn.Sigmoid()
+    return net
+
+
+def removed(net):
+    del net.body[2]
+    net.act = nn.Identity()
+    return net
+
+
+def hooks(net):
+    net.stem.register_forward_hook(lambda module, args, y: y * 2)
+    net.body[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    net.up.register_full_backward_hook(lambda module, dx, dy: (dx[0] * 3,))
+    return net
+
+
+def feature_extractor(net):
+    """In torchvision's manner: a trace that returns the results of layers by their names."""
+    traced = fx.symbolic_trace(net)
+    found = {}
+    for node in traced.graph.nodes:
+        for name in ("stem", "body.0"):
+            if str(node.target) == name or name in node.meta.get("nn_module_stack", {}):
+                found[name] = node
+    assert list(found) == ["stem", "body.0"]
+    (output,) = (node for node in traced.graph.nodes if node.op == "output")
+    output.args = (found,)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def parametrized(net):
+    parametrizations.weight_norm(net.stem)
+    parametrizations.spectral_norm(net.body[0])
+    parametrizations.orthogonal(net.up)
+    return net
+
+
+def pruned(net):
+    prune.l1_unstructured(net.stem, "weight", 0.5)
+    prune.ln_structured(net.body[0], "weight", 0.5, 2, 0)
+    prune.remove(net.body[0], "weight")
+    return net
+
+
+def folded(net):
+    net.eval()
+    net.body[0] = fuse_conv_bn_eval(net.body[0], net.body[1])
+    net.body[1] = nn.Identity()
+    return net
+
+
+def frozen(net):
+    net.stem.requires_grad_(False)
+    net.body.eval().requires_grad_(False)
+    return net
+
+
+def assigned(net):
+    state = {name: t.clone() for name, t in net.state_dict().items()}
+    net.load_state_dict(state, assign=True)
+    return net
+
+
+SURGERY = {
+    "another stem": (another_stem, OURS[1:]),
+    "one channel": (one_channel, OURS),
+    "another activation": (another_activation, OURS),
+    "removed layers": (removed, OURS),
+    "hooks": (hooks, OURS),
+    "traced": (fx.symbolic_trace, ()),
+    "feature extractor": (feature_extractor, ()),
+    "parametrized": (parametrized, OURS),
+    "pruned": (pruned, OURS),
+    "folded": (folded, OURS),
+    "frozen": (frozen, OURS),
+    "half": (lambda net: net.half(), OURS),
+    "channels_last": (lambda net: net.to(memory_format=torch.channels_last), OURS),
+    "assigned": (assigned, OURS),
+}
+
+
+@pytest.mark.parametrize(("change", "kept"), SURGERY.values(), ids=SURGERY)
+def test_surgery(change, kept, device):
+    """A model that is changed after conversion does what it does if it never was converted."""
+    torch.manual_seed(0)
+    theirs = Net().to(device, torch.float64)
+    ours, models = cnn.convert(copy.deepcopy(theirs)), []
+    for model in (ours, theirs):
+        torch.manual_seed(1)
+        models.append(change(model))
+    ours, theirs = models
+    channels = 1 if change in (another_stem, one_channel) else 3
+    x = torch.randn(2, channels, 8, 8, device=device).to(next(theirs.parameters()).dtype)
+    tolerance = 1e-2 if x.dtype == torch.half else 1e-9
+    close = {"rtol": tolerance, "atol": tolerance}
+    assert_close(outcomes(ours, x), outcomes(theirs, x), **close)
+    assert_close(ours.state_dict(), theirs.state_dict())
+    assert layers_of(ours, tuple(SWAPS.values())) == [*kept]
+    cnn.revert(ours)
+    assert not layers_of(ours, tuple(SWAPS.values()))
+    assert_close(outcomes(ours, x), outcomes(theirs, x), **close)
+
+
+def test_what_was_traced_is_converted(device):
+    torch.manual_seed(0)
+    theirs = fx.symbolic_trace(Net().to(device, torch.float64))
+    ours = cnn.convert(copy.deepcopy(theirs))
+    assert layers_of(ours, tuple(SWAPS.values())) == ["stem", "pool", "unpool", "up"]
+    x = torch.randn(2, 3, 8, 8, device=device, dtype=torch.float64)
+    assert_close(outcomes(ours, x), outcomes(theirs, x), rtol=1e-9, atol=1e-9)
 
 
 class Checkpointed(nn.Module):
@@ -300,83 +460,39 @@ class Checkpointed(nn.Module):
 def test_checkpointed_and_compiled(device):
     torch.manual_seed(0)
     theirs = Checkpointed().to(device)
-    ours = copy.deepcopy(theirs)
-    _, report = cnn.convert(ours, report=True)
-    assert fused(report) == "body.0+ tail.0"
-    whole = nn.Sequential(ours.body, ours.tail)
-    compiled = torch.compile(whole, backend="aot_eager", fullgraph=True)
+    ours = cnn.convert(copy.deepcopy(theirs))
+    compiled = torch.compile(
+        nn.Sequential(ours.body, ours.tail), backend="aot_eager", fullgraph=True
+    )
     x = torch.randn(1, 2, 8, 8, device=device)
-    found = []
-    for model in (theirs, ours, compiled):
-        leaf = x.clone().requires_grad_()
-        y = model(leaf)
-        y.square().sum().backward()
-        found.append([y, leaf.grad, *(p.grad for p in model.parameters())])
-        model.zero_grad()
-    assert_close(found[1], found[0])
-    assert_close(found[2], found[0])
+    right = outcomes(theirs, x)
+    for model in (ours, compiled):
+        assert_close(outcomes(model, x), right)
 
 
-# Folding, reverting, reporting.
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_tools_for_quantization_leave_out_no_layer(training):
+    """They know classes by identity, so they have torch's, or raise."""
+    from torch.ao import quantization
 
-
-def norm_net(**options):
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3, **options), nn.ReLU())
-    return model.eval()
-
-
-class Tied(nn.Module):
-    """The convolution's weight serves once more."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = norm_net()
-
-    def forward(self, x):
-        return nn.functional.conv_transpose2d(self.net(x), self.net[0].weight)
-
-
-def test_folding_makes_new_parameters():
-    model = norm_net().requires_grad_(False)
-    weight = model[0].weight
-    cnn.convert(model, fold_batch_norm=True, fuse=False)
-    assert type(model[0]) is cnn.Conv2d
-    assert model[0].weight is not weight
-    assert list(model.state_dict()) == ["0.weight", "0.bias"]
-    assert not any(p.requires_grad for p in model.parameters())
+    prepare = quantization.prepare_qat if training else quantization.prepare
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), Subclass(3, 3, 1)).train(training)
     cnn.convert(model)
-    assert [type(m).__name__ for m in model] == ["ConvReLU2d", "Identity", "FusedReLU"]
-    assert [type(m) for m in cnn.revert(model)] == [nn.Conv2d, nn.Identity, nn.ReLU]
+    with warnings.catch_warnings(action="ignore"):  # of observers and settings
+        model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+        with pytest.raises(NotImplementedError, match=r"not cnn.Conv2d: call cnn.revert\(model\)"):
+            prepare(model)
+        cnn.revert(model[0])
+        model[1].qconfig = None
+        with pytest.raises(NotImplementedError, match=r"not Subclass\[cnn.Conv2d\]"):
+            prepare(model)
+        model[2].qconfig = None
+        prepared = prepare(model)
+    assert hasattr(prepared[0], "weight_fake_quant" if training else "activation_post_process")
+    assert type(prepared[1]) is cnn.MaxPool2d
 
 
-@pytest.mark.parametrize(
-    ("model", "note"),
-    [
-        (lambda: norm_net(track_running_stats=False), "does not normalise by running statistics"),
-        (lambda: nn.Sequential(norm_net()[0], norm_net()[1].train()).eval(), ""),
-        (lambda: nn.Sequential(*norm_net()[:1], nn.BatchNorm2d(3)).eval(), ""),
-        (Tied, "its parameters are used elsewhere"),
-        (
-            lambda: nn.Sequential(parametrizations.weight_norm(norm_net()[0]), norm_net()[1]),
-            "it is parametrized",
-        ),
-    ],
-)
-def test_what_is_not_folded(model, note):
-    model = model().eval()
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    _, report = cnn.convert(model, fold_batch_norm=True, report=True)
-    assert all(type(m) is nn.BatchNorm2d for m in norms) == bool(note)
-    assert note in report[0].note
-
-
-def test_folding_needs_evaluation():
-    model = norm_net()
-    model[1].train()
-    _, report = cnn.convert(model, fold_batch_norm=True, report=True)
-    assert "does not normalise by running statistics" in report[0].note
-    with pytest.raises(ValueError, match="eval mode"):
-        cnn.convert(norm_net().train(), fold_batch_norm=True)
+# Reverting, reporting.
 
 
 def test_what_is_no_model():
@@ -385,32 +501,23 @@ def test_what_is_no_model():
             function([nn.Conv2d(2, 3, 3)])
 
 
-def test_reverting_a_part_of_what_was_fused():
-    model = cnn.convert(nn.Sequential(nn.Sequential(nn.Conv2d(2, 3, 3)), nn.ReLU()))
-    for part in (model[0], model[1]):
-        with pytest.raises(ValueError, match="beyond this model"):
-            cnn.revert(part)
-    assert type(model[0][0]) is cnn.ConvReLU2d
-    cnn.revert(model)
-    assert type(model[0][0]) is nn.Conv2d
-
-
-def test_layers_that_were_built_fused_stay():
-    model = cnn.models.lenet5()
+def test_layers_that_torch_has_no_class_for_stay():
+    model = cnn.convert(nn.Sequential(cnn.models.lenet5(), nn.Conv2d(1, 2, 3), Subclass(1, 2, 3)))
+    model[1].normalise = model[2].normalise = 2.0, 0.0
     before = str(model)
-    assert str(cnn.revert(cnn.convert(model))) == before
+    assert str(cnn.revert(model)) == before
+    model[1].normalise = model[2].normalise = None
+    assert [type(layer) for layer in cnn.revert(model)[1:]] == [nn.Conv2d, Subclass]
 
 
 REPORT = """\
-layer  was              is                 engine           note
-0      Conv2d           ConvReLUMaxPool2d  stem_pool
-1      ReLU             FusedReLU                           part of 0
-2      MaxPool2d        FusedMaxPool2d                      part of 0
-3      Conv2d           Conv2d             depthwise        not fused: a Conv2d follows
-4      Conv2d           Conv2d             descriptor_gemm  not fused: a ReLU6 follows
-6      MaxPool2d        MaxPool2d          max_pool
-7      ConvTranspose2d  ConvTranspose2d    implicit_gemm
-8      OverridingPool   OverridingPool                      left alone: forward is overridden"""
+layer  was              is                    engine           note
+0      Conv2d           cnn.Conv2d            direct_conv
+2      MaxPool2d        cnn.MaxPool2d         max_pool
+3      Conv2d           cnn.Conv2d            depthwise
+4      Subclass         Subclass[cnn.Conv2d]  descriptor_gemm
+5      ConvTranspose2d  cnn.ConvTranspose2d   implicit_gemm
+6      OverridingPool   OverridingPool                         left alone: forward is overridden"""
 
 
 def test_the_report():
@@ -419,9 +526,7 @@ def test_the_report():
         nn.ReLU(),
         nn.MaxPool2d(3, 2, 1),
         nn.Conv2d(64, 64, 3, groups=64),
-        nn.Conv2d(64, 128, 3, padding="same"),
-        nn.ReLU6(),
-        nn.MaxPool2d(2, return_indices=True),
+        Subclass(64, 128, 3, padding="same"),
         nn.ConvTranspose2d(128, 32, 2, 2, groups=2),
         OverridingPool(2),
     ).to(torch.bfloat16, memory_format=torch.channels_last)

@@ -1,20 +1,19 @@
-"""Data sets, the order of their images, augmentation, and images that cannot be read."""
+"""Data sets in memory, the order of images, and augmentation."""
 
 import gzip
 import io
 import pickle
-import re
-import sys
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset
 
 from cnn import data
-from cnn.data import UNCOUNTED, Augmented, Batches, Description, Preparation, Watch
+from cnn.data import Augmented, Batches, Description, Preparation
+from cnn.data.formats import idx
 from cnn.data.sets import DEBIAN, resized
 from cnn.problem import Problem
 
@@ -42,6 +41,31 @@ def test_digits_are_split_the_same_way_each_time_and_evenly(digits):
         assert all(map(torch.equal, first.tensors, second.tensors))
     shares = [part.tensors[1].bincount() / len(part) for part in (digits.train, digits.test)]
     torch.testing.assert_close(*shares, rtol=0, atol=2 / 360)
+
+
+@pytest.mark.parametrize("name", ["digits", "faces"])
+def test_a_fixed_tenth_validates_if_asked_for(name):
+    whole, first, again = data.load(name), *(data.load(name, seed=s, val=True) for s in (0, 5))
+    assert whole.val is None
+    assert first.description == whole.description
+    for part, other in ((first.train, again.train), (first.val, again.val)):
+        assert all(map(torch.equal, part.tensors, other.tensors))
+    assert torch.equal(first.test.tensors[0], whole.test.tensors[0])
+    assert 0.05 < len(first.val) / len(whole.train) < 0.15
+    together, known = (
+        sorted(image.numpy().tobytes() for image, _ in part)
+        for part in (ConcatDataset([first.train, first.val]), whole.train)
+    )
+    assert together == known
+    assert len(first.val.tensors[1].unique()) == len(first.description.classes)
+
+
+def test_a_data_set_is_known_by_its_images(mnist):
+    first, larger = (data.load(f"mnist:{mnist}", size=size).description for size in (None, 64))
+    assert first.identity == larger.identity
+    labels = mnist / "train-labels.idx1-ubyte"
+    write_idx(labels, np.arange(20)[::-1] % 10)
+    assert data.load(f"mnist:{mnist}").description.identity != first.identity
 
 
 def test_digits_take_a_size():
@@ -121,6 +145,41 @@ IDX_DAMAGE = {
         "holds labels beyond 0 to 9",
     ),
 }
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((0, 28, 28), r"is empty: its header says \[0, 28, 28\]"),
+        ((2, 0, 28), "is empty"),
+        ((2**31, 2**31, 4), "is not an IDX file"),  # their product is 0 in 64 bits
+        ((2**31, 2, 2), "is not an IDX file"),
+        ((3, 28, 28), "is not an IDX file"),
+        ((2, 28, 27), "it holds more bytes than its header says"),
+    ],
+)
+def test_headers_of_idx_files_are_not_trusted(end, sizes, message, tmp_path):
+    contents = bytes((0, 0, 8, 3)) + struct.pack(">III", *sizes) + bytes(2 * 28 * 28)
+    path = tmp_path / f"x{end}"
+    path.write_bytes(gzip.compress(contents) if end else contents)
+    with pytest.raises(Problem, match=message) as caught:
+        idx(path, 3)
+    assert str(path) in str(caught.value)
+
+
+def test_no_more_is_unpacked_than_a_header_says(tmp_path, monkeypatch):
+    path, read, asked = tmp_path / "x.gz", gzip.GzipFile.read, []
+
+    def counting(file: gzip.GzipFile, size: int = -1) -> bytes:
+        asked.append(size)
+        return read(file, size)
+
+    path.write_bytes(gzip.compress(bytes((0, 0, 8, 1, 0, 0, 0, 9)) + bytes(10**7)))
+    monkeypatch.setattr(gzip.GzipFile, "read", counting)
+    with pytest.raises(Problem, match="more bytes"):
+        idx(path, 1)
+    assert asked == [8, 10]
 
 
 @pytest.mark.parametrize("damage", IDX_DAMAGE)
@@ -222,113 +281,6 @@ def test_damaged_cifar10(name, contents, message, tmp_path):
     (tmp_path / name).unlink() if contents is None else (tmp_path / name).write_bytes(contents)
     with pytest.raises(Problem, match=message):
         data.load(f"cifar10:{tmp_path}")
-
-
-COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}
-
-
-def paint(folder: Path, count: int = 5) -> Path:
-    """Folders of ``count`` images of each colour."""
-    for name, colour in COLOURS.items():
-        (folder / name / "deep").mkdir(parents=True)
-        for number in range(count):
-            path = folder / name / ("deep" if number == 1 else "") / f"{number}.png"
-            Image.new("RGB", (20 + number, 30), colour).save(path)
-    return folder
-
-
-def test_a_folder_is_split_by_the_seed(tmp_path):
-    paint(tmp_path)
-    (tmp_path / "red" / "notes.txt").write_text("no image")
-    first, same, other = (data.load(f"folder:{tmp_path}", size=8, seed=seed) for seed in (0, 0, 3))
-    assert first.description.classes == ("blue", "red")
-    assert (first.train.labels, first.test.labels) == ([0] * 4 + [1] * 4, [0, 1])
-    assert len({*first.train.paths, *first.test.paths}) == 10
-    assert first.test.paths == same.test.paths != other.test.paths
-    image, label = first.train[7]
-    assert (image.dtype, label) == (torch.uint8, 1)
-    assert torch.equal(
-        image, torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
-    )
-
-
-@pytest.mark.parametrize("name", ["val", "test"])
-def test_a_folder_may_come_split(name, tmp_path):
-    paint(tmp_path / "train")
-    paint(tmp_path / name, count=2)
-    sets = data.load(f"folder:{tmp_path}")
-    assert (len(sets.train), len(sets.test)) == (10, 4)
-    assert sets.train[0][0].shape == (3, 224, 224)
-
-
-FOLDERS = {
-    "none": (lambda folder: folder / "none", "none is no folder"),
-    "empty": (lambda folder: folder, "holds no image to train with"),
-    "one": (lambda folder: paint(folder, 1), "holds no image to test with"),
-    "train": (lambda folder: paint(folder / "train").parent, "neither a test nor a val"),
-}
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_folders_that_hold_no_data_set(case, tmp_path):
-    make, message = FOLDERS[case]
-    with pytest.raises(Problem, match=message):
-        data.load(f"folder:{make(tmp_path)}")
-
-
-def test_images_of_all_kinds_and_orientations(tmp_path):
-    """The middle square, upright; grey, palette and transparency as colours."""
-    halves = Image.new("L", (8, 4), 0)
-    halves.paste(255, (4, 0, 8, 4))
-    turned = Image.Exif()
-    turned[0x0112] = 3  # by half a turn
-    halves.save(tmp_path / "grey.png")
-    halves.save(tmp_path / "turned.png", exif=turned)
-    halves.convert("P").save(tmp_path / "palette.gif")
-    halves.convert("LA").save(tmp_path / "alpha.webp", lossless=True)
-    names = ["grey.png", "turned.png", "palette.gif", "alpha.webp"]
-    images = data.ImageFiles([tmp_path / name for name in names], [0] * 4, 4)
-    grey, turned, palette, alpha = (image for image, _ in (images[i] for i in range(4)))
-    assert grey[:, 1].tolist() == [[0, 0, 255, 255]] * 3
-    assert turned[:, 1].tolist() == [[255, 255, 0, 0]] * 3
-    assert torch.equal(palette, grey)
-    assert torch.equal(alpha, grey)
-    assert data.ImageFiles(images.paths, [0] * 4, 4, channels=1)[0][0].shape == (1, 4, 4)
-
-
-def test_broken_images(tmp_path):
-    """Cut off, no image, or away: they are told of once and do not count, or stop the program."""
-    paint(tmp_path)
-    noise = np.random.default_rng(0).integers(256, size=(50, 50, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "red" / "cut.png")
-    whole = (tmp_path / "red" / "cut.png").read_bytes()
-    (tmp_path / "red" / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "red" / "text.jpg").write_text("no image")
-    paths = data.image_files(tmp_path)
-    images = data.ImageFiles(paths, [3] * len(paths), 8)
-    paths[0].unlink()
-    told = []
-    watch = Watch(images, "skip", told.append)
-    for _ in range(2):
-        labels = torch.cat([watch(labels) for _, labels in DataLoader(images, 4, num_workers=2)])
-        broken = [paths[at] for at in labels.ne(3).nonzero().flatten().tolist()]
-        assert broken == [paths[0], tmp_path / "red" / "cut.png", tmp_path / "red" / "text.jpg"]
-        assert labels[labels != 3].tolist() == [UNCOUNTED] * 3
-    reasons = ["No such file or directory", None, "cannot identify image file"]
-    for line, path, reason in zip(told, broken, reasons, strict=True):
-        assert re.fullmatch(f"cannot read {path}: {reason or '.+'}; skipped", line)
-    strict = Watch(images, "stop", told.append)
-    with pytest.raises(Problem) as caught:
-        strict(torch.tensor([3, images[len(paths) - 1][1]]))
-    assert str(caught.value) == f"cannot read {tmp_path}/red/text.jpg: cannot identify image file"
-    assert strict(torch.tensor([3, 0])).tolist() == [3, 0]
-
-
-def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
-    paint(tmp_path)
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(Problem, match="needs Pillow: pip install 'triton-cnn\\[train\\]'"):
-        data.load(f"folder:{tmp_path}")
 
 
 def test_batches_hold_every_image_once_whoever_shares_them():

@@ -44,6 +44,63 @@ def test_threads_get_right_numbers(device):
         torch.testing.assert_close(results[i], TF.conv2d(x, w, padding=1), rtol=1e-12, atol=1e-12)
 
 
+FORKED = """
+import os, signal, threading, time
+import torch, torch.nn.functional as TF
+import cnn.functional as F
+from kernels import autotune, device
+
+x, w = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3)
+right = TF.conv2d(x, w)
+
+def child(work):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)  # what hangs ends
+        os._exit(0 if work() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def convolves():
+    return torch.allclose(F.conv2d(x, w), right, atol=1e-5)
+
+def hold(lock, held):
+    with lock:
+        held.set()
+        time.sleep(0.2)
+
+for lock in (device._lock, autotune._scopes_lock, autotune._choosing):
+    held = threading.Event()
+    thread = threading.Thread(target=hold, args=(lock, held))
+    thread.start()
+    held.wait()
+    assert child(lambda: lock.acquire(timeout=10)) == 0
+    thread.join()
+    assert lock.acquire(timeout=10)
+    lock.release()
+
+stop = threading.Event()
+thread = threading.Thread(target=lambda: [convolves() for _ in iter(stop.is_set, True)])
+thread.start()
+found = [(time.sleep(0.01 * i), child(convolves)) for i in range(6)]
+stop.set()
+thread.join()
+assert [code for _, code in found] == [0] * 6, found
+"""
+
+
+def test_a_child_forked_beside_a_kernel_runs_its_own():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.skipif(not devices.INTERPRET, reason="the interpreter is off")
 def test_the_interpreter_is_usable():
     x, w = torch.randn(64, 8, 8, 8), torch.randn(16, 8, 3, 3)
@@ -85,38 +142,6 @@ def test_offsets_are_wide_where_the_largest_offset_or_the_count_of_pixels_is(
 ):
     view = torch.empty_strided(shape, strides, device="meta")
     assert devices.wide(pixels, view, None) is wide
-
-
-def test_cpu_tensors_run_aten_without_the_interpreter():
-    program = """
-import torch, torch.nn.functional as TF
-import cnn, cnn.functional as F
-from kernels import device
-x = torch.randn(2, 4, 9, 8, requires_grad=True)
-w = torch.randn(6, 2, 3, 3, requires_grad=True)
-r = torch.randn(2, 6, 5, 4)
-y = F.conv2d(x, w, stride=2, padding=1, groups=2, activation="relu", residual=r)
-z = torch.relu(TF.conv2d(x, w, stride=2, padding=1, groups=2) + r)
-torch.testing.assert_close(y, z)
-for ours, torchs in zip(
-    torch.autograd.grad(y.square().sum(), (x, w)), torch.autograd.grad(z.square().sum(), (x, w))
-):
-    torch.testing.assert_close(ours, torchs)
-p, i = F.max_pool2d(x, 3, 2, 1, return_indices=True)
-q, j = TF.max_pool2d(x, 3, 2, 1, return_indices=True)
-assert torch.equal(p, q) and torch.equal(i, j)
-assert torch.equal(*(torch.autograd.grad(v.sum(), x)[0] for v in (p, q)))
-u = F.max_unpool2d(p.detach(), i, 3, 2, 1, (9, 8))
-assert torch.equal(u, TF.max_unpool2d(p.detach(), i, 3, 2, 1, (9, 8)))
-t = F.conv_transpose2d(y, w, stride=2, groups=2)
-torch.testing.assert_close(t, TF.conv_transpose2d(z, w, stride=2, groups=2))
-assert device.launches() == {}, device.launches()
-"""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
 
 
 # What a call costs, and CUDA graphs.

@@ -186,90 +186,32 @@ def test_copies(clone, device):
     assert_close(copied(x), net(x), rtol=0, atol=0)
 
 
-def trained_norm(channels, dtype, affine=True):
-    norm = nn.BatchNorm2d(channels, affine=affine, dtype=dtype).eval()
+def test_printed_names():
+    """They tell the library's layers from torch's, and a subclass's own name from both."""
+
+    class Own(cnn.ConvReLU2d):
+        pass
+
+    layers = (cnn.Conv2d(1, 2, 3), cnn.ConvReLU2d(1, 2, 3), cnn.MaxPool2d(2), Own(1, 2, 3))
+    names = [str(layer).partition("(")[0] for layer in layers]
+    assert names == ["cnn.Conv2d", "cnn.ConvReLU2d", "cnn.MaxPool2d", "Own[cnn.ConvReLU2d]"]
+
+
+def test_torch_folds_batch_norm_into_a_layer(device):
+    torch.manual_seed(0)
+    layer, norm = cnn.Conv2d(4, 6, 3, groups=2, bias=False).double(), nn.BatchNorm2d(6).double()
     for t in (norm.running_mean, norm.weight, norm.bias):
-        if t is not None:
-            nn.init.normal_(t)
+        nn.init.normal_(t)
     nn.init.uniform_(norm.running_var, 0.5, 2)
-    return norm
+    chain = nn.Sequential(layer, norm).to(device).eval()
+    folded = nn.utils.fuse_conv_bn_eval(*chain)
+    assert type(folded) is cnn.Conv2d
+    x = torch.randn(2, 4, 7, 8, dtype=torch.float64, device=device)
+    assert_close(folded(x), chain(x))
 
 
-@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize(
-    ("following", "kind"),
-    [
-        ((), cnn.Conv2d),
-        ((nn.ReLU(),), cnn.ConvReLU2d),
-        ((nn.ReLU(True), nn.MaxPool2d(3, 2, 1)), cnn.ConvReLUMaxPool2d),
-    ],
-    ids=["alone", "relu", "pool"],
-)
-def test_batch_norm_is_folded_to_rounding(following, kind, bias, affine, device):
-    torch.manual_seed(0)
-    layer = nn.Conv2d(4, 6, 3, 2, 1, groups=2, bias=bias, padding_mode="reflect")
-    layer = layer.double().to(memory_format=torch.channels_last)
-    norm = trained_norm(6, torch.float64, affine)
-    x = torch.randn(2, 4, 11, 12, dtype=torch.float64)
-    right = nn.Sequential(layer, norm, *following)(x)
-    folded = cnn.fold_batch_norm(layer, norm, *following)
-    assert type(folded) is kind
-    assert not folded.training
-    assert folded.weight.is_contiguous(memory_format=torch.channels_last)
-    assert_close(folded.to(device)(x.to(device)).cpu(), right, rtol=1e-12, atol=1e-12)
-
-
-def test_batch_norm_is_folded_with_one_rounding():
-    torch.manual_seed(0)
-    layer, norm = nn.Conv2d(3, 5, 3).bfloat16(), trained_norm(5, torch.float32)
-    folded = cnn.fold_batch_norm(layer, norm)
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    exact = layer.weight.double() * scale[:, None, None, None]
-    assert folded.weight.dtype == torch.bfloat16
-    assert torch.equal(folded.weight, exact.bfloat16())
-    assert all(p.requires_grad for p in folded.parameters())
-
-
-@pytest.mark.parametrize(
-    ("norm", "following"),
-    [
-        (nn.BatchNorm2d(5), ()),
-        (nn.BatchNorm2d(6, track_running_stats=False), ()),
-        (nn.BatchNorm2d(6), (nn.MaxPool2d(2),)),
-        (nn.BatchNorm2d(6), (nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True))),
-        (nn.BatchNorm2d(6), (nn.ReLU(), nn.MaxPool2d(2), nn.ReLU())),
-    ],
-    ids=["features", "statistics", "pool alone", "ceil_mode", "three"],
-)
-def test_modules_that_do_not_fold_are_refused(norm, following):
-    with pytest.raises(ValueError, match=r"norm|follow|pools"):
-        cnn.fold_batch_norm(nn.Conv2d(4, 6, 3), norm, *following)
-
-
-def test_a_norm_after_an_activation_is_refused():
-    state = torch.get_rng_state()
-    cnn.fold_batch_norm(nn.Conv2d(4, 6, 3, device="meta"), nn.BatchNorm2d(6, device="meta"))
-    assert torch.equal(torch.get_rng_state(), state), "folding draws no weights"
-    with pytest.raises(ValueError, match="norm must follow a Conv2d alone"):
-        cnn.fold_batch_norm(cnn.ConvReLU2d(4, 6, 3), nn.BatchNorm2d(6))
-
-
-def test_images_in_bytes_pass_what_changes_layers(device):
-    """A layer that normalises keeps doing so where it is folded, and is not fused with a pool."""
-    layer, norm = cnn.Conv2d(3, 6, 3, device=device), trained_norm(6, torch.float32).to(device)
-    layer.normalise = 1 / 64, -2.0
-    x = torch.arange(3 * 8 * 8, device=device).view(1, 3, 8, 8).to(torch.uint8)
-    chain = nn.Sequential(layer, norm, nn.ReLU(), cnn.MaxPool2d(2)).eval()
-    with torch.no_grad():
-        expected = chain(x)
-        folded = cnn.fold_batch_norm(layer, norm, nn.ReLU())
-        assert_close(cnn.MaxPool2d(2)(folded(x)), expected)
-        with pytest.raises(ValueError, match="bytes"):
-            cnn.fold_batch_norm(layer, norm, nn.ReLU(), nn.MaxPool2d(2))
-        assert_close(cnn.convert(chain, fold_batch_norm=True)(x), expected)
-    assert type(layer) is cnn.ConvReLU2d
+def test_a_pooling_layer_takes_no_bytes(device):
     block = cnn.ConvReLUMaxPool2d(3, 6, 3, pool_kernel_size=2, device=device)
-    block.normalise = layer.normalise
+    block.normalise = 1 / 64, -2.0
     with pytest.raises(NotImplementedError, match="bytes"):
-        block(x)
+        block(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device))

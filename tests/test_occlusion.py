@@ -152,7 +152,7 @@ def test_features_alone_and_classes_alone():
 def test_a_converted_model_says_the_same(device):
     model, x = network(), picture(2, 6, 9)
     right = occlusion(model, x, layer="3", size=4, stride=4)
-    ours = cnn.convert(model, fold_batch_norm=False).to(device)
+    ours = cnn.convert(model).to(device)
     found = occlusion(ours, x.to(device), layer="3", size=4, stride=4)
     for name in ("map", "probability", "answers", "activation"):
         assert_close(getattr(found, name).cpu(), getattr(right, name))

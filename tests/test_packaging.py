@@ -24,25 +24,29 @@ kernels.implicit_gemm kernels.pair_conv kernels.depthwise kernels.max_pool kerne
 kernels.direct_conv kernels.stem_pool
 kernels.descriptor_gemm
 kernels.descriptor_pool
-kernels.planner kernels.aten kernels.vmap kernels.winners
+kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.winners
 kernels.autotune
 kernels.library
 kernels.functions
-cnn.arguments cnn.autocast cnn.decisions cnn.problem
-cnn.functional cnn.fusion
+cnn.arguments cnn.autocast cnn.problem cnn.text
+cnn.composed
+cnn.functional
 cnn.layers
 cnn.graph_effects cnn.graph_layout
 cnn.graph_lowering
 cnn.graph_fusion
 cnn.compile_backend
-cnn.summary cnn.convert cnn.export
+cnn.summary cnn.export
+cnn.convert
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
 cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
 cnn.models.hed
 cnn.models
 cnn
-cnn.data.batches cnn.data.augment cnn.data.prepare cnn.data.formats cnn.data.files
-cnn.data.sets
+cnn.data.batches cnn.data.prepare cnn.data.formats cnn.data.pixels
+cnn.data.files cnn.data.parts
+cnn.data.custom cnn.data.folder
+cnn.data.augment cnn.data.sets
 cnn.data
 cnn.checkpoint cnn.group cnn.interruption
 cnn.journal
@@ -110,7 +114,7 @@ def test_sources_import_neither_tests_nor_benchmarks():
     assert {"torch", "triton", "kernels"} <= roots
 
 
-def test_import_touches_no_gpu_and_compiles_nothing(tmp_path):
+def test_import_touches_no_gpu_compiles_nothing_and_loads_little(tmp_path):
     """With every way to a GPU walled up; without the interpreter, which would need none."""
     script = """
 import torch, triton
@@ -119,12 +123,17 @@ def wall(*args, **kwargs):
 for name in ("_lazy_init", "is_available", "device_count", "current_device"):
     setattr(torch.cuda, name, wall)
 torch.cuda.get_device_properties = torch.cuda.get_device_capability = wall
-import sys, cnn, cnn.functional
+import sys
+before = set(sys.modules)
+import cnn, cnn.functional
 from kernels.device import INTERPRET, launches
 assert not INTERPRET
 assert launches() == {}
 assert triton.runtime.driver._active is None
-assert "sklearn" not in sys.modules
+own = ("cnn", "kernels", "triton", *sys.stdlib_module_names)
+others = {n for n in sys.modules.keys() - before if n.partition(".")[0] not in own}
+# What counts FLOPs; the rest, a tenth of a second and more each, when it is asked for.
+assert others <= {"torch.utils.flop_counter", "torch.utils.module_tracker"}, others
 assert "cnn.visualize" not in sys.modules
 assert callable(cnn.visualize.deconvnet)
 assert "matplotlib" not in sys.modules

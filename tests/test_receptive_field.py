@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hand_made import fused
 from torch import nn
 
 import cnn
@@ -35,7 +36,7 @@ def test_by_hand():
 
 
 def test_the_box_holds_the_pixels_that_reach_the_center():
-    model = cnn.convert(network()[:4])
+    model = fused(network()[:4])
     x = torch.rand(1, 1, 8, 12, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x)[0, :, 2, 3].sum(), x)
     (seen,) = receptive_field(model, x.detach()[0], ["3"]).seen
@@ -43,9 +44,9 @@ def test_the_box_holds_the_pixels_that_reach_the_center():
     lines, columns = (gradient[0, 0].abs().sum(axis).nonzero().flatten() for axis in (1, 0))
     assert top <= lines.min() < lines.max() < bottom
     assert left <= columns.min() < columns.max() < right
-    fused = receptive_field(model, x.detach()[0]).seen
-    assert [seen.layer for seen in fused] == ["0", "3"]
-    assert [seen.box for seen in fused] == [BOXES["2"], BOXES["3"]]
+    found = receptive_field(model, x.detach()[0]).seen
+    assert [seen.layer for seen in found] == ["0", "3"]
+    assert [seen.box for seen in found] == [BOXES["2"], BOXES["3"]]
 
 
 def test_the_figure():

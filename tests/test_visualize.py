@@ -1,6 +1,7 @@
 """What layers have learned: the deconvnet against its paper's steps in float64, and its company."""
 
 import base64
+import copy
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from kernels.device import launches
 
 
 def small(device, pool: nn.Module | None = None) -> nn.Sequential:
-    """Two blocks in float64, fused, in which no map is dead."""
+    """Two blocks in float64, converted, in which no map is dead."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(2, 5, 3, padding=1),
@@ -68,18 +69,20 @@ def unpool_overlapping(values, switches, size):
     return flat.view(size)
 
 
+@pytest.mark.parametrize("join", [True, False], ids=["fused", "apart"])
 @pytest.mark.parametrize(
     ("pool", "unpool"),
     [(None, unpool_apart), (nn.MaxPool2d(3, 2), unpool_overlapping)],
     ids=["2x2", "3x3/2"],
 )
-def test_a_projection_is_the_papers(device, pool, unpool):
-    model, x = small(device, pool), images(device)
-    assert type(model[0]) is cnn.ConvReLUMaxPool2d
+def test_a_projection_is_the_papers(device, pool, unpool, join):
+    plain, x = small(device, pool), images(device)
+    model = hand_made.fused(plain) if join else copy.deepcopy(plain)
+    assert type(model[0]) is (cnn.ConvReLUMaxPool2d if join else cnn.Conv2d)
     found = deconvnet(model, x, "5", [2, 0, 3], top=2)
     with torch.no_grad():
         y = model(x)
-    plain = cnn.revert(model).cpu()
+    cnn.revert(plain).cpu()
     assert found.projections.shape == (3, 2, 2, 16, 20)
     for m, k in enumerate((2, 0, 3)):
         peaks = y[:, k].flatten(1).amax(1)
@@ -125,7 +128,7 @@ def test_guided_projections_stop_at_what_was_zero(device):
 
 
 @pytest.mark.parametrize("family", [hand_made.VGG, hand_made.ResNet], ids=lambda f: f.__name__)
-def test_fused_layers_project_as_torchs_do(device, family):
+def test_converted_layers_project_as_torchs_do(device, family):
     """Also with a ReLU that serves twice, sums of branches and normalisations."""
     torch.manual_seed(0)
     model = family().double().eval().to(device)

@@ -3,7 +3,7 @@
 An operator is called again and again, alone and beside other work, as what goes wrong by timing
 shows as a difference between repeats. New memory is NaN in each call, so that what is not written
 is seen and what an earlier call left cannot stand for it. The first result is compared with
-``kernels.aten``'s on the same device in float64, or in float32 where that is large.
+``references``' on the same device in float64, or in float32 where that is large.
 """
 
 from collections import Counter
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import aten, device, library, planner
+from kernels import device, library, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 
 from .. import measure, suites
 from ..measure import DTYPES
-from . import tiles
+from . import references, tiles
 from .items import DIRECTIONS, Check, Forced
 from .operands import Call, Source, call_of
 
@@ -121,9 +121,11 @@ def _reference(check: Check, call: Call, dtype: torch.dtype | None) -> Results:
     if check.operator == "conv2d_fp8":  # ATen's rounds to bfloat16
         x, w, scale, *epilogue = wider
         *geometry, relu = call.numbers
-        return (aten.conv2d(x, w * scale.view(-1, 1, 1, 1), *epilogue, *geometry, None, relu),)
+        return (
+            references.conv2d(x, w * scale.view(-1, 1, 1, 1), *epilogue, *geometry, None, relu),
+        )
     with first.device:
-        found = getattr(aten, check.operator)(*wider, *call.numbers)
+        found = getattr(references, check.operator)(*wider, *call.numbers)
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -183,8 +185,8 @@ def _winners_error(check: Check, call: Call, found: Results, right: Tensor) -> f
     x, w, bias = (t.to(right.dtype) for t in call.tensors if t is not None)
     geometry, window = call.numbers[:5], call.numbers[5:8]
     with right.device:
-        z = aten.conv2d(x, w, bias, None, *geometry, True)
-        won = aten.max_pool2d_gather(z, found[1], *window, (1, 1), False)
+        z = references.conv2d(x, w, bias, None, *geometry, True)
+        won = references.max_pool2d_gather(z, found[1], *window, (1, 1), False)
     return measure.relative_rms(won, right)
 
 

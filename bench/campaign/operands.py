@@ -8,11 +8,12 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from kernels import aten, max_pool
+from kernels import max_pool
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 
 from .. import suites
 from ..measure import DTYPES
+from . import references
 from .items import Check
 
 
@@ -105,11 +106,13 @@ def _pool_call(check: Check, source: Source, g: Pool2dGeometry) -> Call:
     x, dy = source.images(g.x_shape), source.images(g.y_shape)
     window = g.kernel, g.stride, g.padding, g.dilation, g.ceil_mode
     offsets = source.derived(
-        dy, max_pool.offset_dtype(g), lambda: aten.max_pool2d(x.float(), *window, True, False)[1]
+        dy,
+        max_pool.offset_dtype(g),
+        lambda: references.max_pool2d(x.float(), *window, True, False)[1],
     )
     if check.operator.startswith("max_unpool2d"):
         indices = source.derived(
-            dy, torch.int64, lambda: aten.max_pool2d(x.float(), *window, False, True)[2]
+            dy, torch.int64, lambda: references.max_pool2d(x.float(), *window, False, True)[2]
         )
         if check.operator == "max_unpool2d":
             return Call((dy, indices), ((g.H, g.W),))
@@ -131,7 +134,9 @@ def _block_call(check: Check, source: Source, block: suites.Block) -> Call:
     offsets = source.derived(
         dy,
         max_pool.offset_dtype(pool),
-        lambda: aten.conv2d_relu_max_pool2d(x.float(), w.float(), bias.float(), *numbers, True)[1],
+        lambda: references.conv2d_relu_max_pool2d(
+            x.float(), w.float(), bias.float(), *numbers, True
+        )[1],
     )
     wanted = g.C > 4, True, True  # an image needs no gradient
     sizes = (g.H, g.W), w.shape, w.stride()

@@ -1,16 +1,20 @@
 """Data sets of labelled images by name; nothing is downloaded.
 
-Images are uint8 [C, size, size] until a batch of them is on its device, where ``Preparation`` makes
-them what a model takes.
+``load`` gives a part each to train with, to validate with and to test with. Images are uint8
+[C, size, size] until a batch of them is on its device, where ``Preparation`` makes them what a
+model takes.
 """
 
 from .augment import Augmented
 from .batches import Batches
+from .custom import is_code
 from .files import PHOTOGRAPHS, UNCOUNTED, ImageFiles, Watch, image_files, photograph
-from .prepare import Description, Preparation
-from .sets import NAMES, Data, load
+from .parts import Data, class_name
+from .prepare import IMAGENET, Description, Preparation
+from .sets import NAMES, load, runs_code, same_set
 
 __all__ = [
+    "IMAGENET",
     "NAMES",
     "PHOTOGRAPHS",
     "UNCOUNTED",
@@ -21,7 +25,11 @@ __all__ = [
     "ImageFiles",
     "Preparation",
     "Watch",
+    "class_name",
     "image_files",
+    "is_code",
     "load",
     "photograph",
+    "runs_code",
+    "same_set",
 ]

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .custom import Samples
+
 
 class Augmented(Dataset):
     """A data set whose images are shifted, and mirrored where that makes sense.
@@ -22,7 +24,10 @@ class Augmented(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = place
-        image, label = self.data[index]
+        if isinstance(self.data, Samples):  # which may draw at random itself
+            image, label = self.data.at(index, self.seed, epoch)
+        else:
+            image, label = self.data[index]
         if not self.shift:
             return image, label
         size = image.shape[-1]

@@ -1,5 +1,8 @@
 """Images in files, through Pillow."""
 
+import os
+import stat
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,20 +12,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..problem import FAILURE, Problem, missing
+from .pixels import fit, pillow
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SYSTEM = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+"""Folders that systems put beside one's own, in small letters."""
+
 UNCOUNTED = -100  # torch's label for a sample that does not count
 
 
 class ImageFiles(Dataset):
     """Image files with labels, as uint8 [channels, size, size].
 
-    The shorter side is scaled to ``size``, and the middle is cut out. A file that cannot be read is
-    a black image, whose label is -1 less its index.
+    The shorter side is scaled to ``size``, and the middle is cut out; what is transparent is white.
+    A file that cannot be read is a black image, whose label is -1 less its index.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], size: int, channels: int = 3):
-        _pillow()  # its absence is no fault of an image
+        pillow()  # its absence is no fault of an image
         self.paths = paths
         self.labels = labels
         self.size = size
@@ -39,23 +46,27 @@ class ImageFiles(Dataset):
 
     def read(self, index: int) -> Tensor:
         """Read an image; raises Problem where that cannot be done."""
-        image, ops = _pillow()
-        path = self.paths[index]
+        path, (image, _) = self.paths[index], pillow()
         try:
-            with image.open(path) as file:
-                return fit(ops.exif_transpose(file), self.size, self.channels)
-        except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or f"{error}".replace(f" {str(path)!r}", "")
-            raise Problem(f"cannot read {path}: {reason}", FAILURE) from None
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+                raise OSError("it is not a file")
+            with warnings.catch_warnings(action="ignore"), image.open(path) as file:
+                if file.format == "EPS":  # for which Pillow starts Ghostscript
+                    raise ValueError("it is PostScript, a program")
+                return fit(file, self.size, self.channels)
+        except Exception as error:  # decoders raise anything
+            raise unreadable(path, error) from None
+
+    def name(self, index: int) -> str:
+        """What tells an image from the others."""
+        return str(self.paths[index])
 
 
-def fit(picture: Any, size: int, channels: int) -> Tensor:
-    """An image of Pillow's as uint8 [channels, size, size]: scaled, then its middle cut out."""
-    image, ops = _pillow()
-    coloured = picture.convert("L" if channels == 1 else "RGB")
-    square = ops.fit(coloured, (size, size), image.Resampling.BILINEAR)
-    pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
-    return pixels.view(size, size, channels).permute(2, 0, 1)
+def unreadable(name: object, error: Exception) -> Problem:
+    """The problem that reading the image ``name`` raised ``error``."""
+    words = str(getattr(error, "strerror", None) or error)
+    reason = words.replace(f" {str(name)!r}", "") or type(error).__name__
+    return Problem(f"cannot read {name}: {reason}", FAILURE)
 
 
 PHOTOGRAPHS = {
@@ -79,7 +90,7 @@ def photograph(name: str, size: int, channels: int = 3) -> Tensor:
     if which not in PHOTOGRAPHS[source]:
         known = ", ".join(f"{source}:{which}" for which in PHOTOGRAPHS[source])
         raise Problem(f"{name!r} is none of {known}")
-    image, _ = _pillow()
+    image, _ = pillow()
     if source == "sklearn":
         from sklearn.datasets import load_sample_image  # takes its time
 
@@ -121,17 +132,42 @@ class Watch:
             self.data.read(index)
         except Problem as problem:
             return str(problem)
-        return f"cannot always read {self.data.paths[index]}"
+        return f"cannot always read {self.data.name(index)}"
 
 
-def _pillow():
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise missing("Pillow", "reading image files") from None
-    return Image, ImageOps
+def hidden(name: str) -> bool:
+    """Whether a file or folder of this name is the system's or an editor's, and no one's own."""
+    return name.startswith(".") or name.casefold() in SYSTEM
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below ``folder``, by their suffixes, in the order of their names."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    """All image files below ``folder``, by their suffixes, in the order of their names.
+
+    Hidden files and folders, those of systems, pipes and devices are left out. Folders that are
+    links are not entered.
+    """
+    found, folders = [], [str(folder)]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                seen = [entry for entry in entries if not hidden(entry.name)]
+        except OSError as error:
+            raise Problem(f"cannot read {error.filename}: {error.strerror}") from None
+        folders += [entry.path for entry in seen if entry.is_dir(follow_symlinks=False)]
+        found += [Path(entry.path) for entry in seen if is_image(entry)]
+    return sorted(found, key=os.fsencode)
+
+
+def is_image(entry: os.DirEntry) -> bool:
+    """Whether an entry has an image's name and is a file, or a link to one or to nothing.
+
+    The latter is told of when it is read.
+    """
+    if hidden(entry.name) or Path(entry.name).suffix.lower() not in SUFFIXES:
+        return False
+    if not entry.is_symlink():
+        return entry.is_file(follow_symlinks=False)
+    try:
+        return stat.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return True

@@ -2,9 +2,11 @@
 
 import gzip
 import io
+import math
 import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,25 @@ from torch import Tensor
 
 from ..problem import Problem
 
+DEFLATE = 1032
+"""Times that gzip can shrink a file at most."""
+
 
 def read(path: Path) -> bytearray:
-    """The contents of a file, unpacked where its name ends in .gz."""
+    """The contents of a file."""
+    with _opened(path) as file:
+        return bytearray(file.read())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a file to read it, unpacked if its name ends in .gz."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            path.stat()
+            raise Problem(f"{path} is not a file")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return bytearray(file.read())
+            yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Problem(f"{path} is damaged: {error}") from None
     except OSError as error:
@@ -27,13 +42,24 @@ def read(path: Path) -> bytearray:
 
 
 def idx(path: Path, axes: int) -> Tensor:
-    """Read bytes from the IDX format of MNIST, described at yann.lecun.com/exdb/mnist."""
-    contents = read(path)
-    start = 4 + 4 * axes
-    shape = [int.from_bytes(contents[at : at + 4], "big") for at in range(4, start, 4)]
-    if contents[:4] != bytes((0, 0, 8, axes)) or len(contents) != start + np.prod(shape):
-        raise Problem(f"{path} is not an IDX file of bytes with {axes} axes")
-    return torch.frombuffer(contents, dtype=torch.uint8, offset=start).view(shape)
+    """Read bytes from the IDX format of MNIST, described at yann.lecun.com/exdb/mnist.
+
+    No more is unpacked than its header announces, nor than the file can hold.
+    """
+    with _opened(path) as file:
+        header = file.read(4 + 4 * axes)
+        shape = [int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4)]
+        count = math.prod(shape)
+        most = path.stat().st_size * (DEFLATE if path.suffix == ".gz" else 1)
+        if header[:4] != bytes((0, 0, 8, axes)) or len(shape) != axes or count > most:
+            raise Problem(f"{path} is not an IDX file of bytes with {axes} axes")
+        contents = bytearray(file.read(count + 1))
+    if not count:
+        raise Problem(f"{path} is empty: its header says {shape}")
+    if len(contents) != count:
+        other = "fewer" if len(contents) < count else "more"
+        raise Problem(f"{path} is not an IDX file: it holds {other} bytes than its header says")
+    return torch.frombuffer(contents, dtype=torch.uint8).view(shape)
 
 
 def cifar10_binary(path: Path) -> tuple[Tensor, Tensor]:

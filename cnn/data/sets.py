@@ -1,20 +1,20 @@
 """The data sets that have a name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from ..problem import Problem, missing
-from .files import ImageFiles, image_files
+from .custom import custom, is_code
+from .folder import folder
 from .formats import cifar10_binary, cifar10_pickle, first_there, idx
-from .prepare import Description
+from .parts import Data, draw, identity
+from .prepare import Description, moments
 
 DEBIAN = Path("/usr/share/datasets")
 """Where Debian's packages, as dataset-fashion-mnist, put data sets."""
@@ -28,31 +28,35 @@ OBJECTS = (
     *("dog", "frog", "horse", "ship", "truck"),
 )
 DIGITS = tuple("0123456789")
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and deviation of ImageNet's photographs, by which torchvision's models are trained."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """A training and a test set of (uint8 image [channels, size, size], label).
+def load(name: str, size: int | None = None, seed: int = 0, *, val: bool = False) -> Data:
+    """The data set ``name``: one of NAMES, "NAME:PATH" with the place of its files, or a function.
 
-    ``mirrors``: whether a mirrored image could as well be in the set.
+    A function, as "MODULE:FUNCTION", is imported and called: it is code. Images are ``size`` x
+    ``size``, by default 224 for folders of photographs, what a function gives, and else 32.
+
+    ``seed`` draws a test set that is lacking from the images to train with, and if ``val`` the
+    images to validate with; of sets in memory these are always the same. Raises Problem if files
+    are not as they should be.
     """
+    known, _, path = name.partition(":")
+    if known in NAMES:
+        return NAMES[known](Path(path) if path else None, size, seed, val)
+    if is_code(name):
+        return custom(name, size, seed, val)
+    raise Problem(f"--data: {name!r} is none of {', '.join(NAMES)}, and no MODULE:FUNCTION")
 
-    train: Any
-    test: Any
-    description: Description
-    mirrors: bool
+
+def same_set(first: str, second: str) -> bool:
+    """Whether two names are of one data set, whose files may have moved."""
+    names = [name if runs_code(name) else name.partition(":")[0] for name in (first, second)]
+    return names[0] == names[1]
 
 
-def load(name: str, size: int | None = None, seed: int = 0) -> Data:
-    """The data set ``name``, one of NAMES, or "NAME:PATH" with the place of its files.
-
-    Images are ``size`` x ``size``, by default 224 for folders of photographs and else 32. ``seed``
-    draws the test set of a folder that has none. Raises Problem where files are not as they should.
-    """
-    name, _, path = name.partition(":")
-    return NAMES[name](Path(path) if path else None, size, seed)
+def runs_code(name: str) -> bool:
+    """Whether to load the data set ``name`` runs code that it names."""
+    return name.partition(":")[0] not in NAMES
 
 
 Part = tuple[Tensor, Tensor]
@@ -60,27 +64,36 @@ Part = tuple[Tensor, Tensor]
 
 
 def in_memory(
-    train: Part, test: Part, classes: tuple[str, ...], size: int, origin: object, *, mirrors: bool
+    train: Part,
+    test: Part,
+    classes: tuple[str, ...],
+    size: int,
+    origin: object,
+    *,
+    mirrors: bool,
+    val: bool,
 ) -> Data:
-    """A data set of ``train`` and ``test``; ``origin`` is named where they are not sound."""
+    """A data set of ``train`` and ``test``; ``origin`` is named where they are not sound.
+
+    A fixed tenth of ``train`` is to validate with, if ``val``.
+    """
     for images, labels in (train, test):
         if not len(images) == len(labels) > 0:
             raise Problem(f"{origin} holds {len(images)} images and {len(labels)} labels")
         if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
             raise Problem(f"{origin} holds labels beyond 0 to {len(classes) - 1}")
+    whole = identity(part.contiguous().numpy().tobytes() for part in train)
     (images, labels), test = ((resized(images, size), labels) for images, labels in (train, test))
-    description = Description(classes, size, *moments(images))
-    return Data(TensorDataset(images, labels), TensorDataset(*test), description, mirrors)
-
-
-def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel of uint8 images, with white as 1."""
-    counts = torch.stack([c.bincount(minlength=256) for c in images.transpose(0, 1).flatten(1)])
-    shares = counts.double() / counts.sum(1, keepdim=True)
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    mean = shares @ levels
-    std = (shares @ levels**2 - mean**2).clamp(min=1e-12).sqrt()
-    return tuple(mean.tolist()), tuple(std.tolist())
+    description = Description(classes, size, *moments(images), identity=whole)
+    parts = {"train": TensorDataset(images, labels), "test": TensorDataset(*test)}
+    if val:
+        drawn = draw([str(index) for index in range(len(labels))], 0, ["val"])
+        for part in ("train", "val"):
+            chosen = [at for at, each in enumerate(drawn) if each == part]
+            parts[part] = TensorDataset(images[chosen], labels[chosen])
+        if not len(parts["train"]):
+            raise Problem(f"{origin} holds no image to train with besides one to validate with")
+    return Data(parts["train"], parts["test"], description, mirrors, parts.get("val"))
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -96,7 +109,7 @@ def resized(images: Tensor, size: int) -> Tensor:
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
-def digits(path: Path | None, size: int | None, seed: int) -> Data:
+def digits(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     """scikit-learn's handwritten digits: 1,797 real images of 8x8 pixels, scaled up.
 
     A fixed fifth of them, with the same share of each digit, is the test set.
@@ -115,10 +128,10 @@ def digits(path: Path | None, size: int | None, seed: int) -> Data:
         range(len(labels)), test_size=0.2, stratify=target, random_state=0
     )
     parts = (images[train], labels[train]), (images[test], labels[test])
-    return in_memory(*parts, DIGITS, size, "scikit-learn", mirrors=False)
+    return in_memory(*parts, DIGITS, size, "scikit-learn", mirrors=False, val=val)
 
 
-def faces(path: Path | None, size: int | None, seed: int) -> Data:
+def faces(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     """scikit-image's 100 faces and 100 other cuttings of photographs, grey, of 25x25 pixels.
 
     A fixed fifth of each is the test set.
@@ -135,7 +148,7 @@ def faces(path: Path | None, size: int | None, seed: int) -> Data:
     labels = torch.arange(2).repeat_interleave(100)
     train, test = train_test_split(range(200), test_size=0.2, stratify=labels, random_state=0)
     parts = (images[train], labels[train]), (images[test], labels[test])
-    return in_memory(*parts, ("face", "other"), size or 32, "scikit-image", mirrors=True)
+    return in_memory(*parts, ("face", "other"), size or 32, "scikit-image", mirrors=True, val=val)
 
 
 @dataclass(frozen=True)
@@ -146,12 +159,13 @@ class IdxSet:
     place: Path
     mirrors: bool
 
-    def __call__(self, path: Path | None, size: int | None, seed: int) -> Data:
+    def __call__(self, path: Path | None, size: int | None, seed: int, val: bool) -> Data:
         folder = path or self.place
         if not folder.is_dir():
             raise Problem(f"{folder} is no folder: give the place of the IDX files, as NAME:FOLDER")
         train, test = (self._part(folder, name) for name in ("train", "t10k"))
-        return in_memory(train, test, self.classes, size or 32, folder, mirrors=self.mirrors)
+        options = {"mirrors": self.mirrors, "val": val}
+        return in_memory(train, test, self.classes, size or 32, folder, **options)
 
     def _part(self, folder: Path, name: str) -> Part:
         images = idx(_idx_path(folder, f"{name}-images", "idx3-ubyte"), axes=3)
@@ -164,7 +178,7 @@ def _idx_path(folder: Path, name: str, kind: str) -> Path:
     return first_there(folder, [f"{name}{dot}{kind}{end}" for dot in "-." for end in ("", ".gz")])
 
 
-def cifar10(path: Path | None, size: int | None, seed: int) -> Data:
+def cifar10(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     """CIFAR-10 from its binary or Python version, unpacked."""
     if not path:
         raise Problem("cifar10 needs a place: give it as cifar10:FOLDER")
@@ -175,50 +189,11 @@ def cifar10(path: Path | None, size: int | None, seed: int) -> Data:
                 images, labels = (torch.cat(each) for each in zip(*batches, strict=True))
                 test = read(place / f"test_batch{end}")
                 parts = (images, labels), test
-                return in_memory(*parts, OBJECTS, size or 32, place, mirrors=True)
+                return in_memory(*parts, OBJECTS, size or 32, place, mirrors=True, val=val)
     raise Problem(f"{path} holds neither data_batch_1.bin nor data_batch_1")
 
 
-def folder(path: Path | None, size: int | None, seed: int) -> Data:
-    """Colour images in a folder for each class, below train/ and test/ or val/ if it has a train/.
-
-    Else a fifth of each class, drawn from ``seed``, is the test set.
-    """
-    if not path or not path.is_dir():
-        raise Problem(f"{path or 'folder'} is no folder: give folder:PATH, with a folder a class")
-    train = path / "train" if (path / "train").is_dir() else path
-    classes = tuple(sorted(place.name for place in train.glob("[!.]*") if place.is_dir()))
-    found = [image_files(train / name) for name in classes]
-    if train is path:
-        draw = np.random.default_rng(seed)
-        parts = zip(*(_split(files, draw) for files in found), strict=True)
-        trains, tests = parts if classes else ((), ())
-    else:
-        apart = [path / name for name in ("test", "val") if (path / name).is_dir()]
-        if not apart:
-            raise Problem(f"{path} holds a train, but neither a test nor a val")
-        trains, tests = found, [image_files(apart[0] / name) for name in classes]
-    size = size or 224
-    training, test = _labelled(trains, size), _labelled(tests, size)
-    for part, use in ((training, "train"), (test, "test")):
-        if not len(part):
-            raise Problem(f"{path} holds no image to {use} with, in a folder of its class")
-    return Data(training, test, Description(classes, size, *IMAGENET), mirrors=True)
-
-
-def _split(files: list[Path], draw: np.random.Generator) -> tuple[list[Path], list[Path]]:
-    """Four fifths and one of ``files``."""
-    order = draw.permutation(len(files)).tolist()
-    fifth = len(files) // 5
-    return [files[at] for at in sorted(order[fifth:])], [files[at] for at in sorted(order[:fifth])]
-
-
-def _labelled(classes: Sequence[list[Path]], size: int) -> ImageFiles:
-    pairs = [(path, label) for label, files in enumerate(classes) for path in files]
-    return ImageFiles([path for path, _ in pairs], [label for _, label in pairs], size)
-
-
-NAMES: dict[str, Callable[[Path | None, int | None, int], Data]] = {
+NAMES: dict[str, Callable[[Path | None, int | None, int, bool], Data]] = {
     "digits": digits,
     "faces": faces,
     "mnist": IdxSet(DIGITS, DEBIAN / "mnist", mirrors=False),

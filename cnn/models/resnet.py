@@ -1,13 +1,11 @@
 """ResNet."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .. import functional as F
-from ..layers import Conv2d, MaxPool2d, fold_batch_norm
+from ..layers import Conv2d, MaxPool2d
 
 
 class BasicBlock(nn.Module):
@@ -33,11 +31,6 @@ class BasicBlock(nn.Module):
         y = self.bn2(self.conv2(y))
         y += self.downsample(x)
         return self.relu2(y)
-
-    def folded(self) -> "FoldedBlock":
-        """The same for inference."""
-        first = fold_batch_norm(self.conv1, self.bn1, self.relu1)
-        return FoldedBlock([first], fold_batch_norm(self.conv2, self.bn2), self.downsample)
 
 
 class Bottleneck(nn.Module):
@@ -69,45 +62,12 @@ class Bottleneck(nn.Module):
         y += self.downsample(x)
         return self.relu3(y)
 
-    def folded(self) -> "FoldedBlock":
-        """The same for inference."""
-        first = fold_batch_norm(self.conv1, self.bn1, self.relu1)
-        second = fold_batch_norm(self.conv2, self.bn2, self.relu2)
-        return FoldedBlock([first, second], fold_batch_norm(self.conv3, self.bn3), self.downsample)
-
-
-class ConvAddReLU2d(Conv2d):
-    """relu(convolution + residual) in one kernel. Its parameters are Conv2d's."""
-
-    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        return F.conv2d(
-            *(input, self.weight, self.bias, self.stride, self.padding),
-            activation="relu",
-            residual=residual,
-        )
-
-
-class FoldedBlock(nn.Module):
-    """A block for inference: each convolution is one kernel, the last with the sum and its ReLU."""
-
-    def __init__(self, first: Sequence[Conv2d], last: Conv2d, downsample: Any):
-        super().__init__()
-        self.first = nn.Sequential(*first)
-        self.last = last
-        self.last.__class__ = ConvAddReLU2d
-        parts = [*downsample.children()]
-        self.downsample = fold_batch_norm(*parts) if parts else downsample
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x), self.downsample(x))
-
 
 class ResNet(nn.Module):
     """A 7x7 convolution and max-pooling, four stages of residual blocks, one linear layer.
 
     He, Zhang, Ren and Sun, "Deep residual learning for image recognition" (2016), table 1.
-    Parameters have torchvision's names and shapes. In training each convolution is followed by
-    batch normalisation, so nothing is fused with it; see ``folded`` for inference.
+    Parameters have torchvision's names and shapes.
 
     Takes x[N, in_channels, H, W]; returns logits [N, num_classes].
 
@@ -158,21 +118,6 @@ class ResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.avgpool(x).flatten(1))
-
-    def folded(self) -> "ResNet":
-        """A copy for inference, with every normalisation in the convolution before it.
-
-        The stem is then one kernel, and so is each convolution with its ReLU and a block's sum.
-        Equal to this network in eval mode up to rounding.
-        """
-        net = copy.deepcopy(self).eval()
-        pool = [layer for layer in (net.maxpool,) if isinstance(layer, MaxPool2d)]
-        net.conv1 = fold_batch_norm(net.conv1, net.bn1, net.relu, *pool)
-        net.bn1 = net.relu = net.maxpool = nn.Identity()
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            blocks: Any = getattr(net, name)
-            setattr(net, name, nn.Sequential(*(block.folded() for block in blocks)))
-        return net
 
 
 def _shortcut(channels: int, width: int, stride: int) -> nn.Module:

@@ -14,6 +14,7 @@ from ..data import UNCOUNTED
 from ..evaluate import tally
 from ..journal import Progress, new_figure
 from ..summary import table
+from ..text import caption
 from .layers import calls, check_class, evaluating, find, first_tensor, outputs
 from .pictures import SIZE
 
@@ -72,7 +73,7 @@ class Ablation:
         scores = [self.whole, *(removal.score for removal in self.removals)]
         line = _bars(one, "error in %", *(100 * (1 - score.accuracy) for score in scores))
         _bars(other, "loss", *(score.loss for score in scores))
-        one.set_yticks(range(len(names)), names)
+        one.set_yticks(range(len(names)), [*map(caption, names)])
         one.invert_yaxis()
         figure.legend([line], ["the whole network"], loc="outside upper right", fontsize=8)
         return figure
@@ -136,7 +137,8 @@ class MapAblation:
         if small:
             names = [f"{number}" for number in self.numbers[places].tolist()]
             other.set_xticks(range(len(places)), names, fontsize=7, rotation=90)
-        other.set_xlabel(f"map of {self.layer}" if small else f"maps of {self.layer}, sorted")
+        layer = caption(self.layer)
+        other.set_xlabel(f"map of {layer}" if small else f"maps of {layer}, sorted")
         return figure
 
 

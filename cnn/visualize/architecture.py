@@ -10,6 +10,7 @@ from torch import nn
 
 from ..journal import new_figure
 from ..summary import summary, table
+from ..text import caption
 from .layers import evaluating
 
 COLOURS = {
@@ -131,7 +132,7 @@ def _draw(axes: Any, block: Block, place: Point, scale: _Scale) -> float:
     count = f"{_short(block.parameters)} parameters" if block.parameters else ""
     details = "\n".join(filter(None, (kinds, _by(block.size), count)))
     words = {"ha": "center", "va": "top", "fontsize": 6.5}
-    axes.text(place[0], place[1] + 0.47, _cut(block.name), weight="bold", **words)
+    axes.text(place[0], place[1] + 0.47, caption(_cut(block.name)), weight="bold", **words)
     axes.text(place[0], place[1] + 0.57, details, linespacing=1.1, **words)
     return (long + deep) / 2
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..journal import Progress, new_figure
 from ..summary import table
+from ..text import caption
 from .layers import check_images, evaluating, outputs
 from .pictures import SIZE, colours, frame, grey, pixels, show
 
@@ -81,8 +82,8 @@ class Correspondence:
             first = axes = below.add_subplot(down, across, number + 1, sharey=first)
             _bars(axes, self.change[:, number], colour, 0)
             _bars(axes, self.random_change[:, number], dict.fromkeys(colour, "0.8"), 0.4)
-            axes.set_xticks([place + 0.2 for place in range(len(colour))], list(colour))
-            axes.set_title(layer, fontsize=9)
+            axes.set_xticks([place + 0.2 for place in range(len(colour))], [*map(caption, colour)])
+            axes.set_title(caption(layer), fontsize=9)
             axes.tick_params(labelsize=8)
             axes.tick_params("x", rotation=30 if len(colour) > 4 else 0)
         below.supylabel("features whose signs differ\n(grey: random boxes)", fontsize=9)

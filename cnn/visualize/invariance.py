@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..journal import Progress, new_figure
 from ..summary import table
+from ..text import caption
 from .layers import (
     calls,
     check_class,
@@ -81,10 +82,14 @@ class Invariance:
             self._show_examples(row[0], kind, curves.steps)
             for axes, title, lines in zip(row[1:], titles, self._lines(curves), strict=True):
                 for number, line in enumerate(lines.cpu()):
-                    style = {"label": self._name(number), "color": f"C{number}", "zorder": 3}
+                    style = {
+                        "label": caption(self._name(number)),
+                        "color": f"C{number}",
+                        "zorder": 3,
+                    }
                     shown = style if number < SHOWN else {"color": "0.75"}
                     axes.plot(curves.steps, line, linewidth=1.2, **shown)
-                axes.set_title(title, fontsize=9)
+                axes.set_title(caption(title), fontsize=9)
                 axes.set_xlabel(UNITS[kind], fontsize=8)
                 axes.tick_params(labelsize=8)
                 axes.set_ylim(bottom=0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..journal import Progress, new_figure
 from ..summary import table
+from ..text import caption
 from .layers import (
     calls,
     check_class,
@@ -129,7 +130,7 @@ class Occlusion:
         drawn = self._draw(axes, places, "most probable class", **options)
         labels = [self.classes[number] for number in numbers[:9]] + ["others"] * (len(numbers) > 9)
         for place, label in enumerate(labels):
-            names.scatter([], [], marker="s", color=drawn.cmap(place), label=label)
+            names.scatter([], [], marker="s", color=drawn.cmap(place), label=caption(label))
         names.legend(fontsize=9, loc="center left", frameon=False)
         names.axis("off")
 

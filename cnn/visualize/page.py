@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from html import escape
 from string import Template
 
+from ..text import lines
+
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -43,14 +45,18 @@ def page(title: str, command: str, figures: Mapping[str, bytes], table: str = ""
     """
     parts = []
     for caption, image in figures.items():
-        data = base64.b64encode(image).decode()
+        data, text = base64.b64encode(image).decode(), _shown(caption)
         parts.append(
-            f'<figure>\n<img alt="{escape(caption)}" src="data:image/png;base64,{data}">\n'
-            f"<figcaption>{escape(caption)}</figcaption>\n</figure>"
+            f'<figure>\n<img alt="{text}" src="data:image/png;base64,{data}">\n'
+            f"<figcaption>{text}</figcaption>\n</figure>"
         )
     return _PAGE.substitute(
-        title=escape(title),
-        command=escape(command),
+        title=_shown(title),
+        command=_shown(command),
         figures="\n".join(parts),
-        table=f"<pre>{escape(table)}</pre>" if table else "",
+        table=f"<pre>{_shown(table)}</pre>" if table else "",
     )
+
+
+def _shown(text: str) -> str:
+    return escape(lines(text))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..journal import new_figure
+from ..text import caption
 
 SIZE = 8.0
 """Width of a figure in inches."""
@@ -92,7 +93,7 @@ def tiles(images: Tensor, columns: int | None = None, gap: int = 1, level: float
 def show(axes: Any, image: Tensor, title: str = "", **options: Any) -> Any:
     """Draw levels [C, H, W] or [H, W] in ``axes``, without ticks. ``options`` are imshow's."""
     axes.set(xticks=[], yticks=[])
-    axes.set_title(title, fontsize=9)
+    axes.set_title(caption(title), fontsize=9)
     for spine in axes.spines.values():
         spine.set_visible(False)
     if image.dim() == 3:

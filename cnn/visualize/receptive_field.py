@@ -10,6 +10,7 @@ from kernels.geometry import ReceptiveField
 
 from ..journal import new_figure
 from ..summary import table
+from ..text import caption
 from .layers import calls, check_images, field_of
 from .pictures import SIZE, colours, frame, pixels, show
 
@@ -57,7 +58,7 @@ class ReceptiveFields:
         image = frame(axes, (0, 0, height, width), "0.6", linewidth=0.5)
         for (layer, field, _, box), colour in zip(self.seen, colours(len(self.seen)), strict=True):
             frame(axes, box, colour, linestyle="--", linewidth=1)
-            inside = frame(axes, box, colour, label=f"{layer}  {_by(field.size)}")
+            inside = frame(axes, box, colour, label=f"{caption(layer)}  {_by(field.size)}")
             inside.set_clip_path(image)
         tops, lefts, bottoms, rights = zip(*(seen.box for seen in self.seen), strict=True)
         axes.set_ylim(*reversed(_limits(tops, bottoms, height)))

@@ -1,0 +1,253 @@
+"""Data sets that a function of one's own makes, given as MODULE:FUNCTION."""
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pkgutil import resolve_name
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from ..problem import Problem
+from .files import unreadable
+from .parts import USES, WORDS, Data, draw, identity, missing
+from .pixels import DEEP, fit
+from .prepare import IMAGENET, Description, moments
+
+SAMPLE = 1000
+"""Images by which the mean and deviation of pixels are estimated."""
+
+
+def is_code(name: str) -> bool:
+    """Whether the name of a data set is of a function, so that loading it runs code."""
+    return bool(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name))
+
+
+class Samples(Dataset):
+    """A part of someone's data set, as (image [channels, size, size], label).
+
+    Pixels are uint8, other images float32. An image that cannot be had is black, with a label of -1
+    less its index.
+    """
+
+    def __init__(self, data: Any, origin: str, part: str, description: Description):
+        self.data, self.origin, self.part = data, origin, part
+        self.description = description
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.at(index, 0, 0)
+
+    def at(self, index: int, seed: int, epoch: int) -> tuple[Tensor, int]:
+        """An item; what it draws at random is fixed by ``seed``, ``epoch`` and ``index`` alone."""
+        try:
+            return self._sample(index, seed, epoch)
+        except Problem:
+            known = self.description
+            kind = torch.uint8 if known.pixels else torch.float32
+            return torch.zeros(known.channels, known.size, known.size, dtype=kind), -1 - index
+
+    def read(self, index: int) -> Tensor:
+        """Get an image; raises Problem if that cannot be done."""
+        return self._sample(index, 0, 0)[0]
+
+    def name(self, index: int) -> str:
+        """What tells an image from the others."""
+        return f"image {index} to {USES[self.part]} with of {self.origin}"
+
+    def _sample(self, index: int, seed: int, epoch: int) -> tuple[Tensor, int]:
+        try:
+            with fixed_random(seed, epoch, index):
+                image, label = _pair(self.data[index])
+            return tensor(image, self.description), self._label(label)
+        except Exception as error:  # someone else's code can raise anything
+            raise unreadable(self.name(index), error) from None
+
+    def _label(self, label: Any) -> int:
+        count, number = len(self.description.classes), int(label)
+        if not 0 <= number < count or number != label:
+            raise ValueError(f"its label {label} is none of 0 to {count - 1}")
+        return number
+
+
+def _pair(sample: Any) -> tuple[Any, Any]:
+    """The image and the label of a data set's item."""
+    if not isinstance(sample, list | tuple) or len(sample) != 2:
+        raise TypeError(f"it is a {type(sample).__name__}, and not (image, label)")
+    return sample[0], sample[1]
+
+
+@contextmanager
+def fixed_random(*numbers: int) -> Iterator[None]:
+    """Fix what Python, NumPy and torch draw on the CPU within; afterwards they go on as before."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # the generator that others' code draws from
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def tensor(image: Any, known: Description) -> Tensor:
+    """An image of Pillow's, an array [H, W, C] or a tensor [C, H, W], as ``known`` describes it."""
+    if hasattr(image, "getexif"):
+        if not known.pixels:
+            raise ValueError("it is an image of Pillow's, others are of floating point")
+        return fit(image, known.size, known.channels)
+    pixels = _channels_first(image)
+    if pixels.is_floating_point() == known.pixels:
+        raise ValueError(f"it is of {pixels.dtype}, others are not")
+    if len(pixels) != known.channels:
+        raise ValueError(f"it has {len(pixels)} channels, others have {known.channels}")
+    return square(pixels if known.pixels else pixels.float(), known.size)
+
+
+def _channels_first(image: Any) -> Tensor:
+    if isinstance(image, np.ndarray):
+        image = torch.from_numpy(np.array(image))
+        image = image.permute(2, 0, 1) if image.dim() == 3 else image
+    if not isinstance(image, Tensor):
+        raise TypeError(f"it is of {type(image).__name__}, and neither a tensor nor of Pillow's")
+    image = image[None] if image.dim() == 2 else image
+    if image.dim() != 3 or not image.numel():
+        raise ValueError(f"it has the shape {list(image.shape)}, and not [channels, height, width]")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"it is of {image.dtype}, and neither uint8 nor of floating point")
+    return image
+
+
+def square(image: Tensor, size: int) -> Tensor:
+    """An image [C, H, W] as [C, size, size]: scaled, then its middle cut out."""
+    height, width = image.shape[1:]
+    least = min(height, width)
+    if (height, width) == (size, size):
+        return image
+    top, left = (height - least) // 2, (width - least) // 2
+    middle = image[None, :, top : top + least, left : left + least]
+    return F.interpolate(middle, (size, size), mode="bilinear", antialias=True)[0]
+
+
+def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
+    """The data set that the function ``name`` returns, which is called without arguments.
+
+    It returns a map-style ``torch.utils.data.Dataset`` of (image, label); two of them, to train
+    and to test with; or a dict of them by "train", "val" and "test". If there is none to test with,
+    or ``val`` and none to validate with, it is drawn from the images to train with, each by its
+    index and ``seed``. Classes are the attribute ``classes`` of the data set, or "classes" in the
+    dict: their names or their number. An entry "mirrors" says whether to mirror images.
+    """
+    try:
+        made = resolve_name(name)()
+    except Exception as error:  # someone else's code can raise anything
+        raise Problem(f"--data: {name}() fails: {type(error).__name__}: {error}") from None
+    if isinstance(made, tuple) and len(made) == 2:
+        given: Mapping[str, Any] = dict(zip(("train", "test"), made, strict=True))
+    else:
+        given = made if isinstance(made, Mapping) else {"train": made}
+    parts = _parts(given, name)
+    classes = _classes(given, parts, name)
+    description = _described(parts, classes, size, name)
+    wanted, whole = missing(parts, val), parts["train"]
+    drawn = draw([str(index) for index in range(len(whole))], seed, wanted)
+    for part in ("train", *wanted) if wanted else ():
+        parts[part] = Subset(whole, [at for at, chosen in enumerate(drawn) if chosen == part])
+    samples = {part: Samples(each, name, part, description) for part, each in parts.items()}
+    for part, images in samples.items():
+        if not len(images):
+            raise Problem(f"--data: {name} gives no image to {USES[part]} with")
+    mirrors = bool(given.get("mirrors", False))
+    return Data(samples["train"], samples["test"], description, mirrors, samples.get("val"))
+
+
+def _parts(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    parts = {WORDS[key.casefold()]: part for key, part in given.items() if key.casefold() in WORDS}
+    if "train" not in parts:
+        raise Problem(f'--data: {name} gives no data set to train with, as {{"train": ...}}')
+    for part in parts.values():
+        if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
+            kind = type(part).__name__
+            raise Problem(f"--data: {name} gives a {kind}, which has no length or no index")
+    return parts
+
+
+def _described(
+    parts: Mapping[str, Any], classes: tuple[str, ...], size: int | None, name: str
+) -> Description:
+    """What the first image that can be had tells of all; a sample tells the mean of pixels."""
+    train = parts["train"]
+    image = _first(train, name)
+    if hasattr(image, "getexif"):
+        channels = 1 if image.mode in {"1", "L", "LA", "La", *DEEP} else 3
+        kind, usual = torch.uint8, min(*image.size, 224)
+    else:
+        try:
+            first = _channels_first(image)
+        except (TypeError, ValueError) as error:
+            raise Problem(f"--data: an image of {name}: {error}") from None
+        channels, kind, usual = len(first), first.dtype, min(first.shape[1:])
+    lengths = [f"{part} {len(parts[part])}" for part in sorted(parts.keys() - {"test"})]
+    whole = identity(text.encode(errors="surrogateescape") for text in (*lengths, *classes))
+    neutral = (0.0,) * channels, (1.0,) * channels
+    known = Description(classes, size or usual, *neutral, kind == torch.uint8, whole)
+    if not known.pixels:
+        return known
+    if channels == 3:
+        mean, std = IMAGENET
+    else:
+        sample = Samples(train, name, "train", known)
+        chosen = range(0, len(train), -(-len(train) // SAMPLE))
+        images = [image for image, label in map(sample.__getitem__, chosen) if label >= 0]
+        if not images:
+            sample.read(0)  # says what is wrong with them
+            raise Problem(f"--data: few images of {name} can be read")
+        mean, std = moments(torch.stack(images))
+    return replace(known, mean=mean, std=std)
+
+
+def _first(data: Any, name: str) -> Any:
+    error = None
+    for index in range(min(len(data), SAMPLE)):
+        try:
+            with fixed_random(0, 0, index):
+                return _pair(data[index])[0]
+        except Exception as raised:  # someone else's code can raise anything
+            error = error or raised
+    if error is None:
+        raise Problem(f"--data: {name} gives no image to train with")
+    raise unreadable(f"any image of {name}", error)
+
+
+def _classes(given: Mapping[str, Any], parts: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """The names that are given, those of the data sets, or numbers."""
+    told = [_told(part) for part in parts.values()]
+    classes = given.get("classes", told[0])
+    if classes is None:
+        raise Problem(f'--data: say what the classes are: {name} gives no "classes"')
+    names = range(classes) if isinstance(classes, int) else classes
+    found = tuple(map(str, names))
+    if len(found) < 2 or len({*found}) < len(found):
+        raise Problem(f"--data: the classes of {name} must be two or more, and must differ")
+    for other in told:
+        if "classes" not in given and other is not None and tuple(map(str, other)) != found:
+            raise Problem(f"--data: the parts of {name} have different classes")
+    return found
+
+
+def _told(data: Any) -> Sequence[str] | None:
+    """The classes that a data set, or the one that it is a part of, says it has."""
+    while not hasattr(data, "classes") and hasattr(data, "dataset"):
+        data = data.dataset
+    return getattr(data, "classes", None)

@@ -1,0 +1,30 @@
+"""Text of unknown origin, as names of files and classes, made fit to be shown."""
+
+
+def plain(text: object) -> str:
+    """``text`` on one line of printable characters; the others are escaped as in Python.
+
+    So no name moves a terminal's cursor or breaks a table. A byte of a file's name that is not
+    UTF-8 is shown as ``\\xff``.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    undecodable = "\udc80" <= character <= "\udcff"  # what os.fsdecode makes of such a byte
+    text = chr(ord(character) - 0xDC00) if undecodable else character
+    return text.encode("unicode_escape").decode()
+
+
+def lines(text: str) -> str:
+    """``plain`` of each line of ``text``."""
+    return "\n".join(map(plain, text.split("\n")))
+
+
+def caption(text: object) -> str:
+    """``plain`` of each line of a text in a chart, as which matplotlib draws it.
+
+    It would read a formula between dollars, and leave what begins with _ out of a legend.
+    """
+    shown = lines(str(text)).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
