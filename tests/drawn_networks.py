@@ -64,7 +64,7 @@ class _Network(Writer):
         self.returned: list[str] = []
         self.operands: list[str] = []  # of the chain that is being written
         size = (
-            f"{self.pick(1, 2)}, {self.pick(2, 4, 4, 6)}, {self.pick(5, 6, 8)}, {self.pick(6, 7)}"
+            f"{self.pick(1, 2)}, {self.pick(2, 4, 4, 6)}, {self.pick(5, 7, 8)}, {self.pick(5, 7)}"
         )
         for i in range(self.pick(1, 2, 2)):
             grad = ", requires_grad=True" if self.maybe(0.7) else ""
@@ -242,6 +242,8 @@ class _Network(Writer):
             made = self.pick(f"TF.relu({b})", f"{b} * 0.5", f"self.{self.similar(value)}({b})")
             b = self.assign(made) or b
         self.operands.append(b)
+        if self.maybe(0.08):
+            return b if self.write(self.pick(f"{b} += {y}", f"{b}.add_({y})")) else y
         if self.maybe(0.25):
             channel = f"{b}[:, :1]" if value.dim() == 4 else f"{b}[:1]"
             number = self.pick("1.5", "2", f"{b}.mean()")
@@ -260,7 +262,6 @@ class _Network(Writer):
         statements = (
             *[f"{y} += {b}"] * 5,
             *(f"{y}.add_({b})", f"{y}.add_({b}, alpha=2)", f"{y} -= {b}"),
-            *(f"{b} += {y}", f"{b}.add_({y})"),
         )
         return self.step(y, expressions, statements, 0.3)
 
@@ -300,6 +301,7 @@ class _Network(Writer):
             ("2", "None", "0"),
             ("2", "2", "0"),
             ("3", "2", "1"),
+            ("3", "2", "0"),
             ("3", "1", "1"),
             ("(2, 1)", "1", "0"),
         )
@@ -364,7 +366,7 @@ class _Network(Writer):
         changes = (
             *(f"{name} += 1", f"{name}[..., 0] = 1", f"{name}.copy_({name} * 2)"),
             *[f"{part}.{self.pick('mul_(0.5)', 'neg_()', 'relu_()', 'zero_()', 'add_(1)')}"] * 6,
-            *(f"TF.relu({part}, inplace=True)", f"torch.mul({part}, 2, out={part})"),
+            *(f"TF.relu({part}, inplace=True)", *[f"torch.mul({part}, 2, out={part})"] * 2),
         )
         if not region and self.maybe(0.08):
             changes = f"{name}.detach_()", f"{name}.transpose_(-1, -2)"
