@@ -71,7 +71,9 @@ class _Network(Writer):
             self.leaves.append(f"torch.randn({size}, dtype={dtype}{grad})")
             self.inputs.append(f"leaf{i}.clone(memory_format=layout)")
         if self.maybe(0.1):
-            self.inputs.append(self.pick("x0[:, :2]", "x0.transpose(2, 3)"))
+            view = self.pick("x0[:, :2]", "x0.transpose(2, 3)")
+            # AOTAutograd takes mutated views of dense inputs, of others not always.
+            self.inputs += [view] * (not channels_last)
         self.names["layout"] = self.layout
         for prefix, values in (("leaf", self.leaves), ("x", self.inputs)):
             for i, value in enumerate(values):
@@ -245,7 +247,8 @@ class _Network(Writer):
         if self.maybe(0.08):
             return b if self.write(self.pick(f"{b} += {y}", f"{b}.add_({y})")) else y
         if self.maybe(0.25):
-            channel = f"{b}[:, :1]" if value.dim() == 4 else f"{b}[:1]"
+            # A copy, as what a sum reads of what it writes to depends on the order of its elements.
+            channel = f"{b}[:, :1] * 2" if value.dim() == 4 else f"{b}[:1] * 2"
             number = self.pick("1.5", "2", f"{b}.mean()")
             b = self.pick(channel, channel, number, y, f"{b}.float()", f"{b} * 0.5")
         expressions = (
