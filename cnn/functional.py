@@ -248,7 +248,9 @@ def conv_transpose2d(
         conv_transpose_output_size(P, R, steps[0], (ph, ph), spread[0], extra[0]),
         conv_transpose_output_size(Q, S, steps[1], (pw, pw), spread[1], extra[1]),
     )
-    if channels == 0 or size[0] < 0 or size[1] < 0:
+    # Without images torch's result may be empty.
+    least = 1 if unbatched or input.shape[0] > 0 else 0
+    if channels == 0 or size[0] < least or size[1] < least:
         raise RuntimeError(
             f"there is no result of {channels * groups} channels of {size}, got input of "
             f"{shape(input)}, weight of {shape(weight)} and padding={padding!r}"

@@ -2,7 +2,8 @@
 
 The map before the pool is never written: a program pools its box of it in registers. A value and
 its tap in a window are one integer, a *key*: the bits of relu(value), which rise with it, above a
-tag that falls from tap to tap. The largest key has the largest value, of equal ones the first.
+tag that falls from tap to tap. The largest key has the largest value, of equal ones the first. But
+of several NaNs the last has to win: their bits, of which many stand for NaN, rise with the pixel.
 
 Tensor cores leave a thread pairs of neighbouring pixels, eight apart, of a row of the product
 filters x pixels. With the box's rows first in the pixels' order, a thread has whole columns of the
@@ -122,29 +123,83 @@ def _pool_columns(key, S: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _keys(tile, DTYPE: tl.constexpr):
-    """The bits of relu(tile) in DTYPE, as the upper half of an integer twice as wide.
+def _nans(
+    zero,
+    SHAPE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """The bits of a NaN for each pixel of [k, row, columns of images], as int32: in a window they
+    rise from tap to tap. PAIRS: those of two columns, 16 bits each, for both.
 
-    A NaN is a positive one, so that it wins.
+    Windows that do not overlap all have the same. Those of others would stay in registers through
+    all tiles, but for a zero that the compiler does not know.
     """
-    if DTYPE.primitive_bitwidth == 32:
-        tile = tl.where(tile == tile, relu(tile), float("nan"))
-        key = tile.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    S: tl.constexpr = WINDOW.kernel[1]
+    tl.static_assert(SHAPE[1] * S + COLUMNS < 128, "bfloat16 has no more NaNs")
+    row = tl.arange(0, SHAPE[1])
+    column = tl.arange(0, SHAPE[2]) % COLUMNS
+    if WINDOW.stride[0] == WINDOW.kernel[0]:
+        row %= WINDOW.stride[0]
+    if WINDOW.stride[1] == WINDOW.kernel[1]:
+        column %= WINDOW.stride[1]
+    if WINDOW.stride != WINDOW.kernel:
+        column += zero
+    row *= S
+    column += 2 ** (BITS - 1) - SHAPE[1] * S - COLUMNS
+    if PAIRS:
+        row *= 2**16 + 1
+        column = (column & -2) * (2**16 + 1) + 2**16
+    return tl.broadcast_to(row[None, :, None] + column[None, None, :], SHAPE)
+
+
+@triton.jit
+def _keys(
+    tile,
+    zero,
+    COLUMNS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RANKED: tl.constexpr,
+):
+    """The bits of relu(tile[k, row, columns of images]) in DTYPE, as the upper half of an integer
+    twice as wide. NaNs exceed all numbers; if ranked, the last one of a window exceeds the others.
+    """
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    PAIRS: tl.constexpr = BITS == 16 and not _INTERPRET
+    nan = _nans(zero, tile.shape, COLUMNS, BITS, WINDOW, PAIRS)
+    if BITS == 32:
+        bits = tl.where(tile == tile, relu(tile).to(tl.int32, bitcast=True), nan)
+        key = bits.to(tl.int64) << 32
     elif _INTERPRET:
-        tile = tl.where(tile == tile, relu(tile), float("nan"))
-        key = narrow(tile, DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        bits = narrow(relu(tile), DTYPE).to(tl.int16, bitcast=True)
+        key = tl.where(tile == tile, bits.to(tl.int32), nan) << 16
     else:
-        # One conversion for two values, which LLVM would convert one by one, ReLU included.
+        # One conversion for two values, which LLVM would convert one by one, ReLU included. It
+        # makes a NaN 0x7fff.
         PAIR: tl.constexpr = "bf16x2" if DTYPE == tl.bfloat16 else "f16x2"
-        key = tl.inline_asm_elementwise(
-            "{.reg .b32 pair; cvt.rn.relu." + PAIR + ".f32 pair, $3, $2; "
-            "shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000;}",
-            "=r,=r,r,r",
-            [tile],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=2,
-        )
+        CONVERT: tl.constexpr = "{.reg .b32 pair; cvt.rn.relu." + PAIR + ".f32 pair, $3, $2; "
+        UNPACK: tl.constexpr = "shl.b32 $0, pair, 16; and.b32 $1, pair, 0xffff0000;}"
+        if RANKED:
+            key = tl.inline_asm_elementwise(
+                CONVERT + "min.u16x2 pair, pair, $4; " + UNPACK,
+                "=r,=r,r,r,r,r",
+                [tile, nan],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            key = tl.inline_asm_elementwise(
+                CONVERT + UNPACK,
+                "=r,=r,r,r",
+                [tile],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=2,
+            )
     return key
 
 
@@ -162,7 +217,9 @@ def _inside(first, size, COUNT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.c
 
 
 @triton.jit
-def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
+def _pool(
+    acc, corner, map_sizes, zero, DTYPE: tl.constexpr, WINDOW: tl.constexpr, RANKED: tl.constexpr
+):
     """Keys [k, row, n, column] of windows of relu(acc[k, row, n, column]).
 
     Windows that do not lie in the box, the last of overlapping ones, are any.
@@ -177,7 +234,7 @@ def _pool(acc, corner, map_sizes, DTYPE: tl.constexpr, WINDOW: tl.constexpr):
     S: tl.constexpr = WINDOW.kernel[1]
     STRIDE_P: tl.constexpr = WINDOW.stride[0]
     STRIDE_Q: tl.constexpr = WINDOW.stride[1]
-    key = _keys(acc.reshape(K, ROWS, N * COLUMNS), DTYPE)
+    key = _keys(acc.reshape(K, ROWS, N * COLUMNS), zero, COLUMNS, DTYPE, WINDOW, RANKED)
     LEAST: tl.constexpr = -(2 ** (key.dtype.primitive_bitwidth - 1))
     # Outside the map keys turn negative, below all others: at once, or where rows become fewer
     # columns later. Each window has a row inside: its columns are not negative yet then.
@@ -297,7 +354,8 @@ def pooled_product_kernel(
                 acc, x, w_desc, (n, p, q), first, C, walks[i], False, PRECISION, DEPTH, True
             )
         acc = acc.reshape(COLUMNS, BOX_P, BOX_N, BOX_Q)
-        key = _pool(acc, (p, q), (P, Q), y_ptr.dtype.element_ty, WINDOW)
+        RANKED: tl.constexpr = offsets_ptr is not None
+        key = _pool(acc, (p, q), (P, Q), tile >> 31, y_ptr.dtype.element_ty, WINDOW, RANKED)
         first = (n, top, left, k)
         limits = (N, pooled_P, pooled_Q, groups * K)
         windows: tl.constexpr = (WINDOWS_P, WINDOWS_Q)

@@ -346,8 +346,10 @@ def max_pool2d_kernel(
         w = w0 + s * WINDOW.dilation[1]
         x = tl.load(x_planes + h * h_stride + w * w_stride, mask=found, other=OTHER)
         x = widen(x, COMPARED)
-        winner = tl.where((x > best) | (x != x), (r * S + s).to(tl.int32), winner)
-        best = tl.maximum(best, x, propagate_nan=tl.PropagateNan.ALL).to(COMPARED)
+        # Not the larger one: of equal zeros the first keeps its sign.
+        greater = x > best
+        winner = tl.where(greater | (x != x), (r * S + s).to(tl.int32), winner)
+        best = tl.where(x != x, x, tl.where(greater, x, best))
 
     at = _at(n, c, p, q, _strides(strides[1], TILE))
     tl.store(y_ptr + at, narrow(best, DTYPE), mask=mask)

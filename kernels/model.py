@@ -112,7 +112,8 @@ def predict(
     if tile.splits > 1:
         parts = 4 * (tile.splits * 2 + 1) * prod(g.w_shape)
         launch += _LAUNCH + parts / (device.peaks.memory * 1e6)
-    return Prediction(ms + launch, "launch" if launch > ms else waits.most_common(1)[0][0])
+    # Of an image without pixels nothing is launched.
+    return Prediction(ms + launch, "launch" if launch >= ms else waits.most_common(1)[0][0])
 
 
 def turn_instructions(direction: Direction, tile: Tile) -> float:

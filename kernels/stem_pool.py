@@ -8,7 +8,8 @@ window of two by two is four numbers of one thread.
 
 *Keys.* Each value, rounded to the result's dtype, becomes an integer: its bits, above a number that
 falls from tap to tap. One integer maximum then keeps value and switch, and of equal values the
-first. A NaN, made positive, exceeds all numbers; what is negative loses to zero as in the ReLU.
+first. A NaN, made positive, exceeds all numbers; what is negative loses to zero as in the ReLU. Of
+several NaNs the last has to win: a tile with a NaN is made again, with numbers of NaNs that rise.
 """
 
 import torch
@@ -75,18 +76,42 @@ def choose_tile(
 
 
 @triton.jit
-def keys(values, bias, inside, TAP: tl.constexpr, DTYPE: tl.constexpr):
+def keys(values, bias, inside, TAP: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr):
     """(values + bias)[channels, pixels] above the number of their tap; negative if not inside."""
     values += bias[:, None]
     if DTYPE == tl.float32 or _INTERPRET:
         # A GPU's conversion to 16 bits gives NaN without a sign; what sums give is unspecified.
         values = tl.where(values != values, float("nan"), values)
-    values = narrow(values, DTYPE)
+    rounded = narrow(values, DTYPE)
     if DTYPE == tl.float32:
-        bits = values.to(tl.int32, bitcast=True).to(tl.int64) << 32
+        bits = rounded.to(tl.int32, bitcast=True).to(tl.int64) << 32
     else:
-        bits = values.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    return tl.where(inside[None, :], bits | (_LAST - TAP), -_LAST)
+        bits = rounded.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    bits |= _LAST - TAP
+    if EXACT:
+        bits = tl.where(values != values, bits ^ _LAST, bits)
+    return tl.where(inside[None, :], bits, -_LAST)
+
+
+@triton.jit
+def is_nan(key, DTYPE: tl.constexpr):
+    """Whether the value of a key is a NaN."""
+    HALF_INFINITY: tl.constexpr = 0x7C00 if DTYPE == tl.float16 else 0x7F80
+    if DTYPE == tl.float32:
+        nan = key >> 32 > 0x7F800000
+    else:
+        nan = key >> 16 > HALF_INFINITY
+    return nan
+
+
+@triton.jit
+def earlier(key, TAPS: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl.constexpr):
+    """The key as of a tap that comes so many taps earlier."""
+    if EXACT:
+        key += tl.where(is_nan(key, DTYPE), -TAPS, TAPS)
+    else:
+        key += TAPS
+    return key
 
 
 @triton.jit
@@ -129,7 +154,17 @@ def before_row(key, DOWN: tl.constexpr):
 
 
 @triton.jit
-def pooled(even, odd, bias, at, sizes, POOL: tl.constexpr, DOWN: tl.constexpr, DTYPE: tl.constexpr):
+def pooled(
+    even,
+    odd,
+    bias,
+    at,
+    sizes,
+    POOL: tl.constexpr,
+    DOWN: tl.constexpr,
+    EXACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
     """The largest key of each window[channels, windows], at least 0.
 
     ``at`` is where in the map the last two rows and columns of each window start.
@@ -145,16 +180,20 @@ def pooled(even, odd, bias, at, sizes, POOL: tl.constexpr, DOWN: tl.constexpr, D
     odd_row = within(p + 1, sizes[0])
     left = within(q, sizes[1])
     right = within(q + 1, sizes[1])
-    even_right = keys(even_right, bias, even_row & right, TAP + 1, DTYPE)
-    odd_right = keys(odd_right, bias, odd_row & right, TAP + S + 1, DTYPE)
-    even = tl.maximum(keys(even_left, bias, even_row & left, TAP, DTYPE), even_right)
-    odd = tl.maximum(keys(odd_left, bias, odd_row & left, TAP + S, DTYPE), odd_right)
+    even_right = keys(even_right, bias, even_row & right, TAP + 1, EXACT, DTYPE)
+    odd_right = keys(odd_right, bias, odd_row & right, TAP + S + 1, EXACT, DTYPE)
+    even = tl.maximum(keys(even_left, bias, even_row & left, TAP, EXACT, DTYPE), even_right)
+    odd = tl.maximum(keys(odd_left, bias, odd_row & left, TAP + S, EXACT, DTYPE), odd_right)
     if S == 3:
-        even = tl.maximum(even, before_column(even_right, DOWN * _GROUPS) + 2)
-        odd = tl.maximum(odd, before_column(odd_right, DOWN * _GROUPS) + 2)
+        even_left = before_column(even_right, DOWN * _GROUPS)
+        odd_left = before_column(odd_right, DOWN * _GROUPS)
+        even = tl.maximum(even, earlier(even_left, 2, EXACT, DTYPE))
+        odd = tl.maximum(odd, earlier(odd_left, 2, EXACT, DTYPE))
     best = tl.maximum(even, odd)
     if POOL[0] == 3:
-        best = tl.maximum(best, before_row(odd, DOWN) + 2 * S)
+        best = tl.maximum(best, earlier(before_row(odd, DOWN), 2 * S, EXACT, DTYPE))
+    if EXACT:
+        best = tl.where(is_nan(best, DTYPE), best ^ _LAST, best)
     return tl.maximum(best, 0)
 
 
@@ -199,7 +238,10 @@ def tile_keys(
     PRECISION: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """The keys of a tile's windows[filters, windows]."""
+    """The keys of a tile's windows[filters, windows].
+
+    If exact, an output's products are its own alone, and of several NaNs the last wins.
+    """
     COLUMNS: tl.constexpr = TILE[3]
     DEPTH: tl.constexpr = TILE[4]
     TURNS: tl.constexpr = (FILTERS[2] * RUN.segment + DEPTH - 1) // DEPTH
@@ -238,7 +280,8 @@ def tile_keys(
     if bias_ptr is not None:
         k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
         bias = widen(tl.load(bias_ptr + k, mask=k < FILTERS[0], other=0.0), tl.float32)
-    return pooled(even, odd, bias, (p, q), (P, Q), POOL, TILE[1] // (2 * _GROUPS), DTYPE)
+    DOWN: tl.constexpr = TILE[1] // (2 * _GROUPS)
+    return pooled(even, odd, bias, (p, q), (P, Q), POOL, DOWN, EXACT, DTYPE)
 
 
 @triton.jit
@@ -268,17 +311,15 @@ def stem_pool_kernel(
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     BITS: tl.constexpr = 32 if DTYPE == tl.float32 else 16
-    HALF_INFINITY: tl.constexpr = 0x7C00 if DTYPE == tl.float16 else 0x7F80
-    INFINITY: tl.constexpr = 0x7F800000 if DTYPE == tl.float32 else HALF_INFINITY
     pid = program(WIDE)
     key = tile_keys(
         *(pid, x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin),
         *(FILTERS, POOL, RUN, TILE, False, PRECISION, DTYPE),
     )
     largest = key.max()
-    if largest >> BITS > INFINITY:
-        # A NaN, perhaps of what a neighbour alone sees. Nothing for this rare case stays in
-        # registers: zero is added, which the compiler cannot know.
+    if is_nan(largest, DTYPE):
+        # A NaN, perhaps of what a neighbour alone sees, perhaps one of several in a window. Nothing
+        # for this rare case stays in registers: zero is added, which the compiler cannot know.
         key = tile_keys(
             *(pid + (largest >> (2 * BITS - 1)), x_ptr, packed_ptr, bias_ptr, x_strides, sizes),
             *(origin, FILTERS, POOL, RUN, TILE, True, PRECISION, DTYPE),

@@ -34,6 +34,7 @@ from cases import (
 from tolerance import (
     assert_close,
     assert_operator_close,
+    double,
     evaluate,
     evaluate_torch,
     torch_conv2d,
@@ -275,6 +276,27 @@ def test_what_is_not_finite_spreads_to_its_windows_alone(g, dtype, value, device
         assert result.isfinite().any()
     if g is SPARSE:
         assert y[1, [0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("g", "dtype"), params((*ENGINES, SPARSE, PADDED, DEPTHWISE), DTYPES))
+def test_what_is_not_finite_in_a_filter_stays_in_its_channels(g, dtype, value, device):
+    """Padding counts as zeros, which make NaN of it, in the gradient as well."""
+    t = operands(g, dtype, device)
+    t.w[1, 0, 0, 0] = value
+    y, (dx, dw, db, _) = evaluate(conv2d(g), t.inputs, t.dy)
+    z, (transposed_dx, transposed_dw, _) = evaluate(conv_transpose2d(g), (t.dy, t.w, None), t.x)
+    inputs, dy = tuple(map(double, t.inputs)), double(t.dy)
+    right_y, (right_dx, *_) = evaluate(torch_conv2d(g), inputs, dy)
+    assert torch.equal(y.isfinite().cpu(), right_y.isfinite())
+    assert torch.equal(y.isnan().cpu(), right_y.isnan())
+    assert torch.equal(transposed_dx.isfinite(), y.isfinite())
+    c = 1 // (g.K // g.groups) * (g.C // g.groups)
+    for result in (dx, z):
+        assert result[:, torch.arange(g.C) != c].isfinite().all()
+        assert not result.cpu()[~right_dx.isfinite()].isfinite().any()
+    for result in (dw, db, transposed_dw):
+        assert result.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", params(DTYPES))

@@ -42,6 +42,7 @@ POOLS = {  # kernel, stride, padding
     "1x1": (1, 1, 0),
     "4x2": ((4, 2), (2, 1), (2, 1)),
 }
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MEMORY = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
 
@@ -136,6 +137,40 @@ def test_the_gradient_reaches_a_window_that_has_one_nan(device):
     y = F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=2)
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.nonzero(dx).tolist() == [[0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 16])
+def test_the_last_of_several_nans_gets_the_gradient(channels, dtype, memory, device):
+    """Whatever engine takes it; beside ties of numbers, whose first does."""
+    x = integers((2, channels, 9, 10), device, 1, 1, dtype)
+    draw = torch.rand((2, 1, 9, 10), generator=torch.Generator().manual_seed(0))
+    x = torch.where((draw < 0.2).to(device), torch.nan, x).contiguous(memory_format=MEMORY[memory])
+    w = integers((17, channels, 1, 1), device, 2, 1, dtype)
+    bias = integers((17,), device, 3, 1, dtype)
+    for pool in ("2x2/2", "3x3/2, padded", "3x3/1, padded"):
+        y = compare(x, w, bias, (1, 0, 1, 1), POOLS[pool])
+        assert y.isnan().any()
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [3, 16])
+def test_a_zero_is_positive_and_gets_no_gradient(channels, dtype, memory, device):
+    """torch's ReLU on a GPU knows no negative zero either, whatever the window holds."""
+    values = torch.tensor([0.0, -0.0, -1.0], dtype=dtype)
+    windows = torch.cartesian_prod(*[values] * 4).view(9, 9, 2, 2).permute(0, 2, 1, 3)
+    x = torch.full((1, channels, 18, 18), -0.0, dtype=dtype)
+    x[0, 0] = windows.reshape(18, 18)
+    x = x.to(device).contiguous(memory_format=MEMORY[memory]).requires_grad_()
+    w = torch.ones((16, channels, 1, 1), dtype=dtype, device=device)
+    bias = torch.full((16,), -0.0, dtype=dtype, device=device)
+    y = fused(x, w, bias, (1, 0, 1, 1), POOLS["2x2/2"])
+    assert (y == 0).all()
+    assert not y.signbit().any()
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert (dx == 0).all()
 
 
 @pytest.mark.parametrize("pool", [2, 16], ids=["one byte", "two bytes"])

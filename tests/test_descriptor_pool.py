@@ -199,7 +199,7 @@ def test_rounding(dtype, device):
 
 @pytest.mark.parametrize("dtype", params(DTYPES))
 def test_what_is_not_finite(dtype, device):
-    """NaN wins, and of several the first; infinities come out as they are; -inf gives zero."""
+    """NaN wins, and of several the last; infinities come out as they are; -inf gives zero."""
     g = conv_case(1, 16, (6, 6), 16, (1, 1))
     x, w, bias = (torch.zeros(s, dtype=dtype, device=device) for s in (g.x_shape, g.w_shape, g.K))
     w[0, 0] = w[1, 1] = w[2, 2] = 1
@@ -213,15 +213,28 @@ def test_what_is_not_finite(dtype, device):
         z = torch_conv2d(g)(double(x), double(w), double(bias), None).relu()
         expected = TF.max_pool2d(z, *window)
         assert torch.equal(y.double().cpu().nan_to_num(-1), expected.nan_to_num(-1))
-        windows = TF.unfold(
-            TF.pad(z, (pool.padding[0],) * 4, value=-1.0), pool.kernel, stride=pool.stride
-        ).view(g.K, -1, pool.P * pool.Q)
-        first_nan = windows.isnan().int().argmax(1).view(taps.shape[1:])
-        nan = expected[0].isnan()
-        assert nan.any()
-        assert torch.equal(taps[0].long().cpu()[nan], first_nan[nan])
-        assert (taps[0].long().cpu()[expected[0] == 0] == NO_WINNER).all()
+        assert expected.isnan().any()
+        assert torch.equal(taps.long().cpu(), oracle(g, pool, x, w, bias)[1])
     assert (y[0, 5][~y[0, 5].isnan()] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", params(DTYPES))
+@pytest.mark.parametrize("window", params(WINDOWS))
+def test_of_several_nans_the_last_wins(window, dtype, device):
+    """As in torch, wherever in a box they lie, beside ties of numbers, which go to the first."""
+    g = conv_case(2, 16, (17, 18), 16, (1, 1))
+    x, w, bias = integers(g, dtype, device)
+    draw = torch.rand(g.N, 1, *g.x_shape[2:], generator=torch.Generator().manual_seed(0))
+    x = torch.where((draw < 0.15).to(device), torch.nan, x)
+    pool = pooling(g, *window)
+    expected, winners = oracle(g, pool, x, w, bias)
+    assert 0.1 < expected.isnan().float().mean() < 1
+    for box in ((1, 8, 16) if dtype == torch.float32 else (1, 16, 16), (2, 8, 8)):
+        y, taps = run(g, pool, x, w, bias, boxed(*box))
+        assert torch.equal(y.double().cpu().nan_to_num(-1), expected.nan_to_num(-1))
+        assert torch.equal(taps.long().cpu(), winners)
+        alone, _ = run(g, pool, x, w, bias, boxed(*box), offsets=False)
+        assert torch.equal(alone.nan_to_num(-1), y.nan_to_num(-1))
 
 
 def test_of_equal_values_the_first_wins(device):

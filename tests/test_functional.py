@@ -79,6 +79,7 @@ REJECTED = [
     *each("conv_transpose2d", "input", (2, 3, 5, 6), (3, 5, 6), (2, 0, 5, 6)),
     *each("conv_transpose2d", "input", (2, 4, 0, 6), (4, 5, 0), (2, 4, 0, 0)),
     *each("conv_transpose2d", "input", (2, 4, 1, 1), (0, 4, 1, 1), (4, 1, 9), padding=2),
+    *each("conv_transpose2d", "input", (1, 4, 2, 6), (1, 4, 6, 2), (4, 2, 2), padding=2),
     *each("conv_transpose2d", "input", torch.float64, torch.float16, torch.int64),
     *each("conv_transpose2d", "weight", *NO_TENSORS, (), (4,), (4, 6, 3), (4, 6, 3, 3, 3)),
     *each("conv_transpose2d", "weight", (3, 6, 3, 3), (0, 6, 3, 3), (4, 0, 3, 3), (4, 6, 0, 3)),
@@ -121,6 +122,14 @@ REJECTED = [
     *each("max_unpool2d", "output_size", (), [], (9,), (8, 10, 1), (2, 4, 8, 10, 1), (4, 8, 10)),
     *each("max_unpool2d", "output_size", (10, 10), (6, 10), (8, 12), (8, 8), (0, 0), (2, 4, 8, 12)),
 ]
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 6), (6, 2)])
+def test_without_images_a_transposed_convolution_may_be_empty(size, device):
+    changes = {"input": (0, 4, *size), "padding": 2}
+    y = F.conv_transpose2d(**arguments("conv_transpose2d", changes, device))
+    assert y.shape == TF.conv_transpose2d(**arguments("conv_transpose2d", changes)).shape
+    assert 0 in y.shape[2:]
 
 
 @table(REJECTED)

@@ -284,6 +284,16 @@ def test_of_equal_values_the_first_wins(device):
     assert not offsets.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_zero_that_wins_keeps_its_sign(dtype, device):
+    """Zeros of both signs, in all orders, among negative numbers."""
+    values = torch.tensor([0.0, -0.0, -1.0], dtype=dtype, device=device)
+    x = torch.cartesian_prod(*[values] * 4).view(1, 81, 2, 2)
+    g = pool_case(1, 81, (2, 2), (2, 2))
+    y, *_ = assert_forward_as_torch(x, g)
+    assert torch.equal(y.signbit().cpu(), torch_pool(x, g)[0].signbit().cpu())
+
+
 @pytest.mark.parametrize(("g", "dtype"), params((PLAIN, OVERLAPPING, CASES[2]), DTYPES))
 def test_nan_and_infinity(g, dtype, device):
     """A NaN wins over all before it, and the last of several; infinities are plain values."""

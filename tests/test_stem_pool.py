@@ -89,6 +89,11 @@ def reference(x, w, bias, g, pool):
     return y, torch.where(y <= 0, 255, r * pool.kernel[1] + s)
 
 
+def assert_same(y, taps, right_y, right_taps):
+    torch.testing.assert_close(y.double().cpu(), right_y, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(taps.long().cpu(), right_taps)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("g", "pool"), CASES)
 def test_values_and_taps(g, pool, layout, device):
@@ -139,14 +144,53 @@ def test_what_is_not_finite_spreads_to_its_own_windows(g, pool, value, device):
         x[0, 0, 3, 4] = x[-1, -1, -1, -1] = value
         y, taps = reference(x, w, None, g, pool)
         assert not y.isfinite().all() or value < 0
-        ours, our_taps = (
-            t.cpu() for t in run(x, w, None, g, pool, tiles(g, pool, dtype, device)[0])
-        )
-        finite = ~y.isnan()
-        assert torch.equal(ours.isnan(), ~finite)
-        assert torch.equal(ours.double()[finite], y[finite])
-        assert torch.equal(our_taps.long()[finite], taps[finite])
-        assert (our_taps[~finite] < 255).all()
+        assert_same(*run(x, w, None, g, pool, tiles(g, pool, dtype, device)[0]), y, taps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", [(2, 2), (2, 3), (3, 2), (3, 3)], ids=str)
+def test_of_several_nans_the_last_wins(kernel, dtype, device):
+    """As in torch, wherever in a tile they lie, beside ties of numbers, which go to the first."""
+    g = conv_case(2, 3, (21, 23), 17, (1, 1))
+    pool = pool_of(g, kernel, (1, 1))
+    x, w, bias = operands(g, dtype, device)
+    draw = torch.rand(g.N, 1, g.H, g.W, generator=torch.Generator().manual_seed(0))
+    x = torch.where((draw < 0.2).to(device), torch.nan, x)
+    y, taps = reference(x, w, bias, g, pool)
+    assert 0.3 < y.isnan().float().mean() < 1
+    for tile in tiles(g, pool, dtype, device):
+        assert_same(*run(x, w, bias, g, pool, tile), y, taps)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("g", "pool"), [CASES[0], CASES[1], CASES[4]])
+def test_what_is_not_finite_in_a_filter_stays_in_its_channel(g, pool, value, device):
+    for dtype, layout in zip(DTYPES, LAYOUTS, strict=True):
+        x, w, bias = operands(g, dtype, device, layout)
+        x.abs_().add_(1)
+        w[1, -1, 0, 0] = bias[3] = value
+        y, taps = reference(x, w, bias, g, pool)
+        assert not y[:, [1, 3]].isfinite().all() or value < 0
+        assert y[:, [0, 2]].isfinite().all()
+        assert_same(*run(x, w, bias, g, pool, tiles(g, pool, dtype, device)[0]), y, taps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_zero_is_positive(dtype, device):
+    """Whatever zeros and negative numbers a window holds, and where what is below zero rounds to
+    it: torch's ReLU on a GPU knows no negative zero either.
+    """
+    g = conv_case(1, 1, (16, 64), 16, (1, 1))
+    pool = pool_of(g, (2, 2))
+    tiny = torch.finfo(dtype).smallest_normal
+    values = torch.tensor([0.0, -0.0, -tiny, -1.0], dtype=dtype)
+    windows = torch.cartesian_prod(*[values] * 4).view(8, 32, 2, 2)
+    x = windows.permute(0, 2, 1, 3).reshape(g.x_shape).to(device)
+    w = torch.full(g.w_shape, tiny, dtype=dtype, device=device)
+    y, taps = run(x, w, None, g, pool, tiles(g, pool, dtype, device)[0])
+    assert (y == 0).all()
+    assert not y.signbit().any()
+    assert (taps == 255).all()
 
 
 def test_an_image_does_not_depend_on_its_neighbours(device):
