@@ -105,11 +105,15 @@ class _Mover:
     def _give_copy(self, node: Node, operand: Node, order: tuple[int, ...]) -> None:
         """Give a node an operand whose axes lie in an order, the longest strides first."""
         if (operand, order) not in self.copies:
-            back = [order.index(axis) for axis in range(len(order))]
+            axes = list(range(len(order)))
             with node.graph.inserting_before(node):
-                copy = _call(node, _aten.permute.default, operand, list(order))
+                copy = operand
+                if list(order) != axes:
+                    copy = _call(node, _aten.permute.default, copy, list(order))
                 copy = _call(node, _aten.clone.default, copy, memory_format=torch.contiguous_format)
-                self.copies[operand, order] = _call(node, _aten.permute.default, copy, back)
+                if list(order) != axes:
+                    copy = _call(node, _aten.permute.default, copy, [*map(order.index, axes)])
+            self.copies[operand, order] = copy
         node.replace_input_with(operand, self.copies[operand, order])
 
 

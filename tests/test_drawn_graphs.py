@@ -68,15 +68,7 @@ def test_fused_graphs_do_what_eager_does(first):
     assert {name: n for name, n in PATTERNS.items() if made[name] < n} == {}, made
 
 
-NOT_BOUNDED = pytest.mark.xfail(
-    reason="Inductor fails to order symbolic strides of an NCHW tensor that goes to channels_last",
-    raises=pytest.fail.Exception,
-)
-
-
-@pytest.mark.parametrize(
-    "seed", [pytest.param(n, marks=NOT_BOUNDED if n == 1011 else ()) for n in range(1000, 1020)]
-)
+@pytest.mark.parametrize("seed", range(1000, 1020))
 def test_inductor_compiles_what_eager_does(seed):
     check(draw(seed), triton_cnn)
 
