@@ -1,8 +1,13 @@
-"""Checkpoints: files that are whole at any moment, and that run no code when they are read."""
+"""Checkpoints: files that are whole at any moment, and that run no code when they are read.
 
+They end in a digest of all that is before it, so that no damage is taken for a run.
+"""
+
+import hashlib
 import os
 import platform
 import warnings
+import zipfile
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -15,8 +20,10 @@ from . import models
 from .data import Description
 from .problem import Problem
 
-FORMAT = 1
+FORMAT = 2
 KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
+MARK = b"triton-cnn blake2b "
+DIGITS = 32
 
 
 def save(checkpoint: dict[str, Any], *paths: Path) -> None:
@@ -28,8 +35,21 @@ def save(checkpoint: dict[str, Any], *paths: Path) -> None:
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     whole = BytesIO()  # torch.save into a file hides what the system says of a full disk
     torch.save({"format": FORMAT, "versions": versions, **checkpoint}, whole)
+    sealed = seal(whole.getbuffer())
     for path in paths:
-        write(path, whole.getbuffer())
+        write(path, sealed)
+
+
+def seal(archive: memoryview | bytes) -> bytes:
+    """A file of torch.save's with a digest at its end, as the comment that a ZIP file may have."""
+    comment = len(MARK) + DIGITS
+    # The last two bytes of a ZIP file without a comment are the length of it.
+    marked = b"".join((archive[:-2], comment.to_bytes(2, "little"), MARK))
+    return marked + _digest(marked)
+
+
+def _digest(contents: memoryview | bytes) -> bytes:
+    return hashlib.blake2b(contents, digest_size=DIGITS // 2).hexdigest().encode()
 
 
 def write(path: Path, contents: Any) -> None:
@@ -83,27 +103,34 @@ def kept(folder: Path) -> dict[int, Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote, on the CPU. Raises Problem where ``path`` holds something else."""
-    checkpoint = _read(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
-        raise Problem(f"{path} is not a checkpoint of python -m cnn train")
-    if checkpoint["format"] != FORMAT:
-        raise Problem(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}")
-    if not checkpoint.keys() >= KEYS:
-        raise Problem(f"{path} lacks {', '.join(sorted(KEYS - checkpoint.keys()))}")
-    return checkpoint
+    """Read what ``save`` wrote, on the CPU. Raises Problem if ``path`` holds something else."""
+    return _checked(_read(path), path)
 
 
 def load_parameters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The parameters in a checkpoint, and it; or those of a bare file, as torchvision's, and None.
 
-    Raises Problem where ``path`` holds something else.
+    Raises Problem if ``path`` holds something else.
     """
-    contents = _read(path)
+    contents, sealed = _read(path)
     if isinstance(contents, dict) and contents and all(map(torch.is_tensor, contents.values())):
         return contents, None
-    checkpoint = load(path)
+    checkpoint = _checked((contents, sealed), path)
     return checkpoint["state_dict"], checkpoint
+
+
+def _checked(read: tuple[Any, bool], path: Path) -> dict[str, Any]:
+    """What was read of ``path`` if it is a checkpoint, and as it was written."""
+    checkpoint, sealed = read
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
+        raise Problem(f"{path} is not a checkpoint of python -m cnn train")
+    if checkpoint["format"] != FORMAT:
+        raise Problem(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}")
+    if not sealed:
+        raise Problem(f"{path} is damaged: it lacks the digest at its end")
+    if not checkpoint.keys() >= KEYS:
+        raise Problem(f"{path} lacks {', '.join(sorted(KEYS - checkpoint.keys()))}")
+    return checkpoint
 
 
 def build(name: str, parameters: dict[str, Tensor], image_size: int, path: Path) -> nn.Module:
@@ -128,13 +155,29 @@ def description(checkpoint: dict[str, Any]) -> Description:
     return Description(**checkpoint["description"])
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> tuple[Any, bool]:
+    """What a file holds, and whether it ends in a digest, which is then right."""
     try:
-        file = path.open("rb")
+        whole = path.read_bytes()
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from None
-    with file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged file can raise anything
-            raise Problem(f"{path} is damaged or not a checkpoint") from None
+    sealed = whole.endswith(MARK, 0, -DIGITS)
+    if sealed and _digest(memoryview(whole)[:-DIGITS]) != whole[-DIGITS:]:
+        raise Problem(f"{path} is damaged: its digest is not that of its contents")
+    try:
+        damaged = None if sealed else _wrong_crc(BytesIO(whole))
+        contents = torch.load(BytesIO(whole), map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file can raise anything
+        raise Problem(f"{path} is damaged or not a checkpoint") from None
+    if damaged:
+        raise Problem(f"{path} is damaged: the CRC of {damaged} in it is wrong")
+    return contents, sealed
+
+
+def _wrong_crc(file: BytesIO) -> str | None:
+    """A part of a ZIP file whose CRC, which torch.load does not look at, is wrong."""
+    if not zipfile.is_zipfile(file):
+        return None
+    with zipfile.ZipFile(file) as archive:
+        # All are 0 if torch was told to compute none.
+        return archive.testzip() if any(part.CRC for part in archive.infolist()) else None

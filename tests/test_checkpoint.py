@@ -1,7 +1,9 @@
 """Checkpoints are whole at any moment, run no code, and say what is wrong with them."""
 
 import os
+import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from cnn import checkpoint as checkpoints
 from cnn.problem import Problem
 
 CONTENTS = {key: {} for key in checkpoints.KEYS - {"format", "versions"}}
+
+ATTACKS = int(os.environ.get("CNN_ATTACKS", 300))
+"""Bits that are flipped in a file, each in a copy of it."""
 
 
 def files(folder: Path) -> list[str]:
@@ -91,6 +96,12 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def sealed(contents: object, path: Path) -> None:
+    torch.save(contents, path)
+    path.write_bytes(checkpoints.seal(path.read_bytes()))
+
+
+WHOLE = {**CONTENTS, "format": checkpoints.FORMAT, "versions": {}}
 BAD = {
     "none": (lambda path: None, "cannot read {path}: No such file or directory"),
     "folder": (lambda path: path.mkdir(), "cannot read {path}: Is a directory"),
@@ -98,18 +109,19 @@ BAD = {
     "empty": (lambda path: path.touch(), "{path} is damaged or not a checkpoint"),
     "cut": (cut, "{path} is damaged or not a checkpoint"),
     "code": (lambda path: torch.save({"format": Code()}, path), "{path} is damaged or not a"),
-    "list": (lambda path: torch.save([1], path), "{path} is not a checkpoint of python -m cnn"),
+    "list": (lambda path: sealed([1], path), "{path} is not a checkpoint of python -m cnn"),
     "foreign": (lambda path: torch.save({"epoch": 3}, path), "{path} is not a checkpoint of"),
     "newer": (
-        lambda path: torch.save({"format": 99}, path),
-        "{path} has format 99, this version reads 1",
+        lambda path: sealed({"format": 99}, path),
+        "{path} has format 99, this version reads 2",
     ),
     "lacking": (
-        lambda path: (
-            checkpoints.save({**CONTENTS} | {"format": 1}, path)
-            or torch.save({k: v for k, v in torch.load(path).items() if k != "training"}, path)
-        ),
+        lambda path: sealed({k: v for k, v in WHOLE.items() if k != "training"}, path),
         "{path} lacks training",
+    ),
+    "without digest": (
+        lambda path: torch.save(WHOLE, path),
+        "{path} is damaged: it lacks the digest at its end",
     ),
 }
 
@@ -127,6 +139,60 @@ def test_what_is_no_checkpoint_is_named_and_left_alone(case, tmp_path, monkeypat
     assert "\n" not in str(caught.value)
     assert (path.read_bytes() if path.is_file() else None) == before
     assert not (tmp_path / "was-run").exists()
+
+
+def damages(whole: bytes) -> Iterator[bytes]:
+    """The file with a bit flipped, with its end cut off, or with a block of zeros."""
+    draw = random.Random(0)
+    for _ in range(ATTACKS):
+        at = draw.randrange(len(whole))
+        yield whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
+    for end in (-1, -2, -22, *(draw.randrange(len(whole)) for _ in range(ATTACKS // 4))):
+        yield whole[:end]
+    for block in range(0, len(whole), 4096):
+        zeros = bytes(len(whole[block : block + 4096]))
+        yield whole[:block] + zeros + whole[block + 4096 :]
+    yield whole + b"\0"
+
+
+def test_no_damage_is_taken_for_a_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    state = cnn.models.lenet5().state_dict()
+    checkpoints.save({**CONTENTS, "state_dict": state}, path)
+    assert torch.load(path).keys() == checkpoints.KEYS
+    for contents in damages(path.read_bytes()):
+        path.write_bytes(contents)
+        for read in (checkpoints.load, checkpoints.load_parameters):
+            with pytest.raises(Problem, match=f"^{path} is (damaged|not a checkpoint)"):
+                read(path)
+
+
+def test_no_damage_of_bare_parameters_changes_them(tmp_path):
+    """A CRC guards each tensor and its name; between them nothing is read."""
+    path = tmp_path / "bare.pt"
+    state = cnn.models.lenet5().state_dict()
+    torch.save(state, path)
+    taken = 0
+    for contents in damages(path.read_bytes()):
+        path.write_bytes(contents)
+        try:
+            found, _ = checkpoints.load_parameters(path)
+        except Problem:
+            continue
+        taken += 1
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], state[name]) for name in state)
+    assert taken < 10
+
+
+def test_parameters_without_crcs_can_be_read(tmp_path):
+    path = tmp_path / "bare.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(3)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoints.load_parameters(path)[0]["w"].tolist() == [1, 1, 1]
 
 
 def test_a_state_dict_alone_is_a_model_if_it_is_named(tmp_path):
