@@ -158,7 +158,8 @@ def train(args: argparse.Namespace) -> None:
         chosen_data(args.data, config.data, source)
         folder = args.output or source.parent
     last = folder / "last.pt"
-    if last.exists() and not args.overwrite and not (source and source.samefile(last)):
+    continued = source and last.exists() and source.samefile(last)
+    if not continued and not args.overwrite and checkpoints.results(folder):
         raise Problem(
             f"{folder} holds a run: --resume it, --overwrite it, or name another --output"
         )
@@ -173,8 +174,9 @@ def train(args: argparse.Namespace) -> None:
     rest = {"broken": args.broken, "keep_every": args.keep_every}
     setting = Setting(folder, args.workers, period, in_seconds, **rest)
     run = Run(config, setting, sets, group)
-    if group.first and not checkpoint:
-        checkpoints.clear(folder)
+    if group.first and not (source and source.parent.samefile(folder)):
+        for path in checkpoints.results(folder):
+            path.unlink()
     if checkpoint:
         run.restore(checkpoint, source)
         if group.first:

@@ -88,12 +88,10 @@ def prepare(folder: Path) -> None:
         raise Problem(f"cannot write {folder}: {error.strerror}") from None
 
 
-def clear(folder: Path) -> None:
-    """Remove the run that ``folder`` holds, and nothing else."""
-    for name in ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"):
-        (folder / name).unlink(missing_ok=True)
-    for path in kept(folder).values():
-        path.unlink()
+def results(folder: Path) -> list[Path]:
+    """The files of a run that ``folder`` holds."""
+    names = ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png")
+    return [*filter(Path.exists, map(folder.joinpath, names)), *kept(folder).values()]
 
 
 def kept(folder: Path) -> dict[int, Path]:

@@ -324,6 +324,47 @@ def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_
     assert re.fullmatch(r"kernels: aten \(cpu\)\ntest accuracy 0\.\d{3}\n", out)
 
 
+PARTS = ["best.pt", "epoch-1.pt", "log.csv", "log.jsonl", "curves.png"]
+
+
+@pytest.fixture(scope="module")
+def finished(cpu, noise, tmp_path_factory) -> Path:
+    """The folder of a run that is over."""
+    folder = tmp_path_factory.mktemp("finished")
+    argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--keep-every", 1]
+    assert cpu.run(*argv, "--output", folder)[0] == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_no_result_of_a_run_is_replaced_unless_it_is_said(name, cpu, noise, finished, tmp_path):
+    """Not by a new run, and not by one that goes on from elsewhere."""
+    shutil.copy(finished / name, tmp_path)
+    before = (tmp_path / name).read_bytes()
+    argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--output", tmp_path]
+    line = f"python -m cnn: {tmp_path} holds a run: --resume it, --overwrite it, or name another"
+    for more in ([], ["--resume", finished / "last.pt"], ["--lr", 1e30]):
+        code, out, err = cpu.run(*argv, *more)
+        assert (code, out) == (2, "")
+        assert err.startswith(line)
+        assert files(tmp_path) == {name}
+        assert (tmp_path / name).read_bytes() == before
+    code, out, err = cpu.run(*argv, "--overwrite", "--save-every", 1, SIGNAL_AFTER_SAVES=1)
+    assert (code, files(tmp_path)) == (130, {"last.pt"})
+
+
+def test_a_run_goes_back_to_its_best_only_if_it_is_said(cpu, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    argv = ["train", "--resume", run / "best.pt"]
+    assert cpu.run(*argv)[0] == 2
+    assert {path: path.read_bytes() for path in run.iterdir()} == {
+        run / path.name: path.read_bytes() for path in finished.iterdir()
+    }
+    code, _, err = cpu.run(*argv, "--overwrite")
+    assert (code, files(run)) == (0, files(finished)), err
+
+
 def paint(folder: Path) -> Path:
     """Twelve images each of blue and of red, and a broken one."""
     for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
