@@ -12,9 +12,11 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -149,23 +151,37 @@ def train(args: argparse.Namespace) -> None:
     """Train a model; its checkpoints, log and curves go to a folder."""
     names = [field.name for field in fields(Config)]
     given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
-    config, checkpoint = Config(**given), None
+    config = Config(**given)
     folder = args.output or Path("runs", f"{config.model}-{config.data.partition(':')[0]}")
     source = folder / "last.pt" if args.resume == LAST else args.resume
+    if source:
+        folder = args.output or source.parent
+        if not source.exists():
+            checkpoints.load(source)  # which says so, before a folder is made
+    group = Group(args.device)
+    with checkpoints.claimed(folder) if group.first else nullcontext(True) as locked:
+        if not locked:
+            tell(f"{folder}: its file system has no locks, which would keep other runs out")
+        group.highest(0)  # until the first has the folder, other runs may write there
+        _train(args, config, given, folder, source, group)
+
+
+def _train(
+    args: argparse.Namespace,
+    config: Config,
+    given: dict[str, Any],
+    folder: Path,
+    source: Path | None,
+    group: Group,
+) -> None:
+    """Train in a folder that no other run uses, on from the checkpoint ``source`` if there is."""
+    checkpoint = None
     if source:
         checkpoint = checkpoints.load(source)
         config = Config(**checkpoint["config"]).resumed(given, source)
         chosen_data(args.data, config.data, source)
-        folder = args.output or source.parent
-    last = folder / "last.pt"
-    continued = source and last.exists() and source.samefile(last)
-    if not continued and not args.overwrite and checkpoints.results(folder):
-        raise Problem(
-            f"{folder} holds a run: --resume it, --overwrite it, or name another --output"
-        )
-    group = Group(args.device)
     if group.first:
-        checkpoints.prepare(folder)
+        _check_free(folder, source, args.overwrite)
     sets = load_data(config.data, config.size, config.seed)
     if group.first:
         _tell_notes(sets)
@@ -177,7 +193,7 @@ def train(args: argparse.Namespace) -> None:
     if group.first and not (source and source.parent.samefile(folder)):
         for path in checkpoints.results(folder):
             path.unlink()
-    if checkpoint:
+    if source and checkpoint:
         run.restore(checkpoint, source)
         if group.first:
             tell(f"resumed {source}: {run.place}")
@@ -190,6 +206,16 @@ def train(args: argparse.Namespace) -> None:
         group.close()
         raise
     group.close()
+
+
+def _check_free(folder: Path, source: Path | None, overwrite: bool) -> None:
+    """Raise Problem if a folder holds a run that is neither continued nor to be replaced."""
+    last = folder / "last.pt"
+    continued = source and last.exists() and source.samefile(last)
+    if not continued and not overwrite and checkpoints.results(folder):
+        raise Problem(
+            f"{folder} holds a run: --resume it, --overwrite it, or name another --output"
+        )
 
 
 def _tell_notes(sets: data.Data) -> None:

@@ -3,11 +3,15 @@
 They end in a digest of all that is before it, so that no damage is taken for a run.
 """
 
+import errno
+import fcntl
 import hashlib
 import os
 import platform
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +26,9 @@ from .problem import Problem
 
 FORMAT = 2
 KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
+FILES = ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png")
+"""What a run writes; and epoch-N.pt."""
+
 MARK = b"triton-cnn blake2b "
 DIGITS = 32
 
@@ -73,25 +80,46 @@ def write(path: Path, contents: Any) -> None:
         part.unlink(missing_ok=True)
 
 
-def prepare(folder: Path) -> None:
-    """Make the folder of a run, without what a killed one was writing.
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Make the folder of a run, and keep other processes out of it; the lock ends with this one.
 
-    Raises Problem where nothing can be written there.
+    Gives whether the file system has locks, without which nobody is kept out. Removes what a killed
+    run was writing. Raises Problem if another run has the folder, or if nothing can be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for part in folder.glob(".*.part"):
-            part.unlink(missing_ok=True)
-        write(folder / "last.pt.try", b"")
-        (folder / "last.pt.try").unlink(missing_ok=True)
+        file = (folder / ".lock").open("a")
     except OSError as error:
         raise Problem(f"cannot write {folder}: {error.strerror}") from None
+    with file:
+        locked = _lock(file.fileno(), folder)
+        try:
+            for name in (*FILES, "epoch-*.pt"):
+                for part in folder.glob(f".{name}.*.part"):
+                    part.unlink(missing_ok=True)
+            write(folder / "last.pt.try", b"")
+            (folder / "last.pt.try").unlink(missing_ok=True)
+        except OSError as error:
+            raise Problem(f"cannot write {folder}: {error.strerror}") from None
+        yield locked
+
+
+def _lock(file: int, folder: Path) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a loader's workers do not inherit
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise Problem(f"{folder} is in use by another run: name another --output") from None
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise Problem(f"cannot lock {folder}: {error.strerror}") from None
+    return True
 
 
 def results(folder: Path) -> list[Path]:
     """The files of a run that ``folder`` holds."""
-    names = ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png")
-    return [*filter(Path.exists, map(folder.joinpath, names)), *kept(folder).values()]
+    return [*filter(Path.exists, map(folder.joinpath, FILES)), *kept(folder).values()]
 
 
 def kept(folder: Path) -> dict[int, Path]:

@@ -1,5 +1,6 @@
 """Checkpoints are whole at any moment, run no code, and say what is wrong with them."""
 
+import errno
 import os
 import random
 import re
@@ -212,8 +213,36 @@ def test_a_state_dict_alone_is_a_model_if_it_is_named(tmp_path):
 
 def test_a_run_begins_without_what_a_killed_one_was_writing(tmp_path):
     folder = tmp_path / "runs" / "new"
-    checkpoints.prepare(folder)
-    (folder / ".last.pt.123.part").touch()
+    with checkpoints.claimed(folder):
+        assert files(folder) == [".lock"]
+    for name in (".last.pt.123.part", ".epoch-3.pt.123.part", ".last-confusion.png.9.part"):
+        (folder / name).touch()
     (folder / "last.pt").touch()
-    checkpoints.prepare(folder)
-    assert files(folder) == ["last.pt"]
+    with checkpoints.claimed(folder):
+        assert files(folder) == [".last-confusion.png.9.part", ".lock", "last.pt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "given"),
+    [
+        (errno.EAGAIN, "{folder} is in use by another run: name another --output"),
+        (errno.EACCES, "{folder} is in use by another run: name another --output"),
+        (errno.EIO, "cannot lock {folder}: Input/output error"),
+        (errno.ENOSYS, False),
+        (errno.ENOLCK, False),
+    ],
+)
+def test_a_lock_that_is_refused(number, given, tmp_path, monkeypatch):
+    """By another run, by an error, or by a file system that knows none: then there is a run."""
+
+    def refuse(file, flags):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    if given is False:
+        with checkpoints.claimed(tmp_path) as locked:
+            assert locked is False
+        return
+    with pytest.raises(Problem) as caught, checkpoints.claimed(tmp_path):
+        pass
+    assert str(caught.value) == given.format(folder=tmp_path)

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import os
 import random
 import re
 import shutil
 import signal
 import socket
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -29,11 +31,13 @@ from cnn.group import Group
 from cnn.journal import Progress
 from kernels.device import INTERPRET
 
+ATTACKS = int(os.environ.get("CNN_ATTACKS", 300))
 RUN = ["last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"]
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """The names of what a run has left, but for its lock, which stays."""
+    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -351,6 +355,45 @@ def test_no_result_of_a_run_is_replaced_unless_it_is_said(name, cpu, noise, fini
         assert (tmp_path / name).read_bytes() == before
     code, out, err = cpu.run(*argv, "--overwrite", "--save-every", 1, SIGNAL_AFTER_SAVES=1)
     assert (code, files(tmp_path)) == (130, {"last.pt"})
+
+
+def await_file(path: Path) -> None:
+    """Wait until another process has made a file."""
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} does not come")
+
+
+def test_a_folder_has_one_run_at_a_time(cpu, noise, tmp_path):
+    """A second start is refused, a killed run keeps nobody out."""
+    argv = ["train", "--data", noise, "--batch-size", 4, "--output", tmp_path]
+    argv += ["--workers", 1, "--save-every", 1]
+    first = cpu.start(*argv, "--epochs", 100000)
+    await_file(tmp_path / "last.pt")
+    for more in ([], ["--overwrite"], ["--resume"]):
+        code, out, err = cpu.run(*argv, *more)
+        line = f"python -m cnn: {tmp_path} is in use by another run: name another --output\n"
+        assert (code, out, err) == (2, "", line)
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    resumed = "train", "--resume", tmp_path / "last.pt", "--save-every", 1
+    code, out, err = cpu.run(*resumed, SIGNAL_AFTER_SAVES=1)
+    assert code == 130, err
+
+
+@pytest.mark.parametrize("pair", range(max(1, ATTACKS // 60)))
+def test_of_two_starts_at_once_one_is_a_whole_run(pair, cpu, noise, tmp_path):
+    argv = ["train", "--data", noise, "--batch-size", 24, "--epochs", 2, "--save-every", 1]
+    seeds = 2 * pair, 2 * pair + 1
+    both = [cpu.start(*argv, "--seed", seed, "--output", tmp_path) for seed in seeds]
+    codes = [fork.wait() for fork in both]
+    # If one ends before the other starts, what it has left is in the other's way.
+    assert sorted(codes) == [0, 2], [fork.err.read_text() for fork in both]
+    checkpoint = checkpoints.load(tmp_path / "last.pt")
+    assert checkpoint["config"]["seed"] == seeds[codes.index(0)]
+    assert checkpoint["position"]["epoch"] == 2
 
 
 def test_a_run_goes_back_to_its_best_only_if_it_is_said(cpu, finished, tmp_path):
