@@ -1,8 +1,8 @@
 """Train and test image classifiers, and show what they have learned.
 
 Results go to stdout; progress and errors go to stderr. Exit codes: 0, 1 for what failed, 2 for
-arguments or files that cannot be used, 130 after Ctrl-C and 143 after SIGTERM. ``torchrun`` starts
-``train`` on several GPUs.
+arguments or files that cannot be used, 128 and its number for a signal, so 130 after Ctrl-C.
+``torchrun`` starts ``train`` on several GPUs.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
@@ -341,7 +341,8 @@ def report(where: torch.device, share: float) -> None:
 def say(line: str) -> None:
     """A line on stderr; of several processes the number is told."""
     rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"python -m cnn{rank}: {plain(line)}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that is gone
+        print(f"python -m cnn{rank}: {plain(line)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

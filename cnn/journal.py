@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -132,5 +133,6 @@ class Progress:
 
 
 def tell(line: str) -> None:
-    """A line of progress; a bar that is on show steps aside."""
-    tqdm.write(plain(line), file=sys.stderr)
+    """A line of progress; a bar that is on show steps aside. Nobody hears it if stderr is gone."""
+    with suppress(OSError):
+        tqdm.write(plain(line), file=sys.stderr)

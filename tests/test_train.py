@@ -2,12 +2,14 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import types
@@ -28,6 +30,7 @@ from cnn import data, journal
 from cnn.data import Preparation, Watch
 from cnn.evaluate import Evaluator
 from cnn.group import Group
+from cnn.interruption import ignore_in_worker
 from cnn.journal import Progress
 from kernels.device import INTERPRET
 
@@ -44,6 +47,15 @@ def numbers(folder: Path) -> list[dict]:
     """What the log says of each epoch, but for its speed."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in row if key != "images_per_second"} for row in rows]
+
+
+def await_file(path: Path) -> None:
+    """Wait until another process has made a file."""
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} does not come")
 
 
 def assert_same(first: object, second: object) -> None:
@@ -271,6 +283,69 @@ def test_a_second_ctrl_c_ends_at_once(cpu, noise, tmp_path):
     assert checkpoints.load(tmp_path / "last.pt")["position"]["step"] == 2
 
 
+STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_to_all_processes_of_a_run_saves_it(name, cpu, noise, tmp_path):
+    """As schedulers and terminals send it: the workers that load images go on until it is saved."""
+    argv = ["train", "--data", noise, "--epochs", 100000, "--batch-size", 4, "--workers", 2]
+    fork = cpu.start(*argv, "--output", tmp_path, "--save-every", 1, GROUP=1)
+    await_file(tmp_path / "last.pt")
+    os.killpg(fork.pid, signal.Signals[name])
+    assert fork.wait() == 128 + signal.Signals[name], fork.err.read_text()
+    *_, line = fork.err.read_text().splitlines()
+    position = checkpoints.load(tmp_path / "last.pt")["position"]
+    words = f"{tmp_path}/last.pt holds epoch {position['epoch']} of 100000"
+    words += f" and {position['step']} steps" if position["step"] else ""
+    assert line == f"python -m cnn: interrupted; {words}"
+
+
+def test_nohup_keeps_a_run_alive(cpu, noise, tmp_path):
+    argv = ["train", "--data", noise, "--epochs", 2, "--batch-size", 24, "--save-every", 1]
+    stop = {"SIGNAL": "SIGHUP", "SIGNAL_AFTER_SAVES": 2}
+    code, _, err = cpu.run(*argv, "--output", tmp_path / "nohup", IGNORED="SIGHUP", **stop)
+    assert code == 0, err
+    assert cpu.run(*argv, "--output", tmp_path / "plain", **stop)[0] == 129
+
+
+def test_a_run_is_saved_when_its_terminal_is_gone(cpu, noise, tmp_path):
+    """Then what it tells fails, of a bar as of a line."""
+    shown, terminal = os.openpty()
+    argv = ["train", "--data", noise, "--epochs", 100000, "--batch-size", 4, "--save-every", 1]
+    fork = cpu.start(*argv, "--output", tmp_path, STDERR=os.ttyname(terminal))
+    await_file(tmp_path / "last.pt")
+    os.close(shown)
+    os.close(terminal)
+    time.sleep(0.5)
+    reached = checkpoints.load(tmp_path / "last.pt")["position"]
+    os.kill(fork.pid, signal.SIGHUP)
+    assert fork.wait() == 128 + signal.SIGHUP
+    position = checkpoints.load(tmp_path / "last.pt")["position"]
+    assert (position["epoch"], position["step"]) > (reached["epoch"], reached["step"])
+
+
+def test_a_worker_ends_with_its_parent_alone():
+    """By a SIGTERM of the process that started it, though not by another's."""
+    context = multiprocessing.get_context("fork")
+    up = context.Event()
+    worker = context.Process(target=work, args=(up,), daemon=True)
+    worker.start()
+    assert up.wait(60)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def work(up) -> None:
+    ignore_in_worker(0)
+    up.set()
+    time.sleep(600)
+
+
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(Progress, "EVERY", 0.0)
     progress = Progress("epoch 1/2", 100, 20, "image")
@@ -355,15 +430,6 @@ def test_no_result_of_a_run_is_replaced_unless_it_is_said(name, cpu, noise, fini
         assert (tmp_path / name).read_bytes() == before
     code, out, err = cpu.run(*argv, "--overwrite", "--save-every", 1, SIGNAL_AFTER_SAVES=1)
     assert (code, files(tmp_path)) == (130, {"last.pt"})
-
-
-def await_file(path: Path) -> None:
-    """Wait until another process has made a file."""
-    for _ in range(6000):
-        if path.exists():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{path} does not come")
 
 
 def test_a_folder_has_one_run_at_a_time(cpu, noise, tmp_path):
