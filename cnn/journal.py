@@ -42,8 +42,9 @@ class Journal:
         writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         write(self.folder / "log.csv", table.getvalue().encode())
-        write(self.folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        write(self.folder / "log.jsonl", "".join(lines).encode())
         if last or time.monotonic() - self._drawn > 30:  # drawing takes its time
             try:
                 write(self.folder / "curves.png", curves(rows))

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from operator import eq
 from pathlib import Path
@@ -106,6 +106,11 @@ class Position:
     step: int = 0
     best: float = -1.0
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _sound(tensor: Tensor) -> bool:
+    """Whether all values are finite."""
+    return bool(tensor.isfinite().all())
 
 
 class Run:
@@ -246,11 +251,12 @@ class Run:
                 raise Interrupted(interruption.signal, self._kept)
 
         position = self.position
-        self._check_loss()
+        self._check_finite()
         loss, right, count = self.group.sum(self.totals).tolist()
         rates = loss / max(count, 1), right / max(count, 1)
         self.group.share(self.averaged.buffers())  # each process has its own batch statistics
         test_loss, test_accuracy = self.test(self.averaged, between)
+        self._check_loss("test loss", test_loss)
         row = {
             "epoch": position.epoch + 1,
             "lr": self.schedule.get_last_lr()[0],
@@ -280,11 +286,26 @@ class Run:
         names = {"best.pt": better, f"epoch-{position.epoch}.pt": kept}
         self.save(*(name for name, wanted in names.items() if wanted))
 
-    def _check_loss(self) -> None:
-        loss = self.totals[0].item()
+    def _check_finite(self) -> None:
+        """Raise Problem in all processes if one has diverged: what is saved stays what it is."""
+        self._check_loss("loss", self.group.sum(self.totals)[0].item())
+        if self.group.highest(not all(map(_sound, self._state())))[0]:
+            raise self._diverged("not all parameters", "are finite")
+
+    def _check_loss(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):
-            where = f"epoch {self.position.epoch + 1}"
-            raise Problem(f"the loss of {where} is {loss}: lower --lr; {self._kept}", FAILURE)
+            raise self._diverged(f"the {name}", f"is {loss}")
+
+    def _diverged(self, what: str, how: str) -> Problem:
+        where = f"{what} of epoch {self.position.epoch + 1}"
+        return Problem(f"{where} {how}: lower --lr; {self._kept}", FAILURE)
+
+    def _state(self) -> Iterator[Tensor]:
+        """What is learnt, and what the optimizer keeps of it."""
+        for model in (self.model, self.averaged):
+            yield from model.parameters()
+        for kept in self.optimizer.state.values():
+            yield from filter(torch.is_tensor, kept.values())
 
     @property
     def last(self) -> Path:
@@ -292,7 +313,7 @@ class Run:
 
     def save(self, *names: str) -> None:
         """Write last.pt, and before it the same as files of other ``names``."""
-        self._check_loss()
+        self._check_finite()
         device = self.group.device
         own = {"totals": self.totals.cpu(), "random": torch.get_rng_state()}
         if device.type == "cuda":

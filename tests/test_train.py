@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -26,12 +27,13 @@ from torch.utils.data import TensorDataset
 import cnn
 from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
-from cnn import data, journal
+from cnn import data, journal, models
 from cnn.data import Preparation, Watch
 from cnn.evaluate import Evaluator
 from cnn.group import Group
 from cnn.interruption import ignore_in_worker
 from cnn.journal import Progress
+from cnn.train import Run
 from kernels.device import INTERPRET
 
 ATTACKS = int(os.environ.get("CNN_ATTACKS", 300))
@@ -521,6 +523,62 @@ def test_a_run_that_diverges_stops(cpu, tmp_path):
     code, out, err = cpu.run(*argv, "--output", tmp_path / "run")
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert re.search(r"the loss of epoch 1 is (nan|inf): lower --lr; nothing was saved", err)
+
+
+def poison_model(run: Run) -> None:
+    with torch.no_grad():
+        next(run.model.parameters())[0] = torch.nan
+
+
+def poison_optimizer(run: Run) -> None:
+    next(iter(run.optimizer.state.values()))["exp_avg"][0] = torch.inf
+
+
+DIVERGED = {
+    "loss": ("the loss of epoch 2 is nan", 2, poison_model),
+    "parameters": ("not all parameters of epoch 2 are finite", 4, poison_model),
+    "optimizer": ("not all parameters of epoch 2 are finite", 4, poison_optimizer),
+    "loss within an epoch": ("the loss of epoch 2 is nan", 2, poison_model),
+    "parameters within an epoch": ("not all parameters of epoch 2 are finite", 2, poison_optimizer),
+    "test": ("the test loss of epoch 2 is nan", None, None),
+}
+
+
+@pytest.mark.parametrize("case", DIVERGED)
+def test_a_run_that_diverges_leaves_what_was_good(case, noise, tmp_path, monkeypatch, capsys):
+    """Whatever tells of it first: nothing is saved any more, and the end is no success."""
+    message, at, poison = DIVERGED[case]
+    step, evaluate = Run._step, Evaluator.__call__
+
+    def poisoned(run, *batch):
+        step(run, *batch)
+        if run.position.epoch == 1 and run.position.step + 1 == at:
+            poison(run)
+
+    def failing(test, *rest):
+        loss, accuracy = evaluate(test, *rest)
+        return (torch.nan, 1.0) if (tmp_path / "last.pt").exists() and not at else (loss, accuracy)
+
+    monkeypatch.setattr(Run, "_step", poisoned)
+    monkeypatch.setattr(Evaluator, "__call__", failing)
+    monkeypatch.setattr(models, "create", lambda name, **options: normed(**options))
+    argv = ["train", "--data", noise, "--epochs", "3", "--batch-size", "24", "--device", "cpu"]
+    argv += ["--save-every", "3" if "within" in case else "1000", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    kept = f"{tmp_path}/last.pt holds epoch 1 of 3"
+    assert line == f"python -m cnn: {message}: lower --lr; {kept}"
+    last, best = (checkpoints.load(tmp_path / name) for name in ("last.pt", "best.pt"))
+    assert last["position"]["epoch"] == best["position"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    assert len(numbers(tmp_path)) == 1
+
+
+def test_a_log_is_json():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        journal.Journal(Path(), 0).write([{"epoch": 1, "train_loss": math.nan}], last=True)
 
 
 BAD = {
