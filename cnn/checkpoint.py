@@ -12,12 +12,14 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+import triton
 from torch import Tensor, nn
 
 from . import models
@@ -38,13 +40,22 @@ def save(checkpoint: dict[str, Any], *paths: Path) -> None:
 
     Raises OSError that names the path where that cannot be done.
     """
-    packages = ("torch", "triton", "numpy", "triton-cnn")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     whole = BytesIO()  # torch.save into a file hides what the system says of a full disk
-    torch.save({"format": FORMAT, "versions": versions, **checkpoint}, whole)
+    torch.save({"format": FORMAT, "versions": versions(), **checkpoint}, whole)
     sealed = seal(whole.getbuffer())
     for path in paths:
         write(path, sealed)
+
+
+def versions() -> dict[str, str]:
+    """What computes here, by the modules: a package of Triton's has one of several names."""
+    modules = {"torch": torch, "triton": triton, "numpy": numpy}
+    known = {name: str(module.__version__) for name, module in modules.items()}
+    try:
+        own = version("triton-cnn")
+    except PackageNotFoundError:  # a checkout, or a bundle
+        own = "not installed"
+    return {"python": platform.python_version(), **known, "triton-cnn": own}
 
 
 def seal(archive: memoryview | bytes) -> bytes:

@@ -5,10 +5,12 @@ import os
 import random
 import re
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import cnn
 from cnn import checkpoint as checkpoints
@@ -40,6 +42,18 @@ def test_save_and_load(tmp_path):
                 "triton-cnn",
             }
     assert files(tmp_path) == ["best.pt", "last.pt"]
+
+
+def test_versions_need_no_installed_packages(monkeypatch):
+    """A checkout has no metadata, and those of ROCm's or a nightly Triton have another name."""
+    known = checkpoints.versions()
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(checkpoints, "version", missing)
+    assert checkpoints.versions() == {**known, "triton-cnn": "not installed"}
+    assert known["triton"] == triton.__version__
 
 
 def test_the_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
