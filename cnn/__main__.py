@@ -286,14 +286,17 @@ def check_fit(
 ) -> None:
     """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
     outputs = len([*model.parameters()][-1])
+    channels = next(weight.shape[1] for weight in model.parameters() if weight.dim() > 1)
     if found.classes != known.classes or len(known.classes) != outputs:
         differ = sorted({*found.classes} ^ {*known.classes})
         which = f": {differ[0]} is one of the two alone" if differ else ""
         raise Problem(f"--data: its classes are not those of {args.checkpoint}{which}")
     if found.pixels != known.pixels:
         raise Problem(f"--data: its images are not of the type that {args.checkpoint} is for")
-    if found.channels != known.channels:
-        raise Problem(f"--data: {args.checkpoint} is for images of {known.channels} channels")
+    if found.channels != channels:
+        raise Problem(
+            f"--data: {args.checkpoint} is for images of {channels} channels, not {found.channels}"
+        )
 
 
 def predict(args: argparse.Namespace) -> None:

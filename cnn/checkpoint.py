@@ -173,18 +173,66 @@ def _checked(read: tuple[Any, bool], path: Path) -> dict[str, Any]:
 def build(name: str, parameters: dict[str, Tensor], image_size: int, path: Path) -> nn.Module:
     """The model ``name`` with the parameters of ``path``, which tell its classes and channels.
 
-    Raises Problem where they do not fit together.
+    Raises Problem if they do not fit together.
     """
-    weights = [value for value in parameters.values() if value.dim() > 1]
-    try:
-        options = {"num_classes": len(weights[-1]), "in_channels": weights[0].shape[1]}
-        with warnings.catch_warnings(action="ignore"):  # of an empty layer
-            model = models.create(name, image_size=image_size, **options)
-        model.load_state_dict(parameters)
-    except (IndexError, RuntimeError):
-        size = f"{image_size}x{image_size} pixels"
-        raise Problem(f"{path} does not hold the parameters of {name} for {size}") from None
+    if name not in models.list():
+        raise Problem(f"{path} is of a model {name}, which is none of {', '.join(models.list())}")
+    known_as = f"{name} for {image_size}x{image_size} pixels"
+    with warnings.catch_warnings(action="ignore"):  # of an empty layer
+        with torch.device("meta"):
+            outline = models.create(name, image_size=image_size)
+        parameters = _unwrapped(parameters, outline)
+        first, *_, last = (n for n, value in outline.named_parameters() if value.dim() > 1)
+        if misfits := [n for n in (first, last) if n not in parameters or parameters[n].dim() < 2]:
+            raise _unfit(outline, parameters, known_as, path, misfits)
+        options = {"num_classes": len(parameters[last]), "in_channels": parameters[first].shape[1]}
+        model = models.create(name, image_size=image_size, **options)
+    fill(model, parameters, known_as, path)
     return model
+
+
+def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path) -> None:
+    """Give a model the parameters of ``path``. Raises Problem if they are not its own."""
+    parameters = _unwrapped(parameters, model)
+    try:
+        model.load_state_dict(parameters)
+    except RuntimeError:
+        raise _unfit(model, parameters, known_as, path, []) from None
+
+
+def _unwrapped(parameters: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by their names in the model, to which DataParallel and torch.compile add."""
+    if parameters.keys() & model.state_dict().keys():
+        return parameters
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in parameters):
+            bare = {name.removeprefix(prefix): value for name, value in parameters.items()}
+            return _unwrapped(bare, model)
+    return parameters
+
+
+def _unfit(
+    model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path, misfits: list[str]
+) -> Problem:
+    """What is told of parameters that do not fit, the first ``misfits`` before others."""
+    known = model.state_dict()
+    shapes = {name: "x".join(map(str, value.shape)) for name, value in parameters.items()}
+    lacking = [name for name in known if name not in parameters]
+    foreign = [name for name in parameters if name not in known]
+    differ = [n for n in known if n in shapes and known[n].shape != parameters[n].shape]
+    if lacking:
+        reason = f"it lacks {_several(lacking)}"
+    elif foreign:
+        reason = f"it holds {_several(foreign)} besides"
+    else:
+        name, *_ = [*misfits, *differ]
+        wanted = "x".join(map(str, known[name].shape))
+        reason = f"its {name} is {shapes[name] or 'a number'}, not {wanted}"
+    return Problem(f"{path} does not hold the parameters of {known_as}: {reason}")
+
+
+def _several(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def description(checkpoint: dict[str, Any]) -> Description:

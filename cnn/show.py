@@ -115,10 +115,8 @@ def _loaded(
     if ":" not in args.model:
         model = checkpoints.build(args.model, parameters, size, checkpoint)
     else:
-        try:
-            (model := _created(args.model, size)).load_state_dict(parameters)
-        except RuntimeError:
-            raise Problem(f"{checkpoint} does not hold the parameters of {args.model}") from None
+        model = _created(args.model, size)
+        checkpoints.fill(model, parameters, args.model, checkpoint)
     return model, args.model, _description(model, size), None
 
 

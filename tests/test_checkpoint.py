@@ -219,10 +219,54 @@ def test_a_state_dict_alone_is_a_model_if_it_is_named(tmp_path):
     loaded = checkpoints.build("lenet5", parameters, 32, path)
     for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    for name, size in (("lenet5", 28), ("vgg_small", 32)):
-        words = f"does not hold the parameters of {name} for {size}x{size} pixels"
-        with pytest.raises(Problem, match=words):
-            checkpoints.build(name, parameters, size, path)
+
+
+def wrapped(prefix: str):
+    return lambda state: {f"{prefix}{name}": value for name, value in state.items()}
+
+
+NAMED = {
+    "sorted": lambda state: dict(sorted(state.items())),
+    "reversed": lambda state: dict(reversed(state.items())),
+    "parallel": wrapped("module."),
+    "compiled": wrapped("_orig_mod."),
+    "both": wrapped("module._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("model", ["resnet18", "vgg_small"])
+def test_parameters_are_known_by_name_in_any_order(model, name, tmp_path):
+    path = tmp_path / "bare.pt"
+    state = cnn.models.create(model, num_classes=3, in_channels=2, image_size=32).state_dict()
+    torch.save(NAMED[name](state), path)
+    parameters, _ = checkpoints.load_parameters(path)
+    loaded = checkpoints.build(model, parameters, 32, path).state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+UNFIT = {
+    "another model": (("vgg_small", 32), {}, "it lacks features.1.weight and 5 more"),
+    "another size": (("lenet5", 28), {}, "its classifier.0.weight is 120x400, not 120x256"),
+    "less": (("lenet5", 32), {"classifier.2.bias": None}, "it lacks classifier.2.bias"),
+    "more": (("lenet5", 32), {"x": torch.ones(1)}, "it holds x besides"),
+    "flat": (("lenet5", 32), {"features.0.weight": torch.ones(9)}, "features.0.weight is 9, not"),
+    "number": (("lenet5", 32), {"classifier.4.weight": torch.ones(())}, "weight is a number, not"),
+    "unknown": (("lenet6", 32), {}, "x.pt is of a model lenet6, which is none of alexnet, "),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_parameters_that_do_not_fit_are_told_apart(case):
+    (name, size), change, message = UNFIT[case]
+    state = {**cnn.models.lenet5(num_classes=7, in_channels=3).state_dict(), **change}
+    parameters = {key: value for key, value in state.items() if value is not None}
+    with pytest.raises(Problem) as caught:
+        checkpoints.build(name, parameters, size, Path("x.pt"))
+    if name != "lenet6":
+        known = f"x.pt does not hold the parameters of {name} for {size}x{size} pixels: "
+        assert str(caught.value).startswith(known)
+    assert message in str(caught.value)
 
 
 def test_a_run_begins_without_what_a_killed_one_was_writing(tmp_path):

@@ -628,6 +628,7 @@ BAD = {
     "eval {tmp}/bare.pt --model lenet5": "parameters alone: say by --data what to test on",
     "eval {tmp}/bare.pt --data digits --model vgg_small": "{tmp}/bare.pt does not hold the parame",
     "eval {tmp}/bare.pt --data digits --model lenet5 --size 16": "of lenet5 for 16x16 pixels",
+    "eval {tmp}/rgb.pt --data digits --model lenet5": "rgb.pt is for images of 3 channels, not 1",
     "eval {tmp}/last.pt --model vgg_small": "--model: vgg_small contradicts lenet5 of",
     "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
     "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
@@ -646,6 +647,7 @@ def test_bad_arguments_get_one_line_and_exit_code_2(line, message, tmp_path, cap
     torch.save([1], tmp_path / "list.pt")
     state = cnn.models.lenet5(num_classes=2).state_dict()
     torch.save(state, tmp_path / "bare.pt")
+    torch.save(cnn.models.lenet5(in_channels=3).state_dict(), tmp_path / "rgb.pt")
     described = {"classes": ("a", "b"), "size": 32, "mean": (0.5,), "std": (0.5,)}
     contents = {"config": {"model": "lenet5", "lr": 0.25}, "description": described}
     contents |= {"state_dict": state, "position": {}, "training": {}}
