@@ -178,7 +178,7 @@ def _train(
     checkpoint = None
     if source:
         checkpoint = checkpoints.load(source)
-        config = Config(**checkpoint["config"]).resumed(given, source)
+        config = Config.of(checkpoint, source).resumed(given, source)
         chosen_data(args.data, config.data, source)
     if group.first:
         _check_free(folder, source, args.overwrite)
@@ -235,7 +235,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Test a trained model: a table of its classes, their confusion, its speed and accuracy."""
     parameters, checkpoint = checkpoints.load_parameters(args.checkpoint)
     if checkpoint:
-        trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
+        trained = Config.of(checkpoint, args.checkpoint)
+        known = checkpoints.description(checkpoint, args.checkpoint)
         check_agreed(args, "model", trained.model)
         check_agreed(args, "size", known.size)
     else:
@@ -302,7 +303,8 @@ def check_fit(
 def predict(args: argparse.Namespace) -> None:
     """Print a line an image: its path, then the likeliest classes with their probabilities."""
     checkpoint = checkpoints.load(args.checkpoint)
-    trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
+    trained = Config.of(checkpoint, args.checkpoint)
+    known = checkpoints.description(checkpoint, args.checkpoint)
     check_pixels(known, args.checkpoint)
     parameters = checkpoint["state_dict"]
     model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)

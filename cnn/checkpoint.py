@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from . import models
 from .data import Description
 from .problem import Problem
+
+T = TypeVar("T")
 
 FORMAT = 2
 KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
@@ -150,10 +153,15 @@ def load_parameters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | Non
     Raises Problem if ``path`` holds something else.
     """
     contents, sealed = _read(path)
-    if isinstance(contents, dict) and contents and all(map(torch.is_tensor, contents.values())):
+    if isinstance(contents, dict) and contents and all(map(_is_parameter, contents.items())):
         return contents, None
     checkpoint = _checked((contents, sealed), path)
     return checkpoint["state_dict"], checkpoint
+
+
+def _is_parameter(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def _checked(read: tuple[Any, bool], path: Path) -> dict[str, Any]:
@@ -167,6 +175,11 @@ def _checked(read: tuple[Any, bool], path: Path) -> dict[str, Any]:
         raise Problem(f"{path} is damaged: it lacks the digest at its end")
     if not checkpoint.keys() >= KEYS:
         raise Problem(f"{path} lacks {', '.join(sorted(KEYS - checkpoint.keys()))}")
+    for name in sorted(KEYS - {"format"}):
+        _check_type(checkpoint[name], name, dict, str(path))
+    for name, value in checkpoint["state_dict"].items():
+        if not _is_parameter((name, value)):
+            raise Problem(f"{path} has a parameter {name}={value!r:.50}, which is no tensor")
     return checkpoint
 
 
@@ -235,9 +248,43 @@ def _several(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
-def description(checkpoint: dict[str, Any]) -> Description:
-    """What the data was on which the model of a checkpoint was trained."""
-    return Description(**checkpoint["description"])
+def description(checkpoint: dict[str, Any], path: Path) -> Description:
+    """What the data was on which the model of the checkpoint ``path`` was trained."""
+    known = record(Description, checkpoint["description"], f"the description in {path}")
+    if not 0 < len(known.mean) == len(known.std):
+        raise Problem(
+            f"the description in {path} has {len(known.mean)} means and {len(known.std)} deviations"
+        )
+    return known
+
+
+def configuration(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """How the model of the checkpoint ``path`` was trained: its name, data, seed and more."""
+    config = checkpoint["config"]
+    for name, kind in (("model", str), ("data", str), ("seed", int)):
+        _check_type(config.get(name), name, kind, f"the configuration in {path}")
+    return config
+
+
+def record(kind: type[T], values: dict[str, Any], known_as: str) -> T:
+    """A dataclass of ``values``. Raises Problem that names what it lacks or does not know."""
+    hints = get_type_hints(kind)
+    if unknown := sorted(map(str, values.keys() - hints.keys())):
+        raise Problem(f"{known_as} holds {unknown[0]}, which this version does not know")
+    for name, value in values.items():
+        _check_type(value, name, hints[name], known_as)
+    try:
+        return kind(**values)
+    except TypeError:
+        lacking = next(name for name in hints if name not in values)
+        raise Problem(f"{known_as} lacks {lacking}") from None
+
+
+def _check_type(value: Any, name: str, hint: Any, known_as: str) -> None:
+    plain = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+    if not isinstance(value, plain | int if float in (hint, *get_args(hint)) else plain):
+        wanted = hint.__name__ if isinstance(hint, type) else hint
+        raise Problem(f"{known_as} has {name}={value!r:.50}, which is no {wanted}")
 
 
 def _read(path: Path) -> tuple[Any, bool]:

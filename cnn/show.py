@@ -104,7 +104,8 @@ def _loaded(
     """The model of a file, its name, its images, and how it was trained where that is told."""
     parameters, whole = checkpoints.load_parameters(checkpoint)
     if whole:
-        known, config = checkpoints.description(whole), whole["config"]
+        known = checkpoints.description(whole, checkpoint)
+        config = checkpoints.configuration(whole, checkpoint)
         check_agreed(args, "model", config["model"])
         check_agreed(args, "size", known.size)
         model = checkpoints.build(config["model"], parameters, known.size, checkpoint)

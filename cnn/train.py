@@ -24,6 +24,7 @@ from .evaluate import Evaluator, autocast, in_workers, tally
 from .group import Group
 from .interruption import Interrupted, Interruption
 from .journal import Journal, Progress, tell
+from .options import AMP
 from .problem import FAILURE, Problem
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
@@ -63,6 +64,19 @@ class Config:
     compile: bool = False
     sync_bn: bool = False
     seed: int = 0
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any], path: Path) -> "Config":
+        """The configuration in the checkpoint ``path``. Raises Problem if it is none."""
+        values, known_as = (
+            checkpoints.configuration(checkpoint, path),
+            f"the configuration in {path}",
+        )
+        config = checkpoints.record(cls, values, known_as)
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("amp", AMP)):
+            if (value := vars(config)[name]) not in known:
+                raise Problem(f"{known_as} has {name}={value!r}, none of {', '.join(known)}")
+        return config
 
     def resumed(self, given: dict[str, Any], path: Path) -> "Config":
         """This configuration of the checkpoint ``path``, if the arguments ``given`` agree with it.
@@ -353,24 +367,33 @@ class Run:
         With another number the order of images stays, and dropout draws anew.
         """
         training = checkpoint["training"]
-        known, found = checkpoints.description(checkpoint), self.data.description
+        known, found = checkpoints.description(checkpoint, path), self.data.description
         if replace(known, identity="") != replace(found, identity=""):
             raise Problem(f"--data: {self.config.data} is not what {path} was trained on")
-        if training["images"] != len(self.data.train):
-            counts = f"{len(self.data.train)} images to train with, {training['images']}"
+        if (count := training.get("images")) != len(self.data.train):
+            counts = f"{len(self.data.train)} images to train with, {count}"
             raise Problem(f"--data: {self.config.data} holds {counts} when {path} was saved")
         if known.identity not in ("", found.identity):
             raise Problem(
                 f"--data: {self.config.data} holds other images than when {path} was saved"
             )
+        self.position = checkpoints.record(
+            Position, checkpoint["position"], f"the position in {path}"
+        )
+        try:
+            self._load(training)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise Problem(f"{path} does not hold what this run goes on from: {reason}") from error
+        self._kept = f"{path} holds {self.place}"
+
+    def _load(self, training: dict[str, Any]) -> None:
         self.model.load_state_dict(training["model"])
         if self.average:
             self.average.load_state_dict(training["average"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
         self.scaler.load_state_dict(training["scaler"])
-        self.position = Position(**checkpoint["position"])
-        self._kept = f"{path} holds {self.place}"
         processes = training["processes"]
         if len(processes) == self.group.world:
             own = processes[self.group.rank]

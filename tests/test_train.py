@@ -476,6 +476,53 @@ def test_a_run_goes_back_to_its_best_only_if_it_is_said(cpu, finished, tmp_path)
     assert (code, files(run)) == (0, files(finished)), err
 
 
+def changed(part: str, **changes: object):
+    """A part of a checkpoint with other values, or without those that are None."""
+
+    def change(checkpoint: dict) -> None:
+        values = {**checkpoint[part], **changes}
+        checkpoint[part] = {key: value for key, value in values.items() if value is not None}
+
+    return change
+
+
+MALFORMED = {
+    "the configuration in {} holds warp, which this version": changed("config", warp=1),
+    "the configuration in {} has lr='fast', which is no float | None": changed("config", lr="fast"),
+    "the configuration in {} has optimizer='adam', none of adamw": changed(
+        "config", optimizer="adam"
+    ),
+    "the configuration in {} has model=None, which is no str": changed("config", model=None),
+    "{} has position=3, which is no dict": lambda checkpoint: checkpoint.update(position=3),
+    "the position in {} has step='1', which is no int": changed("position", step="1"),
+    "the description in {} lacks mean": changed("description", mean=None),
+    "the description in {} has 1 means and 2 deviations": changed("description", std=(1.0, 1.0)),
+    "{} has a parameter x=1, which is no tensor": changed("state_dict", x=1),
+    "{} does not hold what this run goes on from: KeyError: 'optimizer'": changed(
+        "training", optimizer=None
+    ),
+    "{} does not hold what this run goes on from: TypeError: ": changed("training", model=3),
+    "{} does not hold what this run goes on from: RuntimeError: ": changed("training", model={}),
+}
+
+
+@pytest.mark.parametrize("message", MALFORMED)
+def test_a_checkpoint_that_is_no_whole_run_is_named(message, finished, tmp_path, capsys):
+    """As another version may write it: sealed, but not as this one has it."""
+    path = tmp_path / "last.pt"
+    checkpoint = checkpoints.load(finished / "last.pt")
+    MALFORMED[message](checkpoint)
+    torch.save(checkpoint, path)
+    path.write_bytes(checkpoints.seal(path.read_bytes()))
+    whole = path.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--resume", str(path), "--device", "cpu"])
+    err = capsys.readouterr().err
+    assert (stop.value.code, err.count("\n")) == (2, 1)
+    assert message.format(path) in err
+    assert (files(tmp_path), path.read_bytes()) == ({"last.pt"}, whole)
+
+
 def paint(folder: Path) -> Path:
     """Twelve images each of blue and of red, and a broken one."""
     for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
