@@ -219,11 +219,13 @@ class Run:
             for images, labels in self.loader:
                 self._step(images, self.watch(labels))
                 position.step += 1
+                diverged = False
                 if bar.advance(config.batch_size):
                     loss, right, count = self.totals.tolist()
                     count = max(count, 1)  # none where all images are broken
                     bar.show(loss=f"{loss / count:.4f}", accuracy=f"{right / count:.3f}")
-                signal, due = self.group.highest(interruption.signal, self._due())
+                    diverged = not math.isfinite(loss)  # which ends the attempt to save
+                signal, due = self.group.highest(interruption.signal, self._due() or diverged)
                 if signal or (due and position.step < steps):
                     self.save()
                 if signal:

@@ -18,8 +18,8 @@ from cnn.problem import Problem
 
 CONTENTS = {key: {} for key in checkpoints.KEYS - {"format", "versions"}}
 
-ATTACKS = int(os.environ.get("CNN_ATTACKS", 300))
-"""Bits that are flipped in a file, each in a copy of it."""
+EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
+FLIPS = 300 * max(1, EXAMPLES)
 
 
 def files(folder: Path) -> list[str]:
@@ -158,11 +158,11 @@ def test_what_is_no_checkpoint_is_named_and_left_alone(case, tmp_path, monkeypat
 
 def damages(whole: bytes) -> Iterator[bytes]:
     """The file with a bit flipped, with its end cut off, or with a block of zeros."""
-    draw = random.Random(0)
-    for _ in range(ATTACKS):
+    draw = random.Random(EXAMPLES)
+    for _ in range(FLIPS):
         at = draw.randrange(len(whole))
         yield whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
-    for end in (-1, -2, -22, *(draw.randrange(len(whole)) for _ in range(ATTACKS // 4))):
+    for end in (-1, -2, -22, *(draw.randrange(len(whole)) for _ in range(FLIPS // 4))):
         yield whole[:end]
     for block in range(0, len(whole), 4096):
         zeros = bytes(len(whole[block : block + 4096]))

@@ -36,7 +36,7 @@ from cnn.journal import Progress
 from cnn.train import Run
 from kernels.device import INTERPRET
 
-ATTACKS = int(os.environ.get("CNN_ATTACKS", 300))
+EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
 RUN = ["last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"]
 
 
@@ -195,17 +195,17 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp
 
 def test_a_run_that_is_killed_again_and_again_goes_on_with_the_same_bits(cpu, noise, tmp_path):
     """SIGKILL at drawn moments loses at most the steps since the last checkpoint."""
-    draw = random.Random(0)
+    draw = random.Random(EXAMPLES)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    last = parts / "last.pt"
-    argv = ["train", "--data", noise, "--epochs", 10, "--batch-size", 4, "--save-every", 7]
+    kills = 20 * max(1, EXAMPLES)
+    argv = ["train", "--data", noise, "--epochs", kills, "--batch-size", 4, "--save-every", 7]
     assert cpu.run(*argv, "--output", whole)[0] == 0
     resume, done = [], []
-    for _ in range(4):
-        moment = {"SIGNAL_AFTER_SAVES": draw.randint(1, 4), "SIGNAL_DELAY": draw.uniform(0, 0.03)}
+    for _ in range(kills):
+        moment = {"SIGNAL_AFTER_SAVES": draw.randint(1, 2), "SIGNAL_DELAY": draw.uniform(0, 0.03)}
         code, *_ = cpu.run(*argv, "--output", parts, *resume, SIGNAL="SIGKILL", **moment)
         assert code == -signal.SIGKILL
-        position = checkpoints.load(last)["position"]
+        position = checkpoints.load(parts / "last.pt")["position"]
         assert position["step"] % 7 == 0
         done.append((position["epoch"], position["step"]))
         resume = ["--resume"]
@@ -405,6 +405,43 @@ def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_
     assert re.fullmatch(r"kernels: aten \(cpu\)\ntest accuracy 0\.\d{3}\n", out)
 
 
+def damaged(whole: bytes, draw: random.Random) -> bytes:
+    """A file with a bit flipped, cut, or with a block of zeros."""
+    at = draw.randrange(len(whole))
+    other = draw.choice(
+        (
+            whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :],
+            whole[:at],
+            whole[:at] + bytes(min(512, len(whole) - at)) + whole[at + 512 :],
+        )
+    )
+    return other if other != whole else damaged(whole, draw)  # the block was one of zeros
+
+
+def test_no_damage_to_any_file_of_a_run_is_used(cpu, noise, tmp_path):
+    """Of checkpoints all is refused, by whatever reads them; logs and curves are made anew."""
+    draw = random.Random(EXAMPLES)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    argv = ["train", "--data", noise, "--epochs", 3, "--batch-size", 24, "--keep-every", 1]
+    assert cpu.run(*argv, "--output", whole)[0] == 0
+    assert cpu.run(*argv, "--output", parts, SIGNAL_AFTER_SAVES=2)[0] == 130
+    for path in sorted(parts.glob("*.pt")):
+        sound = path.read_bytes()
+        for command in ("train --resume", "eval", "predict", "show filters --checkpoint"):
+            path.write_bytes(damaged(sound, draw))
+            before = {path: path.read_bytes() for path in parts.iterdir()}
+            words = [*command.split(), path, *([whole] if command == "predict" else [])]
+            code, out, err = cpu.run(*words)
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert f"{path} is damaged" in err
+            assert before == {path: path.read_bytes() for path in parts.iterdir()}
+        path.write_bytes(sound)
+    for name in ("log.csv", "log.jsonl"):
+        (parts / name).write_bytes(damaged((parts / name).read_bytes(), draw))
+    assert cpu.run(*argv, "--output", parts, "--resume")[0] == 0
+    assert_same_runs(whole, parts)
+
+
 PARTS = ["best.pt", "epoch-1.pt", "log.csv", "log.jsonl", "curves.png"]
 
 
@@ -451,7 +488,7 @@ def test_a_folder_has_one_run_at_a_time(cpu, noise, tmp_path):
     assert code == 130, err
 
 
-@pytest.mark.parametrize("pair", range(max(1, ATTACKS // 60)))
+@pytest.mark.parametrize("pair", range(5 * max(1, EXAMPLES)))
 def test_of_two_starts_at_once_one_is_a_whole_run(pair, cpu, noise, tmp_path):
     argv = ["train", "--data", noise, "--batch-size", 24, "--epochs", 2, "--save-every", 1]
     seeds = 2 * pair, 2 * pair + 1
@@ -621,6 +658,36 @@ def test_a_run_that_diverges_leaves_what_was_good(case, noise, tmp_path, monkeyp
     assert last["position"]["epoch"] == best["position"]["epoch"] == 1
     assert all(value.isfinite().all() for value in last["state_dict"].values())
     assert len(numbers(tmp_path)) == 1
+
+
+def test_a_loss_that_is_shown_as_nan_ends_the_run(noise, tmp_path, monkeypatch, capsys):
+    """Hours may pass until the next checkpoint."""
+    step, steps = Run._step, []
+
+    def poisoned(run, *batch):
+        step(run, *batch)
+        steps.append(run.position.step)
+        poison_model(run)
+
+    monkeypatch.setattr(Run, "_step", poisoned)
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    monkeypatch.setattr(models, "create", lambda name, **options: normed(**options))
+    argv = ["train", "--data", noise, "--batch-size", "24", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--output", str(tmp_path)])
+    assert capsys.readouterr().err.endswith(
+        "the loss of epoch 1 is nan: lower --lr; nothing was saved\n"
+    )
+    assert (steps, files(tmp_path)) == ([0, 1], set())
+
+
+def test_all_processes_end_if_a_run_diverges(cpu, noise, tmp_path):
+    argv = ["train", "--data", noise, "--batch-size", 24, "--lr", 1e30, "--schedule", "constant"]
+    pair = start_twice(cpu, *argv, "--output", tmp_path)
+    assert [fork.wait() for fork in pair] == [1, 1]
+    for fork in pair:
+        assert "loss of epoch 1 is nan: lower --lr; nothing was saved" in fork.err.read_text()
+    assert files(tmp_path) == set()
 
 
 def test_a_log_is_json():
