@@ -190,13 +190,13 @@ def _train(
     rest = {"broken": args.broken, "keep_every": args.keep_every}
     setting = Setting(folder, args.workers, period, in_seconds, **rest)
     run = Run(config, setting, sets, group)
-    if group.first and not (source and source.parent.samefile(folder)):
-        for path in checkpoints.results(folder):
-            path.unlink()
     if source and checkpoint:
         run.restore(checkpoint, source)
         if group.first:
             tell(f"resumed {source}: {run.place}")
+    if group.first and not (source and source.parent.samefile(folder)):
+        for path in checkpoints.results(folder):
+            path.unlink()
     try:
         with Interruption() as interruption:
             run.go(interruption)

@@ -45,9 +45,9 @@ def save(checkpoint: dict[str, Any], *paths: Path) -> None:
     """
     whole = BytesIO()  # torch.save into a file hides what the system says of a full disk
     torch.save({"format": FORMAT, "versions": versions(), **checkpoint}, whole)
-    sealed = seal(whole.getbuffer())
+    seal(whole)
     for path in paths:
-        write(path, sealed)
+        write(path, whole.getbuffer())
 
 
 def versions() -> dict[str, str]:
@@ -61,12 +61,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **known, "triton-cnn": own}
 
 
-def seal(archive: memoryview | bytes) -> bytes:
-    """A file of torch.save's with a digest at its end, as the comment that a ZIP file may have."""
-    comment = len(MARK) + DIGITS
-    # The last two bytes of a ZIP file without a comment are the length of it.
-    marked = b"".join((archive[:-2], comment.to_bytes(2, "little"), MARK))
-    return marked + _digest(marked)
+def seal(file: BytesIO) -> None:
+    """End what torch.save wrote in a digest, as the comment that a ZIP file may have."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, of which there was none
+    file.write((len(MARK) + DIGITS).to_bytes(2, "little") + MARK)
+    digest = _digest(file.getbuffer())
+    file.write(digest)
 
 
 def _digest(contents: memoryview | bytes) -> bytes:

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,10 @@ def cut(path: Path) -> None:
 
 
 def sealed(contents: object, path: Path) -> None:
-    torch.save(contents, path)
-    path.write_bytes(checkpoints.seal(path.read_bytes()))
+    file = BytesIO()
+    torch.save(contents, file)
+    checkpoints.seal(file)
+    path.write_bytes(file.getvalue())
 
 
 WHOLE = {**CONTENTS, "format": checkpoints.FORMAT, "versions": {}}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import types
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -425,9 +426,10 @@ def test_no_damage_to_any_file_of_a_run_is_used(cpu, noise, tmp_path):
     argv = ["train", "--data", noise, "--epochs", 3, "--batch-size", 24, "--keep-every", 1]
     assert cpu.run(*argv, "--output", whole)[0] == 0
     assert cpu.run(*argv, "--output", parts, SIGNAL_AFTER_SAVES=2)[0] == 130
+    show = f"show filters --output {tmp_path}/filters --checkpoint"
     for path in sorted(parts.glob("*.pt")):
         sound = path.read_bytes()
-        for command in ("train --resume", "eval", "predict", "show filters --checkpoint"):
+        for command in ("train --resume", "eval", "predict", show):
             path.write_bytes(damaged(sound, draw))
             before = {path: path.read_bytes() for path in parts.iterdir()}
             words = [*command.split(), path, *([whole] if command == "predict" else [])]
@@ -546,18 +548,22 @@ MALFORMED = {
 @pytest.mark.parametrize("message", MALFORMED)
 def test_a_checkpoint_that_is_no_whole_run_is_named(message, finished, tmp_path, capsys):
     """As another version may write it: sealed, but not as this one has it."""
-    path = tmp_path / "last.pt"
+    path, other = tmp_path / "last.pt", tmp_path / "other"
     checkpoint = checkpoints.load(finished / "last.pt")
     MALFORMED[message](checkpoint)
-    torch.save(checkpoint, path)
-    path.write_bytes(checkpoints.seal(path.read_bytes()))
-    whole = path.read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "--resume", str(path), "--device", "cpu"])
-    err = capsys.readouterr().err
-    assert (stop.value.code, err.count("\n")) == (2, 1)
-    assert message.format(path) in err
-    assert (files(tmp_path), path.read_bytes()) == ({"last.pt"}, whole)
+    file = BytesIO()
+    torch.save(checkpoint, file)
+    checkpoints.seal(file)
+    path.write_bytes(file.getvalue())
+    shutil.copytree(finished, other)
+    for more in ([], ["--output", str(other), "--overwrite"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", "--resume", str(path), "--device", "cpu", *more])
+        err = capsys.readouterr().err
+        assert (stop.value.code, err.count("\n")) == (2, 1)
+        assert message.format(path) in err
+    assert (files(tmp_path), path.read_bytes()) == ({"last.pt", "other"}, file.getvalue())
+    assert files(other) == files(finished)
 
 
 def paint(folder: Path) -> Path:
