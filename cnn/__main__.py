@@ -1,8 +1,8 @@
 """Train and test image classifiers, and show what they have learned.
 
 Results go to stdout; progress and errors go to stderr. Exit codes: 0, 1 for what failed, 2 for
-arguments or files that cannot be used, 130 after Ctrl-C and 143 after SIGTERM. ``torchrun`` starts
-``train`` on several GPUs.
+arguments or files that cannot be used, 128 and its number for a signal, so 130 after Ctrl-C.
+``torchrun`` starts ``train`` on several GPUs.
 """
 
 import argparse
@@ -12,9 +12,11 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
@@ -149,22 +151,37 @@ def train(args: argparse.Namespace) -> None:
     """Train a model; its checkpoints, log and curves go to a folder."""
     names = [field.name for field in fields(Config)]
     given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
-    config, checkpoint = Config(**given), None
+    config = Config(**given)
     folder = args.output or Path("runs", f"{config.model}-{config.data.partition(':')[0]}")
     source = folder / "last.pt" if args.resume == LAST else args.resume
     if source:
-        checkpoint = checkpoints.load(source)
-        config = Config(**checkpoint["config"]).resumed(given, source)
-        chosen_data(args.data, config.data, source)
         folder = args.output or source.parent
-    last = folder / "last.pt"
-    if last.exists() and not args.overwrite and not (source and source.samefile(last)):
-        raise Problem(
-            f"{folder} holds a run: --resume it, --overwrite it, or name another --output"
-        )
+        if not source.exists():
+            checkpoints.load(source)  # which says so, before a folder is made
     group = Group(args.device)
+    with checkpoints.claimed(folder) if group.first else nullcontext(True) as locked:
+        if not locked:
+            tell(f"{folder}: its file system has no locks, which would keep other runs out")
+        group.highest(0)  # until the first has the folder, other runs may write there
+        _train(args, config, given, folder, source, group)
+
+
+def _train(
+    args: argparse.Namespace,
+    config: Config,
+    given: dict[str, Any],
+    folder: Path,
+    source: Path | None,
+    group: Group,
+) -> None:
+    """Train in a folder that no other run uses, on from the checkpoint ``source`` if there is."""
+    checkpoint = None
+    if source:
+        checkpoint = checkpoints.load(source)
+        config = Config.of(checkpoint, source).resumed(given, source)
+        chosen_data(args.data, config.data, source)
     if group.first:
-        checkpoints.prepare(folder)
+        _check_free(folder, source, args.overwrite)
     sets = load_data(config.data, config.size, config.seed)
     if group.first:
         _tell_notes(sets)
@@ -173,12 +190,13 @@ def train(args: argparse.Namespace) -> None:
     rest = {"broken": args.broken, "keep_every": args.keep_every}
     setting = Setting(folder, args.workers, period, in_seconds, **rest)
     run = Run(config, setting, sets, group)
-    if group.first and not checkpoint:
-        checkpoints.clear(folder)
-    if checkpoint:
+    if source and checkpoint:
         run.restore(checkpoint, source)
         if group.first:
             tell(f"resumed {source}: {run.place}")
+    if group.first and not (source and source.parent.samefile(folder)):
+        for path in checkpoints.results(folder):
+            path.unlink()
     try:
         with Interruption() as interruption:
             run.go(interruption)
@@ -188,6 +206,16 @@ def train(args: argparse.Namespace) -> None:
         group.close()
         raise
     group.close()
+
+
+def _check_free(folder: Path, source: Path | None, overwrite: bool) -> None:
+    """Raise Problem if a folder holds a run that is neither continued nor to be replaced."""
+    last = folder / "last.pt"
+    continued = source and last.exists() and source.samefile(last)
+    if not continued and not overwrite and checkpoints.results(folder):
+        raise Problem(
+            f"{folder} holds a run: --resume it, --overwrite it, or name another --output"
+        )
 
 
 def _tell_notes(sets: data.Data) -> None:
@@ -207,7 +235,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """Test a trained model: a table of its classes, their confusion, its speed and accuracy."""
     parameters, checkpoint = checkpoints.load_parameters(args.checkpoint)
     if checkpoint:
-        trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
+        trained = Config.of(checkpoint, args.checkpoint)
+        known = checkpoints.description(checkpoint, args.checkpoint)
         check_agreed(args, "model", trained.model)
         check_agreed(args, "size", known.size)
     else:
@@ -258,20 +287,24 @@ def check_fit(
 ) -> None:
     """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
     outputs = len([*model.parameters()][-1])
+    channels = next(weight.shape[1] for weight in model.parameters() if weight.dim() > 1)
     if found.classes != known.classes or len(known.classes) != outputs:
         differ = sorted({*found.classes} ^ {*known.classes})
         which = f": {differ[0]} is one of the two alone" if differ else ""
         raise Problem(f"--data: its classes are not those of {args.checkpoint}{which}")
     if found.pixels != known.pixels:
         raise Problem(f"--data: its images are not of the type that {args.checkpoint} is for")
-    if found.channels != known.channels:
-        raise Problem(f"--data: {args.checkpoint} is for images of {known.channels} channels")
+    if found.channels != channels:
+        raise Problem(
+            f"--data: {args.checkpoint} is for images of {channels} channels, not {found.channels}"
+        )
 
 
 def predict(args: argparse.Namespace) -> None:
     """Print a line an image: its path, then the likeliest classes with their probabilities."""
     checkpoint = checkpoints.load(args.checkpoint)
-    trained, known = Config(**checkpoint["config"]), checkpoints.description(checkpoint)
+    trained = Config.of(checkpoint, args.checkpoint)
+    known = checkpoints.description(checkpoint, args.checkpoint)
     check_pixels(known, args.checkpoint)
     parameters = checkpoint["state_dict"]
     model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
@@ -313,7 +346,8 @@ def report(where: torch.device, share: float) -> None:
 def say(line: str) -> None:
     """A line on stderr; of several processes the number is told."""
     rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"python -m cnn{rank}: {plain(line)}", file=sys.stderr)
+    with suppress(OSError):  # a terminal that is gone
+        print(f"python -m cnn{rank}: {plain(line)}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

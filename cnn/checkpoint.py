@@ -1,22 +1,41 @@
-"""Checkpoints: files that are whole at any moment, and that run no code when they are read."""
+"""Checkpoints: files that are whole at any moment, and that run no code when they are read.
 
+They end in a digest of all that is before it, so that no damage is taken for a run.
+"""
+
+import errno
+import fcntl
+import hashlib
 import os
 import platform
 import warnings
-from importlib.metadata import version
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy
 import torch
+import triton
 from torch import Tensor, nn
 
 from . import models
 from .data import Description
 from .problem import Problem
 
-FORMAT = 1
+T = TypeVar("T")
+
+FORMAT = 2
 KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
+FILES = ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png")
+"""What a run writes; and epoch-N.pt."""
+
+MARK = b"triton-cnn blake2b "
+DIGITS = 32
 
 
 def save(checkpoint: dict[str, Any], *paths: Path) -> None:
@@ -24,12 +43,34 @@ def save(checkpoint: dict[str, Any], *paths: Path) -> None:
 
     Raises OSError that names the path where that cannot be done.
     """
-    packages = ("torch", "triton", "numpy", "triton-cnn")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     whole = BytesIO()  # torch.save into a file hides what the system says of a full disk
-    torch.save({"format": FORMAT, "versions": versions, **checkpoint}, whole)
+    torch.save({"format": FORMAT, "versions": versions(), **checkpoint}, whole)
+    seal(whole)
     for path in paths:
         write(path, whole.getbuffer())
+
+
+def versions() -> dict[str, str]:
+    """What computes here, by the modules: a package of Triton's has one of several names."""
+    modules = {"torch": torch, "triton": triton, "numpy": numpy}
+    known = {name: str(module.__version__) for name, module in modules.items()}
+    try:
+        own = version("triton-cnn")
+    except PackageNotFoundError:  # a checkout, or a bundle
+        own = "not installed"
+    return {"python": platform.python_version(), **known, "triton-cnn": own}
+
+
+def seal(file: BytesIO) -> None:
+    """End what torch.save wrote in a digest, as the comment that a ZIP file may have."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, of which there was none
+    file.write((len(MARK) + DIGITS).to_bytes(2, "little") + MARK)
+    digest = _digest(file.getbuffer())
+    file.write(digest)
+
+
+def _digest(contents: memoryview | bytes) -> bytes:
+    return hashlib.blake2b(contents, digest_size=DIGITS // 2).hexdigest().encode()
 
 
 def write(path: Path, contents: Any) -> None:
@@ -53,27 +94,46 @@ def write(path: Path, contents: Any) -> None:
         part.unlink(missing_ok=True)
 
 
-def prepare(folder: Path) -> None:
-    """Make the folder of a run, without what a killed one was writing.
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Make the folder of a run, and keep other processes out of it; the lock ends with this one.
 
-    Raises Problem where nothing can be written there.
+    Gives whether the file system has locks, without which nobody is kept out. Removes what a killed
+    run was writing. Raises Problem if another run has the folder, or if nothing can be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for part in folder.glob(".*.part"):
-            part.unlink(missing_ok=True)
-        write(folder / "last.pt.try", b"")
-        (folder / "last.pt.try").unlink(missing_ok=True)
+        file = (folder / ".lock").open("a")
     except OSError as error:
         raise Problem(f"cannot write {folder}: {error.strerror}") from None
+    with file:
+        locked = _lock(file.fileno(), folder)
+        try:
+            for name in (*FILES, "epoch-*.pt"):
+                for part in folder.glob(f".{name}.*.part"):
+                    part.unlink(missing_ok=True)
+            write(folder / "last.pt.try", b"")
+            (folder / "last.pt.try").unlink(missing_ok=True)
+        except OSError as error:
+            raise Problem(f"cannot write {folder}: {error.strerror}") from None
+        yield locked
 
 
-def clear(folder: Path) -> None:
-    """Remove the run that ``folder`` holds, and nothing else."""
-    for name in ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"):
-        (folder / name).unlink(missing_ok=True)
-    for path in kept(folder).values():
-        path.unlink()
+def _lock(file: int, folder: Path) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a loader's workers do not inherit
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise Problem(f"{folder} is in use by another run: name another --output") from None
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise Problem(f"cannot lock {folder}: {error.strerror}") from None
+    return True
+
+
+def results(folder: Path) -> list[Path]:
+    """The files of a run that ``folder`` holds."""
+    return [*filter(Path.exists, map(folder.joinpath, FILES)), *kept(folder).values()]
 
 
 def kept(folder: Path) -> dict[int, Path]:
@@ -83,58 +143,173 @@ def kept(folder: Path) -> dict[int, Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote, on the CPU. Raises Problem where ``path`` holds something else."""
-    checkpoint = _read(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
-        raise Problem(f"{path} is not a checkpoint of python -m cnn train")
-    if checkpoint["format"] != FORMAT:
-        raise Problem(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}")
-    if not checkpoint.keys() >= KEYS:
-        raise Problem(f"{path} lacks {', '.join(sorted(KEYS - checkpoint.keys()))}")
-    return checkpoint
+    """Read what ``save`` wrote, on the CPU. Raises Problem if ``path`` holds something else."""
+    return _checked(_read(path), path)
 
 
 def load_parameters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The parameters in a checkpoint, and it; or those of a bare file, as torchvision's, and None.
 
-    Raises Problem where ``path`` holds something else.
+    Raises Problem if ``path`` holds something else.
     """
-    contents = _read(path)
-    if isinstance(contents, dict) and contents and all(map(torch.is_tensor, contents.values())):
+    contents, sealed = _read(path)
+    if isinstance(contents, dict) and contents and all(map(_is_parameter, contents.items())):
         return contents, None
-    checkpoint = load(path)
+    checkpoint = _checked((contents, sealed), path)
     return checkpoint["state_dict"], checkpoint
+
+
+def _is_parameter(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    return isinstance(name, str) and isinstance(value, Tensor)
+
+
+def _checked(read: tuple[Any, bool], path: Path) -> dict[str, Any]:
+    """What was read of ``path`` if it is a checkpoint, and as it was written."""
+    checkpoint, sealed = read
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
+        raise Problem(f"{path} is not a checkpoint of python -m cnn train")
+    if checkpoint["format"] != FORMAT:
+        raise Problem(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}")
+    if not sealed:
+        raise Problem(f"{path} is damaged: it lacks the digest at its end")
+    if not checkpoint.keys() >= KEYS:
+        raise Problem(f"{path} lacks {', '.join(sorted(KEYS - checkpoint.keys()))}")
+    for name in sorted(KEYS - {"format"}):
+        _check_type(checkpoint[name], name, dict, str(path))
+    for name, value in checkpoint["state_dict"].items():
+        if not _is_parameter((name, value)):
+            raise Problem(f"{path} has a parameter {name}={value!r:.50}, which is no tensor")
+    return checkpoint
 
 
 def build(name: str, parameters: dict[str, Tensor], image_size: int, path: Path) -> nn.Module:
     """The model ``name`` with the parameters of ``path``, which tell its classes and channels.
 
-    Raises Problem where they do not fit together.
+    Raises Problem if they do not fit together.
     """
-    weights = [value for value in parameters.values() if value.dim() > 1]
-    try:
-        options = {"num_classes": len(weights[-1]), "in_channels": weights[0].shape[1]}
-        with warnings.catch_warnings(action="ignore"):  # of an empty layer
-            model = models.create(name, image_size=image_size, **options)
-        model.load_state_dict(parameters)
-    except (IndexError, RuntimeError):
-        size = f"{image_size}x{image_size} pixels"
-        raise Problem(f"{path} does not hold the parameters of {name} for {size}") from None
+    if name not in models.list():
+        raise Problem(f"{path} is of a model {name}, which is none of {', '.join(models.list())}")
+    known_as = f"{name} for {image_size}x{image_size} pixels"
+    with warnings.catch_warnings(action="ignore"):  # of an empty layer
+        with torch.device("meta"):
+            outline = models.create(name, image_size=image_size)
+        parameters = _unwrapped(parameters, outline)
+        first, *_, last = (n for n, value in outline.named_parameters() if value.dim() > 1)
+        if misfits := [n for n in (first, last) if n not in parameters or parameters[n].dim() < 2]:
+            raise _unfit(outline, parameters, known_as, path, misfits)
+        options = {"num_classes": len(parameters[last]), "in_channels": parameters[first].shape[1]}
+        model = models.create(name, image_size=image_size, **options)
+    fill(model, parameters, known_as, path)
     return model
 
 
-def description(checkpoint: dict[str, Any]) -> Description:
-    """What the data was on which the model of a checkpoint was trained."""
-    return Description(**checkpoint["description"])
-
-
-def _read(path: Path) -> Any:
+def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path) -> None:
+    """Give a model the parameters of ``path``. Raises Problem if they are not its own."""
+    parameters = _unwrapped(parameters, model)
     try:
-        file = path.open("rb")
+        model.load_state_dict(parameters)
+    except RuntimeError:
+        raise _unfit(model, parameters, known_as, path, []) from None
+
+
+def _unwrapped(parameters: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by their names in the model, to which DataParallel and torch.compile add."""
+    if parameters.keys() & model.state_dict().keys():
+        return parameters
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in parameters):
+            bare = {name.removeprefix(prefix): value for name, value in parameters.items()}
+            return _unwrapped(bare, model)
+    return parameters
+
+
+def _unfit(
+    model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path, misfits: list[str]
+) -> Problem:
+    """What is told of parameters that do not fit, the first ``misfits`` before others."""
+    known = model.state_dict()
+    shapes = {name: "x".join(map(str, value.shape)) for name, value in parameters.items()}
+    lacking = [name for name in known if name not in parameters]
+    foreign = [name for name in parameters if name not in known]
+    differ = [n for n in known if n in shapes and known[n].shape != parameters[n].shape]
+    if lacking:
+        reason = f"it lacks {_several(lacking)}"
+    elif foreign:
+        reason = f"it holds {_several(foreign)} besides"
+    else:
+        name, *_ = [*misfits, *differ]
+        wanted = "x".join(map(str, known[name].shape))
+        reason = f"its {name} is {shapes[name] or 'a number'}, not {wanted}"
+    return Problem(f"{path} does not hold the parameters of {known_as}: {reason}")
+
+
+def _several(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+
+
+def description(checkpoint: dict[str, Any], path: Path) -> Description:
+    """What the data was on which the model of the checkpoint ``path`` was trained."""
+    known = record(Description, checkpoint["description"], f"the description in {path}")
+    if not 0 < len(known.mean) == len(known.std):
+        raise Problem(
+            f"the description in {path} has {len(known.mean)} means and {len(known.std)} deviations"
+        )
+    return known
+
+
+def configuration(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """How the model of the checkpoint ``path`` was trained: its name, data, seed and more."""
+    config = checkpoint["config"]
+    for name, kind in (("model", str), ("data", str), ("seed", int)):
+        _check_type(config.get(name), name, kind, f"the configuration in {path}")
+    return config
+
+
+def record(kind: type[T], values: dict[str, Any], known_as: str) -> T:
+    """A dataclass of ``values``. Raises Problem that names what it lacks or does not know."""
+    hints = get_type_hints(kind)
+    if unknown := sorted(map(str, values.keys() - hints.keys())):
+        raise Problem(f"{known_as} holds {unknown[0]}, which this version does not know")
+    for name, value in values.items():
+        _check_type(value, name, hints[name], known_as)
+    try:
+        return kind(**values)
+    except TypeError:
+        lacking = next(name for name in hints if name not in values)
+        raise Problem(f"{known_as} lacks {lacking}") from None
+
+
+def _check_type(value: Any, name: str, hint: Any, known_as: str) -> None:
+    plain = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+    if not isinstance(value, plain | int if float in (hint, *get_args(hint)) else plain):
+        wanted = hint.__name__ if isinstance(hint, type) else hint
+        raise Problem(f"{known_as} has {name}={value!r:.50}, which is no {wanted}")
+
+
+def _read(path: Path) -> tuple[Any, bool]:
+    """What a file holds, and whether it ends in a digest, which is then right."""
+    try:
+        whole = path.read_bytes()
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from None
-    with file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged file can raise anything
-            raise Problem(f"{path} is damaged or not a checkpoint") from None
+    sealed = whole.endswith(MARK, 0, -DIGITS)
+    if sealed and _digest(memoryview(whole)[:-DIGITS]) != whole[-DIGITS:]:
+        raise Problem(f"{path} is damaged: its digest is not that of its contents")
+    try:
+        damaged = None if sealed else _wrong_crc(BytesIO(whole))
+        contents = torch.load(BytesIO(whole), map_location="cpu", weights_only=True)
+    except Exception:  # a damaged file can raise anything
+        raise Problem(f"{path} is damaged or not a checkpoint") from None
+    if damaged:
+        raise Problem(f"{path} is damaged: the CRC of {damaged} in it is wrong")
+    return contents, sealed
+
+
+def _wrong_crc(file: BytesIO) -> str | None:
+    """A part of a ZIP file whose CRC, which torch.load does not look at, is wrong."""
+    if not zipfile.is_zipfile(file):
+        return None
+    with zipfile.ZipFile(file) as archive:
+        # All are 0 if torch was told to compute none.
+        return archive.testzip() if any(part.CRC for part in archive.infolist()) else None

@@ -1,8 +1,11 @@
-"""Ctrl-C and SIGTERM, taken at the end of a step."""
+"""Ctrl-C and the signals of schedulers and terminals, taken at the end of a step."""
 
 import os
 import signal
+import threading
 from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
@@ -15,7 +18,9 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Within it, ``signal`` is 0 until SIGINT or SIGTERM arrives, and then its number.
+    """Within it, ``signal`` is 0 until one of SIGNALS arrives, and then its number.
+
+    SIGHUP does not count if it is ignored, as nohup has it.
 
     A second Ctrl-C raises KeyboardInterrupt at once. Not under torchrun, which passes on the Ctrl-C
     that a terminal has already sent to each process.
@@ -30,7 +35,9 @@ class Interruption:
         self.signal = number
 
     def __enter__(self) -> "Interruption":
-        self._before = {n: signal.signal(n, self._take) for n in (signal.SIGINT, signal.SIGTERM)}
+        kept_off = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        taken = [n for n in SIGNALS if not (n == signal.SIGHUP and kept_off)]
+        self._before = {n: signal.signal(n, self._take) for n in taken}
         return self
 
     def __exit__(
@@ -44,6 +51,19 @@ class Interruption:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """Leave the end of a loader's worker to the process that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Leave the end of a loader's worker to the process that started it.
+
+    A scheduler signals all processes at once, and the run can save only if its workers go on.
+    """
+    for number in SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process by a SIGTERM of its parent's, and of no other's."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ class Journal:
         writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         write(self.folder / "log.csv", table.getvalue().encode())
-        write(self.folder / "log.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        write(self.folder / "log.jsonl", "".join(lines).encode())
         if last or time.monotonic() - self._drawn > 30:  # drawing takes its time
             try:
                 write(self.folder / "curves.png", curves(rows))
@@ -132,5 +134,6 @@ class Progress:
 
 
 def tell(line: str) -> None:
-    """A line of progress; a bar that is on show steps aside."""
-    tqdm.write(plain(line), file=sys.stderr)
+    """A line of progress; a bar that is on show steps aside. Nobody hears it if stderr is gone."""
+    with suppress(OSError):
+        tqdm.write(plain(line), file=sys.stderr)

@@ -104,7 +104,8 @@ def _loaded(
     """The model of a file, its name, its images, and how it was trained where that is told."""
     parameters, whole = checkpoints.load_parameters(checkpoint)
     if whole:
-        known, config = checkpoints.description(whole), whole["config"]
+        known = checkpoints.description(whole, checkpoint)
+        config = checkpoints.configuration(whole, checkpoint)
         check_agreed(args, "model", config["model"])
         check_agreed(args, "size", known.size)
         model = checkpoints.build(config["model"], parameters, known.size, checkpoint)
@@ -115,10 +116,8 @@ def _loaded(
     if ":" not in args.model:
         model = checkpoints.build(args.model, parameters, size, checkpoint)
     else:
-        try:
-            (model := _created(args.model, size)).load_state_dict(parameters)
-        except RuntimeError:
-            raise Problem(f"{checkpoint} does not hold the parameters of {args.model}") from None
+        model = _created(args.model, size)
+        checkpoints.fill(model, parameters, args.model, checkpoint)
     return model, args.model, _description(model, size), None
 
 

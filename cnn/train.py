@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from operator import eq
 from pathlib import Path
@@ -24,6 +24,7 @@ from .evaluate import Evaluator, autocast, in_workers, tally
 from .group import Group
 from .interruption import Interrupted, Interruption
 from .journal import Journal, Progress, tell
+from .options import AMP
 from .problem import FAILURE, Problem
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
@@ -63,6 +64,19 @@ class Config:
     compile: bool = False
     sync_bn: bool = False
     seed: int = 0
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any], path: Path) -> "Config":
+        """The configuration in the checkpoint ``path``. Raises Problem if it is none."""
+        values, known_as = (
+            checkpoints.configuration(checkpoint, path),
+            f"the configuration in {path}",
+        )
+        config = checkpoints.record(cls, values, known_as)
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("amp", AMP)):
+            if (value := vars(config)[name]) not in known:
+                raise Problem(f"{known_as} has {name}={value!r}, none of {', '.join(known)}")
+        return config
 
     def resumed(self, given: dict[str, Any], path: Path) -> "Config":
         """This configuration of the checkpoint ``path``, if the arguments ``given`` agree with it.
@@ -106,6 +120,11 @@ class Position:
     step: int = 0
     best: float = -1.0
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _sound(tensor: Tensor) -> bool:
+    """Whether all values are finite."""
+    return bool(tensor.isfinite().all())
 
 
 class Run:
@@ -200,11 +219,13 @@ class Run:
             for images, labels in self.loader:
                 self._step(images, self.watch(labels))
                 position.step += 1
+                diverged = False
                 if bar.advance(config.batch_size):
                     loss, right, count = self.totals.tolist()
                     count = max(count, 1)  # none where all images are broken
                     bar.show(loss=f"{loss / count:.4f}", accuracy=f"{right / count:.3f}")
-                signal, due = self.group.highest(interruption.signal, self._due())
+                    diverged = not math.isfinite(loss)  # which ends the attempt to save
+                signal, due = self.group.highest(interruption.signal, self._due() or diverged)
                 if signal or (due and position.step < steps):
                     self.save()
                 if signal:
@@ -246,11 +267,12 @@ class Run:
                 raise Interrupted(interruption.signal, self._kept)
 
         position = self.position
-        self._check_loss()
+        self._check_finite()
         loss, right, count = self.group.sum(self.totals).tolist()
         rates = loss / max(count, 1), right / max(count, 1)
         self.group.share(self.averaged.buffers())  # each process has its own batch statistics
         test_loss, test_accuracy = self.test(self.averaged, between)
+        self._check_loss("test loss", test_loss)
         row = {
             "epoch": position.epoch + 1,
             "lr": self.schedule.get_last_lr()[0],
@@ -280,11 +302,26 @@ class Run:
         names = {"best.pt": better, f"epoch-{position.epoch}.pt": kept}
         self.save(*(name for name, wanted in names.items() if wanted))
 
-    def _check_loss(self) -> None:
-        loss = self.totals[0].item()
+    def _check_finite(self) -> None:
+        """Raise Problem in all processes if one has diverged: what is saved stays what it is."""
+        self._check_loss("loss", self.group.sum(self.totals)[0].item())
+        if self.group.highest(not all(map(_sound, self._state())))[0]:
+            raise self._diverged("not all parameters", "are finite")
+
+    def _check_loss(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):
-            where = f"epoch {self.position.epoch + 1}"
-            raise Problem(f"the loss of {where} is {loss}: lower --lr; {self._kept}", FAILURE)
+            raise self._diverged(f"the {name}", f"is {loss}")
+
+    def _diverged(self, what: str, how: str) -> Problem:
+        where = f"{what} of epoch {self.position.epoch + 1}"
+        return Problem(f"{where} {how}: lower --lr; {self._kept}", FAILURE)
+
+    def _state(self) -> Iterator[Tensor]:
+        """What is learnt, and what the optimizer keeps of it."""
+        for model in (self.model, self.averaged):
+            yield from model.parameters()
+        for kept in self.optimizer.state.values():
+            yield from filter(torch.is_tensor, kept.values())
 
     @property
     def last(self) -> Path:
@@ -292,7 +329,7 @@ class Run:
 
     def save(self, *names: str) -> None:
         """Write last.pt, and before it the same as files of other ``names``."""
-        self._check_loss()
+        self._check_finite()
         device = self.group.device
         own = {"totals": self.totals.cpu(), "random": torch.get_rng_state()}
         if device.type == "cuda":
@@ -332,24 +369,33 @@ class Run:
         With another number the order of images stays, and dropout draws anew.
         """
         training = checkpoint["training"]
-        known, found = checkpoints.description(checkpoint), self.data.description
+        known, found = checkpoints.description(checkpoint, path), self.data.description
         if replace(known, identity="") != replace(found, identity=""):
             raise Problem(f"--data: {self.config.data} is not what {path} was trained on")
-        if training["images"] != len(self.data.train):
-            counts = f"{len(self.data.train)} images to train with, {training['images']}"
+        if (count := training.get("images")) != len(self.data.train):
+            counts = f"{len(self.data.train)} images to train with, {count}"
             raise Problem(f"--data: {self.config.data} holds {counts} when {path} was saved")
         if known.identity not in ("", found.identity):
             raise Problem(
                 f"--data: {self.config.data} holds other images than when {path} was saved"
             )
+        self.position = checkpoints.record(
+            Position, checkpoint["position"], f"the position in {path}"
+        )
+        try:
+            self._load(training)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise Problem(f"{path} does not hold what this run goes on from: {reason}") from error
+        self._kept = f"{path} holds {self.place}"
+
+    def _load(self, training: dict[str, Any]) -> None:
         self.model.load_state_dict(training["model"])
         if self.average:
             self.average.load_state_dict(training["average"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.schedule.load_state_dict(training["schedule"])
         self.scaler.load_state_dict(training["scaler"])
-        self.position = Position(**checkpoint["position"])
-        self._kept = f"{path} holds {self.place}"
         processes = training["processes"]
         if len(processes) == self.group.world:
             own = processes[self.group.rank]

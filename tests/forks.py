@@ -39,7 +39,8 @@ class Forks:
 
     It knows one model more, "normed". Under SIGNAL_AFTER_SAVES=N a process signals itself right
     after writing its Nth checkpoint, or SIGNAL_DELAY seconds later: Ctrl-C, or what SIGNAL names,
-    SIGNAL_TIMES in a row.
+    SIGNAL_TIMES in a row. GROUP makes it the first of a process group, IGNORED names a signal that
+    it ignores from the start, and STDERR a file that takes its errors.
     """
 
     def __init__(self, server: subprocess.Popen, folder: Path):
@@ -135,6 +136,10 @@ def run(argv: list[str], environment: dict[str, str], out: str, err: str) -> int
     from cnn.__main__ import main
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may ignore it
+    if "GROUP" in environment:
+        os.setpgid(0, 0)
+    if name := environment.get("IGNORED"):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     os.environ.update(environment)
     sys.path.extend(filter(None, [environment.get("PYTHONPATH")]))
     if saves := environment.get("SIGNAL_AFTER_SAVES"):
@@ -144,7 +149,7 @@ def run(argv: list[str], environment: dict[str, str], out: str, err: str) -> int
             int(environment.get("SIGNAL_TIMES", 1)),
             float(environment.get("SIGNAL_DELAY", 0)),
         )
-    for path, number in (out, 1), (err, 2):
+    for path, number in (out, 1), (environment.get("STDERR", err), 2):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     code = 0
     try:

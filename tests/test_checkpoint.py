@@ -1,17 +1,26 @@
 """Checkpoints are whole at any moment, run no code, and say what is wrong with them."""
 
+import errno
 import os
+import random
 import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import cnn
 from cnn import checkpoint as checkpoints
 from cnn.problem import Problem
 
 CONTENTS = {key: {} for key in checkpoints.KEYS - {"format", "versions"}}
+
+EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
+FLIPS = 300 * max(1, EXAMPLES)
 
 
 def files(folder: Path) -> list[str]:
@@ -34,6 +43,18 @@ def test_save_and_load(tmp_path):
                 "triton-cnn",
             }
     assert files(tmp_path) == ["best.pt", "last.pt"]
+
+
+def test_versions_need_no_installed_packages(monkeypatch):
+    """A checkout has no metadata, and those of ROCm's or a nightly Triton have another name."""
+    known = checkpoints.versions()
+
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(checkpoints, "version", missing)
+    assert checkpoints.versions() == {**known, "triton-cnn": "not installed"}
+    assert known["triton"] == triton.__version__
 
 
 def test_the_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
@@ -91,6 +112,14 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def sealed(contents: object, path: Path) -> None:
+    file = BytesIO()
+    torch.save(contents, file)
+    checkpoints.seal(file)
+    path.write_bytes(file.getvalue())
+
+
+WHOLE = {**CONTENTS, "format": checkpoints.FORMAT, "versions": {}}
 BAD = {
     "none": (lambda path: None, "cannot read {path}: No such file or directory"),
     "folder": (lambda path: path.mkdir(), "cannot read {path}: Is a directory"),
@@ -98,18 +127,19 @@ BAD = {
     "empty": (lambda path: path.touch(), "{path} is damaged or not a checkpoint"),
     "cut": (cut, "{path} is damaged or not a checkpoint"),
     "code": (lambda path: torch.save({"format": Code()}, path), "{path} is damaged or not a"),
-    "list": (lambda path: torch.save([1], path), "{path} is not a checkpoint of python -m cnn"),
+    "list": (lambda path: sealed([1], path), "{path} is not a checkpoint of python -m cnn"),
     "foreign": (lambda path: torch.save({"epoch": 3}, path), "{path} is not a checkpoint of"),
     "newer": (
-        lambda path: torch.save({"format": 99}, path),
-        "{path} has format 99, this version reads 1",
+        lambda path: sealed({"format": 99}, path),
+        "{path} has format 99, this version reads 2",
     ),
     "lacking": (
-        lambda path: (
-            checkpoints.save({**CONTENTS} | {"format": 1}, path)
-            or torch.save({k: v for k, v in torch.load(path).items() if k != "training"}, path)
-        ),
+        lambda path: sealed({k: v for k, v in WHOLE.items() if k != "training"}, path),
         "{path} lacks training",
+    ),
+    "without digest": (
+        lambda path: torch.save(WHOLE, path),
+        "{path} is damaged: it lacks the digest at its end",
     ),
 }
 
@@ -129,6 +159,60 @@ def test_what_is_no_checkpoint_is_named_and_left_alone(case, tmp_path, monkeypat
     assert not (tmp_path / "was-run").exists()
 
 
+def damages(whole: bytes) -> Iterator[bytes]:
+    """The file with a bit flipped, with its end cut off, or with a block of zeros."""
+    draw = random.Random(EXAMPLES)
+    for _ in range(FLIPS):
+        at = draw.randrange(len(whole))
+        yield whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :]
+    for end in (-1, -2, -22, *(draw.randrange(len(whole)) for _ in range(FLIPS // 4))):
+        yield whole[:end]
+    for block in range(0, len(whole), 4096):
+        zeros = bytes(len(whole[block : block + 4096]))
+        yield whole[:block] + zeros + whole[block + 4096 :]
+    yield whole + b"\0"
+
+
+def test_no_damage_is_taken_for_a_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    state = cnn.models.lenet5().state_dict()
+    checkpoints.save({**CONTENTS, "state_dict": state}, path)
+    assert torch.load(path).keys() == checkpoints.KEYS
+    for contents in damages(path.read_bytes()):
+        path.write_bytes(contents)
+        for read in (checkpoints.load, checkpoints.load_parameters):
+            with pytest.raises(Problem, match=f"^{path} is (damaged|not a checkpoint)"):
+                read(path)
+
+
+def test_no_damage_of_bare_parameters_changes_them(tmp_path):
+    """A CRC guards each tensor and its name; between them nothing is read."""
+    path = tmp_path / "bare.pt"
+    state = cnn.models.lenet5().state_dict()
+    torch.save(state, path)
+    taken = 0
+    for contents in damages(path.read_bytes()):
+        path.write_bytes(contents)
+        try:
+            found, _ = checkpoints.load_parameters(path)
+        except Problem:
+            continue
+        taken += 1
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], state[name]) for name in state)
+    assert taken < 10
+
+
+def test_parameters_without_crcs_can_be_read(tmp_path):
+    path = tmp_path / "bare.pt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(3)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert checkpoints.load_parameters(path)[0]["w"].tolist() == [1, 1, 1]
+
+
 def test_a_state_dict_alone_is_a_model_if_it_is_named(tmp_path):
     path = tmp_path / "lenet.pth"
     model = cnn.models.lenet5(num_classes=7, in_channels=3)
@@ -138,16 +222,88 @@ def test_a_state_dict_alone_is_a_model_if_it_is_named(tmp_path):
     loaded = checkpoints.build("lenet5", parameters, 32, path)
     for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    for name, size in (("lenet5", 28), ("vgg_small", 32)):
-        words = f"does not hold the parameters of {name} for {size}x{size} pixels"
-        with pytest.raises(Problem, match=words):
-            checkpoints.build(name, parameters, size, path)
+
+
+def wrapped(prefix: str):
+    return lambda state: {f"{prefix}{name}": value for name, value in state.items()}
+
+
+NAMED = {
+    "sorted": lambda state: dict(sorted(state.items())),
+    "reversed": lambda state: dict(reversed(state.items())),
+    "parallel": wrapped("module."),
+    "compiled": wrapped("_orig_mod."),
+    "both": wrapped("module._orig_mod."),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("model", ["resnet18", "vgg_small"])
+def test_parameters_are_known_by_name_in_any_order(model, name, tmp_path):
+    path = tmp_path / "bare.pt"
+    state = cnn.models.create(model, num_classes=3, in_channels=2, image_size=32).state_dict()
+    torch.save(NAMED[name](state), path)
+    parameters, _ = checkpoints.load_parameters(path)
+    loaded = checkpoints.build(model, parameters, 32, path).state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+UNFIT = {
+    "another model": (("vgg_small", 32), {}, "it lacks features.1.weight and 5 more"),
+    "another size": (("lenet5", 28), {}, "its classifier.0.weight is 120x400, not 120x256"),
+    "less": (("lenet5", 32), {"classifier.2.bias": None}, "it lacks classifier.2.bias"),
+    "more": (("lenet5", 32), {"x": torch.ones(1)}, "it holds x besides"),
+    "flat": (("lenet5", 32), {"features.0.weight": torch.ones(9)}, "features.0.weight is 9, not"),
+    "number": (("lenet5", 32), {"classifier.4.weight": torch.ones(())}, "weight is a number, not"),
+    "unknown": (("lenet6", 32), {}, "x.pt is of a model lenet6, which is none of alexnet, "),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_parameters_that_do_not_fit_are_told_apart(case):
+    (name, size), change, message = UNFIT[case]
+    state = {**cnn.models.lenet5(num_classes=7, in_channels=3).state_dict(), **change}
+    parameters = {key: value for key, value in state.items() if value is not None}
+    with pytest.raises(Problem) as caught:
+        checkpoints.build(name, parameters, size, Path("x.pt"))
+    if name != "lenet6":
+        known = f"x.pt does not hold the parameters of {name} for {size}x{size} pixels: "
+        assert str(caught.value).startswith(known)
+    assert message in str(caught.value)
 
 
 def test_a_run_begins_without_what_a_killed_one_was_writing(tmp_path):
     folder = tmp_path / "runs" / "new"
-    checkpoints.prepare(folder)
-    (folder / ".last.pt.123.part").touch()
+    with checkpoints.claimed(folder):
+        assert files(folder) == [".lock"]
+    for name in (".last.pt.123.part", ".epoch-3.pt.123.part", ".last-confusion.png.9.part"):
+        (folder / name).touch()
     (folder / "last.pt").touch()
-    checkpoints.prepare(folder)
-    assert files(folder) == ["last.pt"]
+    with checkpoints.claimed(folder):
+        assert files(folder) == [".last-confusion.png.9.part", ".lock", "last.pt"]
+
+
+@pytest.mark.parametrize(
+    ("number", "given"),
+    [
+        (errno.EAGAIN, "{folder} is in use by another run: name another --output"),
+        (errno.EACCES, "{folder} is in use by another run: name another --output"),
+        (errno.EIO, "cannot lock {folder}: Input/output error"),
+        (errno.ENOSYS, False),
+        (errno.ENOLCK, False),
+    ],
+)
+def test_a_lock_that_is_refused(number, given, tmp_path, monkeypatch):
+    """By another run, by an error, or by a file system that knows none: then there is a run."""
+
+    def refuse(file, flags):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    if given is False:
+        with checkpoints.claimed(tmp_path) as locked:
+            assert locked is False
+        return
+    with pytest.raises(Problem) as caught, checkpoints.claimed(tmp_path):
+        pass
+    assert str(caught.value) == given.format(folder=tmp_path)

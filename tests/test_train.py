@@ -2,13 +2,19 @@
 
 import csv
 import json
+import math
+import multiprocessing
+import os
 import random
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
 import types
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -22,24 +28,37 @@ from torch.utils.data import TensorDataset
 import cnn
 from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
-from cnn import data, journal
+from cnn import data, journal, models
 from cnn.data import Preparation, Watch
 from cnn.evaluate import Evaluator
 from cnn.group import Group
+from cnn.interruption import ignore_in_worker
 from cnn.journal import Progress
+from cnn.train import Run
 from kernels.device import INTERPRET
 
+EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
 RUN = ["last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"]
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """The names of what a run has left, but for its lock, which stays."""
+    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 def numbers(folder: Path) -> list[dict]:
     """What the log says of each epoch, but for its speed."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return [{key: row[key] for key in row if key != "images_per_second"} for row in rows]
+
+
+def await_file(path: Path) -> None:
+    """Wait until another process has made a file."""
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} does not come")
 
 
 def assert_same(first: object, second: object) -> None:
@@ -177,17 +196,17 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp
 
 def test_a_run_that_is_killed_again_and_again_goes_on_with_the_same_bits(cpu, noise, tmp_path):
     """SIGKILL at drawn moments loses at most the steps since the last checkpoint."""
-    draw = random.Random(0)
+    draw = random.Random(EXAMPLES)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    last = parts / "last.pt"
-    argv = ["train", "--data", noise, "--epochs", 10, "--batch-size", 4, "--save-every", 7]
+    kills = 20 * max(1, EXAMPLES)
+    argv = ["train", "--data", noise, "--epochs", kills, "--batch-size", 4, "--save-every", 7]
     assert cpu.run(*argv, "--output", whole)[0] == 0
     resume, done = [], []
-    for _ in range(4):
-        moment = {"SIGNAL_AFTER_SAVES": draw.randint(1, 4), "SIGNAL_DELAY": draw.uniform(0, 0.03)}
+    for _ in range(kills):
+        moment = {"SIGNAL_AFTER_SAVES": draw.randint(1, 2), "SIGNAL_DELAY": draw.uniform(0, 0.03)}
         code, *_ = cpu.run(*argv, "--output", parts, *resume, SIGNAL="SIGKILL", **moment)
         assert code == -signal.SIGKILL
-        position = checkpoints.load(last)["position"]
+        position = checkpoints.load(parts / "last.pt")["position"]
         assert position["step"] % 7 == 0
         done.append((position["epoch"], position["step"]))
         resume = ["--resume"]
@@ -267,6 +286,69 @@ def test_a_second_ctrl_c_ends_at_once(cpu, noise, tmp_path):
     assert checkpoints.load(tmp_path / "last.pt")["position"]["step"] == 2
 
 
+STOPS = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT")
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_to_all_processes_of_a_run_saves_it(name, cpu, noise, tmp_path):
+    """As schedulers and terminals send it: the workers that load images go on until it is saved."""
+    argv = ["train", "--data", noise, "--epochs", 100000, "--batch-size", 4, "--workers", 2]
+    fork = cpu.start(*argv, "--output", tmp_path, "--save-every", 1, GROUP=1)
+    await_file(tmp_path / "last.pt")
+    os.killpg(fork.pid, signal.Signals[name])
+    assert fork.wait() == 128 + signal.Signals[name], fork.err.read_text()
+    *_, line = fork.err.read_text().splitlines()
+    position = checkpoints.load(tmp_path / "last.pt")["position"]
+    words = f"{tmp_path}/last.pt holds epoch {position['epoch']} of 100000"
+    words += f" and {position['step']} steps" if position["step"] else ""
+    assert line == f"python -m cnn: interrupted; {words}"
+
+
+def test_nohup_keeps_a_run_alive(cpu, noise, tmp_path):
+    argv = ["train", "--data", noise, "--epochs", 2, "--batch-size", 24, "--save-every", 1]
+    stop = {"SIGNAL": "SIGHUP", "SIGNAL_AFTER_SAVES": 2}
+    code, _, err = cpu.run(*argv, "--output", tmp_path / "nohup", IGNORED="SIGHUP", **stop)
+    assert code == 0, err
+    assert cpu.run(*argv, "--output", tmp_path / "plain", **stop)[0] == 129
+
+
+def test_a_run_is_saved_when_its_terminal_is_gone(cpu, noise, tmp_path):
+    """Then what it tells fails, of a bar as of a line."""
+    shown, terminal = os.openpty()
+    argv = ["train", "--data", noise, "--epochs", 100000, "--batch-size", 4, "--save-every", 1]
+    fork = cpu.start(*argv, "--output", tmp_path, STDERR=os.ttyname(terminal))
+    await_file(tmp_path / "last.pt")
+    os.close(shown)
+    os.close(terminal)
+    time.sleep(0.5)
+    reached = checkpoints.load(tmp_path / "last.pt")["position"]
+    os.kill(fork.pid, signal.SIGHUP)
+    assert fork.wait() == 128 + signal.SIGHUP
+    position = checkpoints.load(tmp_path / "last.pt")["position"]
+    assert (position["epoch"], position["step"]) > (reached["epoch"], reached["step"])
+
+
+def test_a_worker_ends_with_its_parent_alone():
+    """By a SIGTERM of the process that started it, though not by another's."""
+    context = multiprocessing.get_context("fork")
+    up = context.Event()
+    worker = context.Process(target=work, args=(up,), daemon=True)
+    worker.start()
+    assert up.wait(60)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+def work(up) -> None:
+    ignore_in_worker(0)
+    up.set()
+    time.sleep(600)
+
+
 def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(Progress, "EVERY", 0.0)
     progress = Progress("epoch 1/2", 100, 20, "image")
@@ -324,6 +406,166 @@ def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_
     assert re.fullmatch(r"kernels: aten \(cpu\)\ntest accuracy 0\.\d{3}\n", out)
 
 
+def damaged(whole: bytes, draw: random.Random) -> bytes:
+    """A file with a bit flipped, cut, or with a block of zeros."""
+    at = draw.randrange(len(whole))
+    other = draw.choice(
+        (
+            whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :],
+            whole[:at],
+            whole[:at] + bytes(min(512, len(whole) - at)) + whole[at + 512 :],
+        )
+    )
+    return other if other != whole else damaged(whole, draw)  # the block was one of zeros
+
+
+def test_no_damage_to_any_file_of_a_run_is_used(cpu, noise, tmp_path):
+    """Of checkpoints all is refused, by whatever reads them; logs and curves are made anew."""
+    draw = random.Random(EXAMPLES)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    argv = ["train", "--data", noise, "--epochs", 3, "--batch-size", 24, "--keep-every", 1]
+    assert cpu.run(*argv, "--output", whole)[0] == 0
+    assert cpu.run(*argv, "--output", parts, SIGNAL_AFTER_SAVES=2)[0] == 130
+    show = f"show filters --output {tmp_path}/filters --checkpoint"
+    for path in sorted(parts.glob("*.pt")):
+        sound = path.read_bytes()
+        for command in ("train --resume", "eval", "predict", show):
+            path.write_bytes(damaged(sound, draw))
+            before = {path: path.read_bytes() for path in parts.iterdir()}
+            words = [*command.split(), path, *([whole] if command == "predict" else [])]
+            code, out, err = cpu.run(*words)
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert f"{path} is damaged" in err
+            assert before == {path: path.read_bytes() for path in parts.iterdir()}
+        path.write_bytes(sound)
+    for name in ("log.csv", "log.jsonl"):
+        (parts / name).write_bytes(damaged((parts / name).read_bytes(), draw))
+    assert cpu.run(*argv, "--output", parts, "--resume")[0] == 0
+    assert_same_runs(whole, parts)
+
+
+PARTS = ["best.pt", "epoch-1.pt", "log.csv", "log.jsonl", "curves.png"]
+
+
+@pytest.fixture(scope="module")
+def finished(cpu, noise, tmp_path_factory) -> Path:
+    """The folder of a run that is over."""
+    folder = tmp_path_factory.mktemp("finished")
+    argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--keep-every", 1]
+    assert cpu.run(*argv, "--output", folder)[0] == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_no_result_of_a_run_is_replaced_unless_it_is_said(name, cpu, noise, finished, tmp_path):
+    """Not by a new run, and not by one that goes on from elsewhere."""
+    shutil.copy(finished / name, tmp_path)
+    before = (tmp_path / name).read_bytes()
+    argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--output", tmp_path]
+    line = f"python -m cnn: {tmp_path} holds a run: --resume it, --overwrite it, or name another"
+    for more in ([], ["--resume", finished / "last.pt"], ["--lr", 1e30]):
+        code, out, err = cpu.run(*argv, *more)
+        assert (code, out) == (2, "")
+        assert err.startswith(line)
+        assert files(tmp_path) == {name}
+        assert (tmp_path / name).read_bytes() == before
+    code, out, err = cpu.run(*argv, "--overwrite", "--save-every", 1, SIGNAL_AFTER_SAVES=1)
+    assert (code, files(tmp_path)) == (130, {"last.pt"})
+
+
+def test_a_folder_has_one_run_at_a_time(cpu, noise, tmp_path):
+    """A second start is refused, a killed run keeps nobody out."""
+    argv = ["train", "--data", noise, "--batch-size", 4, "--output", tmp_path]
+    argv += ["--workers", 1, "--save-every", 1]
+    first = cpu.start(*argv, "--epochs", 100000)
+    await_file(tmp_path / "last.pt")
+    for more in ([], ["--overwrite"], ["--resume"]):
+        code, out, err = cpu.run(*argv, *more)
+        line = f"python -m cnn: {tmp_path} is in use by another run: name another --output\n"
+        assert (code, out, err) == (2, "", line)
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    resumed = "train", "--resume", tmp_path / "last.pt", "--save-every", 1
+    code, out, err = cpu.run(*resumed, SIGNAL_AFTER_SAVES=1)
+    assert code == 130, err
+
+
+@pytest.mark.parametrize("pair", range(5 * max(1, EXAMPLES)))
+def test_of_two_starts_at_once_one_is_a_whole_run(pair, cpu, noise, tmp_path):
+    argv = ["train", "--data", noise, "--batch-size", 24, "--epochs", 2, "--save-every", 1]
+    seeds = 2 * pair, 2 * pair + 1
+    both = [cpu.start(*argv, "--seed", seed, "--output", tmp_path) for seed in seeds]
+    codes = [fork.wait() for fork in both]
+    # If one ends before the other starts, what it has left is in the other's way.
+    assert sorted(codes) == [0, 2], [fork.err.read_text() for fork in both]
+    checkpoint = checkpoints.load(tmp_path / "last.pt")
+    assert checkpoint["config"]["seed"] == seeds[codes.index(0)]
+    assert checkpoint["position"]["epoch"] == 2
+
+
+def test_a_run_goes_back_to_its_best_only_if_it_is_said(cpu, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    argv = ["train", "--resume", run / "best.pt"]
+    assert cpu.run(*argv)[0] == 2
+    assert {path: path.read_bytes() for path in run.iterdir()} == {
+        run / path.name: path.read_bytes() for path in finished.iterdir()
+    }
+    code, _, err = cpu.run(*argv, "--overwrite")
+    assert (code, files(run)) == (0, files(finished)), err
+
+
+def changed(part: str, **changes: object):
+    """A part of a checkpoint with other values, or without those that are None."""
+
+    def change(checkpoint: dict) -> None:
+        values = {**checkpoint[part], **changes}
+        checkpoint[part] = {key: value for key, value in values.items() if value is not None}
+
+    return change
+
+
+MALFORMED = {
+    "the configuration in {} holds warp, which this version": changed("config", warp=1),
+    "the configuration in {} has lr='fast', which is no float | None": changed("config", lr="fast"),
+    "the configuration in {} has optimizer='adam', none of adamw": changed(
+        "config", optimizer="adam"
+    ),
+    "the configuration in {} has model=None, which is no str": changed("config", model=None),
+    "{} has position=3, which is no dict": lambda checkpoint: checkpoint.update(position=3),
+    "the position in {} has step='1', which is no int": changed("position", step="1"),
+    "the description in {} lacks mean": changed("description", mean=None),
+    "the description in {} has 1 means and 2 deviations": changed("description", std=(1.0, 1.0)),
+    "{} has a parameter x=1, which is no tensor": changed("state_dict", x=1),
+    "{} does not hold what this run goes on from: KeyError: 'optimizer'": changed(
+        "training", optimizer=None
+    ),
+    "{} does not hold what this run goes on from: TypeError: ": changed("training", model=3),
+    "{} does not hold what this run goes on from: RuntimeError: ": changed("training", model={}),
+}
+
+
+@pytest.mark.parametrize("message", MALFORMED)
+def test_a_checkpoint_that_is_no_whole_run_is_named(message, finished, tmp_path, capsys):
+    """As another version may write it: sealed, but not as this one has it."""
+    path, other = tmp_path / "last.pt", tmp_path / "other"
+    checkpoint = checkpoints.load(finished / "last.pt")
+    MALFORMED[message](checkpoint)
+    file = BytesIO()
+    torch.save(checkpoint, file)
+    checkpoints.seal(file)
+    path.write_bytes(file.getvalue())
+    shutil.copytree(finished, other)
+    for more in ([], ["--output", str(other), "--overwrite"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", "--resume", str(path), "--device", "cpu", *more])
+        err = capsys.readouterr().err
+        assert (stop.value.code, err.count("\n")) == (2, 1)
+        assert message.format(path) in err
+    assert (files(tmp_path), path.read_bytes()) == ({"last.pt", "other"}, file.getvalue())
+    assert files(other) == files(finished)
+
+
 def paint(folder: Path) -> Path:
     """Twelve images each of blue and of red, and a broken one."""
     for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
@@ -373,6 +615,92 @@ def test_a_run_that_diverges_stops(cpu, tmp_path):
     assert re.search(r"the loss of epoch 1 is (nan|inf): lower --lr; nothing was saved", err)
 
 
+def poison_model(run: Run) -> None:
+    with torch.no_grad():
+        next(run.model.parameters())[0] = torch.nan
+
+
+def poison_optimizer(run: Run) -> None:
+    next(iter(run.optimizer.state.values()))["exp_avg"][0] = torch.inf
+
+
+DIVERGED = {
+    "loss": ("the loss of epoch 2 is nan", 2, poison_model),
+    "parameters": ("not all parameters of epoch 2 are finite", 4, poison_model),
+    "optimizer": ("not all parameters of epoch 2 are finite", 4, poison_optimizer),
+    "loss within an epoch": ("the loss of epoch 2 is nan", 2, poison_model),
+    "parameters within an epoch": ("not all parameters of epoch 2 are finite", 2, poison_optimizer),
+    "test": ("the test loss of epoch 2 is nan", None, None),
+}
+
+
+@pytest.mark.parametrize("case", DIVERGED)
+def test_a_run_that_diverges_leaves_what_was_good(case, noise, tmp_path, monkeypatch, capsys):
+    """Whatever tells of it first: nothing is saved any more, and the end is no success."""
+    message, at, poison = DIVERGED[case]
+    step, evaluate = Run._step, Evaluator.__call__
+
+    def poisoned(run, *batch):
+        step(run, *batch)
+        if run.position.epoch == 1 and run.position.step + 1 == at:
+            poison(run)
+
+    def failing(test, *rest):
+        loss, accuracy = evaluate(test, *rest)
+        return (torch.nan, 1.0) if (tmp_path / "last.pt").exists() and not at else (loss, accuracy)
+
+    monkeypatch.setattr(Run, "_step", poisoned)
+    monkeypatch.setattr(Evaluator, "__call__", failing)
+    monkeypatch.setattr(models, "create", lambda name, **options: normed(**options))
+    argv = ["train", "--data", noise, "--epochs", "3", "--batch-size", "24", "--device", "cpu"]
+    argv += ["--save-every", "3" if "within" in case else "1000", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    kept = f"{tmp_path}/last.pt holds epoch 1 of 3"
+    assert line == f"python -m cnn: {message}: lower --lr; {kept}"
+    last, best = (checkpoints.load(tmp_path / name) for name in ("last.pt", "best.pt"))
+    assert last["position"]["epoch"] == best["position"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    assert len(numbers(tmp_path)) == 1
+
+
+def test_a_loss_that_is_shown_as_nan_ends_the_run(noise, tmp_path, monkeypatch, capsys):
+    """Hours may pass until the next checkpoint."""
+    step, steps = Run._step, []
+
+    def poisoned(run, *batch):
+        step(run, *batch)
+        steps.append(run.position.step)
+        poison_model(run)
+
+    monkeypatch.setattr(Run, "_step", poisoned)
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    monkeypatch.setattr(models, "create", lambda name, **options: normed(**options))
+    argv = ["train", "--data", noise, "--batch-size", "24", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--output", str(tmp_path)])
+    assert capsys.readouterr().err.endswith(
+        "the loss of epoch 1 is nan: lower --lr; nothing was saved\n"
+    )
+    assert (steps, files(tmp_path)) == ([0, 1], set())
+
+
+def test_all_processes_end_if_a_run_diverges(cpu, noise, tmp_path):
+    argv = ["train", "--data", noise, "--batch-size", 24, "--lr", 1e30, "--schedule", "constant"]
+    pair = start_twice(cpu, *argv, "--output", tmp_path)
+    assert [fork.wait() for fork in pair] == [1, 1]
+    for fork in pair:
+        assert "loss of epoch 1 is nan: lower --lr; nothing was saved" in fork.err.read_text()
+    assert files(tmp_path) == set()
+
+
+def test_a_log_is_json():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        journal.Journal(Path(), 0).write([{"epoch": 1, "train_loss": math.nan}], last=True)
+
+
 BAD = {
     "": "arguments are required",
     "train --epochs 0": "--epochs: '0' is not a whole number from 1",
@@ -420,6 +748,7 @@ BAD = {
     "eval {tmp}/bare.pt --model lenet5": "parameters alone: say by --data what to test on",
     "eval {tmp}/bare.pt --data digits --model vgg_small": "{tmp}/bare.pt does not hold the parame",
     "eval {tmp}/bare.pt --data digits --model lenet5 --size 16": "of lenet5 for 16x16 pixels",
+    "eval {tmp}/rgb.pt --data digits --model lenet5": "rgb.pt is for images of 3 channels, not 1",
     "eval {tmp}/last.pt --model vgg_small": "--model: vgg_small contradicts lenet5 of",
     "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
     "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
@@ -438,6 +767,7 @@ def test_bad_arguments_get_one_line_and_exit_code_2(line, message, tmp_path, cap
     torch.save([1], tmp_path / "list.pt")
     state = cnn.models.lenet5(num_classes=2).state_dict()
     torch.save(state, tmp_path / "bare.pt")
+    torch.save(cnn.models.lenet5(in_channels=3).state_dict(), tmp_path / "rgb.pt")
     described = {"classes": ("a", "b"), "size": 32, "mean": (0.5,), "std": (0.5,)}
     contents = {"config": {"model": "lenet5", "lr": 0.25}, "description": described}
     contents |= {"state_dict": state, "position": {}, "training": {}}
