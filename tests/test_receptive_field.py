@@ -37,6 +37,8 @@ def test_by_hand():
 
 def test_the_box_holds_the_pixels_that_reach_the_center():
     model = fused(network()[:4])
+    for parameter in model.parameters():
+        parameter.data.abs_()  # so that no ReLU is zero
     x = torch.rand(1, 1, 8, 12, requires_grad=True)
     (gradient,) = torch.autograd.grad(model(x)[0, :, 2, 3].sum(), x)
     (seen,) = receptive_field(model, x.detach()[0], ["3"]).seen
