@@ -1,4 +1,4 @@
-# `make demo` trains LeNet-5, `make test` runs the tests, `make test-emulated` all tests of compiled code
+# `make demo` trains and tests LeNet-5, `make test` runs the tests, `make test-emulated` all tests of compiled code
 # in the emulator, `make lint` checks style, layers and types, `make docs` builds the documentation into
 # build/docs, `make hazards` checks machine code for the layers of SUITES with the newest and the oldest
 # Triton (hours, but what is done is not done again).
@@ -33,9 +33,10 @@ VERSION = $$($(PY) -c 'import triton; print(triton.__version__)')
 .PHONY: hazards hazards-newest hazards-oldest hazards-table force
 
 demo: $(READY)
-	@TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
-		$(PY) -m cnn train --model lenet5 --data digits --epochs 4 --batch-size 32 \
-		--lr 0.005 --output $(VENV)/lenet5-digits --overwrite
+	@export TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))'); \
+	$(PY) -m cnn train --model lenet5 --data digits --epochs 5 --batch-size 32 \
+		--lr 0.005 --output $(VENV)/lenet5-digits --overwrite && \
+	$(PY) -m cnn eval $(VENV)/lenet5-digits
 
 test: test-interpreted test-sampled
 
