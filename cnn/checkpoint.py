@@ -29,7 +29,7 @@ from .problem import Problem
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
 FILES = ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png")
 """What a run writes; and epoch-N.pt."""
@@ -140,6 +140,11 @@ def kept(folder: Path) -> dict[int, Path]:
     """The checkpoints of whole epochs that the run in ``folder`` has kept, by epoch."""
     found = {path.stem.removeprefix("epoch-"): path for path in folder.glob("epoch-*.pt")}
     return {int(epoch): found[epoch] for epoch in sorted(filter(str.isdecimal, found), key=int)}
+
+
+def of_run(path: Path, name: str = "best.pt") -> Path:
+    """The file ``path``, or the checkpoint ``name`` of the run whose folder it is."""
+    return path / name if path.is_dir() else path
 
 
 def load(path: Path) -> dict[str, Any]:
