@@ -241,9 +241,13 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def check_tensor(name: str, value: Any, optional: bool = False) -> None:
-    if not isinstance(value, Tensor) and not (optional and value is None):
-        raise TypeError(f"{name} must be a Tensor, got {name}={value!r:.80}")
+def check_tensors(**tensors: Any) -> None:
+    """That all are tensors; those may be None that an operator does without."""
+    for name, value in tensors.items():
+        if value is None and name not in ("input", "weight", "indices"):
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {name}={value!r:.80}")
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
