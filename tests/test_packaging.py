@@ -39,8 +39,8 @@ cnn.compile_backend
 cnn.summary cnn.export
 cnn.convert
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
-cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
-cnn.models.hed
+cnn.models.vgg cnn.models.vgg_small
+cnn.models.hed cnn.models.zfnet
 cnn.models
 cnn
 cnn.data.batches cnn.data.prepare cnn.data.formats cnn.data.pixels
