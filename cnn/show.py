@@ -468,7 +468,7 @@ def show(args: argparse.Namespace) -> None:
         print(lines(table))
     command = shlex.join(["python", "-m", "cnn", *sys.argv[1:]])
     caption = f"{args.what} of {args.checkpoint or args.model}"
-    text = page(caption, command, {caption: picture}, table)
+    text = page(caption, command, picture, table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for path, contents in zip(paths, (picture, text.encode()), strict=True):
         write(path, contents)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..journal import new_figure
-from ..summary import summary, table
+from ..summary import by, summary, table
 from ..text import caption
 from .layers import evaluating
 
@@ -57,7 +57,7 @@ class Architecture:
         """A line a block."""
         rows = [("block", "kind", "output", "parameters")]
         for name, kind, _, size, parameters in self.blocks:
-            rows.append((name, kind, _by(size), f"{parameters:,}"))
+            rows.append((name, kind, by(size), f"{parameters:,}"))
         return table(rows, "<<>>")
 
     def figure(self) -> Any:
@@ -130,7 +130,7 @@ def _draw(axes: Any, block: Block, place: Point, scale: _Scale) -> float:
         axes.add_patch(_polygon(face, COLOURS[block.group], shade))
     kinds = "\n+ ".join(_cut(kind) for kind in block.kind.split(" + "))
     count = f"{_short(block.parameters)} parameters" if block.parameters else ""
-    details = "\n".join(filter(None, (kinds, _by(block.size), count)))
+    details = "\n".join(filter(None, (kinds, by(block.size), count)))
     words = {"ha": "center", "va": "top", "fontsize": 6.5}
     axes.text(place[0], place[1] + 0.47, caption(_cut(block.name)), weight="bold", **words)
     axes.text(place[0], place[1] + 0.57, details, linespacing=1.1, **words)
@@ -159,10 +159,6 @@ def _cut(text: str) -> str:
 def _log(value: int, largest: int) -> float:
     """From 0 to 1, to a logarithmic scale."""
     return math.log1p(value) / math.log1p(largest)
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def _short(count: int) -> str:

@@ -105,6 +105,16 @@ def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tens
     return run(model, x, names, stop=True)[1]
 
 
+def run_in_batches(
+    model: nn.Module, images: Tensor, names: Sequence[str], batch: int
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What ``run`` gives, of ``batch`` images at once."""
+    parts = [run(model, part, names) for part in images.split(batch)]
+    results = [result for result, _ in parts if result is not None]
+    found = {name: torch.cat([each[name] for _, each in parts]) for name in names}
+    return torch.cat(results) if results else None, found
+
+
 def first_tensor(values: Any) -> Tensor | None:
     """The first tensor in what a module gives, be it a tuple, a dict or what there is."""
     return next((t for t in tree_leaves(values) if isinstance(t, Tensor)), None)
