@@ -135,12 +135,11 @@ def conv2d(
     """
     tensors = (input, weight, bias, residual)
     arguments = (stride, padding, dilation, groups, activation, precision)
-    key = None
-    if scale is None and normalise is None:
-        key = call_key("conv2d", tensors, arguments)
+    beyond = scale is not None or normalise is not None
+    key = None if beyond else call_key("conv2d", tensors, arguments)
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias, residual)
-    given = input, weight, bias, stride, padding, dilation, groups
+    given: Any = input, weight, bias, stride, padding, dilation, groups
     options: Any = {
         "activation": activation,
         "residual": residual,
@@ -156,7 +155,7 @@ def conv2d(
     check_choice("precision", precision, PRECISIONS)
     relu, is_torchs = activation is not None, composed.is_torchs(input)
     is_full = isinstance(padding, str) and padding == "full"
-    if is_torchs and residual is None and scale is None and normalise is None and not is_full:
+    if is_torchs and not beyond and residual is None and not is_full:
         y = torch.conv2d(*given)
         return y.relu_() if relu else y  # in place, as backward does not need what it gave
     check_tensors(input=input, weight=weight, bias=bias, residual=residual, scale=scale)

@@ -235,10 +235,9 @@ def _groups(
 ) -> list[tuple[str, ...]]:
     """What is removed together, by names that were checked."""
     if layers is None:
-        layers = list(dict.fromkeys(row.name for row in calls(model, x) if row.parameters))
-        sizes = _sizes(model, x, layers)
-        kept = [name for name in layers if how != "skip" or sizes[name][0] == sizes[name][1]]
-        return [(name,) for name in kept]
+        names = list(dict.fromkeys(row.name for row in calls(model, x) if row.parameters))
+        sizes = _sizes(model, x, names)
+        return [(name,) for name in names if how != "skip" or sizes[name][0] == sizes[name][1]]
     groups = [(group,) if isinstance(group, str) else tuple(group) for group in layers]
     sizes = _sizes(model, x, [name for group in groups for name in group])
     for name, (before, after) in sizes.items():
