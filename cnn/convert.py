@@ -188,9 +188,10 @@ def _engine(layer: Any, place: torch.device, channels_last: bool) -> str:
         return "ATen"
     if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         return "max_pool"
-    _, channels, *kernel = w_shape = tuple(layer.weight.shape)  # also of a transposed convolution
+    w_shape: Any = tuple(layer.weight.shape)  # of a transposed convolution, too
+    _, channels, *kernel = w_shape
     stride, dilation = _pair(layer.stride), _pair(layer.dilation)
-    padding = conv_padding(layer.padding, tuple(kernel), layer.stride, stride, dilation)
+    padding = conv_padding(layer.padding, w_shape[2:], stride, dilation)
     direction: Direction = "dgrad" if isinstance(layer, nn.ConvTranspose2d) else "fprop"
     size = [224 + d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     x_shape = (1, channels * layer.groups, *size)

@@ -10,6 +10,7 @@ raises there, and so they are on every device while ``torch.export`` looks on.
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import signature
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from . import composed
 from .arguments import (
     INT32,
     PRECISIONS,
+    Invalid,
     call_key,
     check_bytes,
     check_channels,
@@ -35,7 +37,6 @@ from .arguments import (
     check_devices,
     check_dimensions,
     check_dtypes,
-    check_not_empty,
     check_pixels,
     check_residual,
     check_scale,
@@ -44,8 +45,9 @@ from .arguments import (
     one_number,
     pair,
     pooling,
+    refused,
     remember,
-    shape,
+    require,
     unpool_size,
     weight_sizes,
 )
@@ -71,7 +73,11 @@ def _overridable(
                 return handle_torch_function(call, values, *args, **kwargs)
             if composed.is_torchs(args[0] if args else kwargs.get("input")):
                 return torchs(*args, **kwargs)
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except Invalid:
+                given = signature(function).bind(*args, **kwargs).arguments
+                raise refused(torchs, **given) from None
 
         return call
 
@@ -158,11 +164,14 @@ def conv2d(
     if is_torchs and not beyond and residual is None and not is_full:
         y = torch.conv2d(*given)
         return y.relu_() if relu else y  # in place, as backward does not need what it gave
-    check_tensors(input=input, weight=weight, bias=bias, residual=residual, scale=scale)
-    steps, pads, spread, groups, size, unbatched = convolution(
-        input, weight, bias, stride, padding, dilation, groups
-    )
-    check_pixels(input)
+    try:
+        check_tensors(input=input, weight=weight, bias=bias, residual=residual, scale=scale)
+        steps, pads, spread, groups, size, unbatched = convolution(*given)
+        check_pixels(input)
+    except Invalid:
+        names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+        named = dict(zip(names, given, strict=True)) | ({"padding": 0} if is_full else {})
+        raise refused(torch.conv2d, **named) from None
     check_devices(input, weight=weight, bias=bias, residual=residual, scale=scale)
     check_residual(residual, input, weight, size)
     constants = ()
@@ -222,17 +231,13 @@ def conv_transpose2d(
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias)
     check_tensors(input=input, weight=weight, bias=bias)
-    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    (ph, pw), extra = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
-    groups = one_number("groups", groups, 1)
+    steps, spread = pair(stride, 1), pair(dilation, 1)
+    (ph, pw), extra = pair(padding, 0), pair(output_padding, 0)
+    groups = one_number(groups)
     unbatched = check_dimensions(input)
     K, channels, R, S = weight_sizes(weight, groups)
-    check_channels(input, weight, bias, groups, K, channels * groups)
-    if any(e >= s and e >= d for e, s, d in zip(extra, steps, spread, strict=True)):
-        raise RuntimeError(
-            "output_padding must be smaller than stride or dilation, got "
-            f"output_padding={output_padding!r}, stride={stride!r} and dilation={dilation!r}"
-        )
+    check_channels(input, bias, K, channels * groups)
+    require(all(e < s or e < d for e, s, d in zip(extra, steps, spread, strict=True)))
     P, Q = input.shape[-2:]
     size = (
         conv_transpose_output_size(P, R, steps[0], (ph, ph), spread[0], extra[0]),
@@ -240,11 +245,7 @@ def conv_transpose2d(
     )
     # Without images torch's result may be empty.
     least = 1 if unbatched or input.shape[0] > 0 else 0
-    if channels == 0 or size[0] < least or size[1] < least:
-        raise RuntimeError(
-            f"there is no result of {channels * groups} channels of {size}, got input of "
-            f"{shape(input)}, weight of {shape(weight)} and padding={padding!r}"
-        )
+    require(channels != 0 and size[0] >= least and size[1] >= least)
     check_pixels(input)
     check_devices(input, weight=weight, bias=bias)
     x, weight, bias = autocast(input, weight, bias)
@@ -284,19 +285,14 @@ def max_pool2d(
         return known(input)
     check_tensors(input=input)
     kernel, steps, pads = pooling(kernel_size, stride, padding)
-    spread = pair("dilation", dilation, 1, INT32)
-    if not isinstance(ceil_mode, bool):
-        raise TypeError(f"ceil_mode must be a bool, got ceil_mode={ceil_mode!r}")
+    spread = pair(dilation, 1, INT32)
+    require(isinstance(ceil_mode, bool))
     unbatched = check_dimensions(input)
     C, H, W = input.shape[-3:]
-    check_not_empty(input, (C, H, W))
+    require(0 not in (C, H, W))
     P = pool_output_size(H, kernel[0], steps[0], pads[0], spread[0], ceil_mode)
     Q = pool_output_size(W, kernel[1], steps[1], pads[1], spread[1], ceil_mode)
-    if P < 1 or Q < 1:
-        raise RuntimeError(
-            f"kernel_size must fit into the padded input, got input of {shape(input)}, "
-            f"kernel_size={kernel_size!r}, padding={padding!r} and dilation={dilation!r}"
-        )
+    require(P >= 1 and Q >= 1)
     check_dtypes(input)
     call = functions.max_pool2d(kernel, steps, pads, spread, ceil_mode, bool(return_indices))
     return _called(call, input, key=key, unbatched=unbatched)
@@ -345,18 +341,13 @@ def conv2d_relu_max_pool2d(
     check_tensors(input=input, weight=weight, bias=bias)
     check_choice("precision", precision, PRECISIONS)
     g = convolution(input, weight, bias, stride, padding, dilation, groups)
-    kernel, steps, pads = pooling(*window, prefix="pool_")
-    check_not_empty(input, (*input.shape[-3:], weight.shape[0]))
+    kernel, steps, pads = pooling(*window)
+    require(0 not in (*input.shape[-3:], weight.shape[0]))
     sizes = [
         pool_output_size(places, k, s, p, 1, False)
         for places, k, s, p in zip(g.size, kernel, steps, pads, strict=True)
     ]
-    if min(sizes) < 1:
-        raise RuntimeError(
-            f"pool_kernel_size must fit into the padded map of {g.size}, got input of "
-            f"{shape(input)}, weight of {shape(weight)}, pool_kernel_size={pool_kernel_size!r} and "
-            f"pool_padding={pool_padding!r}"
-        )
+    require(min(sizes) >= 1)
     check_devices(input, weight=weight, bias=bias)
     x, weight, bias = autocast(input, weight, bias)
     check_dtypes(x, weight=weight, bias=bias)
@@ -386,18 +377,11 @@ def max_unpool2d(
     Returns [N, C, H, W] or [C, H, W] in input's layout. An index outside H * W raises
     RuntimeError on the CPU and fails a device-side assertion on a GPU.
     """
-    if not hasattr(input, "size"):  # what torch asks for before it looks at the type
-        raise AttributeError(f"input must be a Tensor, got input={input!r:.80}")
     check_tensors(input=input, indices=indices)
-    size = unpool_size(input, kernel_size, stride, padding, output_size)
     unbatched = check_dimensions(input)
-    check_not_empty(input, input.shape[1:])
-    if indices.dtype != torch.int64:
-        raise RuntimeError(f"indices must be torch.int64, got indices of {indices.dtype}")
-    if indices.shape != input.shape:
-        raise RuntimeError(
-            f"indices must have input's shape {shape(input)}, got indices of {shape(indices)}"
-        )
+    size = unpool_size(input, kernel_size, stride, padding, output_size)
+    require(0 not in input.shape[1:])
+    require(indices.dtype == torch.int64 and indices.shape == input.shape)
     check_devices(input, indices=indices)
     check_dtypes(input)
     if input.is_cpu and torch.is_autocast_enabled("cpu"):

@@ -123,9 +123,9 @@ def _conv2d(
 ) -> Node:
     _check_constant(stride, padding, dilation, groups)
     operands = _operands(value(node), input, weight, bias)
-    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    pads = conv_padding(padding, value(weight).shape[2:], stride, steps, spread)
-    numbers = steps, pads, spread, one_number("groups", groups, 1), None, False
+    steps, spread = pair(stride, 1), pair(dilation, 1)
+    pads = conv_padding(padding, value(weight).shape[2:], steps, spread)
+    numbers = steps, pads, spread, one_number(groups), None, False
     return _replace(node, _ops.conv2d.default, *operands, None, *numbers)
 
 
@@ -142,8 +142,8 @@ def _conv_transpose2d(
 ) -> Node:
     _check_constant(stride, padding, output_padding, groups, dilation)
     operands = _operands(value(node), input, weight, bias)
-    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    pads, extra = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
+    steps, spread = pair(stride, 1), pair(dilation, 1)
+    pads, extra = pair(padding, 0), pair(output_padding, 0)
     size = [
         conv_transpose_output_size(_size(input, axis), kernel, step, (pad, pad), spacing, more)
         for axis, kernel, step, pad, spacing, more in zip(
@@ -153,7 +153,7 @@ def _conv_transpose2d(
     size = [item.node if isinstance(item, Proxy) else item for item in size]
     last = functions.channels_last(value(input), value(weight))
     sides = conv_transpose_padding(pads, extra, steps)
-    numbers = size, steps, sides, spread, one_number("groups", groups, 1), None, last
+    numbers = size, steps, sides, spread, one_number(groups), None, last
     return _replace(node, _ops.conv2d_dgrad.default, *operands, *numbers)
 
 
@@ -182,7 +182,7 @@ def _max_pool2d(
     kernel, steps, pads = pooling(kernel_size, stride, padding)
     # Without a gradient the offsets of the maxima are not kept.
     kept = results[0].requires_grad
-    numbers = kernel, steps, pads, pair("dilation", dilation, 1), bool(ceil_mode), kept, indices
+    numbers = kernel, steps, pads, pair(dilation, 1), bool(ceil_mode), kept, indices
     made = _call(node, _ops.max_pool2d.default, *operands, *numbers)
     parts = [_call(node, operator.getitem, made, place) for place in (0, 2)[: len(results)]]
     for part, result in zip(parts, results, strict=True):
