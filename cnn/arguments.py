@@ -217,7 +217,7 @@ def unpool_size(
     return H, W
 
 
-def _unpool_items(value: Any) -> tuple[int, ...]:
+def _unpool_items(value: Any) -> Sequence[int]:
     items = tuple(value) if isinstance(value, Sequence) else (value, value)
     require(all(isinstance(v, int | torch.SymInt) for v in items))
     return items
