@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 
 def autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -45,14 +46,10 @@ def _shared_cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     there are none.
     """
     enabled = torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-    hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same) if enabled else nullcontext()
+    hooks = saved_tensors_hooks(lambda t: t, lambda t: t) if enabled else nullcontext()
     with torch.enable_grad(), hooks:
         if t.dim() == 1:
             empty = t.new_empty((0, *t.shape), dtype=dtype, requires_grad=True)
             return torch.matmul(empty, t).grad_fn._saved_vec  # type: ignore[union-attr]
         empty = t.new_empty((0, *t.shape[1:]), dtype=dtype, requires_grad=True)
         return torch.conv2d(empty, t).grad_fn._saved_weight  # type: ignore[union-attr]
-
-
-def _same(t: Tensor) -> Tensor:
-    return t

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,11 +183,6 @@ class Images:
         known = self.subject.description.classes and UNCOUNTED not in labels
         return labels if known else None
 
-    @property
-    def named(self) -> bool:
-        """Whether there are any."""
-        return bool(self.names or self.data or self.subject.data)
-
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images and, of data sets with the model's classes, their labels."""
         known = self.subject.description
@@ -231,94 +226,7 @@ class Images:
         return [i for i in every if int(sets.test[i][1]) == label][: self.limit]
 
 
-# One function a tool: what its result is, of which the rest is made.
-
-
-def _filters(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    options = {"count": args.count, "guided": args.guided}
-    return visualize.filters(subject.model, args.layer, images.without_labels(), **options)
-
-
-def _maps(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.maps(subject.model, images.one(), subject.layer(args, 0), args.count)
-
-
-def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.deconvnet(
-        *(subject.model, images.without_labels(), subject.layer(args), args.map),
-        count=args.count,
-        top=args.top,
-        whole=args.whole,
-        guided=args.guided,
-    )
-
-
-def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    kept = checkpoints.kept(args.checkpoint.parent) if args.checkpoint else {}
-    if not kept:
-        raise Problem("--checkpoint: it lies beside none of a run with train --keep-every")
-    chosen = args.epochs or [*kept]
-    if missing := [epoch for epoch in chosen if epoch not in kept]:
-        raise Problem(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
-    stages = {epoch: look_up(args, kept[epoch]).model for epoch in chosen}
-    return visualize.evolution(
-        *(stages, images.without_labels, subject.layer(args), args.map),
-        count=args.count,
-        guided=args.guided,
-    )
-
-
-def _occlusion(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.occlusion(
-        *(subject.model, images.one(), args.class_, args.layer),
-        size=args.square,
-        stride=args.stride,
-        classes=subject.description.classes,
-    )
-
-
-def _invariance(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    classes, labels = subject.description.classes, images.labels()
-    return visualize.invariance(
-        *(subject.model, images.all(), args.layers, labels), classes=classes
-    )
-
-
-def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    x = images.all()
-    parts = {name: torch.tensor(box).expand(len(x), 4) for name, box in args.part}
-    if len(parts) < len(args.part):
-        raise Problem("--part: two have the same name")
-    layers = args.layers or map_layers(subject.model, subject.example)
-    options = {"random": args.random, "seed": args.seed}
-    return visualize.correspondence(subject.model, x, parts, layers, **options)
-
-
-def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    if args.image:
-        raise Problem("--image: ablation needs labels, give --data")
-    if args.layer and args.layers:
-        raise Problem("--layer: it goes without --layers")
-    if args.map and not args.layer:
-        raise Problem("--map: it needs --layer, whose maps are counted")
-    batches = [*images.batches()]
-    if all(labels.eq(UNCOUNTED).all() for _, labels in batches):
-        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
-    if args.layer:
-        return visualize.map_ablation(subject.model, batches, args.layer, args.map, args.how)
-    return visualize.ablation(subject.model, batches, args.layers, args.how)
-
-
-def _receptive_field(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    x = images.one() if images.named else subject.example[0]
-    return visualize.receptive_field(subject.model, x, args.layers)
-
-
-def _architecture(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.architecture(subject.model, subject.example.shape[1:], args.depth)
-
-
-# Their arguments.
+# The tools' arguments.
 
 Add = Callable[[argparse.ArgumentParser], Any]
 
@@ -373,49 +281,116 @@ _HOW = _argument("--how", choices=("mean", "zero", "skip"), default="mean", help
 _DEPTH = _argument("--depth", type=whole, default=1, metavar="N", help="of modules opened (1)")
 
 
-class Tool(NamedTuple):
-    """A tool's subject, what makes its result, its arguments, and the images it looks at."""
-
-    help: str
-    make: Callable[[argparse.Namespace, Subject, Images], Any]
-    arguments: tuple[Add, ...]
-    limit: int = 1000
+Make = Callable[[argparse.Namespace, Subject, Images], Any]
+TOOLS: dict[str, tuple[str, Make, tuple[Add, ...], int]] = {}
 
 
-TOOLS = {
-    "filters": Tool("what filters look for", _filters, (_LAYER, _count(64), _GUIDED)),
-    "maps": Tool("a layer's strongest maps of an image", _maps, (_LAYER, _count(16)), 1),
-    "deconvnet": Tool(
-        "what made maps respond, projected to pixels",
-        _deconvnet,
-        (_LAYER, _MAP, _count(9), _TOP, _WHOLE, _GUIDED),
-    ),
-    "evolution": Tool(
-        "the same over the epochs of a run",
-        _evolution,
-        (_LAYER, _MAP, _count(6), _EPOCHS, _GUIDED),
-    ),
-    "occlusion": Tool(
-        "what a square that covers parts of an image changes",
-        _occlusion,
-        (_LAYER, _CLASS, _SQUARE, _STRIDE),
-        1,
-    ),
-    "invariance": Tool("what shifts, scales and rotations change", _invariance, (_LAYERS,), 5),
-    "correspondence": Tool(
-        "whether covering a part changes images alike",
-        _correspondence,
-        (_LAYERS, _PART, _RANDOM),
-        5,
-    ),
-    "ablation": Tool(
-        "what a model is worth without its layers, or without each map of --layer",
-        _ablation,
-        (_LAYERS, _LAYER, _MAP, _HOW),
-    ),
-    "receptive-field": Tool("what layers see of an image", _receptive_field, (_LAYERS,), 1),
-    "architecture": Tool("a model's blocks and their sizes", _architecture, (_DEPTH,)),
-}
+def _tool(help: str, *arguments: Add, limit: int = 1000) -> Callable[[Make], Make]:
+    """Make a function a tool of its name, that shows ``help`` of at most ``limit`` images."""
+
+    def add(make: Make) -> Make:
+        name = make.__name__.strip("_").replace("_", "-")
+        TOOLS[name] = help, make, arguments, limit
+        return make
+
+    return add
+
+
+# One function per tool: what its result is, of which the rest is made.
+
+
+@_tool("what filters look for", _LAYER, _count(64), _GUIDED)
+def _filters(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    options = {"count": args.count, "guided": args.guided}
+    return visualize.filters(subject.model, args.layer, images.without_labels(), **options)
+
+
+@_tool("a layer's strongest maps of an image", _LAYER, _count(16), limit=1)
+def _maps(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    return visualize.maps(subject.model, images.one(), subject.layer(args, 0), args.count)
+
+
+@_tool(
+    "what made maps respond, projected to pixels",
+    *(_LAYER, _MAP, _count(9), _TOP, _WHOLE, _GUIDED),
+)
+def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    options = {name: vars(args)[name] for name in ("count", "top", "whole", "guided")}
+    seen, layer = images.without_labels(), subject.layer(args)
+    return visualize.deconvnet(subject.model, seen, layer, args.map, **options)
+
+
+@_tool("the same over the epochs of a run", _LAYER, _MAP, _count(6), _EPOCHS, _GUIDED)
+def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    kept = checkpoints.kept(args.checkpoint.parent) if args.checkpoint else {}
+    if not kept:
+        raise Problem("--checkpoint: it lies beside none of a run with train --keep-every")
+    chosen = args.epochs or [*kept]
+    if missing := [epoch for epoch in chosen if epoch not in kept]:
+        raise Problem(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
+    stages = {epoch: look_up(args, kept[epoch]).model for epoch in chosen}
+    options, layer = {"count": args.count, "guided": args.guided}, subject.layer(args)
+    return visualize.evolution(stages, images.without_labels, layer, args.map, **options)
+
+
+@_tool(
+    "what a square that covers parts of an image changes",
+    *(_LAYER, _CLASS, _SQUARE, _STRIDE),
+    limit=1,
+)
+def _occlusion(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    options: Any = {"size": args.square, "stride": args.stride}
+    names = subject.description.classes
+    chosen = images.one(), args.class_, args.layer
+    return visualize.occlusion(subject.model, *chosen, classes=names, **options)
+
+
+@_tool("what shifts, scales and rotations change", _LAYERS, limit=5)
+def _invariance(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    names, chosen = subject.description.classes, (images.all(), args.layers, images.labels())
+    return visualize.invariance(subject.model, *chosen, classes=names)
+
+
+@_tool("whether covering a part changes images alike", _LAYERS, _PART, _RANDOM, limit=5)
+def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    x = images.all()
+    parts = {name: torch.tensor(box).expand(len(x), 4) for name, box in args.part}
+    if len(parts) < len(args.part):
+        raise Problem("--part: two have the same name")
+    layers = args.layers or map_layers(subject.model, subject.example)
+    options = {"random": args.random, "seed": args.seed}
+    return visualize.correspondence(subject.model, x, parts, layers, **options)
+
+
+@_tool(
+    "what a model is worth without its layers, or without each map of --layer",
+    *(_LAYERS, _LAYER, _MAP, _HOW),
+)
+def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    if args.image:
+        raise Problem("--image: ablation needs labels, give --data")
+    if args.layer and args.layers:
+        raise Problem("--layer: it goes without --layers")
+    if args.map and not args.layer:
+        raise Problem("--map: it needs --layer, whose maps are counted")
+    batches = [*images.batches()]
+    if all(labels.eq(UNCOUNTED).all() for _, labels in batches):
+        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
+    if args.layer:
+        return visualize.map_ablation(subject.model, batches, args.layer, args.map, args.how)
+    return visualize.ablation(subject.model, batches, args.layers, args.how)
+
+
+@_tool("what layers see of an image", _LAYERS, limit=1)
+def _receptive_field(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    are_named = args.image or args.data or subject.data
+    x = images.one() if are_named else subject.example[0]
+    return visualize.receptive_field(subject.model, x, args.layers)
+
+
+@_tool("a model's blocks and their sizes", _DEPTH)
+def _architecture(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    return visualize.architecture(subject.model, subject.example.shape[1:], args.depth)
 
 
 def add_parsers(commands: Any) -> None:
@@ -469,7 +444,7 @@ def show(args: argparse.Namespace) -> None:
         print(lines(table))
     command = shlex.join(["python", "-m", "cnn", *sys.argv[1:]])
     caption = f"{args.what} of {args.checkpoint or args.model}"
-    text = page(caption, command, {caption: picture}, table)
+    text = page(caption, command, picture, table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for path, contents in zip(paths, (picture, text.encode()), strict=True):
         write(path, contents)

@@ -39,8 +39,8 @@ cnn.compile_backend
 cnn.summary cnn.export
 cnn.convert
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
-cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
-cnn.models.hed
+cnn.models.vgg
+cnn.models.hed cnn.models.vgg_small cnn.models.zfnet
 cnn.models
 cnn
 cnn.data.batches cnn.data.prepare cnn.data.formats cnn.data.pixels
@@ -55,7 +55,7 @@ cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page
 cnn.visualize.deconvnet cnn.visualize.maps cnn.visualize.occlusion cnn.visualize.invariance
 cnn.visualize.ablation cnn.visualize.correspondence cnn.visualize.receptive_field
 cnn.visualize.architecture
-cnn.visualize.evolution cnn.visualize.filters
+cnn.visualize.filters
 cnn.visualize
 cnn.options
 cnn.config cnn.show
