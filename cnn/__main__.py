@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader, Subset
 from kernels.device import INTERPRET, launches
 
 from . import checkpoint as checkpoints
-from . import data, models, show
+from . import data, models, show, weights
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
 from .data import load as load_data
 from .evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
@@ -37,12 +36,14 @@ from .options import (
     add_common,
     check_agreed,
     check_pixels,
-    check_size,
     chosen_data,
+    chosen_model,
     data_set,
     interval,
+    model_name,
     not_negative,
     number,
+    patterns,
     positive,
     share,
     whole,
@@ -82,8 +83,8 @@ def parser() -> Parser:
     command.set_defaults(run=evaluate)
     add = command.add_argument
     add("checkpoint", type=Path, help="what train wrote, or a file of a state_dict")
-    help = "model of a state_dict, which does not say"
-    add("--model", choices=models.list(), metavar="NAME", help=help)
+    help = "model of a state_dict, which does not say; or the MODULE:FUNCTION that makes it"
+    add("--model", type=model_name, metavar="NAME", help=help)
     add("--data", type=data_set, metavar="NAME", help="data set (the one trained on)")
     add("--size", type=whole, help="side of the images in pixels, for a state_dict")
     add("--amp", choices=AMP, help="16-bit arithmetic (as trained)")
@@ -97,6 +98,8 @@ def parser() -> Parser:
     add = command.add_argument
     add("checkpoint", type=Path, help="what train wrote")
     add("images", type=Path, nargs="+", help="image files, or folders of them")
+    help = "the MODULE:FUNCTION that makes the model, if it was trained as one"
+    add("--model", type=model_name, metavar="NAME", help=help)
     add("--top", type=whole, default=1, metavar="N", help="likeliest classes to name (1)")
 
     show.add_parsers(commands)
@@ -117,8 +120,15 @@ def _configuration(command: Parser) -> None:
         ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZERS, values, strict=True))
         for values in (rates, decays)
     )
-    known = ", ".join(models.list())
-    add("--model", choices=models.list(), metavar="NAME", help=f"{known} ({Config.model})")
+    help = (
+        f"{', '.join(models.list())}, timm:NAME, torchvision:NAME; or MODULE:FUNCTION, which is "
+        f"imported and called to make one ({Config.model})"
+    )
+    add("--model", type=model_name, metavar="NAME", help=help)
+    help = "begin with the weights of a file, as torchvision's, or of a run"
+    add("--init", metavar="PATH", help=help)
+    help = "parameters that stay what they are, by names, as conv1.weight,layer1,layer2.*.bn1"
+    add("--freeze", type=patterns, action="extend", metavar="NAMES", help=help)
     help = (
         f"{', '.join(data.NAMES)}, with its place as NAME:PATH; or MODULE:FUNCTION, which is "
         f"imported and called to make one ({Config.data})"
@@ -151,8 +161,11 @@ def train(args: argparse.Namespace) -> None:
     """Train a model; its checkpoints, log and curves go to a folder."""
     names = [field.name for field in fields(Config)]
     given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    if args.freeze:
+        given["freeze"] = tuple(args.freeze)
     config = Config(**given)
-    folder = args.output or Path("runs", f"{config.model}-{config.data.partition(':')[0]}")
+    known_as = f"{config.model.rpartition(':')[2]}-{config.data.partition(':')[0]}"
+    folder = args.output or Path("runs", known_as)
     source = folder / "last.pt" if args.resume == LAST else args.resume
     if source:
         folder = args.output or source.parent
@@ -180,12 +193,12 @@ def _train(
         checkpoint = checkpoints.load(source)
         config = Config.of(checkpoint, source).resumed(given, source)
         chosen_data(args.data, config.data, source)
+        chosen_model(args.model, config.model, source)
     if group.first:
         _check_free(folder, source, args.overwrite)
     sets = load_data(config.data, config.size, config.seed)
     if group.first:
         _tell_notes(sets)
-    _check_size(config.model, sets.description)
     period, in_seconds = args.save_every
     rest = {"broken": args.broken, "keep_every": args.keep_every}
     setting = Setting(folder, args.workers, period, in_seconds, **rest)
@@ -194,6 +207,10 @@ def _train(
         run.restore(checkpoint, source)
         if group.first:
             tell(f"resumed {source}: {run.place}")
+    elif config.init:
+        for line in weights.begin(run.model, Path(config.init), config.model):
+            if group.first:
+                tell(line)
     if group.first and not (source and source.parent.samefile(folder)):
         for path in checkpoints.results(folder):
             path.unlink()
@@ -223,17 +240,9 @@ def _tell_notes(sets: data.Data) -> None:
         tell(note)
 
 
-def _check_size(name: str, description: data.Description) -> None:
-    """Raise Problem unless the model takes images of the data's size."""
-    options = {"in_channels": description.channels, "image_size": description.size}
-    with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # of an empty layer
-        model = models.create(name, **options)
-    check_size(model.eval(), name, description)
-
-
 def evaluate(args: argparse.Namespace) -> None:
     """Test a trained model: a table of its classes, their confusion, its speed and accuracy."""
-    parameters, checkpoint = checkpoints.load_parameters(args.checkpoint)
+    parameters, checkpoint = weights.read(args.checkpoint)
     if checkpoint:
         trained = Config.of(checkpoint, args.checkpoint)
         known = checkpoints.description(checkpoint, args.checkpoint)
@@ -251,7 +260,9 @@ def evaluate(args: argparse.Namespace) -> None:
     known = known or sets.description
     if data.same_set(name, trained.data) and known.identity not in ("", sets.description.identity):
         tell(f"{name} has changed since the training: renamed images may now be among those tested")
-    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
+    chosen_model(args.model, trained.model, args.checkpoint)
+    described = known if checkpoint or ":" in trained.model else None
+    model = weights.build(trained.model, parameters, known.size, args.checkpoint, described)
     check_fit(model, known, sets.description, args)
 
     count = min(args.limit or len(sets.test), len(sets.test))
@@ -286,8 +297,10 @@ def check_fit(
     args: argparse.Namespace,
 ) -> None:
     """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
-    outputs = len([*model.parameters()][-1])
-    channels = next(weight.shape[1] for weight in model.parameters() if weight.dim() > 1)
+    outputs, channels = len(known.classes), known.channels
+    if args.model in models.list():  # whose parameters tell it, if nothing else does
+        first, *_, last = (weight for weight in model.parameters() if weight.dim() > 1)
+        outputs, channels = len(last), first.shape[1]
     if found.classes != known.classes or len(known.classes) != outputs:
         differ = sorted({*found.classes} ^ {*known.classes})
         which = f": {differ[0]} is one of the two alone" if differ else ""
@@ -302,12 +315,15 @@ def check_fit(
 
 def predict(args: argparse.Namespace) -> None:
     """Print a line an image: its path, then the likeliest classes with their probabilities."""
-    checkpoint = checkpoints.load(args.checkpoint)
+    parameters, checkpoint = weights.read(args.checkpoint)
+    if checkpoint is None:
+        raise Problem(f"{args.checkpoint} holds parameters alone, without the names of classes")
     trained = Config.of(checkpoint, args.checkpoint)
     known = checkpoints.description(checkpoint, args.checkpoint)
     check_pixels(known, args.checkpoint)
-    parameters = checkpoint["state_dict"]
-    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
+    check_agreed(args, "model", trained.model)
+    chosen_model(args.model, trained.model, args.checkpoint)
+    model = weights.build(trained.model, parameters, known.size, args.checkpoint, known)
     folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
     paths = [path for files in folders for path in files]
     if not paths:

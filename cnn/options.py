@@ -12,9 +12,10 @@ from torch import nn
 
 from kernels.device import INTERPRET
 
-from . import data
+from . import data, networks
 from .problem import Problem
 from .summary import summary
+from .text import meant
 
 AMP = ("bf16", "fp16", "off")
 
@@ -61,8 +62,21 @@ def data_set(text: str) -> str:
     if data.runs_code(text) and not data.is_code(text):
         known = ", ".join(data.NAMES)
         also = "NAME:PATH of these, or MODULE:FUNCTION"
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, {also}")
+        close = meant(text, data.NAMES)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, {also}{close}")
     return text
+
+
+def model_name(text: str) -> str:
+    """Read the name of a network, or of the function that makes one."""
+    if unknown := networks.known_as(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is {unknown}")
+    return text
+
+
+def patterns(text: str) -> list[str]:
+    """Read names, or patterns of names, between commas."""
+    return [name for name in text.split(",") if name]
 
 
 def interval(text: str) -> tuple[float, bool]:
@@ -102,8 +116,17 @@ def chosen_data(given: str | None, known: str, path: object) -> str:
 
     Raises Problem if the checkpoint names code: whoever made the file does not choose what runs.
     """
-    if not given and data.runs_code(known):
-        raise Problem(f"{path} names data that is code: to run it, give --data {known}")
+    return _chosen("data", given, known, data.runs_code(known), path)
+
+
+def chosen_model(given: str | None, known: str, path: object) -> str:
+    """The same of a model, which may be in timm or torchvision, too: these are installed."""
+    return _chosen("model", given, known, networks.runs_code(known), path)
+
+
+def _chosen(what: str, given: str | None, known: str, code: bool, path: object) -> str:
+    if code and not given:
+        raise Problem(f"{path} names {what} that is code: to run it, give --{what} {known}")
     return given or known
 
 
@@ -114,10 +137,26 @@ def check_pixels(known: data.Description, path: object) -> None:
 
 
 def check_size(model: nn.Module, name: str, known: data.Description) -> None:
-    """Raise Problem unless the model takes images of the size that is ``known``."""
+    """Raise Problem unless the model takes an image of the size that is ``known``.
+
+    And unless it gives a number for each class.
+    """
+    shape, given = (1, known.channels, known.size, known.size), []
+    hook = model.register_forward_hook(lambda *call: given.append(call[-1]))
     try:
-        with warnings.catch_warnings(action="ignore"):  # of an empty layer, before it fails
-            summary(model, (1, known.channels, known.size, known.size))
-    except RuntimeError:
-        size = f"{known.size}x{known.size} pixels"
-        raise Problem(f"--size: {name} does not take {size}") from None
+        if networks.runs_code(name):
+            with torch.no_grad():
+                model(torch.zeros(shape))
+        else:
+            with warnings.catch_warnings(action="ignore"):  # of an empty layer, before it fails
+                summary(model, shape)
+    except Exception as error:  # someone else's code can raise anything
+        refused = f"--size: {name} does not take {known.size}x{known.size} pixels"
+        why = f": {type(error).__name__}: {error}" if networks.runs_code(name) else ""
+        raise Problem(refused + why) from None
+    finally:
+        hook.remove()
+    count, size = len(known.classes), getattr(given[0], "shape", None)
+    if count and size != (1, count):
+        gives = f"a {type(given[0]).__name__}" if size is None else f"the shape {[*size]}"
+        raise Problem(f"--model: {name} gives {gives} for an image, and not [1, {count}]")

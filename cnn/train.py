@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from operator import eq
+from operator import attrgetter, eq
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from . import checkpoint as checkpoints
-from . import models
+from . import networks, weights
 from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch, same_set
 from .evaluate import Evaluator, autocast, in_workers, tally
 from .group import Group
 from .interruption import Interrupted, Interruption
 from .journal import Journal, Progress, tell
-from .options import AMP
+from .options import AMP, check_size
 from .problem import FAILURE, Problem
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
@@ -64,6 +64,8 @@ class Config:
     compile: bool = False
     sync_bn: bool = False
     seed: int = 0
+    init: str | None = None
+    freeze: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> "Config":
@@ -150,7 +152,11 @@ class Run:
         }
         torch.manual_seed(config.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = models.create(config.model, **options)
+        model = networks.create(config.model, **options)
+        check_size(model.eval(), config.model, description)
+        frozen = weights.freeze(model, config.freeze)
+        if config.freeze and self.group.first:
+            tell(frozen)
         self.prepare = Preparation(description, self.group.device, layout)
         if config.sync_bn:
             if self.group.device.type == "cpu":
@@ -184,7 +190,8 @@ class Run:
         make, lr, decay = OPTIMIZERS[config.optimizer]
         lr = lr if config.lr is None else config.lr
         decay = decay if config.weight_decay is None else config.weight_decay
-        self.optimizer = make(self.model.parameters(), lr=lr, weight_decay=decay)
+        parameters = filter(attrgetter("requires_grad"), self.model.parameters())
+        self.optimizer = make(parameters, lr=lr, weight_decay=decay)
         steps = config.epochs * len(self.batches)
         self.schedule = SCHEDULES[config.schedule](self.optimizer, lr, steps)
         self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.amp == "fp16")
@@ -209,7 +216,7 @@ class Run:
     def _train(self, interruption: Interruption) -> None:
         """The steps of an epoch that are left."""
         config, position = self.config, self.position
-        self.network.train()
+        weights.training(self.network)
         self.batches.epoch, self.batches.step = position.epoch, position.step
         steps = len(self.batches)
         counts = (steps * config.batch_size, position.step * config.batch_size)
@@ -353,6 +360,8 @@ class Run:
                 },
             }
             folder = self.setting.folder
+            if "best.pt" in names:
+                weights.save(contents, folder / "best.safetensors")
             checkpoints.save(contents, *(folder / name for name in names), self.last)
         self._saved = time.monotonic()
         self._kept = f"{self.last} holds {self.place}"
