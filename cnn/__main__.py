@@ -43,7 +43,6 @@ from .options import (
     model_name,
     not_negative,
     number,
-    patterns,
     positive,
     share,
     whole,
@@ -128,7 +127,7 @@ def _configuration(command: Parser) -> None:
     help = "begin with the weights of a file, as torchvision's, or of a run"
     add("--init", metavar="PATH", help=help)
     help = "parameters that stay what they are, by names, as conv1.weight,layer1,layer2.*.bn1"
-    add("--freeze", type=patterns, action="extend", metavar="NAMES", help=help)
+    add("--freeze", type=lambda text: text.split(","), action="extend", metavar="NAMES", help=help)
     help = (
         f"{', '.join(data.NAMES)}, with its place as NAME:PATH; or MODULE:FUNCTION, which is "
         f"imported and called to make one ({Config.data})"
@@ -261,9 +260,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if data.same_set(name, trained.data) and known.identity not in ("", sets.description.identity):
         tell(f"{name} has changed since the training: renamed images may now be among those tested")
     chosen_model(args.model, trained.model, args.checkpoint)
-    described = known if checkpoint or ":" in trained.model else None
-    model = weights.build(trained.model, parameters, known.size, args.checkpoint, described)
-    check_fit(model, known, sets.description, args)
+    check_fit(known, sets.description, args)
+    model = weights.build(trained.model, parameters, known.size, args.checkpoint, known)
 
     count = min(args.limit or len(sets.test), len(sets.test))
     layout = torch.channels_last if trained.channels_last else torch.contiguous_format
@@ -290,27 +288,17 @@ def evaluate(args: argparse.Namespace) -> None:
     report(args.device, right / len(labels))
 
 
-def check_fit(
-    model: torch.nn.Module,
-    known: data.Description,
-    found: data.Description,
-    args: argparse.Namespace,
-) -> None:
+def check_fit(known: data.Description, found: data.Description, args: argparse.Namespace) -> None:
     """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
-    outputs, channels = len(known.classes), known.channels
-    if args.model in models.list():  # whose parameters tell it, if nothing else does
-        first, *_, last = (weight for weight in model.parameters() if weight.dim() > 1)
-        outputs, channels = len(last), first.shape[1]
-    if found.classes != known.classes or len(known.classes) != outputs:
+    if found.classes != known.classes:
         differ = sorted({*found.classes} ^ {*known.classes})
         which = f": {differ[0]} is one of the two alone" if differ else ""
         raise Problem(f"--data: its classes are not those of {args.checkpoint}{which}")
     if found.pixels != known.pixels:
         raise Problem(f"--data: its images are not of the type that {args.checkpoint} is for")
-    if found.channels != channels:
-        raise Problem(
-            f"--data: {args.checkpoint} is for images of {channels} channels, not {found.channels}"
-        )
+    if found.channels != known.channels:
+        count = f"{known.channels} channels, not {found.channels}"
+        raise Problem(f"--data: {args.checkpoint} is for images of {count}")
 
 
 def predict(args: argparse.Namespace) -> None:

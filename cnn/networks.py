@@ -9,6 +9,7 @@ from torch import nn
 
 from . import data, models
 from .convert import convert
+from .models.classifier import renew
 from .problem import Problem
 from .text import meant
 
@@ -46,7 +47,7 @@ def create(source: Source, **options: Any) -> nn.Module:
             raise Problem(f"--model: {source!r} is {unknown}")
         library, _, name = source.partition(":")
         if library in LIBRARIES:
-            model = _MAKERS[library](_imported(library), name, options)
+            model = _of_library(library, name, options)
         else:
             model = data.call("model", source, **options)
     else:
@@ -59,44 +60,26 @@ def create(source: Source, **options: Any) -> nn.Module:
     return convert(model)
 
 
-def _imported(library: str) -> Any:
+def _of_library(library: str, name: str, options: dict[str, Any]) -> nn.Module:
+    """A network that timm or torchvision lists, without weights, which would be downloaded."""
     try:
-        return import_module(library)
+        package: Any = import_module(library)
     except Exception as error:  # one that was built for another torch raises anything
         raise Problem(f"--model: cannot import {library}: {error}") from None
-
-
-def _check(library: str, name: str, known: list[str]) -> None:
-    if name not in known:
+    timm, zoo = library == "timm", package if library == "timm" else package.models
+    known = zoo.list_models() if timm else zoo.list_models(module=zoo)
+    if (name.partition(".")[0] if timm else name) not in known:  # timm's may tell a tag of weights
         raise Problem(f"--model: {library} has no {name!r}{meant(name, known)}")
-
-
-def _timm(timm: Any, name: str, options: dict[str, Any]) -> nn.Module:
-    _check("timm", name.partition(".")[0], timm.list_models())  # .TAG tells of trained weights
-    names = {"num_classes": "num_classes", "in_channels": "in_chans"}
-    taken = {names[option]: value for option, value in options.items() if option in names}
-    return timm.create_model(name, pretrained=False, **taken)
-
-
-def _torchvision(torchvision: Any, name: str, options: dict[str, Any]) -> nn.Module:
-    _check("torchvision", name, torchvision.models.list_models(module=torchvision.models))
-    taken = {"num_classes": options["num_classes"]} if "num_classes" in options else {}
+    taken = {key: value for key, value in options.items() if key == "num_classes"}
+    channels = options.get("in_channels", 3)
+    if timm:
+        return zoo.create_model(name, pretrained=False, in_chans=channels, **taken)
     if name in ("googlenet", "inception_v3"):
         taken |= {"aux_logits": False, "init_weights": True}
-    model = torchvision.models.get_model(name, weights=None, **taken)
-    layer, first = first_convolution(model)
-    channels = options.get("in_channels", first.in_channels)
-    if channels != first.in_channels:
-        settings = {key: getattr(first, key) for key in ("stride", "padding", "dilation", "groups")}
-        kernel: Any = first.kernel_size
-        bias = first.bias is not None
-        new = nn.Conv2d(channels, first.out_channels, kernel, bias=bias, **settings)
-        parent, _, own = layer.rpartition(".")
-        setattr(model.get_submodule(parent), own, new)
+    model = zoo.get_model(name, weights=None, **taken)
+    if channels != 3:
+        renew(first_convolution(model)[1], 1, channels)
     return model
-
-
-_MAKERS = {"timm": _timm, "torchvision": _torchvision}
 
 
 def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:

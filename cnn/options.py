@@ -74,11 +74,6 @@ def model_name(text: str) -> str:
     return text
 
 
-def patterns(text: str) -> list[str]:
-    """Read names, or patterns of names, between commas."""
-    return [name for name in text.split(",") if name]
-
-
 def interval(text: str) -> tuple[float, bool]:
     """Read steps, as "500", or minutes, as "10m": a number, and whether it is in seconds."""
     minutes = text.endswith("m")
@@ -116,17 +111,15 @@ def chosen_data(given: str | None, known: str, path: object) -> str:
 
     Raises Problem if the checkpoint names code: whoever made the file does not choose what runs.
     """
-    return _chosen("data", given, known, data.runs_code(known), path)
+    if not given and data.runs_code(known):
+        raise Problem(f"{path} names data that is code: to run it, give --data {known}")
+    return given or known
 
 
 def chosen_model(given: str | None, known: str, path: object) -> str:
-    """The same of a model, which may be in timm or torchvision, too: these are installed."""
-    return _chosen("model", given, known, networks.runs_code(known), path)
-
-
-def _chosen(what: str, given: str | None, known: str, code: bool, path: object) -> str:
-    if code and not given:
-        raise Problem(f"{path} names {what} that is code: to run it, give --{what} {known}")
+    """The same of a model, which may also be one of timm or torchvision: these are installed."""
+    if not given and networks.runs_code(known):
+        raise Problem(f"{path} names a model that is code: to run it, give --model {known}")
     return given or known
 
 
@@ -137,26 +130,22 @@ def check_pixels(known: data.Description, path: object) -> None:
 
 
 def check_size(model: nn.Module, name: str, known: data.Description) -> None:
-    """Raise Problem unless the model takes an image of the size that is ``known``.
-
-    And unless it gives a number for each class.
-    """
+    """Raise Problem unless the model gives a number for each class, for images as are ``known``."""
     shape, given = (1, known.channels, known.size, known.size), []
     hook = model.register_forward_hook(lambda *call: given.append(call[-1]))
     try:
-        if networks.runs_code(name):
-            with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of an empty layer
+            if networks.runs_code(name):
                 model(torch.zeros(shape))
-        else:
-            with warnings.catch_warnings(action="ignore"):  # of an empty layer, before it fails
+            else:
                 summary(model, shape)
     except Exception as error:  # someone else's code can raise anything
-        refused = f"--size: {name} does not take {known.size}x{known.size} pixels"
-        why = f": {type(error).__name__}: {error}" if networks.runs_code(name) else ""
-        raise Problem(refused + why) from None
+        why = f"{type(error).__name__}: {error}"
+        size = f"{known.size}x{known.size} pixels"
+        raise Problem(f"--size: {name} does not take {size}: {why}") from None
     finally:
         hook.remove()
     count, size = len(known.classes), getattr(given[0], "shape", None)
     if count and size != (1, count):
-        gives = f"a {type(given[0]).__name__}" if size is None else f"the shape {[*size]}"
+        gives = type(given[0]).__name__ if size is None else [*size]
         raise Problem(f"--model: {name} gives {gives} for an image, and not [1, {count}]")

@@ -402,7 +402,7 @@ def add_parsers(commands: Any) -> None:
         add = tool.add_argument
         kind = f"what train wrote, a file of a state_dict, or {HED} for VGG-16's of that package"
         add("--checkpoint", type=Path, metavar="PATH", help=kind)
-        unknown = "model of a state_dict, or one untrained: its name, or MODULE:FUNCTION"
+        unknown = "model of a state_dict, or one untrained, as for train"
         add("--model", type=model_name, metavar="NAME", help=unknown)
         add("--size", type=whole, help="side of the images in pixels, where no checkpoint tells")
         known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())

@@ -38,9 +38,6 @@ class Transform:
             pixels = as_pixels(image, known)
         return self._prepare(pixels[None])[0]
 
-    def __repr__(self) -> str:
-        return f"Transform({self.description.channels}, {self.description.size})"
-
 
 class Trained(NamedTuple):
     """A trained model in evaluation mode, what it takes images by, and the names of its classes."""
@@ -57,16 +54,16 @@ def load(
 ) -> Trained:
     """Load what ``python -m cnn train`` wrote: a run's folder, a checkpoint or its safetensors.
 
-    Of a folder it is best.pt, or last.pt before the first epoch is whole. No code that a file names
-    is run: if the model was given as MODULE:FUNCTION, ``model`` must be that function, or a module
-    as it returns.
+    Of a folder it is best.pt, or its safetensors if there is no best.pt, or last.pt if the first
+    epoch is not whole. No code that a file names is run: if the model was given as MODULE:FUNCTION,
+    ``model`` must be that function, or a module as it returns.
 
     Returns ``model, transform, classes``, also by these names: see ``Trained`` and ``Transform``.
     Raises cnn.problem.Problem if the file cannot be read, is damaged, or holds no such thing.
     """
-    file = checkpoints.of_run(Path(path))
-    if not file.exists():
-        file = checkpoints.of_run(Path(path), "last.pt")
+    names = ("best.pt", "best.safetensors", "last.pt")
+    files = [checkpoints.of_run(Path(path), name) for name in names]
+    file = next(filter(Path.exists, files), files[-1])
     parameters, checkpoint = weights.read(file)
     if checkpoint is None:
         raise Problem(f"{file} holds weights alone, without the model and the classes")

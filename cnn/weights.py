@@ -1,6 +1,7 @@
 """Weights in files of every usual kind, and how they become a model's."""
 
 import json
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checkpoint as checkpoints
-from . import models, networks
+from . import networks
 from .checkpoint import DIGITS, FORMAT, MARK, digest
 from .data import Description
-from .models.classifier import classifiers
+from .models.classifier import auxiliary, classifiers, renew
 from .problem import Problem
 
 KEYS = {"format", "versions", "config", "description", "state_dict"}
@@ -81,9 +82,8 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     about = {"digest": MARK.decode() + "0" * DIGITS, "format": FORMAT}
     about |= {"versions": checkpoints.versions()}
     about |= {name: checkpoint[name] for name in ("config", "description")}
-    layout = {"memory_format": torch.contiguous_format}
-    tensors = {
-        name: value.detach().cpu().clone(**layout)
+    tensors = {  # each on its own, as safetensors want them
+        name: value.cpu().clone(memory_format=torch.contiguous_format)
         for name, value in checkpoint["state_dict"].items()
     }
     whole = safetensors.torch.save(tensors, {OWN: json.dumps(about)})
@@ -105,15 +105,12 @@ def _unpacked_safetensors(whole: bytes, path: Path) -> tuple[dict[str, Any], boo
     zeroed = whole[:at] + b"0" * DIGITS + whole[at + DIGITS :]
     if about is None or digest(zeroed) != whole[at : at + DIGITS]:
         raise Problem(f"{path} is damaged: its digest is not that of its contents")
-    checkpoint = {name: _tuples(value) for name, value in json.loads(about).items()}
-    return {**checkpoint, "state_dict": parameters}, True
+    return {**json.loads(about, object_hook=_tuples), "state_dict": parameters}, True
 
 
-def _tuples(value: Any) -> Any:
-    """What JSON has made a list of, a tuple again."""
-    if isinstance(value, dict):
-        return {name: _tuples(each) for name, each in value.items()}
-    return tuple(value) if isinstance(value, list) else value
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has made lists of, tuples again."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
 def build(
@@ -132,33 +129,38 @@ def build(
     if unknown := networks.known_as(name):
         raise Problem(f"{path} is of a model {name}, which is {unknown}")
     options = {"image_size": image_size}
-    told = f"{name} for {image_size}x{image_size} pixels"
     if known and known.classes:
         options |= {"num_classes": len(known.classes), "in_channels": known.channels}
-    elif name in models.list():
-        with torch.device("meta"):
-            outline = networks.create(name, **options)
-        parameters = named(parameters, outline)
-        first, last = (f"{layer}.weight" for layer in _changeable(outline))
-        if misfits := [n for n in (first, last) if n not in parameters or parameters[n].dim() < 2]:
-            raise _unfit(outline, parameters, told, path, misfits)
-        options |= {"num_classes": len(parameters[last]), "in_channels": parameters[first].shape[1]}
     model = networks.create(source or name, **options)
-    fill(model, parameters, told, path)
+    if len(options) == 1:
+        for layer, axis, count in _resized(model, named(parameters, model)):
+            renew(model.get_submodule(layer), axis, count)
+    fill(model, parameters, f"{name} for {image_size}x{image_size} pixels", path)
     return model
 
 
 def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path) -> None:
     """Give a model the parameters of ``path``. Raises Problem if they are not its own."""
     parameters, own = named(parameters, model), model.state_dict()
-    misfits = [n for n in own if n in parameters and not _is_alike(own[n], parameters[n])]
+    reason, lacking = "load_state_dict refuses them", [n for n in own if n not in parameters]
+    differ = [n for n in own if n in parameters and not _is_alike(own[n], parameters[n])]
     try:
-        if not misfits:
+        if not differ:
             model.load_state_dict(parameters)
             return
     except RuntimeError:
         pass
-    raise _unfit(model, parameters, known_as, path, misfits)
+    if lacking:
+        reason = f"it lacks {_several(lacking)}"
+    elif foreign := [name for name in parameters if name not in own]:
+        reason = f"it holds {_several(foreign)} besides"
+    elif differ:
+        values = parameters[differ[0]], own[differ[0]]
+        sizes = ["x".join(map(str, value.shape)) or "a number" for value in values]
+        if sizes[0] == sizes[1]:
+            sizes = [str(value.dtype) for value in values]
+        reason = f"its {differ[0]} is {sizes[0]}, not {sizes[1]}"
+    raise Problem(f"{path} does not hold the parameters of {known_as}: {reason}")
 
 
 def _is_alike(own: Tensor, other: Tensor) -> bool:
@@ -184,62 +186,40 @@ def _bare(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _unfit(
-    model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path, misfits: list[str]
-) -> Problem:
-    """What is told of parameters that do not fit, of which those of ``misfits`` are others."""
-    known = model.state_dict()
-    lacking = [name for name in known if name not in parameters]
-    foreign = [name for name in parameters if name not in known]
-    if lacking:
-        reason = f"it lacks {_several(lacking)}"
-    elif foreign:
-        reason = f"it holds {_several(foreign)} besides"
-    elif not misfits:
-        reason = "load_state_dict refuses them"
-    else:
-        own, other = known[misfits[0]], parameters[misfits[0]]
-        sizes = ["x".join(map(str, value.shape)) or "a number" for value in (other, own)]
-        if own.shape == other.shape:
-            sizes = [str(other.dtype), str(own.dtype)]
-        reason = f"its {misfits[0]} is {sizes[0]}, not {sizes[1]}"
-    return Problem(f"{path} does not hold the parameters of {known_as}: {reason}")
-
-
 def _several(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
-def _changeable(model: nn.Module) -> dict[str, tuple[int, str]]:
-    """Layers that differ with images and classes: by name the axis of their weight, and its name.
-
-    The first convolution, then the classifiers, of which the main one is last.
-    """
-    first, _ = networks.first_convolution(model)
-    return {first: (1, "channels"), **dict.fromkeys(classifiers(model), (0, "classes"))}
+def _resized(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[tuple[str, int, int]]:
+    """The layers whose weights are for other channels or classes: with its axis, their number."""
+    axes = {networks.first_convolution(model)[0]: 1, **dict.fromkeys(classifiers(model), 0)}
+    own, nothing = model.state_dict(), torch.empty(0)
+    for layer, axis in axes.items():
+        ours, theirs = ([*of.get(f"{layer}.weight", nothing).shape] for of in (own, parameters))
+        if len(ours) == len(theirs) > axis and ours[axis] != theirs[axis]:
+            count, ours[axis] = theirs[axis], theirs[axis]
+            if ours == theirs:
+                yield layer, axis, count
 
 
 def begin(model: nn.Module, path: Path, known_as: str) -> list[str]:
     """Give a new model the weights of a file or of a run. Says what was taken, and what is new.
 
-    A first convolution for other channels and a classifier for other classes stay as they are.
-    Raises Problem if anything else does not fit.
+    A first convolution for other channels and a classifier for other classes stay as they are;
+    auxiliary classifiers that the model lacks are left out. Raises Problem if anything else does
+    not fit.
     """
     path = checkpoints.of_run(path)
     parameters, own = named(read(path)[0], model), model.state_dict()
     new = {}
-    for layer, (axis, what) in _changeable(model).items():
-        ours, theirs = (each.get(f"{layer}.weight") for each in (own, parameters))
-        if ours is None or theirs is None or ours.dim() != theirs.dim():
-            continue
-        others = [shape[:axis] + shape[axis + 1 :] for shape in (ours.shape, theirs.shape)]
-        if others[0] == others[1] and ours.shape != theirs.shape:
-            counts = f"{ours.shape[axis]} {what}, not {theirs.shape[axis]}"
-            new[layer] = f"{layer} is new: it is for {counts}"
+    for layer, axis, count in _resized(model, parameters):
+        own_count, what = own[f"{layer}.weight"].shape[axis], ("classes", "channels")[axis]
+        new[layer] = f"{layer} is new: it is for {own_count} {what}, not {count}"
     stay = {name: value for name, value in own.items() if name.rpartition(".")[0] in new}
-    fill(model, {**parameters, **stay}, known_as, path)
-    count = len(own) - len(stay)
-    return [f"{count} of {len(own)} parameters and buffers are those of {path}", *new.values()]
+    taken = {n: value for n, value in parameters.items() if n in own or not auxiliary(n)}
+    fill(model, {**taken, **stay}, known_as, path)
+    count = f"{len(own) - len(stay)} of {len(own)}"
+    return [f"{count} parameters and buffers are those of {path}", *new.values()]
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> str:

@@ -762,7 +762,7 @@ BAD = {
     "eval {tmp}/bare.pt --model lenet5": "parameters alone: say by --data what to test on",
     "eval {tmp}/bare.pt --data digits --model vgg_small": "{tmp}/bare.pt does not hold the parame",
     "eval {tmp}/bare.pt --data digits --model lenet5 --size 16": "of lenet5 for 16x16 pixels",
-    "eval {tmp}/rgb.pt --data digits --model lenet5": "rgb.pt is for images of 3 channels, not 1",
+    "eval {tmp}/rgb.pt --data digits --model lenet5": "its features.0.weight is 6x3x5x5, not 6x1",
     "eval {tmp}/last.pt --model vgg_small": "--model: vgg_small contradicts lenet5 of",
     "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
     "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
