@@ -49,9 +49,9 @@ def reset_classifier(model: Model, num_classes: int) -> Model:
     """Make the classifier of any network a new one for other classes, in place.
 
     It is the last linear layer, or of a network without one the last 1x1 convolution, as in
-    SqueezeNet; auxiliary classifiers change with it. timm's networks do it by their own method. The
-    layer's parameters are new and initialised as torch does it, so that an optimizer that was made
-    before does not know them. Its dtype, device, hooks and whether it has a bias stay.
+    SqueezeNet; auxiliary classifiers change with it. The layer stays, but its parameters are new,
+    initialised as torch does it, of the same dtype and on the same device: an optimizer that was
+    made before does not know them. timm's networks do it by their own method.
 
     Returns the model. Raises TypeError for what is no module, ValueError if it has no such layer or
     ``num_classes`` is not a positive whole number.
@@ -61,7 +61,10 @@ def reset_classifier(model: Model, num_classes: int) -> Model:
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
         raise ValueError(f"num_classes must be a positive int, got num_classes={num_classes!r}")
     if callable(reset := getattr(model, "reset_classifier", None)):
+        like = next(model.parameters())
         reset(num_classes)
+        for layer in classifiers(model).values():
+            layer.to(like.device, like.dtype)
         return model
     if not (found := classifiers(model)):
         kind = type(model).__name__
