@@ -5,6 +5,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import data, models
@@ -57,6 +58,8 @@ def create(source: Source, **options: Any) -> nn.Module:
         raise Problem(f"--model: {source} gives a {kind}, and no torch.nn.Module")
     if not any(True for _ in model.parameters()):
         raise Problem(f"--model: {source} gives a {type(model).__name__} without parameters")
+    if odd := [name for name, value in model.state_dict().items() if not torch.is_tensor(value)]:
+        raise Problem(f"--model: {source} keeps {odd[0]}, which is no tensor: no file can hold it")
     return convert(model)
 
 

@@ -472,10 +472,13 @@ def thousand(): return nn.Sequential(nn.Conv2d(3, 1000, 32), nn.Flatten())
 def pair(num_classes): return Pair()
 def broken(num_classes): raise OSError("no such\\nnet")
 def failing(num_classes): return Failing()
+def extra(num_classes): return Extra()
 def frozen(num_classes): return Net(num_classes).requires_grad_(False)
 class Pair(Net):
     def __init__(self): super().__init__(3)
     def forward(self, x): return x, x
+class Extra(Pair):
+    def get_extra_state(self): return {"a": 1}
 class Failing(Pair):
     def forward(self, x): raise KeyError("x")
 """
@@ -535,6 +538,7 @@ NO_MODEL = {
     "pair": "--model: mine_too:pair gives tuple for an image, and not [1, 3]",
     "broken": "--model: mine_too:broken() fails: OSError: no such\\nnet",
     "failing": "--size: mine_too:failing does not take 32x32 pixels: KeyError: 'x'",
+    "extra": "--model: mine_too:extra keeps _extra_state, which is no tensor: no file can hold it",
     "frozen": "--freeze: it leaves nothing to train",
     "missing": "--model: mine_too:missing() fails: AttributeError: module 'mine_too' has no",
 }
