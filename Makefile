@@ -1,6 +1,7 @@
-# `make demo` trains LeNet-5, `make test` runs the tests, `make test-emulated` all tests of compiled code
-# in the emulator, `make lint` checks style, layers and types, `make docs` builds the documentation into
-# build/docs, `make hazards` checks machine code for the layers of SUITES with the newest and the oldest
+# `make demo` trains and tests LeNet-5, `make test` runs the tests, `make test-emulated` all tests of compiled code
+# in the emulator, `make check` what a change should pass before it is committed, in a minute,
+# `make lint` checks style, layers and types, `make docs` builds the documentation into build/docs,
+# `make hazards` checks machine code for the layers of SUITES with the newest and the oldest
 # Triton (hours, but what is done is not done again).
 # Nothing is needed but Python 3.11 or later and make.
 PYTHON ?= python3
@@ -29,13 +30,21 @@ SCOPE ?= family
 OLDEST := TRITON=triton==3.6.0 VENV=.venv-triton-3.6
 VERSION = $$($(PY) -c 'import triton; print(triton.__version__)')
 
-.PHONY: demo test test-interpreted test-sampled test-emulated lint docs
+.PHONY: demo check test test-interpreted test-sampled test-emulated lint docs
 .PHONY: hazards hazards-newest hazards-oldest hazards-table force
 
 demo: $(READY)
-	@TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
-		$(PY) -m cnn train --model lenet5 --data digits --epochs 4 --batch-size 32 \
-		--lr 0.005 --output $(VENV)/lenet5-digits --overwrite
+	@export TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))'); \
+	$(PY) -m cnn train --model lenet5 --data digits --epochs 5 --batch-size 32 \
+		--lr 0.005 --output $(VENV)/lenet5-digits --overwrite && \
+	$(PY) -m cnn eval $(VENV)/lenet5-digits
+
+# Style and types, and a case of each test of the operators and their kernels, in the interpreter.
+CHECKED := conv depthwise direct_conv descriptor_gemm conv_pool descriptor_pool stem_pool max_pool \
+	expansion layers
+
+check: lint
+	$(PY) -m pytest --sample 1 $(PYTEST_ARGS) $(CHECKED:%=tests/test_%.py)
 
 test: test-interpreted test-sampled
 

@@ -29,7 +29,7 @@ from .problem import Problem
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
 FILES = ("last.pt", "best.pt", "best.safetensors", "log.csv", "log.jsonl", "curves.png")
 """What a run writes; and epoch-N.pt."""

@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from kernels.device import INTERPRET
 
 from . import data, networks
+from .checkpoint import of_run
 from .problem import Problem
 from .summary import summary
 from .text import meant
@@ -57,6 +59,11 @@ def device(text: str) -> torch.device:
     return value
 
 
+def run_or_file(text: str) -> Path:
+    """Read the path of a checkpoint, or of a run's folder, for its best.pt."""
+    return of_run(Path(text))
+
+
 def data_set(text: str) -> str:
     """Read the name of a data set, with or without a place, or of the function that makes one."""
     if data.runs_code(text) and not data.is_code(text):
@@ -84,6 +91,11 @@ def interval(text: str) -> tuple[float, bool]:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is neither steps, as 500, nor minutes, as 10m")
     return value, minutes
+
+
+def interval_text(value: float, in_seconds: bool) -> str:
+    """What ``interval`` reads as that."""
+    return f"{value / 60:.15g}m" if in_seconds else f"{value}"
 
 
 whole = number(int, 1, 2**31, "a whole number from 1 to 2147483647")
@@ -149,3 +161,16 @@ def check_size(model: nn.Module, name: str, known: data.Description) -> None:
     if count and size != (1, count):
         gives = type(given[0]).__name__ if size is None else [*size]
         raise Problem(f"--model: {name} gives {gives} for an image, and not [1, {count}]")
+
+
+def check_fit(known: data.Description, found: data.Description, args: argparse.Namespace) -> None:
+    """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
+    if found.classes != known.classes:
+        differ = sorted({*found.classes} ^ {*known.classes})
+        which = f": {differ[0]} is one of the two alone" if differ else ""
+        raise Problem(f"--data: its classes are not those of {args.checkpoint}{which}")
+    if found.pixels != known.pixels:
+        raise Problem(f"--data: its images are not of the type that {args.checkpoint} is for")
+    if found.channels != known.channels:
+        count = f"{known.channels} channels, not {found.channels}"
+        raise Problem(f"--data: {args.checkpoint} is for images of {count}")

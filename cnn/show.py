@@ -29,6 +29,7 @@ from .options import (
     model_name,
     not_negative,
     number,
+    run_or_file,
     whole,
 )
 from .problem import FAILURE, Problem
@@ -400,8 +401,8 @@ def add_parsers(commands: Any) -> None:
         tool = tools.add_parser(name, help=help, description=f"Show {help}.")
         tool.set_defaults(run=show, make=make, what=name)
         add = tool.add_argument
-        kind = f"what train wrote, a file of a state_dict, or {HED} for VGG-16's of that package"
-        add("--checkpoint", type=Path, metavar="PATH", help=kind)
+        kind = f"a run, a checkpoint, a file of a state_dict, or {HED} for that package's VGG-16"
+        add("--checkpoint", type=run_or_file, metavar="PATH", help=kind)
         unknown = "model of a state_dict, or one untrained, as for train"
         add("--model", type=model_name, metavar="NAME", help=unknown)
         add("--size", type=whole, help="side of the images in pixels, where no checkpoint tells")

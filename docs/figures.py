@@ -646,7 +646,7 @@ def answers(network: torch.nn.Module) -> Figure:
 
 def train(folder: Path) -> None:
     """Train LeNet-5 on the digits and keep its curves and answers in the folder."""
-    words = "train --model lenet5 --data digits --epochs 4 --batch-size 32 --lr 0.005 --output"
+    words = "train --model lenet5 --data digits --epochs 5 --batch-size 32 --lr 0.005 --output"
     with TemporaryDirectory() as run:
         cnn.__main__.main([*words.split(), run, "--overwrite"])
         (folder / "training.png").write_bytes(Path(run, "curves.png").read_bytes())

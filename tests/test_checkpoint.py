@@ -132,7 +132,7 @@ BAD = {
     "foreign": (lambda path: torch.save({"epoch": 3}, path), "{path} is not a checkpoint of"),
     "newer": (
         lambda path: sealed({"format": 99}, path),
-        "{path} has format 99, this version reads 2",
+        f"{{path}} has format 99, this version reads {checkpoints.FORMAT}",
     ),
     "lacking": (
         lambda path: sealed({k: v for k, v in WHOLE.items() if k != "training"}, path),

@@ -60,7 +60,8 @@ cnn.visualize.architecture
 cnn.visualize.evolution cnn.visualize.filters
 cnn.visualize
 cnn.options
-cnn.train cnn.show
+cnn.config cnn.show
+cnn.train
 cnn.__main__
 """
 ROW = {name: row for row, line in enumerate(ROWS.split("\n")) for name in line.split()}

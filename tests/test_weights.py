@@ -499,7 +499,10 @@ def test_commands_take_a_model_of_ones_own(cpu, photos, mine):
     here = {"PYTHONPATH": mine}
     run, output = mine / "run", ("--output", mine / "run")
     argv = ["train", "--model", "mine_too:Net", "--data", f"folder:{photos}", "--size", 32]
-    code, _, err = cpu.run(*argv, "--epochs", 3, "--lr", 0.01, "--batch-size", 10, *output, **here)
+    argv += ["--lr", 0.01, "--batch-size", 10, *output]
+    code, _, err = cpu.run(*argv, "--epochs", 3, **here, SIGNAL_AFTER_SAVES=1)
+    assert (code, f"train --resume {run} --model mine_too:Net\n" in err) == (130, True), err
+    code, _, err = cpu.run("train", "--resume", run, "--model", "mine_too:Net", **here)
     assert code == 0, err
     image, last = photos / "test" / "blue" / "0.png", run / "last.pt"
     given = "--model", "mine_too:Net"
