@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from kernels.device import INTERPRET, launches
 
 from . import checkpoint as checkpoints
-from . import data, models, show
+from . import data, models, networks, show, weights
 from .config import OPTIMIZERS, SCHEDULES, Config, Setting
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
 from .data import load as load_data
@@ -40,11 +39,12 @@ from .options import (
     check_agreed,
     check_fit,
     check_pixels,
-    check_size,
     chosen_data,
+    chosen_model,
     data_set,
     interval,
     interval_text,
+    model_name,
     not_negative,
     number,
     positive,
@@ -90,8 +90,8 @@ def parser() -> Parser:
     add = command.add_argument
     help = "a run's folder, for its best.pt; a checkpoint; or a file of a state_dict"
     add("checkpoint", type=run_or_file, help=help)
-    help = "model of a state_dict, which does not say"
-    add("--model", choices=models.list(), metavar="NAME", help=help)
+    help = "model of a state_dict, which does not say; or the MODULE:FUNCTION that makes it"
+    add("--model", type=model_name, metavar="NAME", help=help)
     add("--data", type=data_set, metavar="NAME", help="data set (the one trained on)")
     add("--size", type=whole, help="side of the images in pixels, for a state_dict")
     add("--amp", choices=AMP, help="16-bit arithmetic (as trained)")
@@ -107,6 +107,8 @@ def parser() -> Parser:
     add = command.add_argument
     add("checkpoint", type=run_or_file, help="a run's folder, for its best.pt, or a checkpoint")
     add("images", type=Path, nargs="+", help="image files, or folders of them")
+    help = "the MODULE:FUNCTION that makes the model, if it was trained as one"
+    add("--model", type=model_name, metavar="NAME", help=help)
     add("--top", type=whole, default=1, metavar="N", help="likeliest classes to name (1)")
 
     show.add_parsers(commands)
@@ -127,8 +129,15 @@ def _configuration(command: Parser) -> None:
         ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZERS, values, strict=True))
         for values in (rates, decays)
     )
-    known = ", ".join(models.list())
-    add("--model", choices=models.list(), metavar="NAME", help=f"{known} ({Config.model})")
+    help = (
+        f"{', '.join(models.list())}, timm:NAME, torchvision:NAME; or MODULE:FUNCTION, which is "
+        f"imported and called to make one ({Config.model})"
+    )
+    add("--model", type=model_name, metavar="NAME", help=help)
+    help = "begin with the weights of a file, as torchvision's, or of a run"
+    add("--init", metavar="PATH", help=help)
+    help = "parameters that stay what they are, by names, as conv1.weight,layer1,layer2.*.bn1"
+    add("--freeze", type=lambda text: text.split(","), action="extend", metavar="NAMES", help=help)
     help = (
         f"{', '.join(data.NAMES)}, with its place as NAME:PATH; or MODULE:FUNCTION, which is "
         f"imported and called to make one ({Config.data})"
@@ -163,8 +172,11 @@ def train(args: argparse.Namespace) -> None:
     """Train a model; its checkpoints, log and curves go to a folder."""
     names = [field.name for field in fields(Config)]
     given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    if args.freeze:
+        given["freeze"] = tuple(args.freeze)
     config = Config(**given)
-    folder = args.output or Path("runs", f"{config.model}-{config.data.partition(':')[0]}")
+    known_as = f"{config.model.rpartition(':')[2]}-{config.data.partition(':')[0]}"
+    folder = args.output or Path("runs", known_as)
     source = args.resume
     if source:
         source = folder / "last.pt" if source is LAST else checkpoints.of_run(source, "last.pt")
@@ -193,12 +205,12 @@ def _train(
         checkpoint = checkpoints.load(source)
         config = Config.of(checkpoint, source).resumed(given, source)
         chosen_data(args.data, config.data, source)
+        chosen_model(args.model, config.model, source)
     if group.first:
         _check_free(folder, source, args.overwrite)
     sets = load_data(config.data, config.size, config.seed, val=True)
     if group.first:
         _tell_notes(sets)
-    _check_size(config.model, sets.description)
     period, in_seconds = args.save_every
     rest = {"broken": args.broken, "keep_every": args.keep_every}
     setting = Setting(folder, args.workers, period, in_seconds, **rest)
@@ -207,6 +219,10 @@ def _train(
         run.restore(checkpoint, source)
         if group.first:
             tell(f"resumed {source}: {run.place}")
+    elif config.init:
+        for line in weights.begin(run.model, Path(config.init), config.model):
+            if group.first:
+                tell(line)
     if group.first:
         if not (source and source.parent.samefile(folder)):
             run.begin_folder(source)
@@ -228,8 +244,9 @@ def _command(args: argparse.Namespace, config: Config, folder: Path, processes: 
     usual = vars(parser().parse_args(["train"]))
     words = ["python -m cnn" if processes == 1 else "torchrun ... -m cnn", "train --resume"]
     words.append(shlex.quote(str(folder)))
-    if data.runs_code(config.data):
-        words.append(f"--data {config.data}")
+    for name, module in (("data", data), ("model", networks)):
+        if module.runs_code(vars(config)[name]):
+            words.append(f"--{name} {vars(config)[name]}")
     for name in ("device", "workers", "save_every", "keep_every", "broken"):
         if (value := vars(args)[name]) != usual[name]:
             value = interval_text(*value) if name == "save_every" else value
@@ -250,14 +267,6 @@ def _check_free(folder: Path, source: Path | None, overwrite: bool) -> None:
 def _tell_notes(sets: data.Data) -> None:
     for note in sets.notes:
         tell(note)
-
-
-def _check_size(name: str, description: data.Description) -> None:
-    """Raise Problem unless the model takes images of the data's size."""
-    options = {"in_channels": description.channels, "image_size": description.size}
-    with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # of an empty layer
-        model = models.create(name, **options)
-    check_size(model.eval(), name, description)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -295,7 +304,7 @@ def _trained(
     args: argparse.Namespace,
 ) -> tuple[torch.nn.Module, Config, data.Description, data.Data]:
     """The model that is to be evaluated, how it was trained, on what images, and the data."""
-    parameters, checkpoint = checkpoints.load_parameters(args.checkpoint)
+    parameters, checkpoint = weights.read(args.checkpoint)
     if checkpoint:
         trained = Config.of(checkpoint, args.checkpoint)
         known = checkpoints.description(checkpoint, args.checkpoint)
@@ -313,19 +322,23 @@ def _trained(
     known = known or sets.description
     if data.same_set(name, trained.data) and known.identity not in ("", sets.description.identity):
         tell(f"{name} has changed since the training: renamed images may now be in other parts")
-    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
-    check_fit(model, known, sets.description, args)
+    chosen_model(args.model, trained.model, args.checkpoint)
+    check_fit(known, sets.description, args)
+    model = weights.build(trained.model, parameters, known.size, args.checkpoint, known)
     return model, trained, known, sets
 
 
 def predict(args: argparse.Namespace) -> None:
     """Print a line an image: its path, then the likeliest classes with their probabilities."""
-    checkpoint = checkpoints.load(args.checkpoint)
+    parameters, checkpoint = weights.read(args.checkpoint)
+    if checkpoint is None:
+        raise Problem(f"{args.checkpoint} holds parameters alone, without the names of classes")
     trained = Config.of(checkpoint, args.checkpoint)
     known = checkpoints.description(checkpoint, args.checkpoint)
     check_pixels(known, args.checkpoint)
-    parameters = checkpoint["state_dict"]
-    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
+    check_agreed(args, "model", trained.model)
+    chosen_model(args.model, trained.model, args.checkpoint)
+    model = weights.build(trained.model, parameters, known.size, args.checkpoint, known)
     folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
     paths = [path for files in folders for path in files]
     if not paths:

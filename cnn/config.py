@@ -53,6 +53,8 @@ class Config:
     compile: bool = False
     sync_bn: bool = False
     seed: int = 0
+    init: str | None = None
+    freeze: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> "Config":

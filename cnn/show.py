@@ -1,14 +1,11 @@
 """``python -m cnn show``: what a network has learned, as a PNG and an HTML page."""
 
 import argparse
-import re
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -16,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from . import checkpoint as checkpoints
-from . import data, models, visualize
+from . import data, models, networks, visualize, weights
 from .checkpoint import write
-from .convert import convert
 from .data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
 from .journal import png, tell
 from .models import hed
@@ -28,7 +24,9 @@ from .options import (
     check_pixels,
     check_size,
     chosen_data,
+    chosen_model,
     data_set,
+    model_name,
     not_negative,
     number,
     run_or_file,
@@ -81,7 +79,7 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
             raise Problem("say what to look at, by --checkpoint or --model")
         torch.manual_seed(args.seed)
         size = args.size or _usual_size(args.model)
-        model = _created(args.model, size)
+        model = networks.create(args.model, image_size=size)
         name, known = args.model, _description(model, size)
     elif str(checkpoint) == HED:
         check_agreed(args, "model", "vgg16")
@@ -103,42 +101,19 @@ def _loaded(
     args: argparse.Namespace, checkpoint: Path
 ) -> tuple[nn.Module, str, Description, dict[str, Any] | None]:
     """The model of a file, its name, its images, and how it was trained where that is told."""
-    parameters, whole = checkpoints.load_parameters(checkpoint)
+    parameters, whole = weights.read(checkpoint)
     if whole:
         known = checkpoints.description(whole, checkpoint)
         config = checkpoints.configuration(whole, checkpoint)
         check_agreed(args, "model", config["model"])
         check_agreed(args, "size", known.size)
-        model = checkpoints.build(config["model"], parameters, known.size, checkpoint)
-        return model, config["model"], known, config
+        name = chosen_model(args.model, config["model"], checkpoint)
+        return weights.build(name, parameters, known.size, checkpoint, known), name, known, config
     if not args.model:
         raise Problem(f"{checkpoint} holds parameters alone: say by --model what it is of")
     size = args.size or _usual_size(args.model)
-    if ":" not in args.model:
-        model = checkpoints.build(args.model, parameters, size, checkpoint)
-    else:
-        model = _created(args.model, size)
-        checkpoints.fill(model, parameters, args.model, checkpoint)
+    model = weights.build(args.model, parameters, size, checkpoint)
     return model, args.model, _description(model, size), None
-
-
-def _model(text: str) -> str:
-    """Read the name of a network: one of ours, or the function that builds another."""
-    if text in models.list() or re.fullmatch(r"[\w.]+:[\w.]+", text):
-        return text
-    known = ", ".join(models.list())
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, and no MODULE:FUNCTION")
-
-
-def _created(name: str, size: int) -> nn.Module:
-    """The network of a name; one that is not ours is converted."""
-    if ":" not in name:
-        with warnings.catch_warnings(action="ignore"):  # of an empty layer
-            return models.create(name, image_size=size)
-    try:
-        return convert(resolve_name(name)())
-    except Exception as error:  # someone else's code can raise anything
-        raise Problem(f"--model: {name}() fails: {type(error).__name__}: {error}") from None
 
 
 def _usual_size(name: str) -> int:
@@ -148,7 +123,7 @@ def _usual_size(name: str) -> int:
 
 def _description(model: nn.Module, size: int) -> Description:
     """What is taken for granted of images where nothing tells: ImageNet's colours."""
-    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    channels = networks.first_convolution(model)[1].in_channels
     mean, std = IMAGENET
     return Description((), size, mean[:channels], std[:channels])
 
@@ -403,8 +378,8 @@ def add_parsers(commands: Any) -> None:
         add = tool.add_argument
         kind = f"a run, a checkpoint, a file of a state_dict, or {HED} for that package's VGG-16"
         add("--checkpoint", type=run_or_file, metavar="PATH", help=kind)
-        unknown = "model of a state_dict, or one untrained: its name, or MODULE:FUNCTION"
-        add("--model", type=_model, metavar="NAME", help=unknown)
+        unknown = "model of a state_dict, or one untrained, as for train"
+        add("--model", type=model_name, metavar="NAME", help=unknown)
         add("--size", type=whole, help="side of the images in pixels, where no checkpoint tells")
         known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())
         add("--image", nargs="+", default=(), metavar="PATH", help=f"images; or {known} and others")

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from . import checkpoint as checkpoints
-from . import models
+from . import networks, weights
 from .config import OPTIMIZERS, SCHEDULES, Config, Setting
 from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
 from .evaluate import Evaluator, autocast, in_workers, tally
 from .group import Group
 from .interruption import Interrupted, Interruption
 from .journal import Journal, Progress, Row, tell
+from .options import check_size
 from .problem import FAILURE, Problem
 
 
@@ -87,7 +89,11 @@ class Run:
         }
         torch.manual_seed(config.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = models.create(config.model, **options)
+        model = networks.create(config.model, **options)
+        check_size(model.eval(), config.model, description)
+        frozen = weights.freeze(model, config.freeze)
+        if config.freeze and self.group.first:
+            tell(frozen)
         self.prepare = Preparation(description, self.group.device, layout)
         if config.sync_bn:
             if self.group.device.type == "cpu":
@@ -122,7 +128,8 @@ class Run:
         make, lr, decay = OPTIMIZERS[config.optimizer]
         lr = lr if config.lr is None else config.lr
         decay = decay if config.weight_decay is None else config.weight_decay
-        self.optimizer = make(self.model.parameters(), lr=lr, weight_decay=decay)
+        parameters = filter(attrgetter("requires_grad"), self.model.parameters())
+        self.optimizer = make(parameters, lr=lr, weight_decay=decay)
         steps = config.epochs * len(self.batches)
         self.schedule = SCHEDULES[config.schedule](self.optimizer, lr, steps)
         self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.amp == "fp16")
@@ -157,7 +164,7 @@ class Run:
     def _train(self, interruption: Interruption) -> None:
         """The steps of an epoch that are left."""
         config, position = self.config, self.position
-        self.network.train()
+        weights.training(self.network)
         self.batches.epoch, self.batches.step = position.epoch, position.step
         steps = len(self.batches)
         counts = (steps * config.batch_size, position.step * config.batch_size)
@@ -272,15 +279,17 @@ class Run:
 
     def begin_folder(self, source: Path | None) -> None:
         """Clear the folder of another run, and give it the best of the run of ``source``."""
-        best, past = None, self.position.best
+        best, past, folder = None, self.position.best, self.setting.folder
         if source and past and (path := source.with_name("best.pt")).exists():
             with suppress(Problem):
-                rows = checkpoints.load(path)["position"].get("rows")
-                best = path.read_bytes() if rows == self.position.rows[: past["epoch"]] else None
-        for path in checkpoints.results(self.setting.folder):
+                found = checkpoints.load(path)
+                if found["position"].get("rows") == self.position.rows[: past["epoch"]]:
+                    best = found, path.read_bytes()
+        for path in checkpoints.results(folder):
             path.unlink()
         if best:
-            checkpoints.write(self.setting.folder / "best.pt", best)
+            weights.save(best[0], folder / "best.safetensors")
+            checkpoints.write(folder / "best.pt", best[1])
 
     @property
     def last(self) -> Path:
@@ -312,6 +321,8 @@ class Run:
                 },
             }
             folder = self.setting.folder
+            if "best.pt" in names:
+                weights.save(contents, folder / "best.safetensors")
             checkpoints.save(contents, *(folder / name for name in names), self.last)
         self._saved = time.monotonic()
         self._kept = f"{self.last} holds {self.place}"

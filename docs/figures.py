@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 import cnn.__main__
 import cnn.functional as F
-from cnn import checkpoint, data
+from cnn import data
 from kernels import device, model, pair_conv, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, full_padding, receptive_field
 from kernels.tile import Tile, blocks_per_multiprocessor
@@ -650,9 +650,7 @@ def train(folder: Path) -> None:
     with TemporaryDirectory() as run:
         cnn.__main__.main([*words.split(), run, "--overwrite"])
         (folder / "training.png").write_bytes(Path(run, "curves.png").read_bytes())
-        parameters, _ = checkpoint.load_parameters(Path(run, "best.pt"))
-    network = cnn.models.lenet5().eval()
-    network.load_state_dict(parameters)
+        network, *_ = cnn.load(run)
     save(lambda: answers(network), folder / "answers.svg")
 
 

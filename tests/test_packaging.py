@@ -38,7 +38,7 @@ cnn.graph_fusion
 cnn.compile_backend
 cnn.summary cnn.export
 cnn.convert
-cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
+cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet cnn.models.classifier
 cnn.models.vgg
 cnn.models.hed cnn.models.vgg_small cnn.models.zfnet
 cnn.models
@@ -48,7 +48,9 @@ cnn.data.files cnn.data.parts
 cnn.data.custom cnn.data.folder
 cnn.data.augment cnn.data.sets
 cnn.data
-cnn.checkpoint cnn.group cnn.interruption
+cnn.checkpoint cnn.group cnn.interruption cnn.networks
+cnn.weights
+cnn.trained
 cnn.journal
 cnn.evaluate
 cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page

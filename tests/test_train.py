@@ -38,7 +38,7 @@ from cnn.train import Run
 from kernels.device import INTERPRET
 
 EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
-RUN = ["last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"]
+RUN = ["last.pt", "best.pt", "best.safetensors", "log.csv", "log.jsonl", "curves.png"]
 
 
 @pytest.fixture
@@ -373,9 +373,11 @@ def test_no_damage_to_any_file_of_a_run_is_used(cpu, noise, tmp_path):
     assert cpu.run(*argv, "--output", whole)[0] == 0
     assert cpu.run(*argv, "--output", parts, SIGNAL_AFTER_SAVES=2)[0] == 130
     show = f"show filters --output {tmp_path}/filters --checkpoint"
-    for path in sorted(parts.glob("*.pt")):
+    begin = f"train --output {tmp_path}/new --init"
+    for path in (*sorted(parts.glob("*.pt")), parts / "best.safetensors"):
         sound = path.read_bytes()
-        for command in ("train --resume", "eval", "predict", show):
+        resume = "train --resume" if path.suffix == ".pt" else begin
+        for command in (resume, begin, "eval", "predict", show):
             path.write_bytes(damaged(sound, draw))
             before = {path: path.read_bytes() for path in parts.iterdir()}
             words = [*command.split(), path, *([whole] if command == "predict" else [])]
@@ -390,7 +392,7 @@ def test_no_damage_to_any_file_of_a_run_is_used(cpu, noise, tmp_path):
     assert_same_runs(whole, parts)
 
 
-PARTS = ["best.pt", "epoch-1.pt", "log.csv", "log.jsonl", "curves.png"]
+PARTS = ["best.pt", "best.safetensors", "epoch-1.pt", "log.csv", "log.jsonl", "curves.png"]
 
 
 @pytest.fixture(scope="module")
@@ -675,7 +677,19 @@ BAD = {
     "train --data mnist:{tmp}/none": "{tmp}/none is no folder",
     "train --data digits:{tmp}": "digits come with scikit-learn and take no path",
     "train --data cifar10": "cifar10 needs a place: give it as cifar10:FOLDER",
-    "train --model resnet1": "--model: invalid choice: 'resnet1'",
+    "train --model resnet-18": "'resnet-18' is none of alexnet, lenet5, resnet101, resnet18, ",
+    "train --model resnet-50": "timm:NAME or torchvision:NAME: did you mean resnet50 or resnet",
+    "train --model timm": "'timm' is none of alexnet",
+    "train --data fashion": "did you mean fashion-mnist?",
+    "train --init {tmp}/none.pt": "cannot read {tmp}/none.pt: No such file",
+    "train --init {tmp}/text": "{tmp}/text is damaged or not a checkpoint",
+    "train --init {tmp}/bad": "{tmp}/bad/best.pt: No such file",
+    "train --init {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint of python -m cnn train, and",
+    "train --init {tmp}/bare.pt --model vgg_small": "of vgg_small: it lacks features.1.weight and",
+    "train --freeze dense": "--freeze: 'dense' matches none of features.0.weight to classifier.4",
+    "train --freeze classifier,features": "--freeze: it leaves nothing to train",
+    "train --resume {tmp}/last.pt --freeze features": "--freeze: ('features',) contradicts () of",
+    "train --resume {tmp}/last.pt --init {tmp}/bare.pt": "contradicts None of {tmp}/last.pt",
     "train --size 15": "--size: lenet5 does not take 15x15 pixels",
     "train --amp fp8": "--amp: invalid choice: 'fp8'",
     "train --sync-bn --device cpu": "--sync-bn: torch's SyncBatchNorm needs GPUs",
@@ -705,13 +719,13 @@ BAD = {
     "eval {tmp}/bare.pt --model lenet5": "parameters alone: say by --data what to test on",
     "eval {tmp}/bare.pt --data digits --model vgg_small": "{tmp}/bare.pt does not hold the parame",
     "eval {tmp}/bare.pt --data digits --model lenet5 --size 16": "of lenet5 for 16x16 pixels",
-    "eval {tmp}/rgb.pt --data digits --model lenet5": "rgb.pt is for images of 3 channels, not 1",
+    "eval {tmp}/rgb.pt --data digits --model lenet5": "its features.0.weight is 6x3x5x5, not 6x1",
     "eval {tmp}/last.pt --model vgg_small": "--model: vgg_small contradicts lenet5 of",
     "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
     "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
     "predict {tmp}/last.pt": "arguments are required: images",
     "predict {tmp}/last.pt {tmp}/bad": "{tmp}/bad holds no image",
-    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt is not a checkpoint of",
+    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt holds parameters alone, without the names of c",
 }
 
 
