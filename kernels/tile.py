@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from .device import Device
 from .geometry import Pair
@@ -34,6 +35,19 @@ class Tile:
     stages: int = 2
     box: Box | None = None
     patch: Pair = (1, 1)
+
+
+class Block(NamedTuple):
+    """What of a tile a kernel that multiplies is compiled for."""
+
+    rows: int
+    columns: int
+    depth: int
+    packed: bool
+
+    @classmethod
+    def of(cls, tile: Tile) -> "Block":
+        return cls(tile.rows, tile.columns, tile.depth, tile.packed)
 
 
 def overlapped(tile: Tile, computed: bool) -> int:
