@@ -84,12 +84,6 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
     tl.store(y_ptr + (offsets[:, None] + (k * y_strides.c)[None, :]), y, mask=mask)
 
 
-def result_strides(residual: Tensor | None, y: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Strides of the residual, if there is one, and of y, as ``store_result`` takes them."""
-    y_strides = unspecialised_strides(y)
-    return y_strides if residual is None else unspecialised_strides(residual), y_strides
-
-
 def results(
     bias: Tensor | None, residual: Tensor | None, y: Tensor, relu: bool = False
 ) -> dict[str, Any]:
