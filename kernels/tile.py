@@ -50,6 +50,27 @@ class Block(NamedTuple):
         return cls(tile.rows, tile.columns, tile.depth, tile.packed)
 
 
+class BoxBlock(NamedTuple):
+    """The same of a tile with a box, which is ``n`` x ``p`` x ``q`` pixels."""
+
+    n: int
+    p: int
+    q: int
+    rows: int
+    columns: int
+    depth: int
+
+    @classmethod
+    def of(cls, tile: Tile) -> "BoxBlock":
+        return cls(*box_of(tile), tile.rows, tile.columns, tile.depth)
+
+
+def box_of(tile: Tile) -> Box:
+    """The box of a tile that has one."""
+    assert tile.box is not None
+    return tile.box
+
+
 def overlapped(tile: Tile, computed: bool) -> int:
     """How many turns of its loop Triton may overlap: a single one where the left operand of the
     product is ``computed`` from what is loaded.
