@@ -458,7 +458,8 @@ def _family(
         ):
             continue
         for box in _BOXES[rows]:
-            if not overlapping or box[2] >= 8:  # a smaller box is halo for the most part
+            _, _, width = box
+            if not overlapping or width >= 8:  # a smaller box is halo for the most part
                 yield _deepest(Tile(rows, columns, depth, warps=warps, box=box), dtype, device)
 
 

@@ -94,8 +94,8 @@ def choose_tile(
         2 * max(_GROUPS.value, min(16, power_of_2(places + kernel - 2)))
         for places, kernel in zip((pool.P, pool.Q), pool.kernel, strict=True)
     )
-    box = max(1, min(power_of_2(g.N), limit // (p * q))), p, q
-    return Tile(box[0] * p * q, columns, depth, box=box)
+    images = max(1, min(power_of_2(g.N), limit // (p * q)))
+    return Tile(images * p * q, columns, depth, box=(images, p, q))
 
 
 @triton.jit
