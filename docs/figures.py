@@ -409,8 +409,8 @@ def descriptor_box() -> Figure:
     cells(right, [[""] * 10] * 10, PALE[GREY], (-1, -1))
     cells(right, [[""] * 8] * 8, shades)
     for (r, s), marker in (((0, 0), "o"), ((1, 2), "x")):
-        rows = [p * g.stride[0] + g.walk[1] + r for p in range(g.P)]
-        columns = [q * g.stride[1] + g.walk[4] + s for q in range(g.Q)]
+        rows = [p * g.stride[0] + g.walk.origin_h + r for p in range(g.P)]
+        columns = [q * g.stride[1] + g.walk.origin_w + s for q in range(g.Q)]
         points = [(w + 0.5, h + 0.5) for h in rows for w in columns]
         colour = tints[rows[0] % 2][columns[0] % 2]
         options = {"linestyle": "", "marker": marker, "color": colour, "markersize": 6}
