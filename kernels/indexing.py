@@ -16,8 +16,8 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import cuda_capability_geq
 
+from ._private import cuda_capability_geq
 from .device import INTERPRET
 from .geometry import Conv2dGeometry, Taps
 
