@@ -7,11 +7,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.utils import _pair
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from kernels import library, planner
+from kernels._private import pair_of
 from kernels.device import INTERPRET, describe
 from kernels.geometry import (
     Conv2dGeometry,
@@ -188,8 +188,8 @@ def _engine(layer: Any, place: torch.device, channels_last: bool) -> str:
         return "ATen"
     if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         return "max_pool"
-    kernel, stride = _pair(layer.kernel_size), _pair(layer.stride)
-    dilation = _pair(layer.dilation)
+    kernel, stride = pair_of(layer.kernel_size), pair_of(layer.stride)
+    dilation = pair_of(layer.dilation)
     padding = conv_padding(layer.padding, kernel, layer.stride, stride, dilation)
     transposed = isinstance(layer, nn.ConvTranspose2d)
     direction: Direction = "dgrad" if transposed else "fprop"
@@ -202,7 +202,7 @@ def _engine(layer: Any, place: torch.device, channels_last: bool) -> str:
     pool = None
     if isinstance(layer, layers.ConvReLUMaxPool2d):
         window: Any = layer.pool_kernel_size, layer.pool_stride, layer.pool_padding
-        pool = Pool2dGeometry(*g.y_shape, *map(_pair, window))  # type: ignore[arg-type]
+        pool = Pool2dGeometry(*g.y_shape, *map(pair_of, window))  # type: ignore[arg-type]
     x, y, w = (
         torch.empty_strided(shape, output_strides(shape, channels_last), dtype=dtype, device="meta")
         for shape in (g.x_shape, pool.y_shape if pool else g.y_shape, g.w_shape)

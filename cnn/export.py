@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from kernels._private import pytree
 
 from .composed import exported_operators
 from .problem import missing
@@ -79,7 +80,7 @@ def export_onnx(
         raise ValueError(f"dynamic_batch takes no dynamic_shapes, got {dynamic_shapes!r}")
     inputs: Any = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
     if dynamic_batch:
-        inputs = tree_map_only(Tensor, _twice, inputs)
+        inputs = pytree.tree_map_only(Tensor, _twice, inputs)
         dynamic_shapes = _batched(model, inputs)
     with torch.no_grad():
         program = torch.export.export(model, *inputs, dynamic_shapes=dynamic_shapes)
@@ -107,7 +108,7 @@ def _twice(t: Tensor) -> Tensor:
 
 def _batched(model: nn.Module, inputs: tuple[tuple, dict[str, Any]]) -> Any:
     shapes, batch = ShapesCollection(), Dim("batch")
-    for t in tree_leaves(inputs):
+    for t in pytree.tree_leaves(inputs):
         if isinstance(t, Tensor) and t.dim():
             shapes[t] = {0: batch}
     return shapes.dynamic_shapes(model, *inputs)

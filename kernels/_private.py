@@ -16,15 +16,24 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher as enable_python_dispatcher
 from torch._functorch.utils import (
     enable_single_level_autograd_function as enable_single_level_autograd_function,
 )
+from torch._guards import CompileContext
+from torch._ops import OpOverload as OpOverload
+from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._subclasses import FakeTensor as FakeTensor
 from torch.autograd import Function, forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from triton.backends.compiler import GPUTarget as GPUTarget
 from triton.language.target_info import cuda_capability_geq as cuda_capability_geq
 from triton.runtime.errors import PTXASError as PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+pytree = torch.utils._pytree
+pair_of: Callable[[Any], tuple] = torch.nn.modules.utils._pair
+"""A pair from one number or two, as torch's layers make it."""
 
 # Triton.
 
@@ -246,3 +255,79 @@ def constant_while_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def reset_with_dynamo(backend: Callable[..., Any], reset: Callable[[], None]) -> None:
+    """Have ``torch.compiler.reset`` call ``reset``, as it does of each backend it has used."""
+    backend.reset = reset  # type: ignore[attr-defined]
+
+
+def dynamos_counters(group: str) -> Any:
+    """Dynamo's counters of a group, which its own reports show."""
+    from torch._dynamo.utils import counters
+
+    return counters[group]
+
+
+def compile_id() -> str:
+    """The numbers that Dynamo's logs give a frame and its compilation, within a backend's call."""
+    return str(CompileContext.current_compile_id() or "-")
+
+
+# Operators in graphs.
+
+FUNCTION_MODULES = {"torch", "torch.functional", "torch.nn.functional", "torch._C._nn"}
+"""Where the functions of torch and of torch.nn.functional say that they are."""
+
+
+def namespace_of(target: Any) -> str | None:
+    """An operator's or a packet's, such as "aten"; None of what is neither."""
+    is_operator = isinstance(target, OpOverload | OpOverloadPacket)
+    return target.__module__.rpartition(".")[2] if is_operator else None
+
+
+def defaults_of(operator: OpOverload) -> dict[str, Any]:
+    """The operator's arguments by name, in their order; None of those that have no default."""
+    return {argument.name: argument.default_value for argument in operator._schema.arguments}
+
+
+def is_mutable(operator: OpOverload) -> bool:
+    """Whether the operator's schema says that it writes to an argument."""
+    return operator._schema.is_mutable
+
+
+def storage_of(t: Tensor) -> int:
+    """A number that views of one tensor have in common, and no other that is alive: fake tensors,
+    too, which have no memory to tell by.
+    """
+    return t.untyped_storage()._cdata
+
+
+# Inductor.
+
+
+def graph_pass() -> Any:
+    """The base of passes over graphs whose ``uuid`` is part of the keys of Inductor's caches."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    return CustomGraphPass
+
+
+def inductor(mode: str | None, options: Any, joint_pass: Callable[[Any], Any]) -> Any:
+    """What compiles a graph for ``torch.compile`` with these modes and options, but that what
+    ``joint_pass`` makes of the pass which the user has set, or None, runs in its place: the last
+    one over AOTAutograd's joint graph.
+    """
+    from torch._inductor import config
+
+    compiler = torch._TorchCompileInductorWrapper(mode, options, None)
+    users = compiler.config.get("joint_custom_post_pass", config.joint_custom_post_pass)
+    compiler.config["joint_custom_post_pass"] = joint_pass(users)
+    return compiler
+
+
+def moves_layouts() -> bool:
+    """Whether Inductor, as it is set while it compiles, computes convolutions in channels_last."""
+    from torch._inductor import config
+
+    return config.layout_optimization

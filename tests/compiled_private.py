@@ -1,6 +1,6 @@
 """What is counted on in Triton's compiler and driver: a process of its own, with no interpreter.
 
-Its last line is JSON: what is wrong for each name in ``CHECKS``, or nothing. Used by ``test_private``.
+The last line that it prints is JSON: what is wrong for each name in ``CHECKS``, or nothing.
 """
 
 import json

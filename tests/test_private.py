@@ -5,6 +5,7 @@ Run with PyTorch 2.11.0 and Triton 3.6.0.
 
 import ast
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -24,7 +25,6 @@ from compiled_private import CHECKS
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench import _private as bench_private
@@ -188,7 +188,7 @@ def state(x: Tensor) -> tuple[bool, bool]:
 SEEN: list[tuple[bool, bool]] = []
 
 
-class Passing(TorchDispatchMode):
+class Passing(_private.TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **kwargs or {})
 
@@ -455,6 +455,9 @@ def test_dtensor_shards_as_it_was_told_and_unevenly():
 # Dynamo and Inductor.
 
 
+ignoring_jit = pytest.mark.filterwarnings("ignore:.*torch.jit")
+
+
 @pytest.fixture
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
@@ -478,6 +481,145 @@ def test_a_marked_function_is_called_while_dynamo_traces(fresh):
     assert len(calls) == 1
     compiled(torch.ones(2))
     assert len(calls) == 1
+
+
+def test_a_backend_knows_the_compilation_and_is_reset(fresh):
+    seen, resets = [], []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        seen.append((_private.compile_id(), dict(_private.dynamos_counters("private_test"))))
+        _private.dynamos_counters("private_test")["graphs"] += 1
+        return gm.forward
+
+    _private.reset_with_dynamo(backend, lambda: resets.append(len(seen)))
+    compiled = torch.compile(lambda x: x + 1, backend=backend, dynamic=False)
+    compiled(torch.ones(2))
+    compiled(torch.ones(3))
+    assert seen == [("0/0", {}), ("0/1", {"graphs": 1})]
+    assert _private.compile_id() == "-"
+    assert resets == []
+    torch.compiler.reset()
+    assert resets == [2]
+    assert torch._dynamo.utils.counters.pop("private_test") == {"graphs": 2}
+
+
+def test_dynamos_graphs_have_fake_tensors_whose_views_share_a_storage(fresh):
+    nodes: dict[str, Any] = {}
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        nodes.update({node.name: node for node in gm.graph.nodes if node.op != "output"})
+        return gm.forward
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        y = TF.relu(torch.conv2d(x, w))
+        first, _ = torch.split(TF.linear(TF.max_pool2d(y, 2), torch.ones(3, 2)), 2, -1)
+        return first.unsqueeze(0)
+
+    torch.compile(function, backend=backend)(torch.ones(2, 1, 5, 5), torch.ones(1, 1, 2, 2))
+    values = {name: node.meta["example_value"] for name, node in nodes.items()}
+    assert {type(t) for t in values.values() if isinstance(t, Tensor)} == {_private.FakeTensor}
+    named = {str(getattr(n.target, "__name__", n.target)): n for n in nodes.values()}
+    storages = {
+        name: _private.storage_of(named[name].meta["example_value"])
+        for name in ("conv2d", "relu", "max_pool2d", "linear", "getitem", "unsqueeze")
+    }
+    assert len(set(storages.values())) == 4
+    assert storages["linear"] == storages["getitem"] == storages["unsqueeze"]
+    for name in ("conv2d", "relu", "max_pool2d", "linear", "split"):
+        assert named[name].target.__module__ in _private.FUNCTION_MODULES
+
+
+def test_operators_tell_their_namespace_arguments_and_mutability():
+    aten = torch.ops.aten
+    for target in (aten.add, aten.add.Tensor):
+        assert _private.namespace_of(target) == "aten"
+    assert _private.namespace_of(torch.ops.prims.convert_element_type.default) == "prims"
+    assert _private.namespace_of(torch.ops.triton_cnn.conv2d.default) == "triton_cnn"
+    for target in (torch.add, operator.add, TF.relu, "add"):
+        assert _private.namespace_of(target) is None
+    assert isinstance(aten.add.Tensor, _private.OpOverload)
+    assert isinstance(aten.add, _private.OpOverloadPacket)
+    defaults = _private.defaults_of(aten.max_pool2d.default)
+    names = ["self", "kernel_size", "stride", "padding", "dilation", "ceil_mode"]
+    assert list(defaults) == names
+    assert defaults["self"] is None
+    assert defaults["ceil_mode"] is False
+    for name, mutable in (("relu", False), ("relu_", True), ("add", False), ("add_", True)):
+        packet = getattr(aten, name)
+        overloads = [getattr(packet, overload) for overload in packet.overloads()]
+        assert mutable in map(_private.is_mutable, overloads)
+        assert _private.is_mutable(overloads[0]) is mutable
+
+
+def test_trees_and_pairs():
+    tree = {"a": (1, [2.0, None]), "b": 3}
+    assert _private.pytree.tree_leaves(tree) == [1, 2.0, None, 3]
+    doubled = _private.pytree.tree_map_only(int, lambda i: 2 * i, tree)
+    assert doubled == {"a": (2, [2.0, None]), "b": 6}
+    assert [*map(_private.pair_of, (3, (1, 2), [4, 5]))] == [(3, 3), (1, 2), (4, 5)]
+
+
+def test_the_python_dispatcher_keeps_symbolic_sizes():
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * 3)
+    mode, image = FakeTensorMode(shape_env=ShapeEnv()), torch.ones(5, 3, 8, 8)
+    x = mode.from_tensor(image, symbolic_context=dynamic)
+    with torch.no_grad(), _private.enable_python_dispatcher():
+        y = torch.ops.aten.permute.default(x, [0, 2, 3, 1])
+        z = torch.ops.aten.clone.default(y, memory_format=torch.contiguous_format)
+        pooled = torch.ops.aten.max_pool2d.default(x, [2, 2])
+    for t in (y, z, pooled):
+        assert isinstance(t.shape[0], torch.SymInt)
+        assert str(t.shape[0]) == str(x.shape[0])
+
+
+class Stop(Exception):
+    pass
+
+
+@ignoring_jit
+def test_inductor_takes_modes_options_and_a_pass_over_the_joint_graph(fresh):
+    Pass: Any = _private.graph_pass()
+    targets: list[Any] = []
+
+    class Last(Pass):
+        def __init__(self, users: Any):
+            self.users = users
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            targets.extend(node.target for node in graph.nodes)
+            raise Stop
+
+        def uuid(self) -> str:
+            return "private_test"
+
+    users = Last(None)
+    made = _private.inductor("max-autotune-no-cudagraphs", {"joint_custom_post_pass": users}, Last)
+    assert made.config["max_autotune"] is True
+    assert made.config["joint_custom_post_pass"].users is users
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        _private.inductor(None, {"no_such_option": 1}, Last)
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        compiler = _private.inductor(None, None, Last)
+        assert compiler.config["joint_custom_post_pass"].users is None
+        return compiler(gm, inputs)
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="Stop"):
+        torch.compile(lambda x: x.sin(), backend=backend)(torch.ones(2, requires_grad=True))
+    # The gradient's cosine is in the same graph.
+    assert {torch.ops.aten.sin.default, torch.ops.aten.cos.default} <= set(targets)
+
+
+@ignoring_jit
+def test_inductor_tells_whether_it_moves_layouts():
+    from torch._inductor import config
+
+    for on in (True, False):
+        with config.patch(layout_optimization=on):
+            assert _private.moves_layouts() is on
 
 
 def test_inductors_pooling_keeps_bytes_that_stand_for_places():

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from kernels._private import pytree
 from kernels.geometry import ReceptiveField
 
 from ..summary import Layer, summary
@@ -114,7 +114,7 @@ def _checked(found: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor
 
 def first_tensor(values: Any) -> Tensor | None:
     """The first tensor in what a module gives, be it a tuple, a dict or what there is."""
-    return next((t for t in tree_leaves(values) if isinstance(t, Tensor)), None)
+    return next((t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)), None)
 
 
 def wide(t: Tensor) -> Tensor:
