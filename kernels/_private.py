@@ -10,6 +10,7 @@ Dynamo, Inductor and DTensor take seconds to import, so that functions which nee
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 pytree = torch.utils._pytree
 pair_of: Callable[[Any], tuple] = torch.nn.modules.utils._pair
 """A pair from one number or two, as torch's layers make it."""
+Convolution: type[torch.nn.Module] = torch.nn.modules.conv._ConvNd
+"""Of which torch's convolutions are, transposed ones too."""
 
 # Triton.
 
@@ -218,28 +221,35 @@ _Choice = tuple[Sequence[Any], Sequence[Any]]
 
 def register_sharding(operator: Any, choices: Sequence[_Choice]) -> None:
     """Tell DTensor how an operator may be sharded along an axis of a mesh: each choice has the
-    placements of its results and of its operands, of which some may be None in a call.
+    placements of its results, and of its operands, of which some may be None in a call.
 
-    ``torch.distributed.tensor.experimental.register_sharding`` would not shard a batch unevenly.
+    Not by ``torch.distributed.tensor.experimental.register_sharding``, nor in PyTorch 2.11 by what
+    that calls: they shard no batch of fewer images than there are processes.
     """
-    from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+    from torch.distributed.tensor._op_schema import OpSpec, OpStrategy, RuntimeSchemaInfo
     from torch.distributed.tensor._ops.utils import (
-        expand_to_full_mesh_op_strategy,
+        generate_redistribute_costs,
         register_op_strategy,
     )
 
-    results, operands = map(len, choices[0])
+    operands = len(choices[0][1])
 
-    def strategy(schema: OpSchema) -> Any:
-        given = [isinstance(t, OpStrategy) for t in schema.args_schema[:operands]]
-        rows: list[list[Any]] = [
-            [*out, *(p if is_given else None for p, is_given in zip(into, given, strict=True))]
-            for out, into in choices
-        ]
-        mesh = schema.get_mesh_from_args()
-        return expand_to_full_mesh_op_strategy(
-            mesh, schema, rows, input_index=results, allow_uneven_sharding=True
-        )
+    def strategy(schema: Any) -> OpStrategy:
+        mesh, specs = schema.get_mesh_from_args(), []
+        for combination in product(choices, repeat=mesh.ndim):
+            made = zip(*(out for out, _ in combination), strict=True)
+            taken = zip(*(into for _, into in combination), strict=True)
+            results = tuple(DTensorSpec(mesh, placements) for placements in made)
+            given = [
+                (t, DTensorSpec(mesh, placements, tensor_meta=t.tensor_meta))
+                for t, placements in zip(schema.args_schema[:operands], taken, strict=True)
+                if isinstance(t, OpStrategy)
+            ]
+            costs = [generate_redistribute_costs(*pair) for pair in given]
+            result = results if len(results) > 1 else results[0]
+            specs.append(OpSpec(result, [spec for _, spec in given], costs))
+        return OpStrategy(specs)
 
     # All numbers count: another stride makes another result.
     numbers = RuntimeSchemaInfo(static_argnum=operands, needs_pytree=True)

@@ -559,6 +559,12 @@ def test_trees_and_pairs():
     assert [*map(_private.pair_of, (3, (1, 2), [4, 5]))] == [(3, 3), (1, 2), (4, 5)]
 
 
+def test_convolutions_are_of_one_class():
+    for name in ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "LazyConv2d"):
+        assert issubclass(getattr(torch.nn, name), _private.Convolution)
+    assert not issubclass(torch.nn.Linear, _private.Convolution)
+
+
 def test_the_python_dispatcher_keeps_symbolic_sizes():
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
