@@ -267,6 +267,13 @@ def constant_while_traced(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def is_exporting() -> bool:
+    """Whether torch.export looks on: ``torch.compiler.is_exporting``, which is true of all that
+    Dynamo of PyTorch 2.11 compiles.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def reset_with_dynamo(backend: Callable[..., Any], reset: Callable[[], None]) -> None:
     """Have ``torch.compiler.reset`` call ``reset``, as it does of each backend it has used."""
     backend.reset = reset  # type: ignore[attr-defined]

@@ -483,6 +483,19 @@ def test_a_marked_function_is_called_while_dynamo_traces(fresh):
     assert len(calls) == 1
 
 
+class Exporting(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (10 if _private.is_exporting() else 1)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "by Dynamo"])
+def test_torch_export_is_told_from_compilation(fresh, strict):
+    model, x = Exporting(), torch.zeros(1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    program = torch.export.export(model, (x,), strict=strict)
+    assert [call(x).item() for call in (model, compiled, program.module())] == [1, 1, 10]
+
+
 def test_a_backend_knows_the_compilation_and_is_reset(fresh):
     seen, resets = [], []
 
