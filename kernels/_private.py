@@ -25,7 +25,8 @@ from torch._guards import CompileContext
 from torch._ops import OpOverload as OpOverload
 from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._subclasses import FakeTensor as FakeTensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from triton.backends.compiler import GPUTarget as GPUTarget
 from triton.language.target_info import cuda_capability_geq as cuda_capability_geq
@@ -156,13 +157,17 @@ is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # Autograd.
 
 
-def recorder(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` as autograd has it, for functions with ``setup_context``.
+class SingleLevelFunction(_SingleLevelFunction):
+    """A Function, with ``setup_context``, whose ``apply`` is autograd's own. ``Function.apply``
+    looks up the defaults of ``forward`` by inspection, which takes longer than the rest, and goes
+    by the levels of ``torch.func``: a kernel of the dispatcher is given one level at a time.
 
-    Counts on the method in Python only looking up defaults of ``forward``, by inspection, and
-    telling transforms of ``torch.func``, before it calls its base's.
+    Counts on the base being what ``torch.func`` makes such a level's Function of.
     """
-    return super(Function, function).apply
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple:
+        return (ctx._autograd_function_id,)  # as in Function
 
 
 def below_autograd(operator: Any, keyset: Any) -> Callable[..., Any]:

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from . import library
 from ._private import (
+    SingleLevelFunction,
     below_autograd,
     enable_single_level_autograd_function,
     record_as_now,
-    recorder,
 )
 from .geometry import Pair, conv_places, is_channels_last
 
@@ -51,13 +50,12 @@ class _Numbers:
         return any(is_channels_last(self.shapes[i], self.strides[i]) for i in which)
 
 
-class Operator(Function):
+class Operator(SingleLevelFunction):
     """An operator of ``library``, applied to its tensors and its ``_Numbers``."""
 
     name: str  # the operator's
     dispatched: Callable[..., Any]  # through PyTorch's dispatcher
     direct: Callable[..., Any]  # past it
-    record: Callable[..., Any]  # apply, which looks its defaults up by inspection, takes longer
 
     @staticmethod
     def forward(*args):
@@ -74,7 +72,7 @@ def _apply(function: type[Operator], *tensors: Tensor | None, numbers: tuple) ->
     if torch.is_grad_enabled():
         direct = function.direct
         call = _Numbers(lambda *tensors: direct(*tensors, *numbers), tensors, numbers)
-        return function.record(*tensors, call)
+        return function.apply(*tensors, call)
     return function.direct(*tensors, *numbers)
 
 
@@ -450,7 +448,6 @@ def _register(function: type[Operator]) -> None:
     """
     dispatched = function.dispatched = library.dispatched(function.name)
     function.direct = staticmethod(library.direct(function.name))
-    function.record = recorder(function)
     count = library.operands(function.name)
 
     def autograd(keyset: Any, *args: Any) -> Any:
@@ -460,7 +457,7 @@ def _register(function: type[Operator]) -> None:
             return below(*args)
         make = record_as_now(lambda *tensors: below(*tensors, *numbers))
         with enable_single_level_autograd_function():
-            return function.record(*tensors, _Numbers(make, tensors, library.with_tuples(numbers)))
+            return function.apply(*tensors, _Numbers(make, tensors, library.with_tuples(numbers)))
 
     library.register_autograd(function.name, autograd)
 
@@ -500,7 +497,7 @@ class Call:
         if recording is None:
             return None
         numbers = _Numbers(recording, tensors, self._numbers)
-        record = function.record
+        record = function.apply
         if not torch.is_grad_enabled():
             return recording if result is None else lambda *tensors: result(recording(*tensors))
         if result is None:

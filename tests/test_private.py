@@ -285,7 +285,7 @@ def test_autocast_is_seen(kind, monkeypatch):
 # Autograd.
 
 
-class Cube(Function):
+class Cube(_private.SingleLevelFunction):
     """Of a tensor and what makes the result of it."""
 
     @staticmethod
@@ -302,17 +302,17 @@ class Cube(Function):
         return dy * 3 * x * x, None
 
 
-def test_the_recorder_is_apply_without_its_preparations(monkeypatch):
-    record, x = _private.recorder(Cube), torch.tensor([2.0], requires_grad=True)
-    for apply in (record, Cube.apply):
-        y = apply(x, lambda x: x**3)
-        (dx,) = torch.autograd.grad(y, x, create_graph=True)
-        (ddx,) = torch.autograd.grad(dx, x)
-        assert (y.item(), dx.item(), ddx.item()) == (8, 12, 12)
-    with torch.no_grad():
-        assert not record(x, lambda x: x**3).requires_grad
+def test_a_single_level_function_records_as_others_do_without_their_preparations(monkeypatch):
     monkeypatch.setattr(Function, "apply", None)
-    assert record(x, lambda x: x**3).item() == 8
+    x = torch.tensor([2.0], requires_grad=True)
+    y = Cube.apply(x, lambda x: x**3)
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx, x)
+    assert (y.item(), dx.item(), ddx.item()) == (8, 12, 12)
+    with torch.no_grad():
+        assert not Cube.apply(x, lambda x: x**3).requires_grad
+    key = y.grad_fn._compiled_autograd_key()
+    assert key == Function._compiled_autograd_key(y.grad_fn)
 
 
 @cache
@@ -322,7 +322,6 @@ def cube() -> Any:
     library.define("cube(Tensor x) -> Tensor")
     library.impl("cube", lambda x: x**3, "CPU")
     operator = torch.ops.private_test.cube.default
-    record = _private.recorder(Cube)
 
     def autograd(keyset: Any, x: Tensor) -> Tensor:
         below = _private.below_autograd(operator, keyset)
@@ -330,7 +329,7 @@ def cube() -> Any:
             return below(x)
         make = _private.record_as_now(below)
         with _private.enable_single_level_autograd_function():
-            return record(x, make)
+            return Cube.apply(x, make)
 
     library.impl("cube", autograd, "Autograd", with_keyset=True)
     return SimpleNamespace(call=operator, library=library)  # which lives as long as this
@@ -362,11 +361,10 @@ def test_a_function_turns_recording_off_and_record_as_now_on():
         return x**3
 
     x = torch.tensor(2.0, requires_grad=True)
-    record = _private.recorder(Cube)
-    record(x, make)
-    record(x, _private.record_as_now(make))
+    Cube.apply(x, make)
+    Cube.apply(x, _private.record_as_now(make))
     with torch.no_grad():
-        record(x, _private.record_as_now(make))
+        Cube.apply(x, _private.record_as_now(make))
     assert seen == [(False, False), (True, True), (False, True)]
 
 
