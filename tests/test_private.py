@@ -1,6 +1,7 @@
 """What the library counts on in PyTorch and Triton that they do not promise, each by itself.
 
-Run with PyTorch 2.11.0 and Triton 3.6.0.
+Run, on CPUs, with PyTorch and Triton 2.11.0 and 3.6.0, 2.12.1 and 3.7.1, 2.13.0 and 3.6.0, 2.13.0
+and 3.9.0, 2.14.1 and 3.8.0, 2.15.0 and 3.9.0.
 """
 
 import ast
