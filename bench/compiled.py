@@ -29,6 +29,7 @@ from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from kernels.tile import Tile
 
 from . import assembly, dataflow, measure, selection, suites
+from ._private import Compilation, listen, module_of
 from .measure import DTYPES
 
 Row = dict[str, Any]
@@ -117,7 +118,7 @@ def instructions(kernel: Any, encoded: bool = False) -> list[assembly.Instructio
 
 def _ask(tool: str, kernel: Any, *options: str) -> str:
     """What one of the tools in Triton's wheel prints of a kernel."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    path = getattr(triton.knobs.nvidia, tool).path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -216,14 +217,14 @@ def timing() -> Iterator[dict[str, float]]:
     """
     seconds: dict[str, float] = {}
 
-    def note(*, metadata: dict[str, Any], times: Any, **_: Any) -> None:
-        seconds[metadata["hash"]] = times.total / 1e6
+    def note(compilation: Compilation) -> None:
+        seconds[compilation.hash] = compilation.seconds
 
     knobs = triton.knobs
     with tempfile.TemporaryDirectory() as folder, knobs.compilation.scope(), knobs.cache.scope():
         knobs.cache.dir = folder
         knobs.compilation.disable_line_info = True
-        knobs.compilation.listener = note
+        listen(note)
         yield seconds
 
 
@@ -283,7 +284,7 @@ def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: planner.Plan) ->
 
     An engine may leave a convolution to another module's kernel.
     """
-    kernels = [k for k in launched if k.src.fn.fn.__module__ == plan.engine.__name__]
+    kernels = [k for k in launched if module_of(k) == plan.engine.__name__]
     kernels = kernels or [k for k in launched if "tt.dot" in k.asm["ttir"]]
     if len(kernels) == 1:
         return kernels[0]

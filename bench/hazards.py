@@ -24,6 +24,7 @@ import triton
 from tqdm import tqdm
 
 from . import assembly, binaries, compiled, dataflow, measure, sass, selection, suites
+from ._private import intercepted, module_of
 
 _CACHE = Path("build") / "hazards"
 
@@ -47,7 +48,7 @@ def check(kernel: Any) -> Verdict:
     products = [p for p in (sass.effects(ins).product for ins in instructions) if p]
     return Verdict(
         binary=sha256(kernel.asm["cubin"]).hexdigest()[:16],
-        kernel=f"{kernel.src.fn.fn.__module__.rpartition('.')[2]}.{kernel.metadata.name}",
+        kernel=f"{module_of(kernel).rpartition('.')[2]}.{kernel.metadata.name}",
         products=len(products),
         operands=sum(bool(product.operand) for product in products),
         hazards=tuple(map(str, dataflow.find(instructions, kernel.metadata.name))),
@@ -82,32 +83,24 @@ class Verdicts:
         """Those on all that the operators launch for a layer; compiles what has none yet."""
         needed: dict[str, None] = {}
 
-        def is_known(*, key: str, fn: Any, **_: Any) -> bool:
-            name = _name(fn, key)
-            needed[name] = None
+        def is_known(source: str) -> bool:
+            needed[name := _name(source)] = None
             return name in self._kept
 
-        def read(*, key: str, fn: Any, **_: Any) -> None:
-            for kernels, *_ in fn.jit_function.device_caches.values():
-                if kernel := kernels.pop(key, None):  # thousands of them would fill the memory
-                    self._kept[_name(fn, key)] = check(kernel)
-            launched.clear()
+        def read(source: str, kernel: Any) -> None:
+            self._kept[_name(source)] = check(kernel)
+            launched.clear()  # thousands of kernels would fill the memory
             if len(self._kept) % 16 == 0:
                 self.save()
 
-        runtime = triton.knobs.runtime
-        with runtime.scope():
-            runtime.jit_cache_hook, runtime.jit_post_compile_hook = is_known, read
+        with intercepted(is_known, read):
             binaries.launch(geometry, dtype, scope)
         self.save()
         return [self._kept[name] for name in needed]
 
 
-def _name(function: Any, key: str) -> str:
-    """A name of what a verdict follows from: the check, and what Triton compiles a kernel from, its
-    source, that of all it calls, and the specialization.
-    """
-    source = f"{function.module}.{function.name} {function.jit_function.cache_key} {key}"
+def _name(source: str) -> str:
+    """A name of what a verdict follows from: the check, and what Triton compiles a kernel from."""
     return sha256(f"{_checked_by()} {source}".encode()).hexdigest()[:32]
 
 

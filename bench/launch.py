@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as TF
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 import cnn
 import cnn.functional as F
 from kernels import device
+from kernels._private import GPUTarget
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

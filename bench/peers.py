@@ -20,6 +20,7 @@ from kernels.device import describe
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.max_pool import offset_dtype
 
+from ._private import inductors_pooling
 from .measure import DTYPES
 from .suites import NAMED, Block, Case
 
@@ -63,7 +64,7 @@ class Contender:
         "max-autotune" itself would put each call in a CUDA graph of its own; here, as for every
         contender, one graph holds the calls on all sets.
         """
-        torch._dynamo.reset()  # else the shapes of earlier cases count as recompilations
+        torch.compiler.reset()  # else the shapes of earlier cases count as recompilations
         call = torch.compile(
             self.call, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True
         )
@@ -201,24 +202,17 @@ class MaxPool:
 
     def inductor(self) -> Contender:
         """What Inductor makes of a training step: offsets of one byte between the passes."""
-        from torch._inductor import inductor_prims  # noqa: F401 - registers torch.ops.prims
-
-        aten, prims, g = torch.ops.aten, torch.ops.prims, self.g
+        aten, g = torch.ops.aten, self.g
         window = (*self._window, g.ceil_mode)
 
-        def forward(x: Tensor) -> Inputs:
-            return prims._low_memory_max_pool_with_offsets(x, *window)
+        pool, places = inductors_pooling(window, (g.H, g.W))
 
         def backward(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-            kernel, *others = self._window
-            indices = prims._low_memory_max_pool_offsets_to_indices(
-                offsets, kernel, (g.H, g.W), *others
-            )
-            return aten.max_pool2d_with_indices_backward(dy, x, *window, indices)
+            return aten.max_pool2d_with_indices_backward(dy, x, *window, places(offsets))
 
         if self.op == "max_pool":
-            return Contender(forward).compiled()
-        return Contender(backward, lambda x, dy: (dy, x, forward(x)[1])).compiled()
+            return Contender(pool).compiled()
+        return Contender(backward, lambda x, dy: (dy, x, pool(x)[1])).compiled()
 
     def flaggems(self) -> Contender:
         """Its kernels, which work in NCHW."""

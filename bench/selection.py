@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 from kernels import device, library, planner
+from kernels._private import GPUTarget
 from kernels.geometry import Conv2dGeometry, Direction, output_strides
 from kernels.tile import Tile
 

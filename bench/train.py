@@ -175,7 +175,7 @@ class Step:
         self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
         self.network: Any = network
         if contender.endswith("compiled"):
-            torch._dynamo.reset()
+            torch.compiler.reset()
             self.network = torch.compile(network, mode=mode)
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from kernels import library
+from kernels._private import is_any_autocast_enabled, is_function_mode_enabled, is_watched
 from kernels.geometry import Pair, conv_places, full_padding, same_padding
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
@@ -62,7 +63,7 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
     Numbers that are equal need not be alike: True and 1.0 are refused where 1 is not. So only
     calls with plain numbers are kept, and none that is traced or cast on the way.
     """
-    if torch.compiler.is_compiling() or torch._C._is_torch_function_mode_enabled():
+    if torch.compiler.is_compiling() or is_function_mode_enabled():
         return None
     if type(tensors[0]) not in _TENSORS or not library.runs_kernels(tensors[0]):
         return None
@@ -73,7 +74,7 @@ def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
             for item in value:
                 if type(item) is not int:
                     return None
-    if torch._C._is_any_autocast_enabled() or (setting := library.setting(tensors[0])) is None:
+    if is_any_autocast_enabled() or (setting := library.setting(tensors[0])) is None:
         return None
     key: list[Any] = [name, setting, arguments]
     try:
@@ -340,11 +341,7 @@ def _constant(value: Any, channels: int, where: torch.device) -> Tensor:
 
 def _is_watched() -> bool:
     """Whether a tensor that is made now may be another than it would be later: a fake one, say."""
-    return (
-        torch.compiler.is_compiling()
-        or library.is_watched()
-        or torch._C._is_torch_function_mode_enabled()
-    )
+    return torch.compiler.is_compiling() or is_watched() or is_function_mode_enabled()
 
 
 def _new_on_device(value: float | tuple[float, ...], where: torch.device) -> Tensor:

@@ -8,13 +8,12 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
-import torch
-from torch._dynamo.utils import counters
-from torch._guards import CompileContext
-from torch._logging._internal import warning_once
 from torch.fx import GraphModule
+
+from kernels._private import compile_id, dynamos_counters, inductor, reset_with_dynamo
 
 from .graph_effects import forget_reshaped
 from .graph_fusion import rewrite
@@ -76,7 +75,7 @@ def fuse(gm: GraphModule) -> GraphModule:
     """Rewrite a graph that Dynamo made, and those in it, such as a checkpoint's; tell what became
     of each convolution and pooling.
     """
-    frame = str(CompileContext.current_compile_id() or "-")
+    frame = compile_id()
     _graphs[frame] += 1
     name = f"[{frame}]" if _graphs[frame] == 1 else f"[{frame}, graph {_graphs[frame]}]"
     forget_reshaped(gm)
@@ -91,11 +90,16 @@ def fuse(gm: GraphModule) -> GraphModule:
             module.recompile()
     _rows.extend(rows)
     for row in rows:
-        counters["triton_cnn"][row.became] += 1
+        dynamos_counters("triton_cnn")[row.became] += 1
         log.debug("%s", row)
     if any(row.why == ON_CPU for row in rows):
-        warning_once(log, "a graph is left to Inductor, as %s", ON_CPU)
+        _warn_once()
     return gm
+
+
+@cache
+def _warn_once() -> None:
+    log.warning("a graph is left to Inductor, as %s", ON_CPU)
 
 
 def triton_cnn(
@@ -106,14 +110,9 @@ def triton_cnn(
     options: dict[str, Any] | None = None,
 ) -> Any:
     """Inductor's compilation of a graph that was rewritten before, by its modes and options."""
-    from torch._inductor import config
-
     from .graph_layout import ChannelsLast
 
-    inductor = torch._TorchCompileInductorWrapper(mode, options, None)
-    before = inductor.config.get("joint_custom_post_pass", config.joint_custom_post_pass)
-    inductor.config["joint_custom_post_pass"] = ChannelsLast(before)
-    return inductor(fuse(gm), example_inputs)
+    return inductor(mode, options, ChannelsLast)(fuse(gm), example_inputs)
 
 
-triton_cnn.reset = _reset  # type: ignore[attr-defined]  # which torch._dynamo.reset calls
+reset_with_dynamo(triton_cnn, _reset)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import device
+from kernels._private import is_exporting
 
 from .arguments import check_dtypes
 from .autocast import autocast
@@ -30,7 +31,7 @@ def exported_operators() -> Iterator[None]:
 
 def is_torchs(input: Any) -> bool:
     """Whether a call is torch's own affair: it is exported, or on a CPU that runs no kernels."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return not _exports_operators
     return isinstance(input, Tensor) and input.is_cpu and not device.takes_cpu()
 

@@ -7,11 +7,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.utils import _pair
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from kernels import library, planner
+from kernels._private import pair_of
 from kernels.device import INTERPRET, describe
 from kernels.geometry import (
     Conv2dGeometry,
@@ -190,7 +190,7 @@ def _engine(layer: Any, place: torch.device, channels_last: bool) -> str:
         return "max_pool"
     w_shape: Any = tuple(layer.weight.shape)  # of a transposed convolution, too
     _, channels, *kernel = w_shape
-    stride, dilation = _pair(layer.stride), _pair(layer.dilation)
+    stride, dilation = pair_of(layer.stride), pair_of(layer.dilation)
     padding = conv_padding(layer.padding, w_shape[2:], stride, dilation)
     direction: Direction = "dgrad" if isinstance(layer, nn.ConvTranspose2d) else "fprop"
     size = [224 + d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
@@ -200,7 +200,7 @@ def _engine(layer: Any, place: torch.device, channels_last: bool) -> str:
     pool = None
     if isinstance(layer, layers.ConvReLUMaxPool2d):
         window: Any = layer.pool_kernel_size, layer.pool_stride, layer.pool_padding
-        pool = Pool2dGeometry(*g.y_shape, *map(_pair, window))  # type: ignore[arg-type]
+        pool = Pool2dGeometry(*g.y_shape, *map(pair_of, window))  # type: ignore[arg-type]
     x, y, w = (
         torch.empty_strided(shape, output_strides(shape, channels_last), dtype=dtype, device="meta")
         for shape in (g.x_shape, pool.y_shape if pool else g.y_shape, g.w_shape)

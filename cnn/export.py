@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from kernels._private import pytree
 
 from .composed import exported_operators
 from .problem import missing
@@ -79,9 +80,9 @@ def export_onnx(
     inputs: Any = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
     if dynamic_batch:
         # Twice the examples, as torch.export takes a batch of one for a constant.
-        inputs = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
+        inputs = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
         shapes, batch = ShapesCollection(), Dim("batch")
-        for t in tree_leaves(inputs):
+        for t in pytree.tree_leaves(inputs):
             if isinstance(t, Tensor) and t.dim():
                 shapes[t] = {0: batch}
         dynamic_shapes = shapes.dynamic_shapes(model, *inputs)

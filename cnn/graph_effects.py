@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
-_PURE_MODULES = {"torch", "torch.functional", "torch.nn.functional", "torch._C._nn"}
-"""Their functions change what they are told to change in place, and nothing else."""
+from kernels._private import (
+    FUNCTION_MODULES,
+    FakeTensor,
+    OpOverloadPacket,
+    is_mutable,
+    namespace_of,
+    pytree,
+    storage_of,
+)
 
 _WRITING_OPERATORS = {
     *(operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul),
@@ -68,7 +73,7 @@ def storages(nodes: Iterable[Node]) -> set[int] | None:
     for t in pytree.tree_leaves([value(node) for node in nodes]):
         if type(t) is not FakeTensor:
             return None
-        found.add(t.untyped_storage()._cdata)
+        found.add(storage_of(t))
     return found
 
 
@@ -77,7 +82,7 @@ def changed(node: Node) -> list[Node] | None:
     target = node.target
     if node.op in ("placeholder", "get_attr") or target is getattr:
         return []
-    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if namespace_of(target) is not None:
         return _written_by_operator(node)
     if getattr(target, "__module__", None) == "_operator":
         return _nodes(node.args[0]) if target in _WRITING_OPERATORS else []
@@ -85,18 +90,18 @@ def changed(node: Node) -> list[Node] | None:
         return None
     if node.op == "call_method":
         return _nodes(node.args[0]) if _writes_in_place(str(target)) else []
-    if node.op != "call_function" or getattr(target, "__module__", None) not in _PURE_MODULES:
-        return None
+    if node.op != "call_function" or getattr(target, "__module__", None) not in FUNCTION_MODULES:
+        return None  # those change what they are told to change in place, and nothing else
     return _written_by_function(node)
 
 
 def _written_by_operator(node: Node) -> list[Node] | None:
     target: Any = node.target
-    if target.__module__ not in ("torch._ops.aten", "torch._ops.triton_cnn"):
+    if namespace_of(target) not in ("aten", "triton_cnn"):
         return None
-    packet = isinstance(target, torch._ops.OpOverloadPacket)
+    packet = isinstance(target, OpOverloadPacket)
     overloads = [getattr(target, name) for name in target.overloads()] if packet else [target]
-    mutable = any(overload._schema.is_mutable for overload in overloads)
+    mutable = any(map(is_mutable, overloads))
     return node.all_input_nodes if mutable or _keeps_statistics(target) else []
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as TF
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from kernels._private import FakeTensor
 
 from .graph_effects import changed, storages, value
 from .graph_lowering import Outcome, Refusal, bound, given, lower, name_of

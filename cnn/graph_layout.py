@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
-from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 import kernels
+from kernels._private import (
+    OpOverload,
+    defaults_of,
+    enable_python_dispatcher,
+    graph_pass,
+    is_mutable,
+    moves_layouts,
+    namespace_of,
+    pytree,
+)
 
 _aten, _ops = torch.ops.aten, torch.ops.triton_cnn
 _CONVOLUTIONS = {
@@ -28,9 +34,10 @@ _CONVOLUTIONS = {
     *(_ops.conv2d_bytes.default, _ops.conv2d_bytes_wgrad.default, _ops.conv2d_fp8.default),
     *(_ops.conv2d_relu_max_pool2d.default, _ops.conv2d_relu_max_pool2d_backward.default),
 }
+_Pass = graph_pass()
 
 
-class ChannelsLast(CustomGraphPass):
+class ChannelsLast(_Pass):
     """The pass, after those that the user has set.
 
     Its id stands for this library's sources, too: what Inductor and AOTAutograd cache depends on
@@ -43,11 +50,11 @@ class ChannelsLast(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for custom_pass in self.before:
             custom_pass(graph)
-        if config.layout_optimization and any(node.target in _CONVOLUTIONS for node in graph.nodes):
+        if moves_layouts() and any(node.target in _CONVOLUTIONS for node in graph.nodes):
             move(graph)
 
     def uuid(self) -> Any:
-        ids = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.before]
+        ids = [p.uuid() if isinstance(p, _Pass) else None for p in self.before]
         return None if None in ids else (_digest_of_sources(), *ids)
 
 
@@ -97,10 +104,10 @@ class _Mover:
         for image, t in images.items():
             if image not in moved and t.is_contiguous():
                 self._give_copy(node, image, (0, 2, 3, 1))
-        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore
+        target: Any = node.target
         node.args = tuple(
             True if name == "channels_last" else argument
-            for name, argument in zip(names, node.args, strict=True)
+            for name, argument in zip(defaults_of(target), node.args, strict=True)
         )
         node.meta.pop("eager_input_vals", None)  # by which Inductor would have them as before
 
@@ -134,7 +141,7 @@ def _order(t: Tensor) -> tuple[int, ...]:
 
 
 def _is_own(node: Node) -> bool:
-    return getattr(node.target, "__module__", None) == "torch._ops.triton_cnn"
+    return namespace_of(node.target) == "triton_cnn"
 
 
 def _value(node: Node) -> Tensor:
@@ -149,10 +156,10 @@ def _evaluated(node: Node) -> Any:
     """The result of operands as they lie now; None of a node that may go by how they lie."""
     target: Any = node.target
     if target is not operator.getitem and (
-        not isinstance(target, torch._ops.OpOverload)
+        not isinstance(target, OpOverload)
         or target.namespace not in ("aten", "prims", "triton_cnn")
         or "as_strided" in target.name()
-        or target._schema.is_mutable
+        or is_mutable(target)
         or "unbacked_bindings" in node.meta
     ):
         return None

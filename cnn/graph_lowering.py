@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as TF
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
 
 import kernels
 from kernels import device, functions
+from kernels._private import FakeTensor, defaults_of, pytree
 from kernels.geometry import conv_transpose_output_size, conv_transpose_padding
 
 from .arguments import DTYPES, conv_padding, one_number, pair, pooling
@@ -111,8 +110,7 @@ def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> BoundArgum
 def given(node: Node) -> dict[str, Any]:
     """The arguments by name of a call of an operator, which has all of them by place."""
     target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
-    return dict(zip(names, node.args, strict=True))
+    return dict(zip(defaults_of(target), node.args, strict=True))
 
 
 # What makes the operator of a call, whose arguments have torch's names and defaults.
@@ -199,7 +197,7 @@ def _max_pool2d(
 def _own(node: Node, *args: Any, **kwargs: Any) -> Node:
     """A call of one of this library's operators, with all arguments by place."""
     target = _OVERLOADS.get(node.target, node.target)
-    arguments = {argument.name: argument.default_value for argument in target._schema.arguments}
+    arguments = defaults_of(target)
     arguments |= dict(zip(arguments, args, strict=False)) | kwargs
     node.target, node.args, node.kwargs = target, tuple(arguments.values()), {}
     return node

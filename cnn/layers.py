@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as TF
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
 
+from kernels._private import pair_of
 from kernels.geometry import full_padding
 
 from . import functional as F
@@ -63,7 +63,7 @@ class Conv2d(_Layer, nn.Conv2d):
         dtype: Any = None,
     ) -> None:
         if padding == "full":
-            pairs = zip(_pair(kernel_size), _pair(dilation), strict=True)
+            pairs = zip(pair_of(kernel_size), pair_of(dilation), strict=True)
             padding = tuple(full_padding(kernel, spread)[0] for kernel, spread in pairs)
         geometry = kernel_size, stride, padding, dilation, groups
         super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)

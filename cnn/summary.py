@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels._private import TorchDispatchMode, defaults_of, pytree
 from kernels.geometry import Pair, ReceptiveField
 
 from .text import plain
@@ -153,7 +152,7 @@ class _Fields(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)]
 
 
 def _both(one: ReceptiveField | None, other: ReceptiveField | None) -> ReceptiveField | None:
@@ -174,7 +173,7 @@ def _windows(func: Any, args: Any, kwargs: dict[str, Any]) -> Windows:
     """What an operator moves over its first tensor, one after another; none if it goes pixel by
     pixel, None if that is not known.
     """
-    values = {a.name: a.default_value for a in func._schema.arguments}
+    values = defaults_of(func)
     values |= dict(zip(values, args, strict=False)) | kwargs
     match str(func.overloadpacket):
         case "aten.convolution":

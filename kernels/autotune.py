@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from triton.runtime.errors import OutOfResources, PTXASError
+from triton import OutOfResources
 from triton.testing import do_bench
 
 from . import planner
+from ._private import FakeTensor, PTXASError
 from .device import Device, fork_safe_lock, is_emulated
 from .geometry import Conv2dGeometry, Direction, largest_offset
 from .planner import Layout, Plan

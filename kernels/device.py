@@ -16,19 +16,13 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
+
+from ._private import GPUTarget, python_range, quick_interpreter, without_gpu
 
 INTERPRET: bool = triton.knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on CPU tensors."""
 
-
-def _interpreted_loop(*bounds: Any) -> range:
-    plain = (int(b.handle.data.item()) if isinstance(b, tl.tensor) else b for b in bounds)
-    return range(*plain)
-
-
-# Triton 3.6's interpreter hands range() a one-element array, which numpy from 2.4 on refuses.
-loop = _interpreted_loop if INTERPRET else tl.range
+loop = python_range if INTERPRET else tl.range
 
 
 class _Recorder(threading.local):
@@ -174,11 +168,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
     if mode == "nothing":
         return
     if mode in ("compile", "warm_up"):
-        _compiled.append(kernel.run(*args, grid=grid, warmup=True, **meta))
+        _compiled.append(kernel.warmup(*args, grid=grid, **meta))
         return
     _launches[kernel.fn.__name__] += 1
     if INTERPRET:
-        with _lock, np.errstate(all="ignore"), _quickly_interpreted():
+        with _lock, np.errstate(all="ignore"), quick_interpreter():
             kernel[grid](*args, **meta)
         return
     if _launching.emulated:
@@ -192,50 +186,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
             kernel[grid](*args, **meta)
 
 
-@contextmanager
-def _quickly_interpreted() -> Iterator[None]:
-    """The interpreter without the two things that take most of its time: its checks of integer
-    overflow, which compiled kernels run without too, and patching Triton's language anew at each
-    call of a jitted function; once for each module is enough.
-    """
-    from triton.runtime import interpreter
-
-    builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
-    options, patched = builder.options, set()
-
-    def patch_once(fn: Any) -> Any:
-        if id(fn.__globals__) in patched:
-            return None
-        patched.add(id(fn.__globals__))
-        return patch(fn)
-
-    builder.options = replace(options, sanitize_overflow=False)
-    interpreter._patch_lang = patch_once
-    try:
-        yield
-    finally:
-        builder.options, interpreter._patch_lang = options, patch
-
-
 def launches() -> dict[str, int]:
     """How many launches this process has made of each kernel."""
     return dict(_launches)
-
-
-class _NoDriver:
-    """Stands in for Triton's driver where there is no GPU; enough to compile."""
-
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"{self.target.backend}:{self.target.arch}"
-
-    def get_current_stream(self, device: str | None = None) -> int:
-        return 0
 
 
 @contextmanager
@@ -250,14 +203,9 @@ def compile_only(target: GPUTarget) -> Iterator[list[Any]]:
         raise RuntimeError("compile_only needs a process without TRITON_INTERPRET")
     if _launching.mode == "compile":
         raise RuntimeError(f"compile_only is not re-entrant; it compiles for {_launching.stand_in}")
-    previous = triton.runtime.driver._active
-    triton.runtime.driver.set_active(_NoDriver(target))
     _compiled = []
-    try:
-        with _launch_mode(_Launching("compile", typical(target))):
-            yield _compiled
-    finally:
-        triton.runtime.driver._active = previous
+    with without_gpu(target), _launch_mode(_Launching("compile", typical(target))):
+        yield _compiled
 
 
 @contextmanager

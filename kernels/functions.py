@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import Function, forward_ad
 
 from . import library
+from ._private import (
+    SingleLevelFunction,
+    below_autograd,
+    enable_single_level_autograd_function,
+    record_as_now,
+)
 from .geometry import Pair, conv_places, is_channels_last
 
 _ops = torch.ops.triton_cnn
@@ -46,7 +50,7 @@ class _Numbers:
         return any(is_channels_last(self.shapes[i], self.strides[i]) for i in which)
 
 
-class Operator(Function):
+class Operator(SingleLevelFunction):
     """An operator of ``library``, applied to its tensors and its ``_Numbers``."""
 
     name: str  # the operator's
@@ -60,16 +64,15 @@ class Operator(Function):
 
 def _apply(function: type[Operator], *tensors: Tensor | None, numbers: tuple) -> Any:
     """The operator, past the dispatcher if nothing is left for it to do: it takes two thirds of a
-    call. ``function.apply``, which looks its defaults up by inspection, takes longer still.
+    call.
     """
     if not library.is_plain(tensors):
         library.meet_subclasses()
         return function.dispatched(*tensors, *numbers)
     if torch.is_grad_enabled():
-        record = super(Function, function).apply
         direct = function.direct
         call = _Numbers(lambda *tensors: direct(*tensors, *numbers), tensors, numbers)
-        return record(*tensors, call)
+        return function.apply(*tensors, call)
     return function.direct(*tensors, *numbers)
 
 
@@ -446,27 +449,15 @@ def _register(function: type[Operator]) -> None:
     dispatched = function.dispatched = library.dispatched(function.name)
     function.direct = staticmethod(library.direct(function.name))
     count = library.operands(function.name)
-    record = super(Function, function).apply
 
     def autograd(keyset: Any, *args: Any) -> Any:
         tensors, numbers = args[:count], args[count:]
-        rest = keyset & torch._C._after_autograd_keyset
-
-        def below(*tensors: Tensor | None) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                return dispatched.redispatch(rest, *tensors, *numbers)
-
+        below = below_autograd(dispatched, keyset)
         if not library.is_recorded(tensors):
-            return below(*tensors)
-        grad, tangents = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
-
-        def make(*tensors: Tensor | None) -> Any:
-            # A Function's forward turns off what the levels below may have to record.
-            with torch.set_grad_enabled(grad), forward_ad._set_fwd_grad_enabled(tangents):
-                return below(*tensors)
-
+            return below(*args)
+        make = record_as_now(lambda *tensors: below(*tensors, *numbers))
         with enable_single_level_autograd_function():
-            return record(*tensors, _Numbers(make, tensors, library.with_tuples(numbers)))
+            return function.apply(*tensors, _Numbers(make, tensors, library.with_tuples(numbers)))
 
     library.register_autograd(function.name, autograd)
 
@@ -506,7 +497,7 @@ class Call:
         if recording is None:
             return None
         numbers = _Numbers(recording, tensors, self._numbers)
-        record = super(Function, function).apply
+        record = function.apply
         if not torch.is_grad_enabled():
             return recording if result is None else lambda *tensors: result(recording(*tensors))
         if result is None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import cuda_capability_geq
 
+from ._private import cuda_capability_geq
 from .device import INTERPRET
 from .geometry import IndexMap, Taps
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
@@ -30,6 +29,7 @@ from . import (
     replay,
     vmap,
 )
+from ._private import constant_while_traced, is_transformed, is_watched
 from .device import describe
 from .geometry import (
     Conv2dGeometry,
@@ -157,14 +157,11 @@ def dispatched(name: str) -> Any:
     return getattr(torch.ops.triton_cnn, name).default
 
 
+@constant_while_traced
 def meet_subclasses() -> None:
     """Tell DTensor of the operators, if it has been imported: before a call that it may be in."""
     if "torch.distributed.tensor" in sys.modules:
         _register_sharding()
-
-
-# Dynamo calls it while it traces: torch.compiler.assume_constant_result, without importing Dynamo.
-meet_subclasses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -230,20 +227,8 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
 def is_recorded(tensors: Sequence[Tensor | None]) -> bool:
     """Whether autograd has something to do for a call: to record it, or to refuse it."""
     return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-def is_watched() -> bool:
-    """Whether a dispatch mode, a functorch transform, forward-mode AD or a trace is active."""
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    ) or is_transformed()
 
 
 def runs_kernels(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device
+from ._private import describes_like
 
 Slots = list[Any]  # a call's operands, then the tensors and descriptors that it makes, in order
 
@@ -89,18 +90,9 @@ class Recording:
 
     def _describe(self, value: TensorDescriptor) -> None:
         """A step that adds a descriptor, which launches may share, to the slots."""
-        fields: dict[str, Any] = {**vars(value), "base": None}
-        base = self._from_slots(value.base)
+        describe, base = describes_like(value), self._from_slots(value.base)
         assert base is not None
-
-        def step(slots: Slots) -> None:
-            # The constructor would check again what it checked of the recorded one.
-            descriptor = object.__new__(TensorDescriptor)
-            descriptor.__dict__.update(fields)
-            descriptor.base = base(slots)
-            slots.append(descriptor)
-
-        self.made(value, step)
+        self.made(value, lambda slots: slots.append(describe(base(slots))))
 
 
 def record(function: Callable[..., Any], operands: Sequence[Tensor | None], *rest: Any) -> Any:

@@ -6,16 +6,10 @@ weights and biases are each process's share of a sum, which DTensor adds up wher
 Importing this module imports ``torch.distributed.tensor``, which takes half a second.
 """
 
-from collections.abc import Sequence
-from functools import partial
-
 import torch
-from torch.distributed.tensor import Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._op_schema import OpSchema, OpStrategy, RuntimeSchemaInfo
-from torch.distributed.tensor._ops.utils import (
-    expand_to_full_mesh_op_strategy,
-    register_op_strategy,
-)
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+from ._private import register_sharding
 
 _BATCH, _WHOLE, _SUM = Shard(0), Replicate(), Partial()
 
@@ -43,29 +37,8 @@ _SHARDED = {
 
 
 def register() -> None:
-    """Tell DTensor of all operators."""
+    """Tell DTensor of all operators: of each axis of the mesh, sharded or all replicated."""
     for name, (operands, results) in _SHARDED.items():
-        # All numbers count: another stride makes another result.
-        numbers = RuntimeSchemaInfo(static_argnum=len(operands), needs_pytree=True)
+        whole = [_WHOLE] * len(results), [_WHOLE] * len(operands)
         operator = getattr(torch.ops.triton_cnn, name).default
-        register_op_strategy(operator, numbers)(partial(_strategy, operands, results))
-
-
-def _strategy(operands: tuple, results: tuple, schema: OpSchema) -> OpStrategy:
-    """Of each axis of the mesh: sharded, or all replicated."""
-    given = [isinstance(t, OpStrategy) for t in schema.args_schema[: len(operands)]]
-
-    def choice(out: Sequence[Placement], into: Sequence[Placement]) -> list[Placement | None]:
-        return [*out, *(p if is_given else None for p, is_given in zip(into, given, strict=True))]
-
-    choices = [
-        choice(results, operands),
-        choice([_WHOLE] * len(results), [_WHOLE] * len(operands)),
-    ]
-    return expand_to_full_mesh_op_strategy(
-        schema.get_mesh_from_args(),
-        schema,
-        choices,
-        input_index=len(results),
-        allow_uneven_sharding=True,
-    )
+        register_sharding(operator, [(results, operands), whole])

@@ -542,7 +542,7 @@ def test_on_a_cpu_without_the_interpreter_it_says_once_that_inductor_gets_the_gr
     monkeypatch, caplog
 ):
     monkeypatch.setattr(kernels.device, "takes_cpu", lambda: False)
-    torch._logging._internal.warning_once.cache_clear()
+    compile_backend._warn_once.cache_clear()
     for _ in range(2):
         check(pool_with_ceil_mode, "xwb", operands(torch.device("cpu")))
         assert became() == [LEFT, LEFT]

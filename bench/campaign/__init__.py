@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 from kernels import device
+from kernels._private import GPUTarget
 from kernels.device import INTERPRET, Device
 
 from .. import measure
+from .._private import Compilation, build_launchers, listen
 from ..record import Refusal, device_named, keep, opened, rounded
 from . import checks, items, timing
 from .items import Ceiling, Check, Item, Timing
@@ -240,11 +241,11 @@ def _compile_seconds() -> list[float]:
     """A list to which each kernel that this process compiles from here on adds its time."""
     seconds: list[float] = []
 
-    def note(*, times: Any, cache_hit: bool, **_: Any) -> None:
-        if not cache_hit:
-            seconds.append(times.total / 1e6)
+    def note(compilation: Compilation) -> None:
+        if not compilation.cached:
+            seconds.append(compilation.seconds)
 
-    triton.knobs.compilation.listener = note
+    listen(note)
     return seconds
 
 
@@ -316,12 +317,3 @@ def _compile(target: GPUTarget, emulate: str | None, item: Item) -> None:
             timing.compile_timing(item)
         if target.backend == "cuda" and not emulate:
             build_launchers(kernels)
-
-
-def build_launchers(kernels: Sequence[Any]) -> None:
-    """Triton 3.6 compiles some C for each signature when its first kernel is loaded."""
-    from triton.backends.nvidia import driver
-
-    if hasattr(driver, "make_launcher"):
-        for kernel in kernels:
-            driver.CudaLauncher(kernel.src, kernel.metadata)

@@ -17,9 +17,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from triton.backends.compiler import GPUTarget
-
 from kernels import device
+from kernels._private import GPUTarget
 
 from . import driver
 from .checks import FINDINGS as FINDINGS

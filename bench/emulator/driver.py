@@ -1,6 +1,5 @@
 """The emulator as Triton's driver: kernels run on CPU tensors, from the PTX that Triton emits."""
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -8,12 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia import compiler as nvidia_compiler
-from triton.backends.nvidia import driver as nvidia
 
 from kernels import device
+from kernels._private import GPUTarget
 
+from .._private import parameters_of_descriptor, stop_at_ptx
 from . import launch
 from .checks import OPTIONS
 from .launch import Argument, Function
@@ -91,27 +89,11 @@ class Launcher:
                 self._flatten(k, v, values, tensors, descriptions)
         elif kind.startswith("tensordesc"):
             tensors.append(value)
-            values += _described(kind, value, next(descriptions, None))
+            values += parameters_of_descriptor(kind, value, next(descriptions, None))
         elif kind != "constexpr":
             if kind[0] == "*" and hasattr(value, "data_ptr"):
                 tensors.append(value)
             values.append((kind, value))
-
-
-def _described(kind: str, descriptor: Any, meta: Any) -> list[Argument]:
-    """A descriptor's parameters, as this version of Triton expands them."""
-    rank = len(descriptor.shape)
-    arguments = len(inspect.signature(nvidia.make_tensordesc_arg).parameters)
-    expanded = nvidia.make_tensordesc_arg(descriptor, meta, *[None] * (arguments - 2))
-    if meta is None:
-        element = kind.partition("<")[2].partition("[")[0]
-        flags = len(expanded) - 1 - 4 * rank  # Triton 3.9 has one more than 3.6
-        kinds = ["*" + element, *["i64"] * (2 * rank), *["i1"] * flags]
-    else:
-        kinds = ["nvTmaDesc"]
-        expanded[0].keep = descriptor.base
-    kinds += ["i32"] * rank + ["i64"] * rank
-    return list(zip(kinds, expanded, strict=True))
 
 
 class EmulatedDriver:
@@ -145,25 +127,9 @@ class EmulatedDriver:
         raise NotImplementedError("times of an emulator mean nothing")
 
 
-class _Backend(nvidia_compiler.CUDABackend):
-    """Compiles to PTX only: ptxas takes seconds a kernel and nothing here runs machine code."""
-
-    def __init__(self, target: GPUTarget):
-        super().__init__(target)
-        self.binary_ext = "ptx"
-
-    def add_stages(self, stages: dict[str, Any], options: Any, language: Any) -> None:
-        super().add_stages(stages, options, language)
-        stages.pop("cubin", None)
-
-    def hash(self) -> str:
-        return f"{super().hash()}-ptx"
-
-
 def install(arch: int = 90, **options: Any) -> EmulatedDriver:
     """Make the emulator Triton's driver in this process. Options: those of ``checks.Options``."""
-    known = triton.backends.backends
-    known["nvidia"] = type(known["nvidia"])(_Backend, known["nvidia"].driver)
+    stop_at_ptx()
     configure(**options)
     driver = EmulatedDriver(arch)
     triton.runtime.driver.set_active(driver)

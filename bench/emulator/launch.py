@@ -133,7 +133,7 @@ def _check_limits(function: Function, grid: Grid, threads: int, metadata: Any) -
         raise RuntimeError(f"Triton Error [CUDA]: invalid argument: {threads} threads")
     limit = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
     if function.shared > limit:
-        raise triton.runtime.errors.OutOfResources(function.shared, limit, "shared memory")
+        raise triton.OutOfResources(function.shared, limit, "shared memory")
 
 
 def _scratch(metadata: Any, ctas: int) -> list[Argument]:

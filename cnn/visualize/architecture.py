@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from kernels._private import Convolution
+
 from ..journal import new_figure
 from ..summary import by, summary, table
 from ..text import caption
@@ -212,7 +214,7 @@ def _owner(modules: dict[str, nn.Module], name: str, depth: int) -> str:
 
 def _group(layer: nn.Module) -> str:
     pooled = "Pool" in type(layer).__name__
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, Convolution):
         return "convolution and pooling" if pooled else "convolution"
     if isinstance(layer, nn.Linear):
         return "linear"

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from kernels._private import pytree
 from kernels.geometry import ReceptiveField
 
 from ..summary import Layer, summary
@@ -117,7 +117,7 @@ def run_in_batches(
 
 def first_tensor(values: Any) -> Tensor | None:
     """The first tensor in what a module gives, be it a tuple, a dict or what there is."""
-    return next((t for t in tree_leaves(values) if isinstance(t, Tensor)), None)
+    return next((t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)), None)
 
 
 def wide(t: Tensor) -> Tensor:

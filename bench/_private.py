@@ -1,0 +1,146 @@
+"""What the commands use of PyTorch and Triton that neither of them promises to keep, and the
+library does not need: see ``kernels/_private.py``. This is no part of what is installed.
+
+The protocol of a driver and its launcher is the emulator's own: ``bench/emulator/driver.py``.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler, driver
+
+# Triton's compiler.
+
+
+class Compilation(NamedTuple):
+    """What was compiled: Triton's hash of a kernel."""
+
+    hash: str
+    seconds: float
+    cached: bool  # it was found on disk, and only loaded
+
+
+def listen(note: Callable[[Compilation], None]) -> None:
+    """Call ``note`` after each compilation, until another listens or ``triton.knobs`` are restored.
+
+    Counts on the keywords of a ``compilation.listener``, whose times are microseconds.
+    """
+
+    def listener(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any) -> None:
+        note(Compilation(metadata["hash"], times.total / 1e6, cache_hit))
+
+    triton.knobs.compilation.listener = listener
+
+
+@contextmanager
+def intercepted(
+    is_known: Callable[[str], bool], take: Callable[[str, Any], None]
+) -> Iterator[None]:
+    """Within this context a kernel is compiled only if ``is_known`` says no, and then given to
+    ``take`` alone: no JIT function keeps it. Both get a name of what it is compiled from: its
+    source, that of all it calls, and how it is specialized.
+
+    Counts on the keywords of the two hooks; on the first keeping a kernel from being compiled by
+    returning true; and on a JIT function's ``cache_key``, and ``device_caches``, whose entries
+    begin with the kernels by the hooks' key.
+    """
+
+    def name(key: str, fn: Any) -> str:
+        return f"{fn.module}.{fn.name} {fn.jit_function.cache_key} {key}"
+
+    def before(*, key: str, fn: Any, **_: Any) -> bool:
+        return is_known(name(key, fn))
+
+    def after(*, key: str, fn: Any, **_: Any) -> None:
+        for kernels, *_ in fn.jit_function.device_caches.values():
+            if kernel := kernels.pop(key, None):
+                take(name(key, fn), kernel)
+
+    runtime = triton.knobs.runtime
+    with runtime.scope():
+        runtime.jit_cache_hook, runtime.jit_post_compile_hook = before, after
+        yield
+
+
+def module_of(kernel: Any) -> str:
+    """The module in which the source of a compiled kernel is."""
+    return kernel.src.fn.fn.__module__
+
+
+def build_launchers(kernels: Sequence[Any]) -> None:
+    """Triton 3.6 compiles some C for each signature when its first kernel is loaded."""
+    if hasattr(driver, "make_launcher"):
+        for kernel in kernels:
+            driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+# Triton's back end for NVIDIA, as the emulator has it.
+
+
+class _ToPTX(compiler.CUDABackend):
+    def __init__(self, target: GPUTarget):
+        super().__init__(target)
+        self.binary_ext = "ptx"
+
+    def add_stages(self, stages: dict[str, Any], options: Any, language: Any) -> None:
+        super().add_stages(stages, options, language)
+        stages.pop("cubin", None)
+
+    def hash(self) -> str:
+        return f"{super().hash()}-ptx"
+
+
+def stop_at_ptx() -> None:
+    """Compile to PTX only, in this process: ptxas takes seconds a kernel.
+
+    Counts on the table of back ends, on the stages being run in their order and the last one giving
+    what is loaded, and on ``hash`` being part of the key of Triton's cache.
+    """
+    known = triton.backends.backends
+    known["nvidia"] = type(known["nvidia"])(_ToPTX, known["nvidia"].driver)
+
+
+def parameters_of_descriptor(kind: str, descriptor: Any, meta: Any) -> list[tuple[str, Any]]:
+    """The parameters for which a descriptor stands, as (type, value), as this version of Triton
+    expands them; ``meta`` is that of a descriptor that hardware takes.
+    """
+    rank = len(descriptor.shape)
+    arguments = len(inspect.signature(driver.make_tensordesc_arg).parameters)
+    expanded = driver.make_tensordesc_arg(descriptor, meta, *[None] * (arguments - 2))
+    if meta is None:
+        element = kind.partition("<")[2].partition("[")[0]
+        flags = len(expanded) - 1 - 4 * rank  # Triton 3.9 has one more than 3.6
+        kinds = ["*" + element, *["i64"] * (2 * rank), *["i1"] * flags]
+    else:
+        kinds = ["nvTmaDesc"]
+        expanded[0].keep = descriptor.base
+    kinds += ["i32"] * rank + ["i64"] * rank
+    return list(zip(kinds, expanded, strict=True))
+
+
+# Inductor.
+
+
+def inductors_pooling(window: tuple, size: tuple[int, int]) -> tuple[Callable, Callable]:
+    """What Inductor makes of max-pooling in training: of x the values, and in a byte where in its
+    window each lay; and of such bytes the places on a map of ``size``, flat.
+
+    ``window``: kernel, stride, padding, dilation, ceil_mode.
+    """
+    from torch._inductor import inductor_prims  # noqa: F401 - registers them
+
+    prims = torch.ops.prims
+    kernel, *others, _ = window
+
+    def pool(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return prims._low_memory_max_pool_with_offsets(x, *window)
+
+    def places(offsets: torch.Tensor) -> torch.Tensor:
+        return prims._low_memory_max_pool_offsets_to_indices(offsets, kernel, size, *others)
+
+    return pool, places
