@@ -9,7 +9,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checkpoint as checkpoints
 from . import networks
@@ -19,6 +18,7 @@ from .models.classifier import auxiliary, classifiers, renew
 from .problem import Problem
 
 KEYS = {"format", "versions", "config", "description", "state_dict"}
+NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 OWN = "triton-cnn"
 """The entry in safetensors' metadata that says, in JSON, of what model and data the weights are."""
 
@@ -244,7 +244,7 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> str:
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:
-    own = [*module.parameters()] if isinstance(module, _BatchNorm) else []
+    own = [*module.parameters()] if isinstance(module, NORMS) else []
     return bool(own) and not any(each.requires_grad for each in own)
 
 
