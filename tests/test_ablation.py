@@ -1,17 +1,15 @@
-"""What is left of a network without a layer or a map."""
+"""What is left of a network without a layer."""
 
 import copy
 import math
 
 import pytest
 import torch
-from hand_made import fused
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import cnn
-from cnn.visualize import ablation, map_ablation
+from cnn.visualize import ablation
 
 IMAGES = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 3]])
 LABELS = torch.tensor([1, 0, 1, 1])
@@ -108,27 +106,6 @@ def test_as_a_network_whose_layers_are_constant(how, device):
     assert ablation(model, batches, how=how).removals == found.removals[:3]
 
 
-@pytest.mark.parametrize("how", ["zero", "mean"])
-def test_a_map_of_a_fused_network(how, device):
-    """A map that is zero has a filter and a bias of zero; means are behind ReLU and pooling."""
-    batches = pictures(device)
-    plain = network().to(device)
-    pooled = plain[:3](torch.cat([images for images, _ in batches])).detach()
-    model = fused(plain)
-    assert isinstance(model[0], cnn.ConvReLUMaxPool2d)
-    found = map_ablation(model, batches, "0", how=how)
-    assert found.numbers.tolist() == [0, 1, 2]
-    for number in range(3):
-        other = copy.deepcopy(plain)
-        with torch.no_grad():
-            other[0].weight[number] = 0
-            other[0].bias[number] = pooled[:, number].mean() if how == "mean" else 0
-        wanted = score(other, batches)
-        assert (found.accuracies[number], found.losses[number]) == pytest.approx(wanted)
-    (only,) = map_ablation(model, batches, "0", [2], how).losses
-    assert only == found.losses[2]
-
-
 class Block(nn.Module):
     """What skips the convolution must not let the ReLU work on the shortcut."""
 
@@ -156,24 +133,16 @@ def test_a_layer_is_skipped_where_it_keeps_the_size():
         ablation(model, batches, ["conv", "fit"], "skip")
 
 
-def test_the_tables():
+def test_the_table():
     batches = [(IMAGES, LABELS)]
     assert str(ablation(swap(), batches, ["0"], "zero")) == (
         "without  parameters   error   change    loss\n"
         "-                 0  25.00%           0.9971\n"
         "0                 4  75.00%  +50.00%  0.6931"
     )
-    found = map_ablation(swap(), batches, "0")
-    # Without the first: logits 0 and 1 or 0: losses .31, .69, .31, .69. Else 0 or 1 or 3 and 0.
-    assert str(found) == (
-        "without map of 0   error   change    loss\n"
-        "-                 25.00%           0.9971\n"
-        "1                 75.00%  +50.00%  1.1870\n"
-        "0                 25.00%   +0.00%  0.5032"
-    )
 
 
-def test_the_figures():
+def test_the_figure():
     batches = pictures(torch.device("cpu"))
     found = ablation(network(), batches, ["0", ("3", "6")])
     figure = found.figure()
@@ -185,16 +154,6 @@ def test_the_figures():
     assert losses == pytest.approx([r.score.loss for r in found.removals])
     assert other.lines[0].get_xdata()[0] == found.whole.loss
     ablation(network(), batches, []).figure().canvas.draw()
-    maps = map_ablation(network(), batches, "0")
-    figure = maps.figure()
-    figure.canvas.draw()
-    one, other = figure.get_axes()
-    heights = [bar.get_height() for bar in other.patches]
-    assert heights == pytest.approx(sorted((maps.losses - maps.whole.loss).tolist(), reverse=True))
-    names = [int(text.get_text()) for text in other.get_xticklabels()]
-    assert names == maps.losses.argsort(descending=True).tolist()
-    many = nn.Sequential(nn.Linear(2, 70), nn.Linear(70, 2))
-    map_ablation(many, [(IMAGES, LABELS)], "0").figure().canvas.draw()
 
 
 class Tuples(nn.Module):
@@ -226,19 +185,6 @@ def test_bad_arguments(model, call, words):
     with pytest.raises(ValueError, match=words):
         ablation(model, **default | call)
     assert not any(layer._forward_hooks for layer in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        ({"maps": [2]}, "maps must be from 0 to 1, got 2"),
-        ({"how": "skip"}, "how must be one of mean, zero, got how='skip'"),
-        ({"layer": "x"}, "layer must be one of 0, got layer='x'"),
-    ],
-)
-def test_bad_arguments_of_maps(call, words):
-    with pytest.raises(ValueError, match=words):
-        map_ablation(swap(), **{"batches": BATCHES["one"], "layer": "0"} | call)
 
 
 def test_logits_may_be_in_a_tuple_or_a_dict():

@@ -1,4 +1,4 @@
-"""What a trained network is worth without one of its layers or maps."""
+"""What a trained network is worth without one of its layers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
@@ -16,7 +16,7 @@ from ..evaluate import tally
 from ..journal import Progress, new_figure
 from ..summary import table
 from ..text import caption
-from .layers import calls, check_class, evaluating, find, first_tensor, hooked, outputs
+from .layers import calls, check_class, evaluating, find, first_tensor, hooked
 from .pictures import SIZE
 
 Batches = Sequence[tuple[Tensor, Tensor]] | DataLoader
@@ -24,9 +24,6 @@ Batches = Sequence[tuple[Tensor, Tensor]] | DataLoader
 
 Change = Callable[[Tensor, Tensor], Tensor | None]
 """From a layer's input and result to what is put in the result's place, None to leave it."""
-
-LISTED = 20
-"""Maps in a table."""
 
 
 class Score(NamedTuple):
@@ -89,59 +86,6 @@ def _bars(axes: Any, what: str, whole: float, *values: float) -> Any:
     return axes.axvline(whole, color="0.3", linestyle="--", linewidth=1)
 
 
-@dataclass(frozen=True)
-class MapAblation:
-    """What a layer's single maps are worth to a network: ``whole`` is its score with all of them.
-
-    ``accuracies`` and ``losses`` [count] are those without the map of ``numbers`` [count].
-    """
-
-    layer: str
-    how: str
-    images: int
-    whole: Score
-    numbers: Tensor
-    accuracies: Tensor
-    losses: Tensor
-
-    @property
-    def order(self) -> Tensor:
-        """Places in ``numbers``, those first without which the loss is largest."""
-        return self.losses.argsort(descending=True, stable=True)
-
-    def __str__(self) -> str:
-        """The maps that matter most, at most twenty: error, its change, and the loss."""
-        rows = [(f"without map of {self.layer}", "error", "change", "loss")]
-        rows.append(("-", f"{1 - self.whole.accuracy:.2%}", "", f"{self.whole.loss:.4f}"))
-        for place in self.order[:LISTED].tolist():
-            accuracy, loss = self.accuracies[place].item(), self.losses[place]
-            change = f"{self.whole.accuracy - accuracy:+.2%}"
-            rows.append((f"{self.numbers[place]}", f"{1 - accuracy:.2%}", change, f"{loss:.4f}"))
-        return table(rows, "<>>>")
-
-    def figure(self) -> Any:
-        """How much accuracy is lost and loss is added without each map, as bars."""
-        figure = new_figure("ablation", figsize=(SIZE, 4), layout="constrained")
-        one, other = figure.subplots(2, 1, sharex=True)
-        places = self.order
-        for axes, what, values in (
-            (one, "error added, in points", 100 * (self.whole.accuracy - self.accuracies)),
-            (other, "loss added", self.losses - self.whole.loss),
-        ):
-            axes.bar(range(len(places)), values[places].tolist(), color="tab:blue")
-            axes.axhline(0, color="0.3", linewidth=0.8)
-            axes.set_ylabel(what, fontsize=9)
-            axes.grid(axis="y", alpha=0.3)
-            axes.set_axisbelow(True)
-        small = len(places) <= 64
-        if small:
-            names = [f"{number}" for number in self.numbers[places].tolist()]
-            other.set_xticks(range(len(places)), names, fontsize=7, rotation=90)
-        layer = caption(self.layer)
-        other.set_xlabel(f"map of {layer}" if small else f"maps of {layer}, sorted")
-        return figure
-
-
 def ablation(
     model: nn.Module,
     batches: Batches,
@@ -167,54 +111,22 @@ def ablation(
 
     Raises ValueError for arguments that do not fit.
     """
-    _check_how(how, ("mean", "zero", "skip"))
+    if how not in ("mean", "zero", "skip"):
+        raise ValueError(f"how must be one of mean, zero, skip, got how={how!r}")
     x = _first(model, batches)
     with evaluating(model), torch.no_grad():
         groups = _groups(model, x, layers, how)
-        removed = [dict.fromkeys(group, slice(None)) for group in groups]
-        images, whole, scores = _scores(model, batches, len(x), removed, how)
-    removals = [
-        Removal(group, _parameters(model, group), score)
-        for group, score in zip(groups, scores, strict=True)
-    ]
+        names = {name for group in groups for name in group}
+        means = {name: _Mean() for name in names} if how == "mean" else {}
+        total = len(x) * len(batches) * (1 + len(groups))
+        with closing(Progress("ablation", total, 0, "image")) as bar:
+            images, whole = _score(model, batches, means, bar)
+            removals = []
+            for group in groups:
+                changes = {name: _change(how, means.get(name)) for name in group}
+                _, score = _score(model, batches, changes, bar)
+                removals.append(Removal(group, _parameters(model, group), score))
     return Ablation(how, images, whole, tuple(removals))
-
-
-def map_ablation(
-    model: nn.Module,
-    batches: Batches,
-    layer: str,
-    maps: Sequence[int] | None = None,
-    how: str = "zero",
-) -> MapAblation:
-    """How well a trained network classifies without one of a layer's maps, each in turn.
-
-    Args:
-        batches: as ``ablation`` has them; gone over once for the whole network and for each map.
-        layer: whose result has maps, or single values, in axis 1.
-        maps: their numbers; by default all.
-        how: "zero" or "mean", what is put in the map's place, as in ``ablation``.
-
-    Raises ValueError for arguments that do not fit.
-    """
-    _check_how(how, ("mean", "zero"))
-    x = _first(model, batches)
-    with evaluating(model), torch.no_grad():
-        count = outputs(model, x, [layer])[layer].shape[1]
-        numbers = list(range(count) if maps is None else maps)
-        for number in numbers:
-            if not 0 <= number < count:
-                raise ValueError(f"maps must be from 0 to {count - 1}, got {number}")
-        removed = [{layer: slice(number, number + 1)} for number in numbers]
-        images, whole, scores = _scores(model, batches, len(x), removed, how)
-    accuracies, losses = torch.tensor(scores, dtype=torch.float64).view(-1, 2).unbind(1)
-    found = torch.tensor(numbers, dtype=torch.int64)
-    return MapAblation(layer, how, images, whole, found, accuracies, losses)
-
-
-def _check_how(how: str, known: Sequence[str]) -> None:
-    if how not in known:
-        raise ValueError(f"how must be one of {', '.join(known)}, got how={how!r}")
 
 
 def _first(model: nn.Module, batches: Batches) -> Tensor:
@@ -295,40 +207,16 @@ class _Mean:
         return self._sum / self._count
 
 
-def _change(how: str, mean: _Mean | None, maps: slice) -> Change:
-    """What removes ``maps`` of a layer, or skips it."""
+def _change(how: str, mean: _Mean | None) -> Change:
+    """What removes or skips a layer. What comes next may work in place on what it gives."""
     if how == "skip":
-        return lambda x, y: x.clone()  # what comes next may work in place
+        return lambda x, y: x.clone()
 
     def fill(x: Tensor, y: Tensor) -> Tensor:
-        levels = mean.value.to(y)[maps] if mean else y.new_zeros(1)
-        y = y.clone()
-        y[:, maps] = levels.view(-1, *[1] * (y.dim() - 2))
-        return y
+        levels = mean.value.to(y) if mean else y.new_zeros(1)
+        return torch.empty_like(y).copy_(levels.view(-1, *[1] * (y.dim() - 2)))
 
     return fill
-
-
-def _scores(
-    model: nn.Module,
-    batches: Batches,
-    batch: int,
-    removed: Sequence[Mapping[str, slice]],
-    how: str,
-) -> tuple[int, Score, list[Score]]:
-    """How many images there are, and how well the model classifies them: with all its maps, and
-    without those of each removal.
-    """
-    names = {name for removal in removed for name in removal}
-    means = {name: _Mean() for name in names} if how == "mean" else {}
-    total = batch * len(batches) * (1 + len(removed))
-    with closing(Progress("ablation", total, 0, "image")) as bar:
-        count, whole = _score(model, batches, means, bar)
-        scores = []
-        for removal in removed:
-            changes = {name: _change(how, means.get(name), maps) for name, maps in removal.items()}
-            scores.append(_score(model, batches, changes, bar)[1])
-    return count, whole, scores
 
 
 def _score(
