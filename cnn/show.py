@@ -277,7 +277,7 @@ _PART = _argument(
 _RANDOM = _argument(
     "--random", type=whole, default=10, metavar="N", help="random boxes a part (10)"
 )
-_HOW = _argument("--how", choices=("mean", "zero", "skip"), default="mean", help="(%(default)s)")
+_HOW = _argument("--how", choices=("mean", "zero"), default="mean", help="(%(default)s)")
 _DEPTH = _argument("--depth", type=whole, default=1, metavar="N", help="of modules opened (1)")
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,14 +15,14 @@ from ..evaluate import tally
 from ..journal import Progress, new_figure
 from ..summary import table
 from ..text import caption
-from .layers import calls, check_class, evaluating, find, first_tensor, hooked
+from .layers import calls, check_class, evaluating, find, first_tensor, hooked, outputs
 from .pictures import SIZE
 
 Batches = Sequence[tuple[Tensor, Tensor]] | DataLoader
 """Images [N, ...] as a model takes them and their labels [N], of integers; gone over repeatedly."""
 
-Change = Callable[[Tensor, Tensor], Tensor | None]
-"""From a layer's input and result to what is put in the result's place, None to leave it."""
+Change = Callable[[Tensor], Tensor | None]
+"""From a layer's result to what is put in its place, None to leave it."""
 
 
 class Score(NamedTuple):
@@ -45,7 +44,7 @@ class Removal(NamedTuple):
 class Ablation:
     """What a network's layers are worth to it: ``whole`` is its score with all of them.
 
-    ``how`` they were removed is "mean", "zero" or "skip"; ``images`` is how many were classified.
+    ``how`` they were removed is "mean" or "zero"; ``images`` is how many were classified.
     """
 
     how: str
@@ -98,11 +97,10 @@ def ablation(
         batches: a list of pairs (x, labels), a DataLoader or the like, gone over once for the whole
             network and once for each removal. Images go to where the model's parameters are.
         layers: a name, or a group of names, for each removal. By default each layer that has
-            parameters, or of these what can be skipped.
+            parameters.
         how: "mean" puts in the place of each of a layer's maps (axis 1 of its result) the mean that
             the whole network's map has over all images and pixels, "zero" zeros. So behind the
-            layer, nothing of the image is left but what goes around it. "skip" passes the layer's
-            input on: for layers whose result has its size.
+            layer, nothing of the image is left but what goes around it.
 
     Zeiler and Fergus (2014; arXiv:1311.2901), section 5.1 and table 3, remove layers before the
     training and so find what the others can make up for. Here nothing is learnt anew, which tells
@@ -111,11 +109,11 @@ def ablation(
 
     Raises ValueError for arguments that do not fit.
     """
-    if how not in ("mean", "zero", "skip"):
-        raise ValueError(f"how must be one of mean, zero, skip, got how={how!r}")
+    if how not in ("mean", "zero"):
+        raise ValueError(f"how must be one of mean, zero, got how={how!r}")
     x = _first(model, batches)
     with evaluating(model), torch.no_grad():
-        groups = _groups(model, x, layers, how)
+        groups = _groups(model, x, layers)
         names = {name for group in groups for name in group}
         means = {name: _Mean() for name in names} if how == "mean" else {}
         total = len(x) * len(batches) * (1 + len(groups))
@@ -123,7 +121,7 @@ def ablation(
             images, whole = _score(model, batches, means, bar)
             removals = []
             for group in groups:
-                changes = {name: _change(how, means.get(name)) for name in group}
+                changes = {name: _constant(means.get(name)) for name in group}
                 _, score = _score(model, batches, changes, bar)
                 removals.append(Removal(group, _parameters(model, group), score))
     return Ablation(how, images, whole, tuple(removals))
@@ -143,37 +141,14 @@ def _place(model: nn.Module, images: Tensor) -> torch.device:
 
 
 def _groups(
-    model: nn.Module, x: Tensor, layers: Sequence[str | Sequence[str]] | None, how: str
+    model: nn.Module, x: Tensor, layers: Sequence[str | Sequence[str]] | None
 ) -> list[tuple[str, ...]]:
     """What is removed together, by names that were checked."""
     if layers is None:
-        names = list(dict.fromkeys(row.name for row in calls(model, x) if row.parameters))
-        sizes = _sizes(model, x, names)
-        return [(name,) for name in names if how != "skip" or sizes[name][0] == sizes[name][1]]
+        layers = list(dict.fromkeys(row.name for row in calls(model, x) if row.parameters))
     groups = [(group,) if isinstance(group, str) else tuple(group) for group in layers]
-    sizes = _sizes(model, x, [name for group in groups for name in group])
-    for name, (before, after) in sizes.items():
-        if how == "skip" and before != after:
-            change = f"{list(before)} to {list(after)}"
-            raise ValueError(f"layer must keep its input's size, got layer={name!r} from {change}")
+    outputs(model, x, [name for group in groups for name in group])
     return groups
-
-
-def _sizes(
-    model: nn.Module, x: Tensor, names: Sequence[str]
-) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Those of what layers get and give."""
-    sizes = {}
-
-    def look(name: str, x: Tensor, y: Tensor) -> None:
-        sizes[name] = x.shape, y.shape
-
-    with _changed(model, {name: partial(look, name) for name in names}):
-        model(x)
-    for name in names:
-        if name not in sizes:
-            raise ValueError(f"layer must be called, got layer={name!r}")
-    return sizes
 
 
 @contextmanager
@@ -181,9 +156,9 @@ def _changed(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
     """The model with changes of what layers give."""
 
     def apply(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
-        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-            raise ValueError(f"layer must turn a tensor into a tensor, got layer={name!r}")
-        return changes[name](args[0], output)
+        if not isinstance(output, Tensor):
+            raise ValueError(f"layer must give a tensor, got layer={name!r}")
+        return changes[name](output)
 
     with hooked(model, changes, apply):
         yield
@@ -196,7 +171,7 @@ class _Mean:
         self._sum: Any = 0
         self._count = 0
 
-    def __call__(self, x: Tensor, y: Tensor) -> None:
+    def __call__(self, y: Tensor) -> None:
         axes = [axis for axis in range(y.dim()) if axis != 1]
         self._sum = self._sum + y.sum(axes, dtype=torch.float64)
         self._count += y[:, 0].numel()
@@ -207,12 +182,10 @@ class _Mean:
         return self._sum / self._count
 
 
-def _change(how: str, mean: _Mean | None) -> Change:
-    """What removes or skips a layer. What comes next may work in place on what it gives."""
-    if how == "skip":
-        return lambda x, y: x.clone()
+def _constant(mean: _Mean | None) -> Change:
+    """What puts a mean, or zero, in the place of each map. What comes next may change it."""
 
-    def fill(x: Tensor, y: Tensor) -> Tensor:
+    def fill(y: Tensor) -> Tensor:
         levels = mean.value.to(y) if mean else y.new_zeros(1)
         return torch.empty_like(y).copy_(levels.view(-1, *[1] * (y.dim() - 2)))
 
