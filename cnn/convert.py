@@ -4,25 +4,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, overload
 
-import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from kernels import library, planner
-from kernels._private import pair_of
-from kernels.device import INTERPRET, describe
-from kernels.geometry import (
-    Conv2dGeometry,
-    Direction,
-    Pool2dGeometry,
-    is_channels_last,
-    output_strides,
-)
-
 from . import layers
-from .arguments import DTYPES, conv_padding
+from .arguments import DTYPES
 from .summary import table
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -44,7 +31,6 @@ class Line:
     name: str
     kind: str
     became: str
-    engine: str  # that the planner takes for the forward pass; "ATen" on a CPU
     note: str  # why it was not swapped
 
 
@@ -54,9 +40,9 @@ class Report(tuple[Line, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        rows = [("layer", "was", "is", "engine", "note")]
-        rows += [(line.name, line.kind, line.became, line.engine, line.note) for line in self]
-        return table(rows, "<<<<<")
+        rows = [("layer", "was", "is", "note")]
+        rows += [(line.name, line.kind, line.became, line.note) for line in self]
+        return table(rows, "<<<<")
 
 
 @overload
@@ -168,47 +154,4 @@ def _blank(own: type[nn.Module], ours: type[nn.Module]) -> nn.Module:
 
 def _report(model: nn.Module, was: dict[nn.Module, str], notes: dict[nn.Module, str]) -> Report:
     names = {module: name for name, module in model.named_modules()}
-    weights = [p for p in model.parameters() if not is_lazy(p) and p.dim() == 4]
-    last = any(is_channels_last(w.shape, w.stride()) for w in weights)
-    place = next((p.device for p in model.parameters()), torch.device("cpu"))
-    lines = []
-    for module, kind in was.items():
-        swapped = isinstance(module, tuple(SWAPS.values()))
-        engine = _engine(module, place, last) if swapped else ""
-        lines.append(Line(names[module], kind, module._get_name(), engine, notes[module]))
-    return Report(lines)
-
-
-def _engine(layer: Any, place: torch.device, channels_last: bool) -> str:
-    """The kernels of a layer's forward pass. They do not depend on the image's size; images are
-    taken to have the weight's dtype, and to be channels_last if weights are.
-    """
-    here = describe(place)
-    if here.backend == "interpreter" and not INTERPRET:
-        return "ATen"
-    if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-        return "max_pool"
-    w_shape: Any = tuple(layer.weight.shape)  # of a transposed convolution, too
-    _, channels, *kernel = w_shape
-    stride, dilation = pair_of(layer.stride), pair_of(layer.dilation)
-    padding = conv_padding(layer.padding, w_shape[2:], stride, dilation)
-    direction: Direction = "dgrad" if isinstance(layer, nn.ConvTranspose2d) else "fprop"
-    size = [224 + d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    x_shape = (1, channels * layer.groups, *size)
-    g = Conv2dGeometry.of(x_shape, w_shape, stride, padding, dilation, layer.groups)
-    dtype = layer.weight.dtype
-    pool = None
-    if isinstance(layer, layers.ConvReLUMaxPool2d):
-        window: Any = layer.pool_kernel_size, layer.pool_stride, layer.pool_padding
-        pool = Pool2dGeometry(*g.y_shape, *map(pair_of, window))  # type: ignore[arg-type]
-    x, y, w = (
-        torch.empty_strided(shape, output_strides(shape, channels_last), dtype=dtype, device="meta")
-        for shape in (g.x_shape, pool.y_shape if pool else g.y_shape, g.w_shape)
-    )
-    precision = library.resolve_precision(None, torch.empty(0, dtype=dtype, device=place))
-    problem = dtype, precision, here, planner.layout_of((x, y), (w,))
-    if pool:
-        engine, _ = planner.plan_pooled(g, pool, *problem)
-    else:
-        engine = planner.plan(direction, g, *problem).engine
-    return engine.__name__.rpartition(".")[2]
+    return Report(Line(names[m], kind, m._get_name(), notes[m]) for m, kind in was.items())

@@ -252,7 +252,7 @@ _PART = _argument(
 _RANDOM = _argument(
     "--random", type=whole, default=10, metavar="N", help="random boxes a part (10)"
 )
-_HOW = _argument("--how", choices=("mean", "zero", "skip"), default="mean", help="(%(default)s)")
+_HOW = _argument("--how", choices=("mean", "zero"), default="mean", help="(%(default)s)")
 _DEPTH = _argument("--depth", type=whole, default=1, metavar="N", help="of modules opened (1)")
 
 
@@ -337,22 +337,13 @@ def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) 
     return visualize.correspondence(subject.model, x, parts, layers, **options)
 
 
-@_tool(
-    "what a model is worth without its layers, or without each map of --layer",
-    *(_LAYERS, _LAYER, _MAP, _HOW),
-)
+@_tool("what a model is worth without its layers", _LAYERS, _HOW)
 def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     if args.image:
         raise Problem("--image: ablation needs labels, give --data")
-    if args.layer and args.layers:
-        raise Problem("--layer: it goes without --layers")
-    if args.map and not args.layer:
-        raise Problem("--map: it needs --layer, whose maps are counted")
     batches = [*images.batches()]
     if all(labels.eq(UNCOUNTED).all() for _, labels in batches):
         raise Problem(f"--data: its classes are not those of {args.checkpoint}")
-    if args.layer:
-        return visualize.map_ablation(subject.model, batches, args.layer, args.map, args.how)
     return visualize.ablation(subject.model, batches, args.layers, args.how)
 
 

@@ -1,17 +1,15 @@
-"""What is left of a network without a layer or a map."""
+"""What is left of a network without a layer."""
 
 import copy
 import math
 
 import pytest
 import torch
-from hand_made import fused
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import cnn
-from cnn.visualize import ablation, map_ablation
+from cnn.visualize import ablation
 
 IMAGES = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 3]])
 LABELS = torch.tensor([1, 0, 1, 1])
@@ -35,7 +33,6 @@ BATCHES = {
 @pytest.mark.parametrize(
     ("how", "accuracy", "losses"),
     [
-        ("skip", 0.25, [math.log1p(math.e)] * 3 + [math.log1p(math.exp(-3))]),
         ("zero", 0.25, [math.log(2)] * 4),
         # Of the swapped pixels the means are 1 and 1/2.
         ("mean", 0.25, [math.log1p(math.exp(d)) for d in (0.5, -0.5, 0.5, 0.5)]),
@@ -108,72 +105,16 @@ def test_as_a_network_whose_layers_are_constant(how, device):
     assert ablation(model, batches, how=how).removals == found.removals[:3]
 
 
-@pytest.mark.parametrize("how", ["zero", "mean"])
-def test_a_map_of_a_fused_network(how, device):
-    """A map that is zero has a filter and a bias of zero; means are behind ReLU and pooling."""
-    batches = pictures(device)
-    plain = network().to(device)
-    pooled = plain[:3](torch.cat([images for images, _ in batches])).detach()
-    model = fused(plain)
-    assert isinstance(model[0], cnn.ConvReLUMaxPool2d)
-    found = map_ablation(model, batches, "0", how=how)
-    assert found.numbers.tolist() == [0, 1, 2]
-    for number in range(3):
-        other = copy.deepcopy(plain)
-        with torch.no_grad():
-            other[0].weight[number] = 0
-            other[0].bias[number] = pooled[:, number].mean() if how == "mean" else 0
-        wanted = score(other, batches)
-        assert (found.accuracies[number], found.losses[number]) == pytest.approx(wanted)
-    (only,) = map_ablation(model, batches, "0", [2], how).losses
-    assert only == found.losses[2]
-
-
-class Block(nn.Module):
-    """What skips the convolution must not let the ReLU work on the shortcut."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.relu = nn.Conv2d(1, 1, 1), nn.ReLU(inplace=True)
-        self.fit = nn.Conv2d(1, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fit(x + self.relu(self.conv(x))).mean((2, 3))
-
-
-def test_a_layer_is_skipped_where_it_keeps_the_size():
-    torch.manual_seed(0)
-    batches = [(torch.randn(6, 1, 3, 3), torch.tensor([0, 1] * 3))]
-    model = Block()
-    other = copy.deepcopy(model)
-    nn.init.ones_(other.conv.weight)
-    nn.init.zeros_(other.conv.bias)
-    wanted = score(other, batches)
-    (removal,) = ablation(model, batches, how="skip").removals
-    assert removal.layers == ("conv",)
-    assert removal.score == pytest.approx(wanted)
-    with pytest.raises(ValueError, match=r"size, got layer='fit' from \[6, 1, 3, 3\] to \[6, 2"):
-        ablation(model, batches, ["conv", "fit"], "skip")
-
-
-def test_the_tables():
+def test_the_table():
     batches = [(IMAGES, LABELS)]
     assert str(ablation(swap(), batches, ["0"], "zero")) == (
         "without  parameters   error   change    loss\n"
         "-                 0  25.00%           0.9971\n"
         "0                 4  75.00%  +50.00%  0.6931"
     )
-    found = map_ablation(swap(), batches, "0")
-    # Without the first: logits 0 and 1 or 0: losses .31, .69, .31, .69. Else 0 or 1 or 3 and 0.
-    assert str(found) == (
-        "without map of 0   error   change    loss\n"
-        "-                 25.00%           0.9971\n"
-        "1                 75.00%  +50.00%  1.1870\n"
-        "0                 25.00%   +0.00%  0.5032"
-    )
 
 
-def test_the_figures():
+def test_the_figure():
     batches = pictures(torch.device("cpu"))
     found = ablation(network(), batches, ["0", ("3", "6")])
     figure = found.figure()
@@ -185,16 +126,6 @@ def test_the_figures():
     assert losses == pytest.approx([r.score.loss for r in found.removals])
     assert other.lines[0].get_xdata()[0] == found.whole.loss
     ablation(network(), batches, []).figure().canvas.draw()
-    maps = map_ablation(network(), batches, "0")
-    figure = maps.figure()
-    figure.canvas.draw()
-    one, other = figure.get_axes()
-    heights = [bar.get_height() for bar in other.patches]
-    assert heights == pytest.approx(sorted((maps.losses - maps.whole.loss).tolist(), reverse=True))
-    names = [int(text.get_text()) for text in other.get_xticklabels()]
-    assert names == maps.losses.argsort(descending=True).tolist()
-    many = nn.Sequential(nn.Linear(2, 70), nn.Linear(70, 2))
-    map_ablation(many, [(IMAGES, LABELS)], "0").figure().canvas.draw()
 
 
 class Tuples(nn.Module):
@@ -209,15 +140,15 @@ class Tuples(nn.Module):
 @pytest.mark.parametrize(
     ("model", "call", "words"),
     [
-        (swap(), {"how": "median"}, "how must be one of mean, zero, skip, got how='median'"),
+        (swap(), {"how": "median"}, "how must be one of mean, zero, got how='median'"),
         (swap(), {"layers": ["1"]}, "layer must be one of 0, got layer='1'"),
         (swap(), {"batches": []}, "batches must be a list or a DataLoader"),
         (swap(), {"batches": iter(BATCHES["one"])}, "got a list_iterator"),
         (swap(), {"batches": [(IMAGES, LABELS + 1)]}, "of the 2 classes .* got labels=2"),
         (swap(), {"batches": [(IMAGES, torch.full((4,), -100))]}, "images with labels"),
         (swap(), {"batches": [(IMAGES[:, None], LABELS)]}, r"logits .* got \[4, 1, 2\]"),
-        (Tuples(), {"layers": ["pool"]}, "tensor into a tensor, got layer='pool'"),
-        (Tuples(), {"layers": ["unused"]}, "must be called, got layer='unused'"),
+        (Tuples(), {"layers": ["pool"]}, "give a tensor, got layer='pool'"),
+        (Tuples(), {"layers": ["unused"]}, "must be called and give a tensor, got layer='unused'"),
     ],
 )
 def test_bad_arguments(model, call, words):
@@ -226,19 +157,6 @@ def test_bad_arguments(model, call, words):
     with pytest.raises(ValueError, match=words):
         ablation(model, **default | call)
     assert not any(layer._forward_hooks for layer in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        ({"maps": [2]}, "maps must be from 0 to 1, got 2"),
-        ({"how": "skip"}, "how must be one of mean, zero, got how='skip'"),
-        ({"layer": "x"}, "layer must be one of 0, got layer='x'"),
-    ],
-)
-def test_bad_arguments_of_maps(call, words):
-    with pytest.raises(ValueError, match=words):
-        map_ablation(swap(), **{"batches": BATCHES["one"], "layer": "0"} | call)
 
 
 def test_logits_may_be_in_a_tuple_or_a_dict():

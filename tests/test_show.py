@@ -141,11 +141,6 @@ ERRORS = {
         ["ablation", "--checkpoint", "LAST", "--data", "faces", "--limit", "2"],
         "--data: its classes are not those of LAST",
     ),
-    "map": (["ablation", "--checkpoint", "LAST", "--map", "1"], "--map: it needs --layer"),
-    "layer and layers": (
-        ["ablation", "--checkpoint", "LAST", "--layer", "features.0", "--layers", "features.2"],
-        "--layer: it goes without --layers",
-    ),
     "output": (["filters", "--checkpoint", "LAST", "--output", ".."], "'..' names no file"),
     "tool": (["dream"], "argument WHAT: invalid choice: 'dream'"),
 }

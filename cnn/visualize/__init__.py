@@ -5,7 +5,7 @@ a function that returns tensors, with a ``figure`` of them, for any network of t
 this library's.
 """
 
-from .ablation import Ablation, MapAblation, ablation, map_ablation
+from .ablation import Ablation, ablation
 from .architecture import Architecture, Block, architecture
 from .correspondence import Correspondence, correspondence
 from .deconvnet import Deconvnet, Projections, deconvnet, project
@@ -26,7 +26,6 @@ __all__ = [
     "Evolution",
     "Filters",
     "Invariance",
-    "MapAblation",
     "Maps",
     "Occlusion",
     "Projections",
@@ -38,7 +37,6 @@ __all__ = [
     "evolution",
     "filters",
     "invariance",
-    "map_ablation",
     "maps",
     "normalise_first",
     "occlusion",

@@ -111,8 +111,6 @@ def correspondence(
     layers: Sequence[str],
     *,
     random: int = 10,
-    within: Any = None,
-    level: float | Sequence[float] | None = None,
     seed: int = 0,
     batch: int = 64,
 ) -> Correspondence:
@@ -127,7 +125,8 @@ def correspondence(
 
     Boxes at random places, drawn for each image apart, are what to compare with. Where objects lie
     alike in all images, the parts' boxes do, too, and random ones do not: this alone lowers the
-    scores of layers that keep the map's size.
+    scores of layers that keep the map's size. What covers is of level 0.5 for an image within 0 and
+    1, else of the mean of each of its channels.
 
     Args:
         images: floats [N, C, H, W] as the model takes them, at least two.
@@ -135,9 +134,6 @@ def correspondence(
             right, of which the last two are the first outside.
         layers: names of those whose features are compared, in any number of axes.
         random: how often random boxes are drawn for a part.
-        within: the boxes [N, 4] of the objects, for the random boxes; by default the whole images.
-        level: of the pixels that cover, one number or one a channel. By default 0.5 for an image
-            within 0 and 1, else the mean of each of its channels.
         seed: of the random places.
         batch: images that the model gets at once. The features of all images are kept.
 
@@ -152,9 +148,8 @@ def correspondence(
             raise ValueError(f"{name} must be at least one, got {name}={count}")
     image = torch.tensor([0, 0, *images.shape[2:]]).expand(len(images), 4)
     boxes = {name: _boxes(name, values, image) for name, values in parts.items()}
-    objects = image if within is None else _boxes("within", within, image)
-    places = _with_random(boxes, objects, random, seed)
-    levels = grey(images, level)
+    places = _with_random(boxes, image, random, seed)
+    levels = grey(images)
     with (
         evaluating(model),
         torch.no_grad(),
@@ -187,22 +182,17 @@ def _boxes(name: str, values: Any, whole: Tensor) -> Tensor:
     return boxes
 
 
-def _with_random(boxes: dict[str, Tensor], within: Tensor, count: int, seed: int) -> Tensor:
+def _with_random(boxes: dict[str, Tensor], whole: Tensor, count: int, seed: int) -> Tensor:
     """Each part's boxes, and after them ``count`` times as large ones at random places."""
     generator = torch.Generator().manual_seed(seed)
-    low, high = within.unflatten(1, (2, 2)).unbind(1)
     places = []
-    for name, own in boxes.items():
+    for own in boxes.values():
         size = own[:, 2:] - own[:, :2]
-        room = high - low - size
-        if (room < 0).any():
-            number = int((room < 0).any(1).nonzero()[0])
-            text = f"within={within[number].tolist()} of image {number}"
-            raise ValueError(f"within must have room for each part, got {text} for {name}")
+        room = whole[:, 2:] - size
         places.append(own)
         for _ in range(count):
             drawn = torch.rand(size.shape, generator=generator, dtype=torch.float64)
-            corner = low + (drawn * (room + 1)).long()
+            corner = (drawn * (room + 1)).long()
             places.append(torch.cat([corner, corner + size], 1))
     return torch.stack(places)
 

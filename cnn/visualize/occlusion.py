@@ -149,7 +149,6 @@ def occlusion(
     *,
     size: int | None = None,
     stride: int | None = None,
-    level: float | Sequence[float] | None = None,
     classes: Sequence[str] = (),
     batch: int = 64,
 ) -> Occlusion:
@@ -161,7 +160,8 @@ def occlusion(
 
     The image is divided into cells of ``stride`` pixels a side, from its upper left corner on. A
     square is centred on each (a remaining half of a pixel goes down and right) and may hang over
-    the border. So every pixel is covered, and a heat map has one value a cell.
+    the border. So every pixel is covered, and a heat map has one value a cell. The square's level
+    is 0.5 for an image within 0 and 1, else the mean of each of the image's channels.
 
     Args:
         x: one image [C, H, W] of floats, as the model takes it.
@@ -170,8 +170,6 @@ def occlusion(
             pixel.
         size: side of the square in pixels; by default a fourth of the image's shorter side.
         stride: pixels from a square to the next, at most ``size``; by default a fourth of it.
-        level: of the square's pixels, one or one a channel. By default 0.5 where the image is
-            within 0 and 1, else the mean of each of the image's channels.
         classes: names of the classes, for texts.
         batch: images that the model gets at once.
 
@@ -183,7 +181,7 @@ def occlusion(
         raise ValueError(f"batch must be positive, got batch={batch}")
     size = max(1, min(x.shape[1:]) // 4) if size is None else size
     stride = max(1, size // 4) if stride is None else stride
-    corners, shade = _corners(x, size, stride), grey(x[None], level)[0, :, 0, 0]
+    corners, shade = _corners(x, size, stride), grey(x[None])[0, :, 0, 0]
     with evaluating(model), torch.no_grad():
         layer = _last_maps(model, x[None]) if layer is None else layer
         chances, maps = _look(model, x[None], layer)

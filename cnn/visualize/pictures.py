@@ -57,23 +57,14 @@ def _shown(images: Tensor) -> Tensor:
     return images if images.shape[-3] in (1, 3) else images.mean(-3, keepdim=True)
 
 
-def grey(images: Tensor, level: float | Sequence[float] | None = None) -> Tensor:
+def grey(images: Tensor) -> Tensor:
     """What stands for nothing in images [N, C, H, W]: levels [N, C, 1, 1].
 
-    ``level`` is one number, or one a channel. By default it is 0.5 for an image within 0 and 1,
-    else the mean of each of its channels.
+    They are 0.5 for an image within 0 and 1, else the mean of each of its channels.
     """
-    if level is None:
-        within = (images.amin((1, 2, 3)) >= 0) & (images.amax((1, 2, 3)) <= 1)
-        middle = images.new_tensor(0.5)
-        return torch.where(within[:, None, None, None], middle, images.mean((2, 3), keepdim=True))
-    count, channels = images.shape[:2]
-    values = images.new_tensor(level)
-    if values.dim() > 1 or values.numel() not in (1, channels):
-        raise ValueError(
-            f"level must be one number or {channels}, one a channel, got level={level}"
-        )
-    return values.expand(count, channels)[:, :, None, None]
+    within = (images.amin((1, 2, 3)) >= 0) & (images.amax((1, 2, 3)) <= 1)
+    middle = images.new_tensor(0.5)
+    return torch.where(within[:, None, None, None], middle, images.mean((2, 3), keepdim=True))
 
 
 def tiles(images: Tensor, columns: int | None = None, gap: int = 1, level: float = 1.0) -> Tensor:
