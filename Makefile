@@ -1,4 +1,4 @@
-# `make demo` trains LeNet-5, `make test` runs the tests, `make test-emulated` all tests of compiled code
+# `make demo` trains and tests LeNet-5, `make test` runs the tests, `make test-emulated` all tests of compiled code
 # in the emulator, `make check` what a change should pass before it is committed, in a minute,
 # `make lint` checks style, layers and types, `make docs` builds the documentation into build/docs,
 # `make hazards` checks machine code for the layers of SUITES with the newest and the oldest
@@ -34,9 +34,10 @@ VERSION = $$($(PY) -c 'import triton; print(triton.__version__)')
 .PHONY: hazards hazards-newest hazards-oldest hazards-table force
 
 demo: $(READY)
-	@TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))') \
-		$(PY) -m cnn train --model lenet5 --data digits --epochs 4 --batch-size 32 \
-		--lr 0.005 --output $(VENV)/lenet5-digits --overwrite
+	@export TRITON_INTERPRET=$$($(PY) -c 'import torch; print(int(not torch.cuda.is_available()))'); \
+	$(PY) -m cnn train --model lenet5 --data digits --epochs 5 --batch-size 32 \
+		--lr 0.005 --output $(VENV)/lenet5-digits --overwrite && \
+	$(PY) -m cnn eval $(VENV)/lenet5-digits
 
 # Style and types, and a case of each test of the operators and their kernels, in the interpreter.
 CHECKED := conv depthwise direct_conv descriptor_gemm conv_pool descriptor_pool stem_pool max_pool \

@@ -45,6 +45,8 @@ def __getattr__(name: str) -> Any:
     """What needs more than a network does, when it is first asked for."""
     if name in ("compile_backend", "visualize"):
         return import_module(f"cnn.{name}")
+    if name == "load":
+        return import_module("cnn.trained").load
     if name == "compile_report":
         return import_module("cnn.compile_backend").compile_report
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,9 +8,9 @@ arguments or files that cannot be used, 128 and its number for a signal, so 130 
 import argparse
 import math
 import os
+import shlex
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import fields
@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Subset
 from kernels.device import INTERPRET, launches
 
 from . import checkpoint as checkpoints
-from . import data, models, show
+from . import data, models, networks, show, weights
+from .config import OPTIMIZERS, SCHEDULES, Config, Setting
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
 from .data import load as load_data
 from .evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
@@ -36,22 +37,28 @@ from .options import (
     Parser,
     add_common,
     check_agreed,
+    check_fit,
     check_pixels,
-    check_size,
     chosen_data,
+    chosen_model,
     data_set,
     interval,
+    interval_text,
+    model_name,
     not_negative,
     number,
     positive,
+    run_or_file,
     share,
     whole,
 )
 from .problem import FAILURE, Problem
 from .text import plain
-from .train import OPTIMIZERS, SCHEDULES, Config, Run, Setting
+from .train import Run
 
 LAST = Path()  # --resume without a path
+SPLITS = {"test": "test", "val": "validation", "train": "training"}
+"""What eval may look at, and what it calls that."""
 
 
 def parser() -> Parser:
@@ -67,7 +74,7 @@ def parser() -> Parser:
     command.set_defaults(run=train)
     _configuration(command)
     add = command.add_argument
-    help = "go on from a checkpoint, by default the output's last"
+    help = "go on from a checkpoint or from a run's last one, by default the output's"
     add("--resume", type=Path, nargs="?", const=LAST, metavar="PATH", help=help)
     help = "folder of checkpoints, log and curves (runs/MODEL-DATA)"
     add("--output", type=Path, metavar="FOLDER", help=help)
@@ -81,13 +88,16 @@ def parser() -> Parser:
     command = commands.add_parser("eval", parents=[common], help="test a trained model")
     command.set_defaults(run=evaluate)
     add = command.add_argument
-    add("checkpoint", type=Path, help="what train wrote, or a file of a state_dict")
-    help = "model of a state_dict, which does not say"
-    add("--model", choices=models.list(), metavar="NAME", help=help)
+    help = "a run's folder, for its best.pt; a checkpoint; or a file of a state_dict"
+    add("checkpoint", type=run_or_file, help=help)
+    help = "model of a state_dict, which does not say; or the MODULE:FUNCTION that makes it"
+    add("--model", type=model_name, metavar="NAME", help=help)
     add("--data", type=data_set, metavar="NAME", help="data set (the one trained on)")
     add("--size", type=whole, help="side of the images in pixels, for a state_dict")
     add("--amp", choices=AMP, help="16-bit arithmetic (as trained)")
-    add("--limit", type=whole, metavar="N", help="test the first N images alone")
+    help = "part of the data set: the test set, or what was validated or trained with (test)"
+    add("--split", choices=SPLITS, default="test", help=help)
+    add("--limit", type=whole, metavar="N", help="only the first N images")
     help = "PNG of the confusion matrix (CHECKPOINT-confusion.png)"
     add("--confusion", type=Path, metavar="PATH", help=help)
     _broken(command)
@@ -95,8 +105,10 @@ def parser() -> Parser:
     command = commands.add_parser("predict", parents=[common], help="name what images show")
     command.set_defaults(run=predict)
     add = command.add_argument
-    add("checkpoint", type=Path, help="what train wrote")
+    add("checkpoint", type=run_or_file, help="a run's folder, for its best.pt, or a checkpoint")
     add("images", type=Path, nargs="+", help="image files, or folders of them")
+    help = "the MODULE:FUNCTION that makes the model, if it was trained as one"
+    add("--model", type=model_name, metavar="NAME", help=help)
     add("--top", type=whole, default=1, metavar="N", help="likeliest classes to name (1)")
 
     show.add_parsers(commands)
@@ -117,8 +129,15 @@ def _configuration(command: Parser) -> None:
         ", ".join(f"{name} {value}" for name, value in zip(OPTIMIZERS, values, strict=True))
         for values in (rates, decays)
     )
-    known = ", ".join(models.list())
-    add("--model", choices=models.list(), metavar="NAME", help=f"{known} ({Config.model})")
+    help = (
+        f"{', '.join(models.list())}, timm:NAME, torchvision:NAME; or MODULE:FUNCTION, which is "
+        f"imported and called to make one ({Config.model})"
+    )
+    add("--model", type=model_name, metavar="NAME", help=help)
+    help = "begin with the weights of a file, as torchvision's, or of a run"
+    add("--init", metavar="PATH", help=help)
+    help = "parameters that stay what they are, by names, as conv1.weight,layer1,layer2.*.bn1"
+    add("--freeze", type=lambda text: text.split(","), action="extend", metavar="NAMES", help=help)
     help = (
         f"{', '.join(data.NAMES)}, with its place as NAME:PATH; or MODULE:FUNCTION, which is "
         f"imported and called to make one ({Config.data})"
@@ -126,6 +145,8 @@ def _configuration(command: Parser) -> None:
     add("--data", type=data_set, metavar="NAME", help=help)
     add("--size", type=whole, help="side of the images in pixels (folders 224, others 32)")
     add("--epochs", type=whole, help=f"passes ({Config.epochs})")
+    help = "stop after N epochs in which best.pt has not changed; 0 is never (0)"
+    add("--patience", type=not_negative, metavar="N", help=help)
     help = f"images of a step, over all processes ({Config.batch_size})"
     add("--batch-size", type=whole, metavar="N", help=help)
     help = f"AdamW, or SGD with Nesterov's momentum ({Config.optimizer})"
@@ -151,10 +172,14 @@ def train(args: argparse.Namespace) -> None:
     """Train a model; its checkpoints, log and curves go to a folder."""
     names = [field.name for field in fields(Config)]
     given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+    if args.freeze:
+        given["freeze"] = tuple(args.freeze)
     config = Config(**given)
-    folder = args.output or Path("runs", f"{config.model}-{config.data.partition(':')[0]}")
-    source = folder / "last.pt" if args.resume == LAST else args.resume
+    known_as = f"{config.model.rpartition(':')[2]}-{config.data.partition(':')[0]}"
+    folder = args.output or Path("runs", known_as)
+    source = args.resume
     if source:
+        source = folder / "last.pt" if source is LAST else checkpoints.of_run(source, "last.pt")
         folder = args.output or source.parent
         if not source.exists():
             checkpoints.load(source)  # which says so, before a folder is made
@@ -180,12 +205,12 @@ def _train(
         checkpoint = checkpoints.load(source)
         config = Config.of(checkpoint, source).resumed(given, source)
         chosen_data(args.data, config.data, source)
+        chosen_model(args.model, config.model, source)
     if group.first:
         _check_free(folder, source, args.overwrite)
-    sets = load_data(config.data, config.size, config.seed)
+    sets = load_data(config.data, config.size, config.seed, val=True)
     if group.first:
         _tell_notes(sets)
-    _check_size(config.model, sets.description)
     period, in_seconds = args.save_every
     rest = {"broken": args.broken, "keep_every": args.keep_every}
     setting = Setting(folder, args.workers, period, in_seconds, **rest)
@@ -194,18 +219,39 @@ def _train(
         run.restore(checkpoint, source)
         if group.first:
             tell(f"resumed {source}: {run.place}")
-    if group.first and not (source and source.parent.samefile(folder)):
-        for path in checkpoints.results(folder):
-            path.unlink()
+    elif config.init:
+        for line in weights.begin(run.model, Path(config.init), config.model):
+            if group.first:
+                tell(line)
+    if group.first:
+        if not (source and source.parent.samefile(folder)):
+            run.begin_folder(source)
+        tell(run.task)
     try:
         with Interruption() as interruption:
             run.go(interruption)
         if group.first:
-            report(group.device, run.position.rows[-1]["test_accuracy"])
-    except Interrupted:
+            print(f"kernels: {engine(group.device)}\n{plain(run.outcome)}")
+    except Interrupted as interrupted:
         group.close()
-        raise
+        kept = f"{interrupted.kept}; to go on: {_command(args, config, folder, group.world)}"
+        raise Interrupted(interrupted.signal, kept) from None
     group.close()
+
+
+def _command(args: argparse.Namespace, config: Config, folder: Path, processes: int) -> str:
+    """The command that goes on with an interrupted run, with what its checkpoint does not say."""
+    usual = vars(parser().parse_args(["train"]))
+    words = ["python -m cnn" if processes == 1 else "torchrun ... -m cnn", "train --resume"]
+    words.append(shlex.quote(str(folder)))
+    for name, module in (("data", data), ("model", networks)):
+        if module.runs_code(vars(config)[name]):
+            words.append(f"--{name} {vars(config)[name]}")
+    for name in ("device", "workers", "save_every", "keep_every", "broken"):
+        if (value := vars(args)[name]) != usual[name]:
+            value = interval_text(*value) if name == "save_every" else value
+            words.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(words)
 
 
 def _check_free(folder: Path, source: Path | None, overwrite: bool) -> None:
@@ -223,17 +269,42 @@ def _tell_notes(sets: data.Data) -> None:
         tell(note)
 
 
-def _check_size(name: str, description: data.Description) -> None:
-    """Raise Problem unless the model takes images of the data's size."""
-    options = {"in_channels": description.channels, "image_size": description.size}
-    with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # of an empty layer
-        model = models.create(name, **options)
-    check_size(model.eval(), name, description)
-
-
 def evaluate(args: argparse.Namespace) -> None:
-    """Test a trained model: a table of its classes, their confusion, its speed and accuracy."""
-    parameters, checkpoint = checkpoints.load_parameters(args.checkpoint)
+    """Evaluate a trained model: a table of its classes, their confusion, its speed and accuracy."""
+    model, trained, known, sets = _trained(args)
+    part = vars(sets)[args.split]
+    count = min(args.limit or len(part), len(part))
+    layout = torch.channels_last if trained.channels_last else torch.contiguous_format
+    model = model.to(args.device, memory_format=layout)  # type: ignore[call-overload]
+    begun = time.monotonic()
+    found = answers(
+        model,
+        Subset(part, range(count)),
+        Preparation(known, args.device, layout),
+        args.amp or trained.amp,
+        Watch(part, args.broken, tell),
+        args.workers,
+    )
+    rate = count / (time.monotonic() - begun)
+    print(class_table(found, known.classes))
+    which = "" if args.split == "test" else f"-{args.split}"
+    name = f"{args.checkpoint.stem}{which}-confusion.png"
+    picture = args.confusion or args.checkpoint.with_name(name)
+    try:
+        draw_confusion(found, known.classes, picture)
+        print(f"confusion matrix: {plain(picture)}")
+    except Problem as problem:  # without matplotlib
+        tell(str(problem))
+    right, total = found.right(), len(found.labels)
+    print(f"{right} of {total} images right, {rate:.0f} images/s\n{found}")
+    print(f"kernels: {engine(args.device)}\n{SPLITS[args.split]} accuracy {right / total:.3f}")
+
+
+def _trained(
+    args: argparse.Namespace,
+) -> tuple[torch.nn.Module, Config, data.Description, data.Data]:
+    """The model that is to be evaluated, how it was trained, on what images, and the data."""
+    parameters, checkpoint = weights.read(args.checkpoint)
     if checkpoint:
         trained = Config.of(checkpoint, args.checkpoint)
         known = checkpoints.description(checkpoint, args.checkpoint)
@@ -246,68 +317,28 @@ def evaluate(args: argparse.Namespace) -> None:
         trained, known = Config(model=args.model, data=args.data, size=args.size), None
     size = known.size if known else trained.size
     name = chosen_data(args.data, trained.data, args.checkpoint)
-    sets = load_data(name, size, trained.seed)
+    sets = load_data(name, size, trained.seed, val=args.split != "test")
     _tell_notes(sets)
     known = known or sets.description
     if data.same_set(name, trained.data) and known.identity not in ("", sets.description.identity):
-        tell(f"{name} has changed since the training: renamed images may now be among those tested")
-    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
-    check_fit(model, known, sets.description, args)
-
-    count = min(args.limit or len(sets.test), len(sets.test))
-    layout = torch.channels_last if trained.channels_last else torch.contiguous_format
-    model = model.to(args.device, memory_format=layout)  # type: ignore[call-overload]
-    begun = time.monotonic()
-    labels, given = answers(
-        model,
-        Subset(sets.test, range(count)),
-        Preparation(known, args.device, layout),
-        args.amp or trained.amp,
-        Watch(sets.test, args.broken, tell),
-        args.workers,
-    )
-    rate = count / (time.monotonic() - begun)
-    print(class_table(labels, given, known.classes))
-    picture = args.confusion or args.checkpoint.with_name(f"{args.checkpoint.stem}-confusion.png")
-    try:
-        draw_confusion(labels, given, known.classes, picture)
-        print(f"confusion matrix: {plain(picture)}")
-    except Problem as problem:  # without matplotlib
-        tell(str(problem))
-    right = int((labels == given).sum())
-    print(f"{right} of {len(labels)} images right, {rate:.0f} images/s")
-    report(args.device, right / len(labels))
-
-
-def check_fit(
-    model: torch.nn.Module,
-    known: data.Description,
-    found: data.Description,
-    args: argparse.Namespace,
-) -> None:
-    """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
-    outputs = len([*model.parameters()][-1])
-    channels = next(weight.shape[1] for weight in model.parameters() if weight.dim() > 1)
-    if found.classes != known.classes or len(known.classes) != outputs:
-        differ = sorted({*found.classes} ^ {*known.classes})
-        which = f": {differ[0]} is one of the two alone" if differ else ""
-        raise Problem(f"--data: its classes are not those of {args.checkpoint}{which}")
-    if found.pixels != known.pixels:
-        raise Problem(f"--data: its images are not of the type that {args.checkpoint} is for")
-    if found.channels != channels:
-        raise Problem(
-            f"--data: {args.checkpoint} is for images of {channels} channels, not {found.channels}"
-        )
+        tell(f"{name} has changed since the training: renamed images may now be in other parts")
+    chosen_model(args.model, trained.model, args.checkpoint)
+    check_fit(known, sets.description, args)
+    model = weights.build(trained.model, parameters, known.size, args.checkpoint, known)
+    return model, trained, known, sets
 
 
 def predict(args: argparse.Namespace) -> None:
     """Print a line an image: its path, then the likeliest classes with their probabilities."""
-    checkpoint = checkpoints.load(args.checkpoint)
+    parameters, checkpoint = weights.read(args.checkpoint)
+    if checkpoint is None:
+        raise Problem(f"{args.checkpoint} holds parameters alone, without the names of classes")
     trained = Config.of(checkpoint, args.checkpoint)
     known = checkpoints.description(checkpoint, args.checkpoint)
     check_pixels(known, args.checkpoint)
-    parameters = checkpoint["state_dict"]
-    model = checkpoints.build(trained.model, parameters, known.size, args.checkpoint)
+    check_agreed(args, "model", trained.model)
+    chosen_model(args.model, trained.model, args.checkpoint)
+    model = weights.build(trained.model, parameters, known.size, args.checkpoint, known)
     folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
     paths = [path for files in folders for path in files]
     if not paths:
@@ -332,15 +363,13 @@ def predict(args: argparse.Namespace) -> None:
         raise SystemExit(FAILURE)
 
 
-def report(where: torch.device, share: float) -> None:
-    """The two lines that end a run: what computed it, by the launches counted, and how well."""
+def engine(where: torch.device) -> str:
+    """What computed here, by the launches counted."""
     if not launches():
-        engine = "aten (cpu)"
-    elif INTERPRET:
-        engine = "triton (interpreter)"
-    else:
-        engine = f"triton (cuda:{torch.cuda.get_device_name(where)})"
-    print(f"kernels: {engine}\ntest accuracy {share:.3f}")
+        return "aten (cpu)"
+    if INTERPRET:
+        return "triton (interpreter)"
+    return f"triton (cuda:{torch.cuda.get_device_name(where)})"
 
 
 def say(line: str) -> None:

@@ -1,7 +1,7 @@
 """Arguments as torch's functions read them: numbers made pairs, tensors checked.
 
-Each error is of the class that torch raises, and names the argument and its value. Types are
-TypeErrors, values RuntimeErrors. Sizes may be symbolic.
+What torch does not take either is Invalid here, and torch itself is asked to say why. Sizes may be
+symbolic.
 """
 
 import operator
@@ -20,6 +20,34 @@ from kernels.geometry import Pair, conv_places, full_padding, same_padding
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Invalid(Exception):
+    """Of an argument that torch does not take either."""
+
+
+def require(condition: Any) -> None:
+    """Raise Invalid unless what torch requires is so."""
+    if not condition:
+        raise Invalid
+
+
+def refused(function: Callable[..., Any], **call: Any) -> Exception:
+    """What torch's function raises of a call that is Invalid, with the arguments' names and values.
+
+    It gets tensors of zeros on the CPU, where each error has the class that torch documents.
+    """
+    operands = "input", "weight", "bias", "indices"  # others may be tensors in place of numbers
+    tensors = {name: t for name, t in call.items() if name in operands and isinstance(t, Tensor)}
+    zeros = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in tensors.items()}
+    texts = [f"{name} of {shape(t)}, {t.dtype}" for name, t in tensors.items()]
+    texts += [f"{name}={value!r:.80}" for name, value in call.items() if name not in tensors]
+    got = f"got {', '.join(texts)}"
+    try:
+        function(**call | zeros)
+    except Exception as error:  # of whatever class torch has chosen
+        return type(error)(f"{error}, {got}")
+    return RuntimeError(f"these arguments are not supported, {got}")
 
 
 # Calls that come again.
@@ -93,71 +121,52 @@ def convolution(
     groups: Any,
 ) -> Convolution:
     """The arguments of conv2d after its tensors' types were checked."""
-    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    groups = one_number("groups", groups, 1)
+    steps, spread, groups = pair(stride, 1), pair(dilation, 1), one_number(groups)
     unbatched = check_dimensions(input)
     K, channels, R, S = weight_sizes(weight, groups)
-    check_channels(input, weight, bias, groups, channels * groups, K)
-    pads = conv_padding(padding, (R, S), stride, steps, spread)
+    check_channels(input, bias, channels * groups, K)
+    pads = conv_padding(padding, (R, S), steps, spread)
     size = conv_places(input.shape[-2:], (R, S), steps, pads, spread)
-    if size[0] < 1 or size[1] < 1:
-        raise RuntimeError(
-            f"weight must fit into the padded input, got input of {shape(input)}, weight of "
-            f"{shape(weight)}, padding={padding!r} and dilation={dilation!r}"
-        )
+    require(size[0] >= 1 and size[1] >= 1)
     return Convolution(steps, pads, spread, groups, size, unbatched)
 
 
-def pooling(
-    kernel_size: Any, stride: Any, padding: Any, prefix: str = ""
-) -> tuple[Pair, Pair, Pair]:
-    """(kernel, stride, padding) of a pooling, whose arguments' names begin with ``prefix``."""
-    kernel = pair(f"{prefix}kernel_size", kernel_size, 1, INT32)
+def pooling(kernel_size: Any, stride: Any, padding: Any) -> tuple[Pair, Pair, Pair]:
+    """(kernel, stride, padding) of a pooling."""
+    kernel = pair(kernel_size, 1, INT32)
     default = stride is None or (isinstance(stride, list | tuple) and len(stride) == 0)
-    steps = kernel if default else pair(f"{prefix}stride", stride, 1, INT32)
-    pads = pair(f"{prefix}padding", padding, 0, INT32)
-    if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
-        raise RuntimeError(
-            f"{prefix}padding must be at most half of {prefix}kernel_size, got "
-            f"{prefix}padding={padding!r} and {prefix}kernel_size={kernel_size!r}"
-        )
+    steps = kernel if default else pair(stride, 1, INT32)
+    pads = pair(padding, 0, INT32)
+    require(pads[0] <= kernel[0] // 2 and pads[1] <= kernel[1] // 2)
     return kernel, steps, pads
 
 
 # Numbers.
 
 
-def pair(name: str, value: Any, least: int, most: int = INT64) -> Pair:
+def pair(value: Any, least: int, most: int = INT64) -> Pair:
     """(height, width) from a number or a sequence of one or two, each in [least, most]."""
     if type(value) is int:
         numbers = (value, value)
     elif type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
         numbers = value
     else:
-        numbers = _parsed_pair(name, value)
-    if least <= numbers[0] <= most and least <= numbers[1] <= most:
-        return numbers
-    if max(numbers) > INT64:
-        kind = TypeError if isinstance(value, list | tuple) else ValueError
-        raise kind(f"{name} must fit into 64 bits, got {name}={value!r}")
-    bound = f"at least {least}" if min(numbers) < least else f"at most {most}"
-    raise RuntimeError(f"{name} must be {bound}, got {name}={value!r}")
+        numbers = _parsed_pair(value)
+    require(least <= numbers[0] <= most and least <= numbers[1] <= most)
+    return numbers
 
 
-def _parsed_pair(name: str, value: Any) -> Pair:
+def _parsed_pair(value: Any) -> Pair:
     """What torch takes besides plain ints: lists, NumPy's integers, integer tensors, SymInts.
 
     A bool is refused where it stands first, and only there: that is torch's rule.
     """
     items = value if isinstance(value, list | tuple) else [value]
+    require(len(items) in (1, 2) and not isinstance(items[0], bool))
     try:
         numbers: Any = [v if _is_int(v) else operator.index(v) for v in items]
     except TypeError:
-        numbers = None
-    if numbers is None or (items and isinstance(items[0], bool)):
-        raise TypeError(f"{name} must be an integer or a pair, got {name}={value!r:.80}")
-    if len(numbers) not in (1, 2):
-        raise RuntimeError(f"{name} must be an integer or a pair, got {name}={value!r:.80}")
+        raise Invalid from None
     return numbers[0], numbers[-1]
 
 
@@ -166,29 +175,23 @@ def _is_int(value: Any) -> bool:
     return type(value) is int or isinstance(value, torch.SymInt)
 
 
-def one_number(name: str, value: Any, least: int) -> int:
-    if isinstance(value, list | tuple):
-        raise TypeError(f"{name} must be an integer, got {name}={value!r:.80}")
-    return pair(name, value, least)[0]
+def one_number(value: Any) -> int:
+    require(not isinstance(value, list | tuple))
+    return pair(value, 1)[0]
 
 
 def conv_padding(
-    padding: Any, kernel: Pair, stride: Any, steps: Pair, dilation: Pair
+    padding: Any, kernel: Pair, stride: Pair, dilation: Pair
 ) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) from numbers or a name; ``steps`` is the pair from ``stride``."""
+    """(top, bottom, left, right) from numbers or a name."""
     if not isinstance(padding, str | bytes):
-        height, width = pair("padding", padding, 0)
+        height, width = pair(padding, 0)
         return height, height, width, width
     if padding == "valid":
         return 0, 0, 0, 0
     if padding == "full":
         return *full_padding(kernel[0], dilation[0]), *full_padding(kernel[1], dilation[1])
-    if padding != "same":
-        raise RuntimeError(
-            f"padding must be numbers, 'valid', 'same' or 'full', got padding={padding!r}"
-        )
-    if steps[0] != 1 or steps[1] != 1:
-        raise RuntimeError(f"padding='same' needs a stride of 1, got stride={stride!r}")
+    require(padding == "same" and stride[0] == stride[1] == 1)
     return *same_padding(kernel[0], dilation[0]), *same_padding(kernel[1], dilation[1])
 
 
@@ -197,41 +200,27 @@ def unpool_size(
 ) -> Pair:
     """(H, W) that max_unpool2d gives, by rules that are not those of torch's pooling.
 
-    Bools and negative padding pass, NumPy's integers do not, items after the second are ignored
-    except in kernel_size, and what is too short is an IndexError.
+    Bools and negative padding pass, NumPy's integers do not, and items after the second are ignored
+    except in kernel_size.
     """
-    kernel = _unpool_items("kernel_size", kernel_size)
-    steps = kernel if stride is None else _unpool_items("stride", stride)
-    pads = _unpool_items("padding", padding)
-    got = f"got kernel_size={kernel_size!r}, stride={stride!r}, padding={padding!r}"
-    if len(kernel) < 2:
-        raise RuntimeError(f"kernel_size must be an integer or a pair, {got}")
-    if len(kernel) > 2 or len(steps) < 2 or len(pads) < 2 or input.dim() < 2:
-        raise IndexError(f"pairs and an image are needed, {got} and input of {shape(input)}")
+    kernel, pads = _unpool_items(kernel_size), _unpool_items(padding)
+    steps = kernel if stride is None else _unpool_items(stride)
+    require(len(kernel) == 2 and len(steps) >= 2 and len(pads) >= 2)
     P, Q = input.shape[-2:]
     H = (P - 1) * steps[0] + kernel[0] - 2 * pads[0]
     W = (Q - 1) * steps[1] + kernel[1] - 2 * pads[1]
-    if output_size is None:
-        if H < 0 or W < 0:
-            raise ValueError(f"{(H, W)} is no output_size, {got} and input of {shape(input)}")
-        return H, W
-    if not isinstance(output_size, list | tuple):
-        raise TypeError(f"output_size must be a tuple, got output_size={output_size!r:.80}")
-    sizes = _unpool_items("output_size", output_size)
-    if len(sizes) not in (2, 4):
-        raise ValueError(f"output_size must be (H, W) or 4-D, got output_size={output_size!r}")
-    height, width = sizes[-2:]
-    if abs(height - H) >= steps[0] or abs(width - W) >= steps[1] or height < 0 or width < 0:
-        raise ValueError(
-            f"output_size must be within a stride of {(H, W)}, got output_size={output_size!r}"
-        )
-    return height, width
+    if output_size is not None:
+        require(isinstance(output_size, list | tuple) and len(output_size) in (2, 4))
+        height, width = _unpool_items(output_size)[-2:]
+        require(abs(height - H) < steps[0] and abs(width - W) < steps[1])
+        H, W = height, width
+    require(H >= 0 and W >= 0)
+    return H, W
 
 
-def _unpool_items(name: str, value: Any) -> tuple[int, ...]:
+def _unpool_items(value: Any) -> Sequence[int]:
     items = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if not all(isinstance(v, int | torch.SymInt) for v in items):
-        raise TypeError(f"{name} must be integers, got {name}={value!r:.80}")
+    require(all(isinstance(v, int | torch.SymInt) for v in items))
     return items
 
 
@@ -242,9 +231,13 @@ def shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
 
-def check_tensor(name: str, value: Any, optional: bool = False) -> None:
-    if not isinstance(value, Tensor) and not (optional and value is None):
-        raise TypeError(f"{name} must be a Tensor, got {name}={value!r:.80}")
+def check_tensors(**tensors: Any) -> None:
+    """That all are tensors; those may be None that an operator does without."""
+    for name, value in tensors.items():
+        optional = value is None and name not in ("input", "weight", "indices")
+        if name in ("residual", "scale") and not optional and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {name}={value!r:.80}")
+        require(optional or isinstance(value, Tensor))
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -254,45 +247,25 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def check_dimensions(input: Tensor) -> bool:
     """Whether input is unbatched."""
-    if input.dim() not in (3, 4):
-        raise RuntimeError(f"input must be 3-D (unbatched) or 4-D, got input of {shape(input)}")
+    require(input.dim() in (3, 4))
     return input.dim() == 3
 
 
 def weight_sizes(weight: Tensor, groups: int) -> tuple[int, int, int, int]:
     """K, C / groups, R and S."""
-    if weight.dim() != 4 or 0 in weight.shape[2:]:
-        raise RuntimeError(f"weight must be 4-D and have taps, got weight of {shape(weight)}")
+    require(weight.dim() == 4 and 0 not in weight.shape[2:])
     K, channels, R, S = weight.shape
-    if K % groups != 0 or groups > K:
-        raise RuntimeError(
-            "weight's first size must be a multiple of groups, got "
-            f"weight of {shape(weight)} and groups={groups}"
-        )
+    require(K % groups == 0 and groups <= K)
     return K, channels, R, S
 
 
-def check_channels(
-    input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, entering: int, leaving: int
-) -> None:
-    if input.shape[-3] != entering:
-        raise RuntimeError(
-            f"input must have {entering} channels, got input of {shape(input)}, "
-            f"weight of {shape(weight)} and groups={groups}"
-        )
-    if bias is not None and bias.shape != (leaving,):
-        raise RuntimeError(f"bias must have shape ({leaving},), got bias of {shape(bias)}")
+def check_channels(input: Tensor, bias: Tensor | None, entering: int, leaving: int) -> None:
+    require(input.shape[-3] == entering and (bias is None or bias.shape == (leaving,)))
 
 
 def check_pixels(input: Tensor) -> None:
     """torch convolves images without a pixel only where there are no images or no channels."""
-    if 0 in input.shape[-2:] and 0 not in input.shape[:-2]:
-        raise RuntimeError(f"input must have pixels, got input of {shape(input)}")
-
-
-def check_not_empty(input: Tensor, sizes: Sequence[int]) -> None:
-    if 0 in sizes:
-        raise RuntimeError(f"only input's batch may be empty, got input of {shape(input)}")
+    require(0 not in input.shape[-2:] or 0 in input.shape[:-2])
 
 
 def check_devices(input: Tensor, **others: Tensor | None) -> None:

@@ -3,14 +3,15 @@
 They end in a digest of all that is before it, so that no damage is taken for a run.
 """
 
+import argparse
 import errno
 import fcntl
 import hashlib
 import os
 import platform
-import warnings
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
@@ -21,18 +22,24 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import numpy
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import models
 from .data import Description
 from .problem import Problem
 
 T = TypeVar("T")
 
-FORMAT = 2
+FORMAT = 3
 KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
-FILES = ("last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png")
+FILES = ("last.pt", "best.pt", "best.safetensors", "log.csv", "log.jsonl", "curves.png")
 """What a run writes; and epoch-N.pt."""
+
+_scalar, (_dtype, _) = numpy.float64(0).__reduce__()
+HARMLESS = [
+    *(argparse.Namespace, numpy.dtype, type(_dtype), type(numpy.dtype("float32"))),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+"""What others' checkpoints hold besides tensors: arguments and numbers, which run no code."""
 
 MARK = b"triton-cnn blake2b "
 DIGITS = 32
@@ -65,11 +72,12 @@ def seal(file: BytesIO) -> None:
     """End what torch.save wrote in a digest, as the comment that a ZIP file may have."""
     file.seek(-2, os.SEEK_END)  # the length of the comment, of which there was none
     file.write((len(MARK) + DIGITS).to_bytes(2, "little") + MARK)
-    digest = _digest(file.getbuffer())
-    file.write(digest)
+    whole = digest(file.getbuffer())
+    file.write(whole)
 
 
-def _digest(contents: memoryview | bytes) -> bytes:
+def digest(contents: memoryview | bytes) -> bytes:
+    """DIGITS letters that are others for other contents."""
     return hashlib.blake2b(contents, digest_size=DIGITS // 2).hexdigest().encode()
 
 
@@ -142,110 +150,36 @@ def kept(folder: Path) -> dict[int, Path]:
     return {int(epoch): found[epoch] for epoch in sorted(filter(str.isdecimal, found), key=int)}
 
 
+def of_run(path: Path, name: str = "best.pt") -> Path:
+    """The file ``path``, or the checkpoint ``name`` of the run whose folder it is."""
+    return path / name if path.is_dir() else path
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read what ``save`` wrote, on the CPU. Raises Problem if ``path`` holds something else."""
-    return _checked(_read(path), path)
+    if path.suffix == ".safetensors":
+        raise Problem(f"{path} holds weights alone: a run goes on from its last.pt")
+    return checked(*unpacked(contents(path), path), path)
 
 
-def load_parameters(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The parameters in a checkpoint, and it; or those of a bare file, as torchvision's, and None.
-
-    Raises Problem if ``path`` holds something else.
-    """
-    contents, sealed = _read(path)
-    if isinstance(contents, dict) and contents and all(map(_is_parameter, contents.items())):
-        return contents, None
-    checkpoint = _checked((contents, sealed), path)
-    return checkpoint["state_dict"], checkpoint
-
-
-def _is_parameter(item: tuple[Any, Any]) -> bool:
-    name, value = item
-    return isinstance(name, str) and isinstance(value, Tensor)
-
-
-def _checked(read: tuple[Any, bool], path: Path) -> dict[str, Any]:
-    """What was read of ``path`` if it is a checkpoint, and as it was written."""
-    checkpoint, sealed = read
+def checked(
+    checkpoint: Any, sealed: bool, path: Path, keys: Set[str] = frozenset(KEYS)
+) -> dict[str, Any]:
+    """What was read of ``path`` if it is a checkpoint with ``keys``, and as it was written."""
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
         raise Problem(f"{path} is not a checkpoint of python -m cnn train")
     if checkpoint["format"] != FORMAT:
         raise Problem(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}")
     if not sealed:
         raise Problem(f"{path} is damaged: it lacks the digest at its end")
-    if not checkpoint.keys() >= KEYS:
-        raise Problem(f"{path} lacks {', '.join(sorted(KEYS - checkpoint.keys()))}")
-    for name in sorted(KEYS - {"format"}):
+    if not checkpoint.keys() >= keys:
+        raise Problem(f"{path} lacks {', '.join(sorted(keys - checkpoint.keys()))}")
+    for name in sorted(keys - {"format"}):
         _check_type(checkpoint[name], name, dict, str(path))
     for name, value in checkpoint["state_dict"].items():
-        if not _is_parameter((name, value)):
+        if not isinstance(name, str) or not isinstance(value, Tensor):
             raise Problem(f"{path} has a parameter {name}={value!r:.50}, which is no tensor")
     return checkpoint
-
-
-def build(name: str, parameters: dict[str, Tensor], image_size: int, path: Path) -> nn.Module:
-    """The model ``name`` with the parameters of ``path``, which tell its classes and channels.
-
-    Raises Problem if they do not fit together.
-    """
-    if name not in models.list():
-        raise Problem(f"{path} is of a model {name}, which is none of {', '.join(models.list())}")
-    known_as = f"{name} for {image_size}x{image_size} pixels"
-    with warnings.catch_warnings(action="ignore"):  # of an empty layer
-        with torch.device("meta"):
-            outline = models.create(name, image_size=image_size)
-        parameters = _unwrapped(parameters, outline)
-        first, *_, last = (n for n, value in outline.named_parameters() if value.dim() > 1)
-        if misfits := [n for n in (first, last) if n not in parameters or parameters[n].dim() < 2]:
-            raise _unfit(outline, parameters, known_as, path, misfits)
-        options = {"num_classes": len(parameters[last]), "in_channels": parameters[first].shape[1]}
-        model = models.create(name, image_size=image_size, **options)
-    fill(model, parameters, known_as, path)
-    return model
-
-
-def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path) -> None:
-    """Give a model the parameters of ``path``. Raises Problem if they are not its own."""
-    parameters = _unwrapped(parameters, model)
-    try:
-        model.load_state_dict(parameters)
-    except RuntimeError:
-        raise _unfit(model, parameters, known_as, path, []) from None
-
-
-def _unwrapped(parameters: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by their names in the model, to which DataParallel and torch.compile add."""
-    if parameters.keys() & model.state_dict().keys():
-        return parameters
-    for prefix in ("module.", "_orig_mod."):
-        if all(name.startswith(prefix) for name in parameters):
-            bare = {name.removeprefix(prefix): value for name, value in parameters.items()}
-            return _unwrapped(bare, model)
-    return parameters
-
-
-def _unfit(
-    model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path, misfits: list[str]
-) -> Problem:
-    """What is told of parameters that do not fit, the first ``misfits`` before others."""
-    known = model.state_dict()
-    shapes = {name: "x".join(map(str, value.shape)) for name, value in parameters.items()}
-    lacking = [name for name in known if name not in parameters]
-    foreign = [name for name in parameters if name not in known]
-    differ = [n for n in known if n in shapes and known[n].shape != parameters[n].shape]
-    if lacking:
-        reason = f"it lacks {_several(lacking)}"
-    elif foreign:
-        reason = f"it holds {_several(foreign)} besides"
-    else:
-        name, *_ = [*misfits, *differ]
-        wanted = "x".join(map(str, known[name].shape))
-        reason = f"its {name} is {shapes[name] or 'a number'}, not {wanted}"
-    return Problem(f"{path} does not hold the parameters of {known_as}: {reason}")
-
-
-def _several(names: list[str]) -> str:
-    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
 
 
 def description(checkpoint: dict[str, Any], path: Path) -> Description:
@@ -287,23 +221,33 @@ def _check_type(value: Any, name: str, hint: Any, known_as: str) -> None:
         raise Problem(f"{known_as} has {name}={value!r:.50}, which is no {wanted}")
 
 
-def _read(path: Path) -> tuple[Any, bool]:
-    """What a file holds, and whether it ends in a digest, which is then right."""
+def contents(path: Path) -> bytes:
+    """A file as it is. Raises Problem if it cannot be read."""
     try:
-        whole = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise Problem(f"cannot read {path}: {error.strerror}") from None
+
+
+def unpacked(whole: bytes, path: Path) -> tuple[Any, bool]:
+    """What a file of torch.save holds, and whether it ends in a digest, which is then right."""
     sealed = whole.endswith(MARK, 0, -DIGITS)
-    if sealed and _digest(memoryview(whole)[:-DIGITS]) != whole[-DIGITS:]:
+    if sealed and digest(memoryview(whole)[:-DIGITS]) != whole[-DIGITS:]:
         raise Problem(f"{path} is damaged: its digest is not that of its contents")
+    damaged = None
     try:
         damaged = None if sealed else _wrong_crc(BytesIO(whole))
-        contents = torch.load(BytesIO(whole), map_location="cpu", weights_only=True)
-    except Exception:  # a damaged file can raise anything
+        with torch.serialization.safe_globals(HARMLESS):
+            found = torch.load(BytesIO(whole), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise anything
+        code = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
+        if code and not damaged:
+            what = f"{path} holds {code[1]}, and to read that could run code"
+            raise Problem(f"{what}: save its state_dict") from None
         raise Problem(f"{path} is damaged or not a checkpoint") from None
     if damaged:
         raise Problem(f"{path} is damaged: the CRC of {damaged} in it is wrong")
-    return contents, sealed
+    return found, sealed
 
 
 def _wrong_crc(file: BytesIO) -> str | None:

@@ -82,7 +82,12 @@ def fuse(gm: GraphModule) -> GraphModule:
     rows = []
     for inner, module in gm.named_modules():
         if isinstance(module, GraphModule):
-            rows += _rewritten(module, " ".join(filter(None, (name, inner))))
+            graph = " ".join(filter(None, (name, inner)))
+            for o in rewrite(module.graph):
+                became = o.became or "left to Inductor"
+                rows.append(Row(graph, o.layer, o.line, o.function, became, o.why))
+            module.graph.lint()
+            module.recompile()
     _rows.extend(rows)
     for row in rows:
         dynamos_counters("triton_cnn")[row.became] += 1
@@ -95,16 +100,6 @@ def fuse(gm: GraphModule) -> GraphModule:
 @cache
 def _warn_once() -> None:
     log.warning("a graph is left to Inductor, as %s", ON_CPU)
-
-
-def _rewritten(gm: GraphModule, name: str) -> list[Row]:
-    outcomes = rewrite(gm.graph)
-    gm.graph.lint()
-    gm.recompile()
-    return [
-        Row(name, o.layer, o.line, o.function, o.became or "left to Inductor", o.why)
-        for o in outcomes
-    ]
 
 
 def triton_cnn(

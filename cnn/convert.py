@@ -188,17 +188,15 @@ def _engine(layer: Any, place: torch.device, channels_last: bool) -> str:
         return "ATen"
     if not isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
         return "max_pool"
-    kernel, stride = pair_of(layer.kernel_size), pair_of(layer.stride)
-    dilation = pair_of(layer.dilation)
-    padding = conv_padding(layer.padding, kernel, layer.stride, stride, dilation)
-    transposed = isinstance(layer, nn.ConvTranspose2d)
-    direction: Direction = "dgrad" if transposed else "fprop"
-    C, K = layer.in_channels, layer.out_channels
-    C, K = (K, C) if transposed else (C, K)
+    w_shape: Any = tuple(layer.weight.shape)  # of a transposed convolution, too
+    _, channels, *kernel = w_shape
+    stride, dilation = pair_of(layer.stride), pair_of(layer.dilation)
+    padding = conv_padding(layer.padding, w_shape[2:], stride, dilation)
+    direction: Direction = "dgrad" if isinstance(layer, nn.ConvTranspose2d) else "fprop"
     size = [224 + d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-    w_shape = (K, C // layer.groups, *kernel)
-    g = Conv2dGeometry.of((1, C, *size), w_shape, stride, padding, dilation, layer.groups)
-    dtype = next(layer.parameters()).dtype
+    x_shape = (1, channels * layer.groups, *size)
+    g = Conv2dGeometry.of(x_shape, w_shape, stride, padding, dilation, layer.groups)
+    dtype = layer.weight.dtype
     pool = None
     if isinstance(layer, layers.ConvReLUMaxPool2d):
         window: Any = layer.pool_kernel_size, layer.pool_stride, layer.pool_padding

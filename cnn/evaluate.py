@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,32 +50,62 @@ def outputs(
         yield logits.float(), watch(labels).to(prepare.device)
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of the images [N] that can be read.
+
+    Args:
+        labels: what they are, [N].
+        ranked: the five likeliest classes, [N, 5], of equals the first; of five or fewer classes
+            only the likeliest, [N, 1].
+        loss: the mean cross-entropy.
+    """
+
+    labels: Tensor
+    ranked: Tensor
+    loss: float
+
+    def right(self, top: int = 1) -> int:
+        """For how many images the label is one of the ``top`` likeliest classes."""
+        return int((self.ranked[:, :top] == self.labels[:, None]).sum())
+
+    def __str__(self) -> str:
+        words = [f"loss {self.loss:.4f}"]
+        for top in sorted({1, self.ranked.shape[1]}):
+            words.append(f"top-{top} accuracy {self.right(top) / len(self.labels):.4f}")
+        return "  ".join(words)
+
+
 def answers(
     model: nn.Module, images: Any, prepare: Preparation, amp: str, watch: Watch, workers: int
-) -> tuple[Tensor, Tensor]:
-    """Labels and answers for all ``images`` that can be read, with a bar meanwhile."""
+) -> Answers:
+    """What ``model`` says of ``images``, with a bar meanwhile."""
     loader = DataLoader(images, BATCH, **in_workers(workers))
-    bar = Progress("test", len(images), 0, "image")
-    right, pairs = 0, []
+    bar = Progress("eval", len(images), 0, "image")
+    right, loss, parts = 0, 0.0, []
     for logits, labels in outputs(model, loader, prepare, amp, watch):
         counted = labels != UNCOUNTED
-        pairs.append((labels[counted].cpu(), logits.argmax(1)[counted].cpu()))
-        right += int((pairs[-1][0] == pairs[-1][1]).sum())
-        if bar.advance(len(labels)):
+        logits, labels = logits[counted], labels[counted]
+        top = 5 if logits.shape[1] > 5 else 1
+        ranked = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
+        parts.append((labels.cpu(), ranked.cpu()))
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += int((ranked[:, 0] == labels).sum())
+        if bar.advance(len(counted)):
             bar.show(right=str(right))
     bar.close()
-    labels, given = (torch.cat(values) for values in zip(*pairs, strict=True))
-    _check_any(len(labels))
-    return labels, given
+    labels, ranked = (torch.cat(values) for values in zip(*parts, strict=True))
+    _check_any(len(labels), "evaluate")
+    return Answers(labels, ranked, loss / len(labels))
 
 
-def _check_any(count: float) -> None:
+def _check_any(count: float, use: str) -> None:
     if not count:
-        raise Problem("no image to test with can be read", FAILURE)
+        raise Problem(f"no image to {use} with can be read", FAILURE)
 
 
 class Evaluator:
-    """Tests models on a data set that the processes of ``group`` share."""
+    """Validates models with a data set that the processes of ``group`` share."""
 
     def __init__(
         self, data: Any, prepare: Preparation, amp: str, watch: Watch, group: Group, workers: int
@@ -92,7 +123,7 @@ class Evaluator:
             totals += tally(logits, labels, F.cross_entropy(logits, labels, reduction="sum"))
             between()
         loss, right, count = self._group.sum(totals).tolist()
-        _check_any(count)
+        _check_any(count, "validate")
         return loss / count, right / count
 
 
@@ -104,16 +135,16 @@ def tally(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     )
 
 
-def class_table(labels: Tensor, answers: Tensor, classes: tuple[str, ...]) -> str:
+def class_table(found: Answers, classes: tuple[str, ...]) -> str:
     """Precision, recall, F1 and number of images of each class."""
     from sklearn.metrics import classification_report  # takes its time
 
     numbers, names = range(len(classes)), [*map(plain, classes)]
     options = {"labels": numbers, "target_names": names, "digits": 3, "zero_division": 0.0}
-    return str(classification_report(labels, answers, **options))
+    return str(classification_report(found.labels, found.ranked[:, 0], **options))
 
 
-def draw_confusion(labels: Tensor, answers: Tensor, classes: tuple[str, ...], path: Path) -> None:
+def draw_confusion(found: Answers, classes: tuple[str, ...], path: Path) -> None:
     """Draw how often which class is taken for which, as a PNG. Names show of up to 50 classes."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
@@ -122,7 +153,7 @@ def draw_confusion(labels: Tensor, answers: Tensor, classes: tuple[str, ...], pa
         "the confusion matrix", figsize=(2 + 0.5 * min(count, 24),) * 2, layout="constrained"
     )
     axes = figure.subplots()
-    matrix = confusion_matrix(labels, answers, labels=range(count))
+    matrix = confusion_matrix(found.labels, found.ranked[:, 0], labels=range(count))
     display = ConfusionMatrixDisplay(matrix, display_labels=[*map(caption, classes)])
     display.plot(ax=axes, cmap="Blues", include_values=count <= 20, xticks_rotation="vertical")
     if count > 50:

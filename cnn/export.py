@@ -6,8 +6,7 @@ device. So what leaves is made of ATen's, and runs without this library.
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -80,35 +79,19 @@ def export_onnx(
         raise ValueError(f"dynamic_batch takes no dynamic_shapes, got {dynamic_shapes!r}")
     inputs: Any = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
     if dynamic_batch:
-        inputs = pytree.tree_map_only(Tensor, _twice, inputs)
-        dynamic_shapes = _batched(model, inputs)
-    with torch.no_grad():
-        program = torch.export.export(model, *inputs, dynamic_shapes=dynamic_shapes)
+        # Twice the examples, as torch.export takes a batch of one for a constant.
+        inputs = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
+        shapes, batch = ShapesCollection(), Dim("batch")
+        for t in pytree.tree_leaves(inputs):
+            if isinstance(t, Tensor) and t.dim():
+                shapes[t] = {0: batch}
+        dynamic_shapes = shapes.dynamic_shapes(model, *inputs)
     options = {"external_data": False, "verbose": False, **options}
-    with _without_torchs_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`isinstance", FutureWarning)  # of torch's own classes
+        warnings.filterwarnings("ignore", "# The axis name: batch", UserWarning)
+        program = torch.export.export(model, *inputs, dynamic_shapes=dynamic_shapes)
         made: Any = torch.onnx.export(
             program, f=path, dynamic_shapes=dynamic_shapes, dynamo=True, **options
         )
     return made
-
-
-@contextmanager
-def _without_torchs_warnings() -> Iterator[None]:
-    """Of its own classes, and of names that its inputs share."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`isinstance", FutureWarning)
-        warnings.filterwarnings("ignore", "# The axis name: batch", UserWarning)
-        yield
-
-
-def _twice(t: Tensor) -> Tensor:
-    """An example whose batch torch.export does not take for the constant one."""
-    return torch.cat([t, t]) if t.dim() else t
-
-
-def _batched(model: nn.Module, inputs: tuple[tuple, dict[str, Any]]) -> Any:
-    shapes, batch = ShapesCollection(), Dim("batch")
-    for t in pytree.tree_leaves(inputs):
-        if isinstance(t, Tensor) and t.dim():
-            shapes[t] = {0: batch}
-    return shapes.dynamic_shapes(model, *inputs)

@@ -10,6 +10,7 @@ raises there, and so they are on every device while ``torch.export`` looks on.
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from inspect import signature
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from . import composed
 from .arguments import (
     INT32,
     PRECISIONS,
+    Invalid,
     call_key,
     check_bytes,
     check_channels,
@@ -35,17 +37,17 @@ from .arguments import (
     check_devices,
     check_dimensions,
     check_dtypes,
-    check_not_empty,
     check_pixels,
     check_residual,
     check_scale,
-    check_tensor,
+    check_tensors,
     convolution,
     one_number,
     pair,
     pooling,
+    refused,
     remember,
-    shape,
+    require,
     unpool_size,
     weight_sizes,
 )
@@ -71,7 +73,11 @@ def _overridable(
                 return handle_torch_function(call, values, *args, **kwargs)
             if composed.is_torchs(args[0] if args else kwargs.get("input")):
                 return torchs(*args, **kwargs)
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            except Invalid:
+                given = signature(function).bind(*args, **kwargs).arguments
+                raise refused(torchs, **given) from None
 
         return call
 
@@ -82,12 +88,13 @@ _calls: dict[tuple, Callable[..., Any]] = {}  # those that have passed the check
 
 
 def _called(
-    call: functions.Call, *tensors: Tensor | None, key: tuple | None, unbatched: bool
+    call: functions.Call, *tensors: Tensor | None, key: tuple | None = None, unbatched: bool
 ) -> Any:
-    """What the call makes; under its key it is kept."""
-    made = call(*tensors)
+    """What the call makes of tensors, of which one image is a batch; under its key it is kept."""
     if unbatched:
+        made = call(*(t.unsqueeze(0) if t is not None and t.dim() == 3 else t for t in tensors))
         return made.squeeze(0) if isinstance(made, Tensor) else tuple(t.squeeze(0) for t in made)
+    made = call(*tensors)
     if key is not None and (again := call.again(*tensors)) is not None:
         remember(_calls, key, again)
     return made
@@ -134,12 +141,11 @@ def conv2d(
     """
     tensors = (input, weight, bias, residual)
     arguments = (stride, padding, dilation, groups, activation, precision)
-    key = None
-    if scale is None and normalise is None:
-        key = call_key("conv2d", tensors, arguments)
+    beyond = scale is not None or normalise is not None
+    key = None if beyond else call_key("conv2d", tensors, arguments)
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias, residual)
-    given = input, weight, bias, stride, padding, dilation, groups
+    given: Any = input, weight, bias, stride, padding, dilation, groups
     options: Any = {
         "activation": activation,
         "residual": residual,
@@ -151,55 +157,50 @@ def conv2d(
     values = (*given, *options.values(), *others)
     if has_torch_function(values):
         return handle_torch_function(conv2d, values, *given, **options)
-    if composed.is_torchs(input):
-        return composed.conv2d(*given, **options)
-    check_tensor("input", input)
-    check_tensor("weight", weight)
-    check_tensor("bias", bias, optional=True)
-    check_tensor("residual", residual, optional=True)
     check_choice("activation", activation, ("relu",))
-    check_tensor("scale", scale, optional=True)
     check_choice("precision", precision, PRECISIONS)
-    steps, pads, spread, groups, size, unbatched = convolution(
-        input, weight, bias, stride, padding, dilation, groups
-    )
-    K, C = weight.shape[0], input.shape[-3]
-    check_pixels(input)
+    relu, is_torchs = activation is not None, composed.is_torchs(input)
+    is_full = isinstance(padding, str) and padding == "full"
+    if is_torchs and not beyond and residual is None and not is_full:
+        y = torch.conv2d(*given)
+        return y.relu_() if relu else y  # in place, as backward does not need what it gave
+    try:
+        check_tensors(input=input, weight=weight, bias=bias, residual=residual, scale=scale)
+        steps, pads, spread, groups, size, unbatched = convolution(*given)
+        check_pixels(input)
+    except Invalid:
+        names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+        named = dict(zip(names, given, strict=True)) | ({"padding": 0} if is_full else {})
+        raise refused(torch.conv2d, **named) from None
     check_devices(input, weight=weight, bias=bias, residual=residual, scale=scale)
     check_residual(residual, input, weight, size)
-    if residual is not None and unbatched:
-        residual = residual.unsqueeze(0)
-    x = input.unsqueeze(0) if unbatched else input
-    relu = activation is not None
+    constants = ()
     if scale is not None:
-        check_scale(scale, K, x, weight, bias, residual)
-        y = functions.conv2d_fp8(
-            x, weight, scale, bias, residual, steps, pads, spread, groups, relu
-        )
-        return y.squeeze(0) if unbatched else y
-    if normalise is not None:
+        check_scale(scale, weight.shape[0], input, weight, bias, residual)
+    elif normalise is not None:
         if residual is not None:
             raise NotImplementedError("a convolution of bytes takes no residual, got one")
-        constants = check_bytes(x, weight, groups, normalise)
-        x, weight, bias = autocast(x, weight, bias)
+        constants = check_bytes(input, weight, groups, normalise)
+    if is_torchs:
+        geometry = stride, (pads[0], pads[2]) if is_full else padding, dilation, groups
+        y = composed.conv2d(input, weight, bias, geometry, residual, scale, constants)
+        return y.relu_() if relu else y
+    geometry = steps, pads, spread, groups
+    if scale is not None:
+        call: Any = lambda *operands: functions.conv2d_fp8(*operands, *geometry, relu)  # noqa: E731
+        return _called(call, input, weight, scale, bias, residual, unbatched=unbatched)
+    if constants:
+        input, weight, bias = autocast(input, weight, bias)
         check_dtypes(weight, bias=bias)
-        call = functions.conv2d_bytes(steps, pads, spread, groups, relu, precision)
-        return _called(call, x, weight, bias, *constants, key=None, unbatched=unbatched)
-    x, weight, bias, residual = autocast(x, weight, bias, residual)
-    check_dtypes(x, weight=weight, bias=bias, residual=residual)
-    if C == 0:
-        y = _without_channels(x, weight, bias, size)
-        return y.squeeze(0) if unbatched else y
-    call = functions.conv2d(steps, pads, spread, groups, relu, precision)
-    return _called(call, x, weight, bias, residual, key=key, unbatched=unbatched)
-
-
-def _without_channels(
-    x: Tensor, weight: Tensor, bias: Tensor | None, size: Sequence[int]
-) -> Tensor:
-    """[N, 0, P, Q], whose gradients are zero."""
-    y = x.reshape(x.shape[0], 0, *size) + weight.sum()
-    return y if bias is None else y + bias.sum()
+        call = functions.conv2d_bytes(*geometry, relu, precision)
+        return _called(call, input, weight, bias, *constants, unbatched=unbatched)
+    input, weight, bias, residual = autocast(input, weight, bias, residual)
+    check_dtypes(input, weight=weight, bias=bias, residual=residual)
+    if input.shape[-3] == 0:  # a result without channels, whose gradients are zero
+        y = input.reshape(*input.shape[:-3], 0, *size) + weight.sum()
+        return y if bias is None else y + bias.sum()
+    call = functions.conv2d(*geometry, relu, precision)
+    return _called(call, input, weight, bias, residual, key=key, unbatched=unbatched)
 
 
 @_overridable(TF.conv_transpose2d)
@@ -229,20 +230,14 @@ def conv_transpose2d(
     key = call_key("conv_transpose2d", tensors, arguments)
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias)
-    check_tensor("input", input)
-    check_tensor("weight", weight)
-    check_tensor("bias", bias, optional=True)
-    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    (ph, pw), extra = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
-    groups = one_number("groups", groups, 1)
+    check_tensors(input=input, weight=weight, bias=bias)
+    steps, spread = pair(stride, 1), pair(dilation, 1)
+    (ph, pw), extra = pair(padding, 0), pair(output_padding, 0)
+    groups = one_number(groups)
     unbatched = check_dimensions(input)
     K, channels, R, S = weight_sizes(weight, groups)
-    check_channels(input, weight, bias, groups, K, channels * groups)
-    if any(e >= s and e >= d for e, s, d in zip(extra, steps, spread, strict=True)):
-        raise RuntimeError(
-            "output_padding must be smaller than stride or dilation, got "
-            f"output_padding={output_padding!r}, stride={stride!r} and dilation={dilation!r}"
-        )
+    check_channels(input, bias, K, channels * groups)
+    require(all(e < s or e < d for e, s, d in zip(extra, steps, spread, strict=True)))
     P, Q = input.shape[-2:]
     size = (
         conv_transpose_output_size(P, R, steps[0], (ph, ph), spread[0], extra[0]),
@@ -250,18 +245,13 @@ def conv_transpose2d(
     )
     # Without images torch's result may be empty.
     least = 1 if unbatched or input.shape[0] > 0 else 0
-    if channels == 0 or size[0] < least or size[1] < least:
-        raise RuntimeError(
-            f"there is no result of {channels * groups} channels of {size}, got input of "
-            f"{shape(input)}, weight of {shape(weight)} and padding={padding!r}"
-        )
+    require(channels != 0 and size[0] >= least and size[1] >= least)
     check_pixels(input)
     check_devices(input, weight=weight, bias=bias)
-    x = input.unsqueeze(0) if unbatched else input
-    x, weight, bias = autocast(x, weight, bias)
+    x, weight, bias = autocast(input, weight, bias)
     check_dtypes(x, weight=weight, bias=bias)
     pads = conv_transpose_padding((ph, pw), extra, steps)
-    last = functions.channels_last(x, weight)
+    last = functions.channels_last(x.unsqueeze(0) if unbatched else x, weight)
     call = functions.conv_transpose2d(size, steps, pads, spread, groups, None, last)
     return _called(call, x, weight, bias, key=key, unbatched=unbatched)
 
@@ -293,28 +283,31 @@ def max_pool2d(
     key = call_key("max_pool2d", (input,), (kernel_size, stride, padding, dilation, *words))
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input)
-    check_tensor("input", input)
+    check_tensors(input=input)
     kernel, steps, pads = pooling(kernel_size, stride, padding)
-    spread = pair("dilation", dilation, 1, INT32)
-    if not isinstance(ceil_mode, bool):
-        raise TypeError(f"ceil_mode must be a bool, got ceil_mode={ceil_mode!r}")
+    spread = pair(dilation, 1, INT32)
+    require(isinstance(ceil_mode, bool))
     unbatched = check_dimensions(input)
     C, H, W = input.shape[-3:]
-    check_not_empty(input, (C, H, W))
+    require(0 not in (C, H, W))
     P = pool_output_size(H, kernel[0], steps[0], pads[0], spread[0], ceil_mode)
     Q = pool_output_size(W, kernel[1], steps[1], pads[1], spread[1], ceil_mode)
-    if P < 1 or Q < 1:
-        raise RuntimeError(
-            f"kernel_size must fit into the padded input, got input of {shape(input)}, "
-            f"kernel_size={kernel_size!r}, padding={padding!r} and dilation={dilation!r}"
-        )
+    require(P >= 1 and Q >= 1)
     check_dtypes(input)
-    x = input.unsqueeze(0) if unbatched else input
     call = functions.max_pool2d(kernel, steps, pads, spread, ceil_mode, bool(return_indices))
-    return _called(call, x, key=key, unbatched=unbatched)
+    return _called(call, input, key=key, unbatched=unbatched)
 
 
-@_overridable(composed.conv2d_relu_max_pool2d)
+def _relu_max_pool2d(
+    *args: Any, pool_kernel_size: Any, pool_stride: Any = None, pool_padding: Any = 0, **kwargs: Any
+) -> Tensor:
+    """``conv2d_relu_max_pool2d`` in torch's functions."""
+    y = conv2d(*args, activation="relu", **kwargs)
+    steps = () if pool_stride is None else pool_stride
+    return torch.max_pool2d(y, pool_kernel_size, steps, pool_padding)
+
+
+@_overridable(_relu_max_pool2d)
 def conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -345,26 +338,18 @@ def conv2d_relu_max_pool2d(
     key = call_key("conv2d_relu_max_pool2d", (input, weight, bias), (*arguments, *window))
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias)
-    check_tensor("input", input)
-    check_tensor("weight", weight)
-    check_tensor("bias", bias, optional=True)
+    check_tensors(input=input, weight=weight, bias=bias)
     check_choice("precision", precision, PRECISIONS)
     g = convolution(input, weight, bias, stride, padding, dilation, groups)
-    kernel, steps, pads = pooling(*window, prefix="pool_")
-    check_not_empty(input, (*input.shape[-3:], weight.shape[0]))
+    kernel, steps, pads = pooling(*window)
+    require(0 not in (*input.shape[-3:], weight.shape[0]))
     sizes = [
         pool_output_size(places, k, s, p, 1, False)
         for places, k, s, p in zip(g.size, kernel, steps, pads, strict=True)
     ]
-    if min(sizes) < 1:
-        raise RuntimeError(
-            f"pool_kernel_size must fit into the padded map of {g.size}, got input of "
-            f"{shape(input)}, weight of {shape(weight)}, pool_kernel_size={pool_kernel_size!r} and "
-            f"pool_padding={pool_padding!r}"
-        )
+    require(min(sizes) >= 1)
     check_devices(input, weight=weight, bias=bias)
-    x = input.unsqueeze(0) if g.unbatched else input
-    x, weight, bias = autocast(x, weight, bias)
+    x, weight, bias = autocast(input, weight, bias)
     check_dtypes(x, weight=weight, bias=bias)
     call = functions.conv2d_relu_max_pool2d(
         *(g.stride, g.padding, g.dilation, g.groups, precision, kernel, steps, pads)
@@ -392,24 +377,13 @@ def max_unpool2d(
     Returns [N, C, H, W] or [C, H, W] in input's layout. An index outside H * W raises
     RuntimeError on the CPU and fails a device-side assertion on a GPU.
     """
-    if not hasattr(input, "size"):  # what torch asks for before it looks at the type
-        raise AttributeError(f"input must be a Tensor, got input={input!r:.80}")
-    check_tensor("input", input)
-    check_tensor("indices", indices)
-    size = unpool_size(input, kernel_size, stride, padding, output_size)
+    check_tensors(input=input, indices=indices)
     unbatched = check_dimensions(input)
-    check_not_empty(input, input.shape[1:])
-    if indices.dtype != torch.int64:
-        raise RuntimeError(f"indices must be torch.int64, got indices of {indices.dtype}")
-    if indices.shape != input.shape:
-        raise RuntimeError(
-            f"indices must have input's shape {shape(input)}, got indices of {shape(indices)}"
-        )
+    size = unpool_size(input, kernel_size, stride, padding, output_size)
+    require(0 not in input.shape[1:])
+    require(indices.dtype == torch.int64 and indices.shape == input.shape)
     check_devices(input, indices=indices)
     check_dtypes(input)
     if input.is_cpu and torch.is_autocast_enabled("cpu"):
         input = cast(input, torch.float32)  # torch's rule; GPUs unpool in the dtype they are given
-    call = functions.max_unpool2d(size)
-    if unbatched:
-        return call(input.unsqueeze(0), indices.unsqueeze(0)).squeeze(0)
-    return call(input, indices)
+    return _called(functions.max_unpool2d(size), input, indices, unbatched=unbatched)

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from kernels._private import FakeTensor
 
 from .graph_effects import changed, storages, value
-from .graph_lowering import Outcome, Refusal, bound, given, lower, name_of, signature
+from .graph_lowering import Outcome, Refusal, bound, given, lower, name_of
 
 _ops = torch.ops.triton_cnn
 _Fused = tuple[Any, dict[str, Any]] | None  # an operator and its arguments
@@ -85,19 +85,29 @@ def _check_way(conv: Node, reader: Node, arguments: dict[str, Any]) -> None:
 
 # What a convolution takes in: each gives the fused operator, None if the reader is of another kind.
 
-_ADDITION = signature("input", "other", alpha=1)
-_RELU = signature("input", inplace=False)
+_ADDITIONS = operator.add, operator.iadd, torch.add, "add", "add_"
+_RELUS = TF.relu, torch.relu, torch.relu_, "relu", "relu_"
+
+
+def _sum(input: Any, other: Any, *, alpha: Any = 1) -> None:
+    """Has the arguments of additions."""
+
+
+def _calls(node: Node, targets: tuple) -> bool:
+    return node.op in ("call_function", "call_method") and node.target in targets
 
 
 def _add_residual(conv: Node, reader: Node) -> _Fused:
-    sum = bound(reader, (operator.add, operator.iadd, torch.add, "add", "add_"), _ADDITION)
     arguments = given(conv)
-    if sum is None or arguments["relu"] or arguments["residual"] is not None:
+    if not _calls(reader, _ADDITIONS) or arguments["relu"] or arguments["residual"] is not None:
         return None
-    is_first = sum["input"] is conv
-    residual = sum["other"] if is_first else sum["input"]
-    if sum["alpha"] != 1:
-        raise Refusal(f"its sum has alpha={sum['alpha']}")
+    if (call := bound(_sum, *reader.args, **reader.kwargs)) is None:
+        return None
+    input, other, alpha = call.arguments.values()
+    is_first = input is conv
+    residual = other if is_first else input
+    if alpha != 1:
+        raise Refusal(f"its sum has alpha={alpha}")
     if residual is conv or not isinstance(residual, Node):
         raise Refusal("its sum is not with another tensor")
     if changed(reader) and not is_first:
@@ -116,9 +126,8 @@ def _is_alike(t: Any, y: Any) -> bool:
 
 
 def _apply_relu(conv: Node, reader: Node) -> _Fused:
-    relus = TF.relu, torch.relu, torch.relu_, "relu", "relu_"
     arguments = given(conv)
-    if bound(reader, relus, _RELU) is None or arguments["relu"]:
+    if not _calls(reader, _RELUS) or arguments["relu"]:
         return None
     return conv.target, arguments | {"relu": True}
 

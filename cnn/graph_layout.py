@@ -95,12 +95,14 @@ class _Mover:
 
     def _give_channels_last(self, node: Node) -> None:
         """Move a convolution's images; others' only if one of them has been moved."""
-        images = [operand for operand in node.all_input_nodes if _is_image(operand)]
-        moved = [image for image in images if _is_channels_last(_value(image))]
+        values = {operand: _value(operand) for operand in node.all_input_nodes}
+        images = {n: t for n, t in values.items() if isinstance(t, Tensor) and t.dim() == 4}
+        last = torch.channels_last
+        moved = [n for n, t in images.items() if t.is_contiguous(memory_format=last)]
         if node.target not in _CONVOLUTIONS and not moved:
             return
-        for image in images:
-            if image not in moved and _value(image).is_contiguous():
+        for image, t in images.items():
+            if image not in moved and t.is_contiguous():
                 self._give_copy(node, image, (0, 2, 3, 1))
         target: Any = node.target
         node.args = tuple(
@@ -138,20 +140,12 @@ def _order(t: Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(t.dim()), key=t.stride, reverse=True))
 
 
-def _is_image(node: Node) -> bool:
-    return isinstance(_value(node), Tensor) and _value(node).dim() == 4
-
-
 def _is_own(node: Node) -> bool:
     return namespace_of(node.target) == "triton_cnn"
 
 
 def _value(node: Node) -> Tensor:
     return node.meta["val"]
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last)
 
 
 def _strides(value: Any) -> list[tuple]:

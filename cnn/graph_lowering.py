@@ -4,7 +4,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import Parameter, Signature
+from inspect import BoundArguments, signature
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ _OWN_SOURCES = (
     str(Path(kernels.__file__).parent),
     *(str(Path(__file__).with_name(name)) for name in ("functional.py", "layers.py")),
 )
-_PACKETS: dict[Any, Any] = {overload.overloadpacket: overload for overload in OPERATORS}
 
 
 class Refusal(Exception):
@@ -65,14 +64,13 @@ def lower(graph: Graph) -> list[Outcome]:
     """Put an operator in place of each call; what became of it."""
     outcomes = []
     for node in list(graph.nodes):
-        lowering = _lowering(node)
-        if lowering is None:
+        make = _LOWERINGS.get(node.target)
+        if make is None or (call := bound(make, node, *node.args, **node.kwargs)) is None:
             continue
-        make, arguments = lowering
         outcomes.append(outcome := Outcome(node, name_of(node), _layer(node), _line(node)))
         try:
             with graph.inserting_before(node):
-                outcome.node = make(node, **arguments)
+                outcome.node = make(*call.args, **call.kwargs)
         except Refusal as refusal:
             outcome.why = str(refusal)
     return outcomes
@@ -99,24 +97,14 @@ def _line(node: Node) -> str:
 # How a call's arguments are bound.
 
 
-def signature(*required: str, **defaults: Any) -> Signature:
-    """Of a function whose arguments may all be given by place or by name."""
-    kind = Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [Parameter(name, kind) for name in required]
-    parameters += [Parameter(name, kind, default=value) for name, value in defaults.items()]
-    return Signature(parameters)
-
-
-def bound(node: Node, targets: tuple, signature: Signature) -> dict[str, Any] | None:
-    """The arguments by name of a call of one of the targets; None of another node."""
-    if node.op not in ("call_function", "call_method") or node.target not in targets:
-        return None
+def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> BoundArguments | None:
+    """All arguments of a call of a function; None if it does not take them."""
     try:
-        call = signature.bind(*node.args, **node.kwargs)
+        call = signature(function).bind(*args, **kwargs)
     except TypeError:
         return None
     call.apply_defaults()
-    return call.arguments
+    return call
 
 
 def given(node: Node) -> dict[str, Any]:
@@ -125,17 +113,17 @@ def given(node: Node) -> dict[str, Any]:
     return dict(zip(defaults_of(target), node.args, strict=True))
 
 
-# What makes the operator of a call.
+# What makes the operator of a call, whose arguments have torch's names and defaults.
 
 
 def _conv2d(
-    node: Node, input: Any, weight: Any, bias: Any, stride, padding, dilation, groups
+    node: Node, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
 ) -> Node:
     _check_constant(stride, padding, dilation, groups)
     operands = _operands(value(node), input, weight, bias)
-    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    pads = conv_padding(padding, value(weight).shape[2:], stride, steps, spread)
-    numbers = steps, pads, spread, one_number("groups", groups, 1), None, False
+    steps, spread = pair(stride, 1), pair(dilation, 1)
+    pads = conv_padding(padding, value(weight).shape[2:], steps, spread)
+    numbers = steps, pads, spread, one_number(groups), None, False
     return _replace(node, _ops.conv2d.default, *operands, None, *numbers)
 
 
@@ -143,17 +131,17 @@ def _conv_transpose2d(
     node: Node,
     input: Any,
     weight: Any,
-    bias: Any,
-    stride,
-    padding,
-    output_padding,
-    groups,
-    dilation,
+    bias: Any = None,
+    stride=1,
+    padding=0,
+    output_padding=0,
+    groups=1,
+    dilation=1,
 ) -> Node:
     _check_constant(stride, padding, output_padding, groups, dilation)
     operands = _operands(value(node), input, weight, bias)
-    steps, spread = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    pads, extra = pair("padding", padding, 0), pair("output_padding", output_padding, 0)
+    steps, spread = pair(stride, 1), pair(dilation, 1)
+    pads, extra = pair(padding, 0), pair(output_padding, 0)
     size = [
         conv_transpose_output_size(_size(input, axis), kernel, step, (pad, pad), spacing, more)
         for axis, kernel, step, pad, spacing, more in zip(
@@ -163,7 +151,7 @@ def _conv_transpose2d(
     size = [item.node if isinstance(item, Proxy) else item for item in size]
     last = functions.channels_last(value(input), value(weight))
     sides = conv_transpose_padding(pads, extra, steps)
-    numbers = size, steps, sides, spread, one_number("groups", groups, 1), None, last
+    numbers = size, steps, sides, spread, one_number(groups), None, last
     return _replace(node, _ops.conv2d_dgrad.default, *operands, *numbers)
 
 
@@ -174,7 +162,14 @@ def _size(node: Node, axis: int) -> Any:
 
 
 def _max_pool2d(
-    node: Node, input: Any, kernel_size, stride, padding, dilation, ceil_mode, return_indices
+    node: Node,
+    input: Any,
+    kernel_size,
+    stride=None,
+    padding=0,
+    dilation=1,
+    ceil_mode=False,
+    return_indices=False,
 ) -> Node:
     _check_constant(kernel_size, stride, padding, dilation, ceil_mode)
     indices = bool(return_indices) or node.target is TF.max_pool2d_with_indices
@@ -185,7 +180,7 @@ def _max_pool2d(
     kernel, steps, pads = pooling(kernel_size, stride, padding)
     # Without a gradient the offsets of the maxima are not kept.
     kept = results[0].requires_grad
-    numbers = kernel, steps, pads, pair("dilation", dilation, 1), bool(ceil_mode), kept, indices
+    numbers = kernel, steps, pads, pair(dilation, 1), bool(ceil_mode), kept, indices
     made = _call(node, _ops.max_pool2d.default, *operands, *numbers)
     parts = [_call(node, operator.getitem, made, place) for place in (0, 2)[: len(results)]]
     for part, result in zip(parts, results, strict=True):
@@ -199,48 +194,23 @@ def _max_pool2d(
     return made
 
 
-def _own(node: Node, target: Any) -> Node:
+def _own(node: Node, *args: Any, **kwargs: Any) -> Node:
     """A call of one of this library's operators, with all arguments by place."""
+    target = _OVERLOADS.get(node.target, node.target)
     arguments = defaults_of(target)
-    arguments |= dict(zip(arguments, node.args, strict=False)) | node.kwargs
+    arguments |= dict(zip(arguments, args, strict=False)) | kwargs
     node.target, node.args, node.kwargs = target, tuple(arguments.values()), {}
     return node
 
 
-_WINDOW = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
-_LOWERINGS = (
-    (
-        _conv2d,
-        (torch.conv2d,),
-        signature("input", "weight", bias=None, stride=1, padding=0, dilation=1, groups=1),
-    ),
-    (
-        _conv_transpose2d,
-        (torch.conv_transpose2d,),
-        signature(
-            *("input", "weight"),
-            bias=None,
-            stride=1,
-            padding=0,
-            output_padding=0,
-            groups=1,
-            dilation=1,
-        ),
-    ),
-    (
-        _max_pool2d,
-        (TF.max_pool2d, TF.max_pool2d_with_indices, torch.max_pool2d),
-        signature("input", "kernel_size", **_WINDOW),
-    ),
-)
-
-
-def _lowering(node: Node) -> tuple[Callable[..., Node], dict[str, Any]] | None:
-    for make, targets, names in _LOWERINGS:
-        if (arguments := bound(node, targets, names)) is not None:
-            return make, arguments
-    target: Any = _PACKETS.get(node.target, node.target)
-    return (_own, {"target": target}) if target in OPERATORS else None
+_OVERLOADS: dict[Any, Any] = {overload.overloadpacket: overload for overload in OPERATORS}
+_POOLINGS = TF.max_pool2d, TF.max_pool2d_with_indices, torch.max_pool2d
+_LOWERINGS: dict[Any, Callable[..., Node]] = {
+    torch.conv2d: _conv2d,
+    torch.conv_transpose2d: _conv_transpose2d,
+    **dict.fromkeys(_POOLINGS, _max_pool2d),
+    **dict.fromkeys((*OPERATORS, *_OVERLOADS), _own),
+}
 
 
 # Operands, and nodes.

@@ -18,7 +18,7 @@ from .problem import Problem, missing
 from .text import plain
 
 Row = dict[str, Any]
-"""What is known of an epoch: its number, losses and accuracies of both sets, and so on."""
+"""What is known of an epoch: its number, loss and accuracy in training and validation, and more."""
 
 
 class Journal:
@@ -62,10 +62,11 @@ def curves(rows: list[Row]) -> bytes:
     """Draw loss and accuracy over epochs as a PNG."""
     figure = new_figure("curves", figsize=(10, 4))
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for part in ("train", "test"):
+        for part, label in (("train", "training"), ("val", "validation")):
             points = [row["epoch"] for row in rows], [row[f"{part}_{what}"] for row in rows]
-            axes.plot(*points, marker=".", label=part)
+            axes.plot(*points, marker=".", label=label)
         axes.set(xlabel="epoch", ylabel=what)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     return png(figure)

@@ -65,19 +65,8 @@ class Conv2d(_Layer, nn.Conv2d):
         if padding == "full":
             pairs = zip(pair_of(kernel_size), pair_of(dilation), strict=True)
             padding = tuple(full_padding(kernel, spread)[0] for kernel, spread in pairs)
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
+        geometry = kernel_size, stride, padding, dilation, groups
+        super().__init__(in_channels, out_channels, *geometry, bias, padding_mode, device, dtype)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: Any = self.padding
@@ -88,11 +77,8 @@ class Conv2d(_Layer, nn.Conv2d):
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
         geometry = self.stride, padding, self.dilation, self.groups
-        return F.conv2d(
-            *(input, weight, bias, *geometry),
-            activation=self._activation,
-            normalise=self.normalise,
-        )
+        options: Any = {"activation": self._activation, "normalise": self.normalise}
+        return F.conv2d(input, weight, bias, *geometry, **options)
 
 
 class ConvReLU2d(Conv2d):
@@ -145,32 +131,19 @@ class ConvTranspose2d(_Layer, nn.ConvTranspose2d):
     """torch.nn.ConvTranspose2d."""
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
-        geometry: Any = self.stride, self.padding, self.kernel_size, 2, self.dilation
-        return F.conv_transpose2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            self._output_padding(input, output_size, *geometry),
-            self.groups,
-            self.dilation,
-        )
+        padding: Any = self.padding
+        geometry: Any = self.stride, padding, self.kernel_size, 2, self.dilation
+        more: Any = self._output_padding(input, output_size, *geometry)
+        numbers = self.stride, padding, more, self.groups, self.dilation
+        return F.conv_transpose2d(input, self.weight, self.bias, *numbers)
 
 
 class MaxPool2d(_Layer, nn.MaxPool2d):
     """torch.nn.MaxPool2d."""
 
     def forward(self, input: Tensor) -> Any:
-        return F.max_pool2d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.ceil_mode,
-            self.return_indices,
-        )
+        window = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        return F.max_pool2d(input, *window, self.return_indices)
 
 
 class MaxUnpool2d(_Layer, nn.MaxUnpool2d):

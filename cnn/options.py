@@ -5,6 +5,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -12,9 +13,11 @@ from torch import nn
 
 from kernels.device import INTERPRET
 
-from . import data
+from . import data, networks
+from .checkpoint import of_run
 from .problem import Problem
 from .summary import summary
+from .text import meant
 
 AMP = ("bf16", "fp16", "off")
 
@@ -56,12 +59,25 @@ def device(text: str) -> torch.device:
     return value
 
 
+def run_or_file(text: str) -> Path:
+    """Read the path of a checkpoint, or of a run's folder, for its best.pt."""
+    return of_run(Path(text))
+
+
 def data_set(text: str) -> str:
     """Read the name of a data set, with or without a place, or of the function that makes one."""
     if data.runs_code(text) and not data.is_code(text):
         known = ", ".join(data.NAMES)
         also = "NAME:PATH of these, or MODULE:FUNCTION"
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, {also}")
+        close = meant(text, data.NAMES)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, {also}{close}")
+    return text
+
+
+def model_name(text: str) -> str:
+    """Read the name of a network, or of the function that makes one."""
+    if unknown := networks.known_as(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is {unknown}")
     return text
 
 
@@ -75,6 +91,11 @@ def interval(text: str) -> tuple[float, bool]:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is neither steps, as 500, nor minutes, as 10m")
     return value, minutes
+
+
+def interval_text(value: float, in_seconds: bool) -> str:
+    """What ``interval`` reads as that."""
+    return f"{value / 60:.15g}m" if in_seconds else f"{value}"
 
 
 whole = number(int, 1, 2**31, "a whole number from 1 to 2147483647")
@@ -107,6 +128,13 @@ def chosen_data(given: str | None, known: str, path: object) -> str:
     return given or known
 
 
+def chosen_model(given: str | None, known: str, path: object) -> str:
+    """The same of a model, which may also be one of timm or torchvision: these are installed."""
+    if not given and networks.runs_code(known):
+        raise Problem(f"{path} names a model that is code: to run it, give --model {known}")
+    return given or known
+
+
 def check_pixels(known: data.Description, path: object) -> None:
     """Raise Problem unless a model was trained on pixels, so that it can take image files."""
     if not known.pixels:
@@ -114,10 +142,35 @@ def check_pixels(known: data.Description, path: object) -> None:
 
 
 def check_size(model: nn.Module, name: str, known: data.Description) -> None:
-    """Raise Problem unless the model takes images of the size that is ``known``."""
+    """Raise Problem unless the model gives a number for each class, for images as are ``known``."""
+    shape, given = (1, known.channels, known.size, known.size), []
+    hook = model.register_forward_hook(lambda *call: given.append(call[-1]))
     try:
-        with warnings.catch_warnings(action="ignore"):  # of an empty layer, before it fails
-            summary(model, (1, known.channels, known.size, known.size))
-    except RuntimeError:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of an empty layer
+            if networks.runs_code(name):
+                model(torch.zeros(shape))
+            else:
+                summary(model, shape)
+    except Exception as error:  # someone else's code can raise anything
+        why = f"{type(error).__name__}: {error}"
         size = f"{known.size}x{known.size} pixels"
-        raise Problem(f"--size: {name} does not take {size}") from None
+        raise Problem(f"--size: {name} does not take {size}: {why}") from None
+    finally:
+        hook.remove()
+    count, size = len(known.classes), getattr(given[0], "shape", None)
+    if count and size != (1, count):
+        gives = type(given[0]).__name__ if size is None else [*size]
+        raise Problem(f"--model: {name} gives {gives} for an image, and not [1, {count}]")
+
+
+def check_fit(known: data.Description, found: data.Description, args: argparse.Namespace) -> None:
+    """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
+    if found.classes != known.classes:
+        differ = sorted({*found.classes} ^ {*known.classes})
+        which = f": {differ[0]} is one of the two alone" if differ else ""
+        raise Problem(f"--data: its classes are not those of {args.checkpoint}{which}")
+    if found.pixels != known.pixels:
+        raise Problem(f"--data: its images are not of the type that {args.checkpoint} is for")
+    if found.channels != known.channels:
+        count = f"{known.channels} channels, not {found.channels}"
+        raise Problem(f"--data: {args.checkpoint} is for images of {count}")

@@ -1,24 +1,20 @@
 """``python -m cnn show``: what a network has learned, as a PNG and an HTML page."""
 
 import argparse
-import re
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from . import checkpoint as checkpoints
-from . import data, models, visualize
+from . import data, models, networks, visualize, weights
 from .checkpoint import write
-from .convert import convert
 from .data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
 from .journal import png, tell
 from .models import hed
@@ -28,9 +24,12 @@ from .options import (
     check_pixels,
     check_size,
     chosen_data,
+    chosen_model,
     data_set,
+    model_name,
     not_negative,
     number,
+    run_or_file,
     whole,
 )
 from .problem import FAILURE, Problem
@@ -80,7 +79,7 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
             raise Problem("say what to look at, by --checkpoint or --model")
         torch.manual_seed(args.seed)
         size = args.size or _usual_size(args.model)
-        model = _created(args.model, size)
+        model = networks.create(args.model, image_size=size)
         name, known = args.model, _description(model, size)
     elif str(checkpoint) == HED:
         check_agreed(args, "model", "vgg16")
@@ -102,42 +101,19 @@ def _loaded(
     args: argparse.Namespace, checkpoint: Path
 ) -> tuple[nn.Module, str, Description, dict[str, Any] | None]:
     """The model of a file, its name, its images, and how it was trained where that is told."""
-    parameters, whole = checkpoints.load_parameters(checkpoint)
+    parameters, whole = weights.read(checkpoint)
     if whole:
         known = checkpoints.description(whole, checkpoint)
         config = checkpoints.configuration(whole, checkpoint)
         check_agreed(args, "model", config["model"])
         check_agreed(args, "size", known.size)
-        model = checkpoints.build(config["model"], parameters, known.size, checkpoint)
-        return model, config["model"], known, config
+        name = chosen_model(args.model, config["model"], checkpoint)
+        return weights.build(name, parameters, known.size, checkpoint, known), name, known, config
     if not args.model:
         raise Problem(f"{checkpoint} holds parameters alone: say by --model what it is of")
     size = args.size or _usual_size(args.model)
-    if ":" not in args.model:
-        model = checkpoints.build(args.model, parameters, size, checkpoint)
-    else:
-        model = _created(args.model, size)
-        checkpoints.fill(model, parameters, args.model, checkpoint)
+    model = weights.build(args.model, parameters, size, checkpoint)
     return model, args.model, _description(model, size), None
-
-
-def _model(text: str) -> str:
-    """Read the name of a network: one of ours, or the function that builds another."""
-    if text in models.list() or re.fullmatch(r"[\w.]+:[\w.]+", text):
-        return text
-    known = ", ".join(models.list())
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, and no MODULE:FUNCTION")
-
-
-def _created(name: str, size: int) -> nn.Module:
-    """The network of a name; one that is not ours is converted."""
-    if ":" not in name:
-        with warnings.catch_warnings(action="ignore"):  # of an empty layer
-            return models.create(name, image_size=size)
-    try:
-        return convert(resolve_name(name)())
-    except Exception as error:  # someone else's code can raise anything
-        raise Problem(f"--model: {name}() fails: {type(error).__name__}: {error}") from None
 
 
 def _usual_size(name: str) -> int:
@@ -147,7 +123,7 @@ def _usual_size(name: str) -> int:
 
 def _description(model: nn.Module, size: int) -> Description:
     """What is taken for granted of images where nothing tells: ImageNet's colours."""
-    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    channels = networks.first_convolution(model)[1].in_channels
     mean, std = IMAGENET
     return Description((), size, mean[:channels], std[:channels])
 
@@ -181,11 +157,6 @@ class Images:
         labels = torch.cat([labels for _, labels in self.batches()])
         known = self.subject.description.classes and UNCOUNTED not in labels
         return labels if known else None
-
-    @property
-    def named(self) -> bool:
-        """Whether there are any."""
-        return bool(self.names or self.data or self.subject.data)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of images and, of data sets with the model's classes, their labels."""
@@ -230,94 +201,7 @@ class Images:
         return [i for i in every if int(sets.test[i][1]) == label][: self.limit]
 
 
-# One function a tool: what its result is, of which the rest is made.
-
-
-def _filters(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    options = {"count": args.count, "guided": args.guided}
-    return visualize.filters(subject.model, args.layer, images.without_labels(), **options)
-
-
-def _maps(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.maps(subject.model, images.one(), subject.layer(args, 0), args.count)
-
-
-def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.deconvnet(
-        *(subject.model, images.without_labels(), subject.layer(args), args.map),
-        count=args.count,
-        top=args.top,
-        whole=args.whole,
-        guided=args.guided,
-    )
-
-
-def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    kept = checkpoints.kept(args.checkpoint.parent) if args.checkpoint else {}
-    if not kept:
-        raise Problem("--checkpoint: it lies beside none of a run with train --keep-every")
-    chosen = args.epochs or [*kept]
-    if missing := [epoch for epoch in chosen if epoch not in kept]:
-        raise Problem(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
-    stages = {epoch: look_up(args, kept[epoch]).model for epoch in chosen}
-    return visualize.evolution(
-        *(stages, images.without_labels, subject.layer(args), args.map),
-        count=args.count,
-        guided=args.guided,
-    )
-
-
-def _occlusion(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.occlusion(
-        *(subject.model, images.one(), args.class_, args.layer),
-        size=args.square,
-        stride=args.stride,
-        classes=subject.description.classes,
-    )
-
-
-def _invariance(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    classes, labels = subject.description.classes, images.labels()
-    return visualize.invariance(
-        *(subject.model, images.all(), args.layers, labels), classes=classes
-    )
-
-
-def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    x = images.all()
-    parts = {name: torch.tensor(box).expand(len(x), 4) for name, box in args.part}
-    if len(parts) < len(args.part):
-        raise Problem("--part: two have the same name")
-    layers = args.layers or map_layers(subject.model, subject.example)
-    options = {"random": args.random, "seed": args.seed}
-    return visualize.correspondence(subject.model, x, parts, layers, **options)
-
-
-def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    if args.image:
-        raise Problem("--image: ablation needs labels, give --data")
-    if args.layer and args.layers:
-        raise Problem("--layer: it goes without --layers")
-    if args.map and not args.layer:
-        raise Problem("--map: it needs --layer, whose maps are counted")
-    batches = [*images.batches()]
-    if all(labels.eq(UNCOUNTED).all() for _, labels in batches):
-        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
-    if args.layer:
-        return visualize.map_ablation(subject.model, batches, args.layer, args.map, args.how)
-    return visualize.ablation(subject.model, batches, args.layers, args.how)
-
-
-def _receptive_field(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    x = images.one() if images.named else subject.example[0]
-    return visualize.receptive_field(subject.model, x, args.layers)
-
-
-def _architecture(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
-    return visualize.architecture(subject.model, subject.example.shape[1:], args.depth)
-
-
-# Their arguments.
+# The tools' arguments.
 
 Add = Callable[[argparse.ArgumentParser], Any]
 
@@ -372,49 +256,116 @@ _HOW = _argument("--how", choices=("mean", "zero", "skip"), default="mean", help
 _DEPTH = _argument("--depth", type=whole, default=1, metavar="N", help="of modules opened (1)")
 
 
-class Tool(NamedTuple):
-    """A tool's subject, what makes its result, its arguments, and the images it looks at."""
-
-    help: str
-    make: Callable[[argparse.Namespace, Subject, Images], Any]
-    arguments: tuple[Add, ...]
-    limit: int = 1000
+Make = Callable[[argparse.Namespace, Subject, Images], Any]
+TOOLS: dict[str, tuple[str, Make, tuple[Add, ...], int]] = {}
 
 
-TOOLS = {
-    "filters": Tool("what filters look for", _filters, (_LAYER, _count(64), _GUIDED)),
-    "maps": Tool("a layer's strongest maps of an image", _maps, (_LAYER, _count(16)), 1),
-    "deconvnet": Tool(
-        "what made maps respond, projected to pixels",
-        _deconvnet,
-        (_LAYER, _MAP, _count(9), _TOP, _WHOLE, _GUIDED),
-    ),
-    "evolution": Tool(
-        "the same over the epochs of a run",
-        _evolution,
-        (_LAYER, _MAP, _count(6), _EPOCHS, _GUIDED),
-    ),
-    "occlusion": Tool(
-        "what a square that covers parts of an image changes",
-        _occlusion,
-        (_LAYER, _CLASS, _SQUARE, _STRIDE),
-        1,
-    ),
-    "invariance": Tool("what shifts, scales and rotations change", _invariance, (_LAYERS,), 5),
-    "correspondence": Tool(
-        "whether covering a part changes images alike",
-        _correspondence,
-        (_LAYERS, _PART, _RANDOM),
-        5,
-    ),
-    "ablation": Tool(
-        "what a model is worth without its layers, or without each map of --layer",
-        _ablation,
-        (_LAYERS, _LAYER, _MAP, _HOW),
-    ),
-    "receptive-field": Tool("what layers see of an image", _receptive_field, (_LAYERS,), 1),
-    "architecture": Tool("a model's blocks and their sizes", _architecture, (_DEPTH,)),
-}
+def _tool(help: str, *arguments: Add, limit: int = 1000) -> Callable[[Make], Make]:
+    """Make a function a tool of its name, that shows ``help`` of at most ``limit`` images."""
+
+    def add(make: Make) -> Make:
+        name = make.__name__.strip("_").replace("_", "-")
+        TOOLS[name] = help, make, arguments, limit
+        return make
+
+    return add
+
+
+# One function per tool: what its result is, of which the rest is made.
+
+
+@_tool("what filters look for", _LAYER, _count(64), _GUIDED)
+def _filters(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    options = {"count": args.count, "guided": args.guided}
+    return visualize.filters(subject.model, args.layer, images.without_labels(), **options)
+
+
+@_tool("a layer's strongest maps of an image", _LAYER, _count(16), limit=1)
+def _maps(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    return visualize.maps(subject.model, images.one(), subject.layer(args, 0), args.count)
+
+
+@_tool(
+    "what made maps respond, projected to pixels",
+    *(_LAYER, _MAP, _count(9), _TOP, _WHOLE, _GUIDED),
+)
+def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    options = {name: vars(args)[name] for name in ("count", "top", "whole", "guided")}
+    seen, layer = images.without_labels(), subject.layer(args)
+    return visualize.deconvnet(subject.model, seen, layer, args.map, **options)
+
+
+@_tool("the same over the epochs of a run", _LAYER, _MAP, _count(6), _EPOCHS, _GUIDED)
+def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    kept = checkpoints.kept(args.checkpoint.parent) if args.checkpoint else {}
+    if not kept:
+        raise Problem("--checkpoint: it lies beside none of a run with train --keep-every")
+    chosen = args.epochs or [*kept]
+    if missing := [epoch for epoch in chosen if epoch not in kept]:
+        raise Problem(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
+    stages = {epoch: look_up(args, kept[epoch]).model for epoch in chosen}
+    options, layer = {"count": args.count, "guided": args.guided}, subject.layer(args)
+    return visualize.evolution(stages, images.without_labels, layer, args.map, **options)
+
+
+@_tool(
+    "what a square that covers parts of an image changes",
+    *(_LAYER, _CLASS, _SQUARE, _STRIDE),
+    limit=1,
+)
+def _occlusion(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    options: Any = {"size": args.square, "stride": args.stride}
+    names = subject.description.classes
+    chosen = images.one(), args.class_, args.layer
+    return visualize.occlusion(subject.model, *chosen, classes=names, **options)
+
+
+@_tool("what shifts, scales and rotations change", _LAYERS, limit=5)
+def _invariance(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    names, chosen = subject.description.classes, (images.all(), args.layers, images.labels())
+    return visualize.invariance(subject.model, *chosen, classes=names)
+
+
+@_tool("whether covering a part changes images alike", _LAYERS, _PART, _RANDOM, limit=5)
+def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    x = images.all()
+    parts = {name: torch.tensor(box).expand(len(x), 4) for name, box in args.part}
+    if len(parts) < len(args.part):
+        raise Problem("--part: two have the same name")
+    layers = args.layers or map_layers(subject.model, subject.example)
+    options = {"random": args.random, "seed": args.seed}
+    return visualize.correspondence(subject.model, x, parts, layers, **options)
+
+
+@_tool(
+    "what a model is worth without its layers, or without each map of --layer",
+    *(_LAYERS, _LAYER, _MAP, _HOW),
+)
+def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    if args.image:
+        raise Problem("--image: ablation needs labels, give --data")
+    if args.layer and args.layers:
+        raise Problem("--layer: it goes without --layers")
+    if args.map and not args.layer:
+        raise Problem("--map: it needs --layer, whose maps are counted")
+    batches = [*images.batches()]
+    if all(labels.eq(UNCOUNTED).all() for _, labels in batches):
+        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
+    if args.layer:
+        return visualize.map_ablation(subject.model, batches, args.layer, args.map, args.how)
+    return visualize.ablation(subject.model, batches, args.layers, args.how)
+
+
+@_tool("what layers see of an image", _LAYERS, limit=1)
+def _receptive_field(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    are_named = args.image or args.data or subject.data
+    x = images.one() if are_named else subject.example[0]
+    return visualize.receptive_field(subject.model, x, args.layers)
+
+
+@_tool("a model's blocks and their sizes", _DEPTH)
+def _architecture(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
+    return visualize.architecture(subject.model, subject.example.shape[1:], args.depth)
 
 
 def add_parsers(commands: Any) -> None:
@@ -425,10 +376,10 @@ def add_parsers(commands: Any) -> None:
         tool = tools.add_parser(name, help=help, description=f"Show {help}.")
         tool.set_defaults(run=show, make=make, what=name)
         add = tool.add_argument
-        kind = f"what train wrote, a file of a state_dict, or {HED} for VGG-16's of that package"
-        add("--checkpoint", type=Path, metavar="PATH", help=kind)
-        unknown = "model of a state_dict, or one untrained: its name, or MODULE:FUNCTION"
-        add("--model", type=_model, metavar="NAME", help=unknown)
+        kind = f"a run, a checkpoint, a file of a state_dict, or {HED} for that package's VGG-16"
+        add("--checkpoint", type=run_or_file, metavar="PATH", help=kind)
+        unknown = "model of a state_dict, or one untrained, as for train"
+        add("--model", type=model_name, metavar="NAME", help=unknown)
         add("--size", type=whole, help="side of the images in pixels, where no checkpoint tells")
         known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())
         add("--image", nargs="+", default=(), metavar="PATH", help=f"images; or {known} and others")
@@ -468,7 +419,7 @@ def show(args: argparse.Namespace) -> None:
         print(lines(table))
     command = shlex.join(["python", "-m", "cnn", *sys.argv[1:]])
     caption = f"{args.what} of {args.checkpoint or args.model}"
-    text = page(caption, command, {caption: picture}, table)
+    text = page(caption, command, picture, table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     for path, contents in zip(paths, (picture, text.encode()), strict=True):
         write(path, contents)

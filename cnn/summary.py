@@ -1,6 +1,6 @@
 """What a network is made of: a table of its layers, found without computing anything."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -42,8 +42,8 @@ class Summary(NamedTuple):
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "kind", "output", "field", "parameters", "FLOPs")]
         for name, kind, size, field, *numbers in self.layers:
-            seen = _by(field.size) if field else "-"
-            rows.append((name, kind, _by(size), seen, *(f"{number:,}" for number in numbers)))
+            seen = by(field.size) if field else "-"
+            rows.append((name, kind, by(size), seen, *(f"{number:,}" for number in numbers)))
         rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.flops:,}"))
         return table(rows, "<<>>>>")
 
@@ -56,7 +56,8 @@ def table(rows: Sequence[Sequence[str]], sides: str) -> str:
     return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
-def _by(size: tuple[int, ...]) -> str:
+def by(size: Iterable[int]) -> str:
+    """A size as text: 3x224x224."""
     return "x".join(map(str, size))
 
 

@@ -1,5 +1,8 @@
 """Text of unknown origin, as names of files and classes, made fit to be shown."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 def plain(text: object) -> str:
     """``text`` on one line of printable characters; the others are escaped as in Python.
@@ -28,3 +31,9 @@ def caption(text: object) -> str:
     """
     shown = lines(str(text)).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """What a sentence about an unknown word ends in: those that are like it, if there are any."""
+    close = get_close_matches(word, known)
+    return f": did you mean {' or '.join(close)}?" if close else ""

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from operator import eq
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,114 +13,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from . import checkpoint as checkpoints
-from . import models
-from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch, same_set
+from . import networks, weights
+from .config import OPTIMIZERS, SCHEDULES, Config, Setting
+from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
 from .evaluate import Evaluator, autocast, in_workers, tally
 from .group import Group
 from .interruption import Interrupted, Interruption
-from .journal import Journal, Progress, tell
-from .options import AMP
+from .journal import Journal, Progress, Row, tell
+from .options import check_size
 from .problem import FAILURE, Problem
-
-OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
-    "adamw": (AdamW, 1e-3, 1e-2),
-    "sgd": (lambda *args, **kw: SGD(*args, momentum=0.9, nesterov=True, **kw), 0.05, 5e-4),
-}
-"""Each with its usual rate and weight decay."""
-
-SCHEDULES: dict[str, Callable[[Optimizer, float, int], LRScheduler]] = {
-    "one-cycle": lambda optimizer, lr, steps: OneCycleLR(optimizer, lr, steps),
-    "cosine": lambda optimizer, lr, steps: CosineAnnealingLR(optimizer, steps),
-    "constant": lambda optimizer, lr, steps: ConstantLR(optimizer, 1.0, 0),
-}
-
-
-@dataclass(frozen=True)
-class Config:
-    """What fixes the numbers of a run; one that is resumed keeps it.
-
-    ``batch_size`` counts the images of a step over all processes.
-    """
-
-    model: str = "lenet5"
-    data: str = "digits"
-    size: int | None = None
-    epochs: int = 10
-    batch_size: int = 64
-    optimizer: str = "adamw"
-    lr: float | None = None
-    weight_decay: float | None = None
-    schedule: str = "one-cycle"
-    label_smoothing: float = 0.0
-    ema: float = 0.0
-    augment: bool = False
-    amp: str = "off"
-    channels_last: bool = False
-    compile: bool = False
-    sync_bn: bool = False
-    seed: int = 0
-
-    @classmethod
-    def of(cls, checkpoint: dict[str, Any], path: Path) -> "Config":
-        """The configuration in the checkpoint ``path``. Raises Problem if it is none."""
-        values, known_as = (
-            checkpoints.configuration(checkpoint, path),
-            f"the configuration in {path}",
-        )
-        config = checkpoints.record(cls, values, known_as)
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("amp", AMP)):
-            if (value := vars(config)[name]) not in known:
-                raise Problem(f"{known_as} has {name}={value!r}, none of {', '.join(known)}")
-        return config
-
-    def resumed(self, given: dict[str, Any], path: Path) -> "Config":
-        """This configuration of the checkpoint ``path``, if the arguments ``given`` agree with it.
-
-        Files may have moved: of data in files only the name must agree.
-        """
-        known = asdict(self)
-        for name, value in given.items():
-            same = same_set if name == "data" else eq
-            if not same(value, known[name]):
-                flag = f"--{name.replace('_', '-')}"
-                raise Problem(f"{flag}: {value} contradicts {known[name]} of {path}")
-        return Config(**{**known, **given})
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What may change when a run is resumed.
-
-    Args:
-        folder: of the checkpoints last.pt and best.pt, and of the log.
-        workers: processes that load images, for each process of the run.
-        save_every: steps, or seconds if ``in_seconds``, between checkpoints within an epoch.
-        broken: "skip" or "stop" at an image that cannot be read.
-        keep_every: epochs between checkpoints that stay, as epoch-1.pt; 0 for none.
-    """
-
-    folder: Path
-    workers: int = 0
-    save_every: float = 600.0
-    in_seconds: bool = True
-    broken: str = "stop"
-    keep_every: int = 0
 
 
 @dataclass
 class Position:
-    """How far a run is: whole epochs, steps of the next, the best accuracy, a row an epoch."""
+    """How far a run is: whole epochs, steps of the next, and the log's row of each epoch."""
 
     epoch: int = 0
     step: int = 0
-    best: float = -1.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, checkpoint: dict[str, Any], path: Path) -> "Position":
+        """The position in the checkpoint ``path``. Raises Problem if it is none."""
+        known_as = f"the position in {path}"
+        position = checkpoints.record(cls, checkpoint["position"], known_as)
+        epochs = range(1, len(position.rows) + 1)
+        if position.epoch != len(epochs) or not all(map(_is_row, position.rows, epochs)):
+            raise Problem(f"{known_as} lacks what was measured of its {position.epoch} epochs")
+        return position
+
+    @property
+    def best(self) -> Row | None:
+        """The row of the highest validation accuracy; of equal ones that of the lowest loss."""
+        return max(self.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]), default=None)
+
+
+def _is_row(row: Any, epoch: int) -> bool:
+    measured = ("val_loss", "val_accuracy")
+    return (
+        isinstance(row, dict)
+        and row.get("epoch") == epoch
+        and all(isinstance(row.get(name), float) for name in measured)
+    )
 
 
 def _sound(tensor: Tensor) -> bool:
@@ -150,7 +89,11 @@ class Run:
         }
         torch.manual_seed(config.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        model = models.create(config.model, **options)
+        model = networks.create(config.model, **options)
+        check_size(model.eval(), config.model, description)
+        frozen = weights.freeze(model, config.freeze)
+        if config.freeze and self.group.first:
+            tell(frozen)
         self.prepare = Preparation(description, self.group.device, layout)
         if config.sync_bn:
             if self.group.device.type == "cpu":
@@ -176,15 +119,17 @@ class Run:
         pinned = group.device.type == "cuda"
         options = {"pin_memory": pinned, **in_workers(setting.workers)}
         self.loader = DataLoader(images, batch_sampler=self.batches, **options)  # type: ignore[arg-type]
-        self.watch, watch = (Watch(part, setting.broken, tell) for part in (data.train, data.test))
-        self.test = Evaluator(data.test, self.prepare, config.amp, watch, group, setting.workers)
+        self.watch, watch = (Watch(part, setting.broken, tell) for part in (data.train, data.val))
+        rest = config.amp, watch, group, setting.workers
+        self.validate = Evaluator(data.val, self.prepare, *rest)
 
     def _build_optimizer(self) -> None:
         config = self.config
         make, lr, decay = OPTIMIZERS[config.optimizer]
         lr = lr if config.lr is None else config.lr
         decay = decay if config.weight_decay is None else config.weight_decay
-        self.optimizer = make(self.model.parameters(), lr=lr, weight_decay=decay)
+        parameters = filter(attrgetter("requires_grad"), self.model.parameters())
+        self.optimizer = make(parameters, lr=lr, weight_decay=decay)
         steps = config.epochs * len(self.batches)
         self.schedule = SCHEDULES[config.schedule](self.optimizer, lr, steps)
         self.scaler = torch.amp.GradScaler(self.group.device.type, enabled=config.amp == "fp16")
@@ -195,21 +140,31 @@ class Run:
         return self.average.module if self.average else self.model
 
     def go(self, interruption: Interruption) -> None:
-        """Train to the end, or until interrupted: then raises Interrupted after saving."""
+        """Train until it is over, or interrupted: then raises Interrupted after saving."""
         journal = None
         if self.group.first:
             journal = Journal(self.setting.folder, self.position.epoch)
-        while self.position.epoch < self.config.epochs:
+        while not self.over:
             begun, step = time.monotonic(), self.position.step
             self._train(interruption)
             images = (self.position.step - step) * self.config.batch_size
             rate = images / (time.monotonic() - begun)
             self._finish(rate, interruption, journal)
+        if journal and self.position.epoch < self.config.epochs:
+            reason = f"none of the last {self.config.patience} epochs was better"
+            tell(f"stopped after epoch {self.position.epoch} of {self.config.epochs}: {reason}")
+
+    @property
+    def over(self) -> bool:
+        """Whether all epochs are done, or those that may pass without a better one."""
+        best, patience = self.position.best, self.config.patience
+        waited = self.position.epoch - best["epoch"] if best else 0
+        return self.position.epoch >= self.config.epochs or 0 < patience <= waited
 
     def _train(self, interruption: Interruption) -> None:
         """The steps of an epoch that are left."""
         config, position = self.config, self.position
-        self.network.train()
+        weights.training(self.network)
         self.batches.epoch, self.batches.step = position.epoch, position.step
         steps = len(self.batches)
         counts = (steps * config.batch_size, position.step * config.batch_size)
@@ -259,7 +214,7 @@ class Run:
         return self.position.step % self.setting.save_every == 0
 
     def _finish(self, rate: float, interruption: Interruption, journal: Journal | None) -> None:
-        """Test the model, tell and save."""
+        """Validate the model, tell and save."""
 
         def between() -> None:
             if interruption.signal and self.group.world == 1:
@@ -271,15 +226,15 @@ class Run:
         loss, right, count = self.group.sum(self.totals).tolist()
         rates = loss / max(count, 1), right / max(count, 1)
         self.group.share(self.averaged.buffers())  # each process has its own batch statistics
-        test_loss, test_accuracy = self.test(self.averaged, between)
-        self._check_loss("test loss", test_loss)
+        val_loss, val_accuracy = self.validate(self.averaged, between)
+        self._check_loss("validation loss", val_loss)
         row = {
             "epoch": position.epoch + 1,
             "lr": self.schedule.get_last_lr()[0],
             "train_loss": rates[0],
             "train_accuracy": rates[1],
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
             "images": int(count),
             "images_per_second": round(rate, 1),
         }
@@ -287,17 +242,16 @@ class Run:
         position.epoch += 1
         position.step = 0
         self.totals.zero_()
-        better = test_accuracy > position.best
-        position.best = max(position.best, test_accuracy)
         if journal:
             lost = len(self.batches) * self.config.batch_size - int(count)
             tell(
                 f"epoch {position.epoch}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
-                f"accuracy {row['train_accuracy']:.3f}  test loss {test_loss:.4f}  "
-                f"test accuracy {test_accuracy:.4f}  {rate:.0f} images/s"
+                f"accuracy {row['train_accuracy']:.3f}  validation loss {val_loss:.4f}  "
+                f"validation accuracy {val_accuracy:.4f}  {rate:.0f} images/s"
                 + (f"  {lost} broken images skipped" if lost else "")
             )
-            journal.write(position.rows, last=position.epoch == self.config.epochs)
+            journal.write(position.rows, last=self.over)
+        better = position.best is row
         kept = self.setting.keep_every and position.epoch % self.setting.keep_every == 0
         names = {"best.pt": better, f"epoch-{position.epoch}.pt": kept}
         self.save(*(name for name, wanted in names.items() if wanted))
@@ -322,6 +276,20 @@ class Run:
             yield from model.parameters()
         for kept in self.optimizer.state.values():
             yield from filter(torch.is_tensor, kept.values())
+
+    def begin_folder(self, source: Path | None) -> None:
+        """Clear the folder of another run, and give it the best of the run of ``source``."""
+        best, past, folder = None, self.position.best, self.setting.folder
+        if source and past and (path := source.with_name("best.pt")).exists():
+            with suppress(Problem):
+                found = checkpoints.load(path)
+                if found["position"].get("rows") == self.position.rows[: past["epoch"]]:
+                    best = found, path.read_bytes()
+        for path in checkpoints.results(folder):
+            path.unlink()
+        if best:
+            weights.save(best[0], folder / "best.safetensors")
+            checkpoints.write(folder / "best.pt", best[1])
 
     @property
     def last(self) -> Path:
@@ -353,9 +321,33 @@ class Run:
                 },
             }
             folder = self.setting.folder
+            if "best.pt" in names:
+                weights.save(contents, folder / "best.safetensors")
             checkpoints.save(contents, *(folder / name for name in names), self.last)
         self._saved = time.monotonic()
         self._kept = f"{self.last} holds {self.place}"
+
+    @property
+    def task(self) -> str:
+        """What is trained with what, on what and whereto, in words."""
+        sets, count = self.data, sum(each.numel() for each in self.model.parameters())
+        parts = {"train": sets.train, "validate": sets.val, "test": sets.test}
+        counts = ", ".join(f"{len(part):,} to {use} with" for use, part in parts.items())
+        among = f" in {self.group.world} processes" if self.group.world > 1 else ""
+        return (
+            f"training {self.config.model}, {count:,} parameters, on {self.group.device}{among}; "
+            f"images of {self.config.data}: {counts}; output in {self.setting.folder}"
+        )
+
+    @property
+    def outcome(self) -> str:
+        """Where the best model is, of which epoch and how good, in words."""
+        best, path = self.position.best, self.setting.folder / "best.pt"
+        if not best:
+            return "nothing was trained"
+        holds = "holds" if path.exists() else "is lacking; the best was"
+        epoch = f"epoch {best['epoch']} of {self.config.epochs}"
+        return f"{path} {holds} {epoch}, validation accuracy {best['val_accuracy']:.4f}"
 
     @property
     def place(self) -> str:
@@ -379,9 +371,7 @@ class Run:
             raise Problem(
                 f"--data: {self.config.data} holds other images than when {path} was saved"
             )
-        self.position = checkpoints.record(
-            Position, checkpoint["position"], f"the position in {path}"
-        )
+        self.position = Position.of(checkpoint, path)
         try:
             self._load(training)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

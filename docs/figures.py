@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 import cnn.__main__
 import cnn.functional as F
-from cnn import checkpoint, data
+from cnn import data
 from kernels import device, model, pair_conv, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, full_padding, receptive_field
 from kernels.tile import Tile, blocks_per_multiprocessor
@@ -409,8 +409,8 @@ def descriptor_box() -> Figure:
     cells(right, [[""] * 10] * 10, PALE[GREY], (-1, -1))
     cells(right, [[""] * 8] * 8, shades)
     for (r, s), marker in (((0, 0), "o"), ((1, 2), "x")):
-        rows = [p * g.stride[0] + g.walk[1] + r for p in range(g.P)]
-        columns = [q * g.stride[1] + g.walk[4] + s for q in range(g.Q)]
+        rows = [p * g.stride[0] + g.walk.origin_h + r for p in range(g.P)]
+        columns = [q * g.stride[1] + g.walk.origin_w + s for q in range(g.Q)]
         points = [(w + 0.5, h + 0.5) for h in rows for w in columns]
         colour = tints[rows[0] % 2][columns[0] % 2]
         options = {"linestyle": "", "marker": marker, "color": colour, "markersize": 6}
@@ -646,13 +646,11 @@ def answers(network: torch.nn.Module) -> Figure:
 
 def train(folder: Path) -> None:
     """Train LeNet-5 on the digits and keep its curves and answers in the folder."""
-    words = "train --model lenet5 --data digits --epochs 4 --batch-size 32 --lr 0.005 --output"
+    words = "train --model lenet5 --data digits --epochs 5 --batch-size 32 --lr 0.005 --output"
     with TemporaryDirectory() as run:
         cnn.__main__.main([*words.split(), run, "--overwrite"])
         (folder / "training.png").write_bytes(Path(run, "curves.png").read_bytes())
-        parameters, _ = checkpoint.load_parameters(Path(run, "best.pt"))
-    network = cnn.models.lenet5().eval()
-    network.load_state_dict(parameters)
+        network, *_ = cnn.load(run)
     save(lambda: answers(network), folder / "answers.svg")
 
 

@@ -38,6 +38,8 @@ pair_of: Callable[[Any], tuple] = torch.nn.modules.utils._pair
 """A pair from one number or two, as torch's layers make it."""
 Convolution: type[torch.nn.Module] = torch.nn.modules.conv._ConvNd
 """Of which torch's convolutions are, transposed ones too."""
+BatchNorm: type[torch.nn.Module] = torch.nn.modules.batchnorm._BatchNorm
+"""Of which its batch normalizations are."""
 
 # Triton.
 

@@ -8,6 +8,8 @@ What is kept for backward is one offset a window: see ``expansion``. Sizes and s
 elements.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,11 +21,12 @@ from .indexing import (
     cdiv,
     dot,
     fence_copies,
-    fprop_walk,
     narrow,
+    operands,
     pixel,
     plain,
     plain_strides,
+    pointers,
     program,
     reduction_block,
     reduction_turns,
@@ -32,7 +35,18 @@ from .indexing import (
     widen,
     within,
 )
-from .tile import Tile
+from .tile import Block, Tile
+
+
+class _Window(NamedTuple):
+    """What of a pooling the kernel is compiled for."""
+
+    R: int
+    S: int
+    stride_h: int
+    stride_w: int
+    top: int
+    left: int
 
 
 @triton.jit
@@ -48,11 +62,11 @@ def conv_pool_kernel(
     offsets_strides,
     sizes,  # N, H, W, P, Q, PP, PQ, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # of h, then w: stride, origin, step
-    POOL: tl.constexpr,  # kernel, stride and padding of the height, then of the width
+    walk,  # an IndexMap
+    POOL: tl.constexpr,  # a _Window
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, depth, packed
+    TILE: tl.constexpr,  # a Block
 ):
     """y = max over a window of relu(conv(x, w) + bias), rounded to y's dtype before it is compared;
     offsets = the window's tap that won, or -1 where y is 0 by the ReLU.
@@ -60,16 +74,18 @@ def conv_pool_kernel(
     Of equal values the first wins, of several NaNs the last. Products are summed in float32
     (float64 for float64), in the order in which the convolution alone sums them.
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    DEPTH: tl.constexpr = TILE[2]
-    PACKED: tl.constexpr = TILE[3]
-    TAPS: tl.constexpr = POOL[0] * POOL[3]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    PACKED: tl.constexpr = TILE.packed
+    TAPS: tl.constexpr = POOL.R * POOL.S
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q, PP, PQ = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
+    w_k, w_c, w_r, w_s = w_strides
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
@@ -86,26 +102,27 @@ def conv_pool_kernel(
     best = tl.full((ROWS, COLUMNS), float("-inf"), ACC)
     winner = tl.full((ROWS, COLUMNS), -1, tl.int32)
     for tap in loop(TAPS):
-        p = pp * POOL[1] - POOL[2] + tap // POOL[3]
-        q = pq * POOL[4] - POOL[5] + tap % POOL[3]
+        p = pp * POOL.stride_h - POOL.top + tap // POOL.S
+        q = pq * POOL.stride_w - POOL.left + tap % POOL.S
         row_mask = (n < N) & within(p, P) & within(q, Q)
-        h0 = p * walk[0] + walk[1]
-        w0 = q * walk[3] + walk[4]
-        x_rows = group * C * x_strides[1] + n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
+        h0 = p * stride_h + origin_h
+        w0 = q * stride_w + origin_w
+        x_rows = group * C * x_strides.c + n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
         acc = tl.zeros((ROWS, COLUMNS), ACC)
         for i in loop(reduction_turns(C, R, S, DEPTH, PACKED)):
             c, r, s, inside = reduction_block(i + (pid - pid), C, R, S, DEPTH, PACKED)
-            h = h0[:, None] + r * walk[2]
-            w = w0[:, None] + s * walk[5]
+            h = h0[:, None] + r * step_h
+            w = w0[:, None] + s * step_w
             # [ROWS, DEPTH]
             x_mask = (row_mask[:, None] & inside[None, :]) & within(h, H) & within(w, W)
-            x_offsets = c * x_strides[1] + r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
+            x_offsets = c * x_strides.c + r * step_h * x_strides.h
+            x_offsets += s * step_w * x_strides.w
             x_offsets = x_rows[:, None] + x_offsets[None, :]
             x = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
             # [DEPTH, COLUMNS]
             w_mask = inside[:, None] & k_mask[None, :]
-            w_offsets = c * w_strides[1] + (r * w_strides[2] + s * w_strides[3])
-            w_offsets = (k * w_strides[0])[None, :] + w_offsets[:, None]
+            w_offsets = c * w_c + (r * w_r + s * w_s)
+            w_offsets = (k * w_k)[None, :] + w_offsets[:, None]
             filters = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
             fence_copies()
             acc = dot(x, filters, acc, PRECISION)
@@ -117,13 +134,13 @@ def conv_pool_kernel(
     masked = best <= 0
     mask = (n < N)[:, None] & k_mask[None, :]
     y_strides = plain_strides(y_strides)
-    at = n * y_strides[0] + pp * y_strides[2] + pq * y_strides[3]
-    at = at[:, None] + (k * y_strides[1])[None, :]
+    at = n * y_strides.n + pp * y_strides.h + pq * y_strides.w
+    at = at[:, None] + (k * y_strides.c)[None, :]
     tl.store(y_ptr + at, narrow(tl.where(masked, 0.0, best), DTYPE), mask=mask)
     if offsets_ptr is not None:
-        strides = plain_strides(offsets_strides)
-        at = n * strides[0] + pp * strides[2] + pq * strides[3]
-        at = at[:, None] + (k * strides[1])[None, :]
+        offsets_strides = plain_strides(offsets_strides)
+        at = n * offsets_strides.n + pp * offsets_strides.h + pq * offsets_strides.w
+        at = at[:, None] + (k * offsets_strides.c)[None, :]
         offset = tl.where(masked, -1, winner).to(offsets_ptr.dtype.element_ty)
         tl.store(offsets_ptr + at, offset, mask=mask)
 
@@ -147,19 +164,22 @@ def conv2d_relu_max_pool2d(
     """
     K, C = g.K // g.groups, g.C // g.groups
     windows = g.N * pool.P * pool.Q
-    (R, S), (step_r, step_s), (before_r, before_s) = pool.kernel, pool.stride, pool.padding
-    y_strides = unspecialised_strides(y)
+    window = _Window(*pool.kernel, *pool.stride, *pool.padding)
     device.launch(
         conv_pool_kernel,
         (cdiv(windows, tile.rows) * cdiv(K, tile.columns) * g.groups,),
-        *(x, w, bias, y, offsets, unspecialised_strides(x), w.stride(), y_strides),
-        y_strides if offsets is None else unspecialised_strides(offsets),
-        unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
-        *((g.groups, K, C, g.R, g.S), fprop_walk(g)),
-        (R, step_r, before_r, S, step_s, before_s),
-        *(precision, device.wide(windows, x, w, y)),
-        (tile.rows, tile.columns, tile.depth, tile.packed),
         device=y.device,
+        **operands(x=x, y=y),
+        **pointers(w=w, bias=bias, offsets=offsets),
+        w_strides=w.stride(),
+        offsets_strides=unspecialised_strides(y if offsets is None else offsets),
+        sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
+        reduction=(g.groups, K, C, g.R, g.S),
+        walk=tuple(g.walk),
+        POOL=window,
+        PRECISION=precision,
+        WIDE=device.wide(windows, x, w, y),
+        TILE=Block.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -10,7 +10,7 @@ in dgrad, whose taps are flipped, ``every`` is the stride. Sizes and strides are
 
 from dataclasses import replace
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,28 +19,67 @@ from torch import Tensor
 
 from . import device, replay
 from .device import Device, loop
-from .epilogue import finish, result_strides
+from .epilogue import finish, results
 from .geometry import Conv2dGeometry, Direction, Pair, Taps
 from .indexing import (
+    Strides,
     cdiv,
     narrow,
+    operands,
     pixel,
     plain,
     plain_strides,
     power_of_2,
     program,
     unspecialised,
-    unspecialised_strides,
     widen,
     within,
 )
-from .split_sum import parts_like, split_sum
+from .split_sum import gradients
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 
 def supports(g: Conv2dGeometry) -> bool:
     """Whether each group has one channel, of several; a single channel makes a matrix product."""
     return g.groups == g.C > 1
+
+
+class _AxisWalk(NamedTuple):
+    """Place p meets tap r in row (p * stride + origin) / every + r * step of x, and is row
+    p * y_step + y_first of y. A patch's places are ``spacing`` apart; the first patch starts
+    ``shift`` places before the first.
+    """
+
+    spacing: int
+    shift: int
+    stride: int
+    origin: int
+    step: int
+    y_step: int
+    y_first: int
+
+
+class _Line(NamedTuple):
+    """What of a patch lies along one axis: its places, and the taps of a turn or of a program."""
+
+    places: int
+    taps: int
+    apart: int
+    every: int
+
+
+class _Lines(NamedTuple):
+    rows: _Line
+    columns: _Line
+
+
+class _Block(NamedTuple):
+    """What of a tile a kernel is compiled for."""
+
+    rows: int
+    columns: int
+    unit: int  # channels that lie side by side in 16 bytes
+    fold: int  # filters of a channel that dgrad sums
 
 
 @triton.constexpr_function
@@ -54,34 +93,36 @@ def pixels_of(line):
 def tap_at(lines, place, h, w):
     """The tap at which a patch's place meets the patch's pixel (h, w); -1 for none."""
     rows, columns = lines
-    R, S = rows[1], columns[1]
-    r = rows[3] * h - rows[2] * (place // columns[0])
-    s = columns[3] * w - columns[2] * (place % columns[0])
+    _, R, row_apart, row_every = rows
+    places, S, column_apart, column_every = columns
+    r = row_every * h - row_apart * (place // places)
+    s = column_every * w - column_apart * (place % places)
     return r * S + s if 0 <= r < R and 0 <= s < S else -1
 
 
 @triton.constexpr_function
-def is_met(lines, h, w):
-    """Whether any place of a patch meets the patch's pixel (h, w)."""
-    return any(tap_at(lines, i, h, w) >= 0 for i in range(lines[0][0] * lines[1][0]))
+def is_met(lines, places, h, w):
+    """Whether any of a patch's places meets the patch's pixel (h, w)."""
+    return any(tap_at(lines, i, h, w) >= 0 for i in range(places))
 
 
 @triton.jit
 def aligned_strides(strides, UNIT: tl.constexpr):
-    """(n, c, h, w) of unspecialised strides; the compiler sees those that are multiples of UNIT."""
+    """The Strides that were unspecialised; the compiler sees those that are multiples of UNIT."""
     n, c, h, w = plain_strides(strides)
-    return n // UNIT * UNIT, c, h // UNIT * UNIT, w // UNIT * UNIT
+    return Strides(n // UNIT * UNIT, c, h // UNIT * UNIT, w // UNIT * UNIT)
 
 
 @triton.jit
 def load_taps(w_ptr, first, steps, filters, mask, LINES: tl.constexpr, ACC: tl.constexpr):
     """The taps [1, COLUMNS] of one turn, those of a row side by side."""
-    R: tl.constexpr = LINES[0][1]
-    S: tl.constexpr = LINES[1][1]
+    R: tl.constexpr = LINES.rows.taps
+    S: tl.constexpr = LINES.columns.taps
+    r_step, s_step, tap_size = steps
     taps = ()
     for i in tl.static_range(R * S):
-        tap = first + (i // S * steps[0] + i % S * steps[1])
-        taps += (widen(tl.load(w_ptr + (tap * steps[2] + filters), mask=mask, other=0.0), ACC),)
+        tap = first + (i // S * r_step + i % S * s_step)
+        taps += (widen(tl.load(w_ptr + (tap * tap_size + filters), mask=mask, other=0.0), ACC),)
     return taps
 
 
@@ -90,7 +131,7 @@ def add_products(
     sums,
     taps,
     x_ptr,  # [1, COLUMNS]
-    x_strides,  # h, w
+    x_strides,
     corner,  # h, w of the patch's first pixel, [ROWS, 1]
     steps,  # between its pixels, along h and w
     sizes,  # H, W
@@ -99,15 +140,18 @@ def add_products(
 ):
     """sums[place] + x[pixel] * taps[tap] over all that meet; each pixel is loaded once."""
     ACC: tl.constexpr = sums[0].dtype
-    PLACES: tl.constexpr = LINES[0][0] * LINES[1][0]
-    for i in tl.static_range(pixels_of(LINES[0])):
-        h = corner[0] + i * steps[0]
-        row_mask = mask & within(h, sizes[0])
-        for j in tl.static_range(pixels_of(LINES[1])):
-            if is_met(LINES, i, j):
-                w = corner[1] + j * steps[1]
-                offsets = h * x_strides[0] + w * x_strides[1]
-                x = tl.load(x_ptr + offsets, mask=row_mask & within(w, sizes[1]), other=0.0)
+    PLACES: tl.constexpr = LINES.rows.places * LINES.columns.places
+    h0, w0 = corner
+    h_step, w_step = steps
+    H, W = sizes
+    for i in tl.static_range(pixels_of(LINES.rows)):
+        h = h0 + i * h_step
+        row_mask = mask & within(h, H)
+        for j in tl.static_range(pixels_of(LINES.columns)):
+            if is_met(LINES, PLACES, i, j):
+                w = w0 + j * w_step
+                offsets = h * x_strides.h + w * x_strides.w
+                x = tl.load(x_ptr + offsets, mask=row_mask & within(w, W), other=0.0)
                 x = widen(x, ACC)
                 for place in tl.static_range(PLACES):
                     if tap_at(LINES, place, i, j) >= 0:
@@ -127,34 +171,38 @@ def depthwise_kernel(
     y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
     sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; unspecialised
     reduction,  # K, REPEAT, R, S; the first tap, and the steps between rows and columns
-    walk,  # of p, then q: spacing, shift, stride, origin, step; then step and first of y
+    down,  # the _AxisWalk of p
+    across,  # of q
     RELU: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, unit, FOLD
-    LINES: tl.constexpr,  # of p, then q: places, taps of a turn, apart, every
+    TILE: tl.constexpr,  # a _Block
+    LINES: tl.constexpr,  # the _Lines of a turn
 ):
     """y[n,k,p,q] = relu?(sum over m,r,s of x[n,c,h,w] * w[r,s,f] + bias[k] + residual[n,k,p,q]).
 
     m runs to FOLD, c = k // REPEAT * FOLD + m and f = k * FOLD + m: fprop repeats each channel of
-    x for several filters, dgrad folds the filters of a channel together. h = (p * stride + origin)
-    / every + r * step, likewise w; x is zero outside. The p-th row is row p * step + first of y and
-    of the residual, likewise q. One program writes ``rows`` strips of patches, one below the other,
-    by a tile of channels, accumulated in float32 (float64 for float64).
+    x for several filters, dgrad folds the filters of a channel together. ``down`` says where p and
+    r meet in x, ``across`` where q and s do; x is zero outside. One program writes ``rows`` strips
+    of patches, one below the other, by a tile of channels, accumulated in float32 (float64 for
+    float64).
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    UNIT: tl.constexpr = TILE[2]
-    FOLD: tl.constexpr = TILE[3]
-    ROW_PLACES: tl.constexpr = LINES[0][0]
-    COLUMN_PLACES: tl.constexpr = LINES[1][0]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    UNIT: tl.constexpr = TILE.unit
+    FOLD: tl.constexpr = TILE.fold
+    ROW_PLACES: tl.constexpr = LINES.rows.places
+    COLUMN_PLACES: tl.constexpr = LINES.columns.places
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q, column_strips, row_strips, turns = plain(sizes)
     K, REPEAT, R, S, first, r_step, s_step = reduction
     K = K // UNIT * UNIT
+    spacing_p, shift_p, stride_h, origin_h, step_h, step_p, first_p = down
+    spacing_q, shift_q, stride_w, origin_w, step_w, step_q, first_q = across
     x_strides = aligned_strides(x_strides, UNIT)
-    added = aligned_strides(y_strides[0], UNIT)
-    y_strides = aligned_strides(y_strides[1], UNIT)
+    added, y_strides = y_strides
+    added = aligned_strides(added, UNIT)
+    y_strides = aligned_strides(y_strides, UNIT)
 
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
@@ -163,13 +211,12 @@ def depthwise_kernel(
     strip = pid // column_tiles * ROWS + tl.arange(0, ROWS)[:, None]
     n, strip, q0 = pixel(strip, column_strips, row_strips)
     mask = (n < N) & k_mask
-    q0 = q0 // walk[7] * (walk[7] * COLUMN_PLACES) + q0 % walk[7] - walk[8]
-    w0 = (q0 * walk[9] + walk[10]) // LINES[1][3]
-    x_ptr += n * x_strides[0]
-    x_steps = x_strides[2], x_strides[3]
-    pixel_steps = walk[4], walk[11]
-    rows = R // LINES[0][1]
-    columns = S // LINES[1][1]
+    q0 = q0 // spacing_q * (spacing_q * COLUMN_PLACES) + q0 % spacing_q - shift_q
+    w0 = (q0 * stride_w + origin_w) // LINES.columns.every
+    x_ptr += n * x_strides.n
+    pixel_steps = step_h, step_w
+    rows = R // LINES.rows.taps
+    columns = S // LINES.columns.taps
     tap_steps = r_step, s_step, K * FOLD
 
     start = tl.zeros((ROWS, COLUMNS), ACC)
@@ -177,33 +224,33 @@ def depthwise_kernel(
         start += widen(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
     for turn in loop(turns):
         p0 = strip * turns + turn
-        p0 = p0 // walk[0] * (walk[0] * ROW_PLACES) + p0 % walk[0] - walk[1]
-        h0 = (p0 * walk[2] + walk[3]) // LINES[0][3]
+        p0 = p0 // spacing_p * (spacing_p * ROW_PLACES) + p0 % spacing_p - shift_p
+        h0 = (p0 * stride_h + origin_h) // LINES.rows.every
         sums = ()
         for _ in tl.static_range(ROW_PLACES * COLUMN_PLACES):
             sums += (start,)
         for part in loop(FOLD * rows * columns):
             m = part // (rows * columns) if FOLD > 1 else 0
-            r = part // columns % rows * LINES[0][1]
-            s = part % columns * LINES[1][1]
+            r = part // columns % rows * LINES.rows.taps
+            s = part % columns * LINES.columns.taps
             tap = first + r * r_step + s * s_step
             taps = load_taps(w_ptr, tap, tap_steps, k * FOLD + m, k_mask, LINES, ACC)
-            x_columns = x_ptr + (k // REPEAT * FOLD + m) * x_strides[1]
-            corner = h0 + r * walk[4], w0 + s * walk[11]
+            x_columns = x_ptr + (k // REPEAT * FOLD + m) * x_strides.c
+            corner = h0 + r * step_h, w0 + s * step_w
             sums = add_products(
-                sums, taps, x_columns, x_steps, corner, pixel_steps, (H, W), mask, LINES
+                sums, taps, x_columns, x_strides, corner, pixel_steps, (H, W), mask, LINES
             )
         for i in tl.static_range(ROW_PLACES * COLUMN_PLACES):
-            p = p0 + i // COLUMN_PLACES * walk[0]
-            q = q0 + i % COLUMN_PLACES * walk[7]
+            p = p0 + i // COLUMN_PLACES * spacing_p
+            q = q0 + i % COLUMN_PLACES * spacing_q
             y_mask = mask & within(p, P) & within(q, Q)
-            p = p * walk[5] + walk[6]
-            q = q * walk[12] + walk[13]
+            p = p * step_p + first_p
+            q = q * step_q + first_q
             residual_at = 0
             if residual_ptr is not None:
-                residual_at = k * added[1] + (n * added[0] + p * added[2] + q * added[3])
+                residual_at = k * added.c + (n * added.n + p * added.h + q * added.w)
             y = finish(sums[i], None, k, k_mask, residual_ptr, residual_at, y_mask, RELU, DTYPE)
-            y_at = k * y_strides[1] + (n * y_strides[0] + p * y_strides[2] + q * y_strides[3])
+            y_at = k * y_strides.c + (n * y_strides.n + p * y_strides.h + q * y_strides.w)
             tl.store(y_ptr + y_at, y, mask=y_mask)
 
 
@@ -224,12 +271,13 @@ def depthwise_wgrad_kernel(
     dy_strides,  # n, k, p, q, unspecialised
     dw_strides,  # split, k, 1, r, s
     sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; unspecialised
-    reduction,  # K, REPEAT, R, S and what depthwise_kernel takes besides; so is walk
-    walk,
+    reduction,  # K, REPEAT, R, S and what depthwise_kernel takes besides
+    down,  # the _AxisWalk of p
+    across,  # of q
     splits,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, unit
-    LINES: tl.constexpr,  # of p, then q: places, taps of a program, apart, every
+    TILE: tl.constexpr,  # a _Block
+    LINES: tl.constexpr,  # the _Lines of a program
 ):
     """dw[k,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,k // REPEAT,h,w]; db[k] = sum of dy[n,k,p,q].
 
@@ -237,17 +285,19 @@ def depthwise_wgrad_kernel(
     each of its rows adds up its own products, in float32 (float64 for float64), and the rows are
     summed once. The programs of the first taps sum dy as well.
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    UNIT: tl.constexpr = TILE[2]
-    R_TAPS: tl.constexpr = LINES[0][1]
-    S_TAPS: tl.constexpr = LINES[1][1]
-    PLACES: tl.constexpr = LINES[1][0]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    UNIT: tl.constexpr = TILE.unit
+    R_TAPS: tl.constexpr = LINES.rows.taps
+    S_TAPS: tl.constexpr = LINES.columns.taps
+    PLACES: tl.constexpr = LINES.columns.places
     TAPS: tl.constexpr = R_TAPS * S_TAPS if dw_ptr is not None else 0
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q, column_strips, row_strips, turns = plain(sizes)
     K, REPEAT, R, S, _, _, _ = reduction
     K = K // UNIT * UNIT
+    _, _, stride_h, origin_h, step_h, _, _ = down
+    spacing, _, stride_w, origin_w, step_w, _, _ = across
     x_strides = aligned_strides(x_strides, UNIT)
     dy_strides = aligned_strides(dy_strides, UNIT)
 
@@ -263,8 +313,8 @@ def depthwise_wgrad_kernel(
     s0 = part % (S // S_TAPS) * S_TAPS
     split = pid // (column_tiles * parts)
     blocks = tl.cdiv(tl.cdiv((pid * 0 + N) * column_strips * row_strips, ROWS), splits)
-    x_ptr += k // REPEAT * x_strides[1]
-    dy_ptr += k * dy_strides[1]
+    x_ptr += k // REPEAT * x_strides.c
+    dy_ptr += k * dy_strides.c
 
     db = tl.zeros((ROWS, COLUMNS), ACC)
     dw = ()
@@ -273,31 +323,31 @@ def depthwise_wgrad_kernel(
     for block in loop(blocks):
         strip = (split * blocks + block) * ROWS + tl.arange(0, ROWS)[:, None]
         n, strip, q0 = pixel(strip, column_strips, row_strips)
-        q0 = q0 // walk[7] * (walk[7] * PLACES) + q0 % walk[7]
-        w0 = q0 * walk[9] + walk[10] + s0 * walk[11]
+        q0 = q0 // spacing * (spacing * PLACES) + q0 % spacing
+        w0 = q0 * stride_w + origin_w + s0 * step_w
         for turn in loop(turns):
             p = strip * turns + turn
-            h0 = p * walk[2] + walk[3] + r0 * walk[4]
+            h0 = p * stride_h + origin_h + r0 * step_h
             mask = (n < N) & (p < P) & k_mask
             dys = ()
             for i in tl.static_range(PLACES):
-                q = q0 + i * walk[7]
-                offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+                q = q0 + i * spacing
+                offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
                 dy = tl.load(dy_ptr + offsets, mask=mask & (q < Q), other=0.0)
                 dys += (widen(dy, ACC),)
                 db += dys[i]
             if dw_ptr is not None:
-                for i in tl.static_range(pixels_of(LINES[0])):
-                    h = h0 + i * walk[4]
-                    for j in tl.static_range(pixels_of(LINES[1])):
-                        if is_met(LINES, i, j):
-                            w = w0 + j * walk[11]
-                            offsets = n * x_strides[0] + h * x_strides[2] + w * x_strides[3]
+                for i in tl.static_range(pixels_of(LINES.rows)):
+                    h = h0 + i * step_h
+                    for j in tl.static_range(pixels_of(LINES.columns)):
+                        if is_met(LINES, PLACES, i, j):
+                            w = w0 + j * step_w
+                            offsets = n * x_strides.n + h * x_strides.h + w * x_strides.w
                             x_mask = mask & within(h, H) & within(w, W)
                             x = widen(tl.load(x_ptr + offsets, mask=x_mask, other=0.0), ACC)
                             for place in tl.static_range(PLACES):
                                 if tap_at(LINES, place, i, j) >= 0:
-                                    valid = q0 + place * walk[7] < Q
+                                    valid = q0 + place * spacing < Q
                                     added = dw[tap_at(LINES, place, i, j)] + x * dys[place]
                                     # Else the zero of a place outside y would meet an infinity.
                                     added = tl.where(valid, added, dw[tap_at(LINES, place, i, j)])
@@ -312,10 +362,11 @@ def depthwise_wgrad_kernel(
             total = narrow(sum_rows(db, ROWS, COLUMNS), db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * K + k, total, mask=k_mask)
     if dw_ptr is not None:
-        dw_ptr += split * dw_strides[0] + k * dw_strides[1]
+        dw_split, dw_k, _, dw_r, dw_s = dw_strides
+        dw_ptr += split * dw_split + k * dw_k
         for tap in tl.static_range(TAPS):
             total = narrow(sum_rows(dw[tap], ROWS, COLUMNS), dw_ptr.dtype.element_ty)
-            offset = (r0 + tap // S_TAPS) * dw_strides[3] + (s0 + tap % S_TAPS) * dw_strides[4]
+            offset = (r0 + tap // S_TAPS) * dw_r + (s0 + tap % S_TAPS) * dw_s
             tl.store(dw_ptr + offset, total, mask=k_mask)
 
 
@@ -329,14 +380,14 @@ class _Axis(NamedTuple):
     tap_step: int
     apart: int
     every: int
-    walk: tuple[int, int, int, int, int, int, int]  # as the kernel takes it
+    walk: _AxisWalk
 
 
 def _forward_axis(g: Conv2dGeometry, axis: int) -> _Axis:
     size, places = ((g.H, g.P), (g.W, g.Q))[axis]
     stride, dilation, (before, _) = g.stride[axis], g.dilation[axis], g.padding[axis]
     shared = gcd(stride, dilation)
-    walk = (dilation // shared, 0, stride, -before, dilation, 1, 0)
+    walk = _AxisWalk(dilation // shared, 0, stride, -before, dilation, 1, 0)
     return _Axis(size, places, g.kernel[axis], 0, 1, stride // shared, 1, walk)
 
 
@@ -348,14 +399,15 @@ def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
     size, places = ((g.P, g.H), (g.Q, g.W))[axis]
     taps, stride, (before, _) = g.kernel[axis], g.stride[axis], g.padding[axis]
     origin = before - (taps - 1)
-    walk = (1, origin % stride, 1, origin, 1, 1, 0)
+    walk = _AxisWalk(1, origin % stride, 1, origin, 1, 1, 0)
     return _Axis(size, places, taps, taps - 1, -1, 1, stride, walk)
 
 
 def _parity_axis(taps: Taps, size: int) -> _Axis:
     """One parity of dx: a convolution of stride 1 with taps of its own, flipped."""
     last = taps.taps - 1
-    walk = (taps.step, 0, 1, taps.origin - last * taps.step, taps.step, taps.stride, taps.first)
+    origin = taps.origin - last * taps.step
+    walk = _AxisWalk(taps.step, 0, 1, origin, taps.step, taps.stride, taps.first)
     first_tap = taps.tap + last * taps.tap_step
     return _Axis(size, taps.count, taps.taps, first_tap, -taps.tap_step, 1, 1, walk)
 
@@ -386,17 +438,12 @@ def _axes(
     return [(_parity_axis(row, g.P), _parity_axis(column, g.Q)) for row, column in g.dgrad()]
 
 
-Line = tuple[int, int, int, int]
-
-
 class _Walk(NamedTuple):
-    """What distinguishes one launch from another, besides its tensors; as the kernels take it."""
+    """What distinguishes one launch from another, besides its tensors."""
 
     strips: int
-    sizes: tuple[int, ...]
-    reduction: tuple[int, ...]
-    walk: tuple[int, ...]
-    lines: tuple[Line, Line]
+    lines: _Lines
+    arguments: dict[str, Any]  # of the kernels
 
 
 _TURNS = 8  # patches of a strip, at most: they share rows of pixels through L1
@@ -417,25 +464,26 @@ def _walks(
         sizes = (g.N, row.size, column.size, row.places, column.places)
         first_tap = row.first_tap * g.S + column.first_tap
         tap_steps = row.tap_step * g.S, column.tap_step
-        walks.append(
-            _Walk(
-                g.N * column_strips * row_strips,
-                unspecialised((*sizes, column_strips, row_strips, turns)),
-                (K, repeat, row.taps, column.taps, first_tap, *tap_steps),
-                row.walk + column.walk,
-                (
-                    (tile.patch[0], R, row.apart, row.every),
-                    (tile.patch[1], S, column.apart, column.every),
-                ),
-            )
+        height, width = tile.patch
+        lines = _Lines(
+            rows=_Line(height, R, row.apart, row.every),
+            columns=_Line(width, S, column.apart, column.every),
         )
+        arguments = {
+            "sizes": unspecialised((*sizes, column_strips, row_strips, turns)),
+            "reduction": (K, repeat, row.taps, column.taps, first_tap, *tap_steps),
+            "down": tuple(row.walk),
+            "across": tuple(column.walk),
+            "LINES": lines,
+        }
+        walks.append(_Walk(g.N * column_strips * row_strips, lines, arguments))
     return tuple(walks)
 
 
 def _patches(axis: _Axis, places: int) -> int:
     """How many patches cover an axis; where a patch's places lie apart, others lie between them."""
-    spacing, shift, *_ = axis.walk
-    return cdiv(axis.places + shift, places * spacing) * spacing
+    spacing = axis.walk.spacing
+    return cdiv(axis.places + axis.walk.shift, places * spacing) * spacing
 
 
 def _unit(channels: int, *tensors: Tensor | None) -> int:
@@ -467,16 +515,19 @@ def _convolve(
     taps = replay.derive(w, lambda w: w.reshape(g.K, g.R * g.S).t().contiguous())
     wide = device.wide(N * P * Q, x, w, residual, y)
     fold = g.K // g.C if direction == "dgrad" else 1
-    block = (tile.rows, tile.columns, _unit(K, x, residual, y), fold)
-    x_strides, y_strides = unspecialised_strides(x), result_strides(residual, y)
+    block = _Block(tile.rows, tile.columns, _unit(K, x, residual, y), fold)
     multiprocessors = device.describe(x.device).multiprocessors
     for walk in _walks(direction, g, tile, x.element_size(), multiprocessors):
         device.launch(
             depthwise_kernel,
             (cdiv(walk.strips, tile.rows) * cdiv(K, tile.columns),),
-            *(x, taps, bias, residual, y, x_strides, y_strides, walk.sizes, walk.reduction),
-            *(walk.walk, relu, wide, block, walk.lines),
             device=x.device,
+            **operands(x=x),
+            w_ptr=taps,
+            **results(bias, residual, y, relu),
+            **walk.arguments,
+            WIDE=wide,
+            TILE=block,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -529,36 +580,30 @@ def wgrad(
 
     The strips are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
     """
-    dw_parts = None if dw is None else parts_like(dw, tile.splits)
-    db_parts = None if db is None else parts_like(db, tile.splits)
     _, K, P, Q = dy.shape
     multiprocessors = device.describe(x.device).multiprocessors
     (walk,) = _walks("wgrad", g, tile, x.element_size(), multiprocessors)
-    parts = 1 if dw is None else _tap_parts(g, walk)
-    device.launch(
-        depthwise_wgrad_kernel,
-        (cdiv(K, tile.columns) * parts * tile.splits,),
-        *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
-        (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
-        *(walk.sizes, walk.reduction, walk.walk, tile.splits),
-        device.wide(g.N * P * Q, x, dy, dw_parts),
-        (tile.rows, tile.columns, _unit(K, x, dy)),
-        walk.lines,
-        device=x.device,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **device.all_registers(x.device),
-    )
-    if dw is not None and dw_parts is not None:
-        split_sum(dw_parts, dw)
-    if db is not None and db_parts is not None:
-        split_sum(db_parts, db)
+    tap_parts = 1 if dw is None else _tap_parts(g, walk)
+    with gradients(dw, db, tile.splits) as parts:
+        device.launch(
+            depthwise_wgrad_kernel,
+            (cdiv(K, tile.columns) * tap_parts * tile.splits,),
+            device=x.device,
+            **operands(x=x, dy=dy),
+            **parts,
+            **walk.arguments,
+            splits=tile.splits,
+            WIDE=device.wide(g.N * P * Q, x, dy, parts["dw_ptr"]),
+            TILE=_Block(tile.rows, tile.columns, _unit(K, x, dy), fold=1),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **device.all_registers(x.device),
+        )
 
 
 def _tap_parts(g: Conv2dGeometry, walk: _Walk) -> int:
     """Among how many programs wgrad divides the taps."""
-    (_, R, *_), (_, S, *_) = walk.lines
-    return g.R // R * (g.S // S)
+    return g.R // walk.lines.rows.taps * (g.S // walk.lines.columns.taps)
 
 
 def choose_tile(

@@ -14,6 +14,7 @@ Operands need channels side by side, pixels in memory order and rows that start 
 (``planner.layout_of`` says "aligned"). Sizes and strides are in elements.
 """
 
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ from .device import Device, loop
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Direction, Taps
 from .indexing import cdiv, dot, narrow, plain, program, unspecialised, widen
-from .split_sum import parts_like, split_sum
-from .tile import Box, Tile, blocks_per_multiprocessor
+from .split_sum import gradients
+from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of
 
 
 @triton.jit
@@ -66,28 +67,29 @@ def add_products(
     ROWS: tl.constexpr = acc.shape[1]
     turns, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
     n, p, q = box
+    x_first, w_first, column = first
     c, r, s = 0, 0, 0
     for _ in loop(turns):
         h = origin_h + r * step_h
         w = origin_w + s * step_w
         if len(x_desc.block_shape) == 5:
             # The pair of pixels, then which of the two: of rows by an axis, of columns by channels.
-            half = (w & 1) * (x_desc.shape[4] // 2) + first[0] + c
+            half = (w & 1) * (x_desc.shape[4] // 2) + x_first + c
             if ROWS_FIRST:
                 x = x_desc.load([p + (h >> 1), h & 1, n, q + (w >> 1), half])
             else:
                 x = x_desc.load([n, p + (h >> 1), h & 1, q + (w >> 1), half])
         elif ROWS_FIRST:
-            x = x_desc.load([p + h, n, q + w, first[0] + c])
+            x = x_desc.load([p + h, n, q + w, x_first + c])
         else:
-            x = x_desc.load([n, p + h, q + w, first[0] + c])
+            x = x_desc.load([n, p + h, q + w, x_first + c])
         x = x.reshape(ROWS, DEPTH).T
         tap_r = tap_h + r * tap_step_h
         tap_s = tap_w + s * tap_step_w
         if TRANSPOSED:
-            filters = w_desc.load([tap_r, tap_s, first[1] + c, first[2]]).reshape(DEPTH, COLUMNS).T
+            filters = w_desc.load([tap_r, tap_s, w_first + c, column]).reshape(DEPTH, COLUMNS).T
         else:
-            filters = w_desc.load([tap_r, tap_s, first[2], first[1] + c]).reshape(COLUMNS, DEPTH)
+            filters = w_desc.load([tap_r, tap_s, column, w_first + c]).reshape(COLUMNS, DEPTH)
         acc = dot(filters, x, acc, PRECISION)
         c, r, s = next_tap(c, r, s, C, S, DEPTH)
     return acc
@@ -123,7 +125,8 @@ def product_kernel(
     walks,  # a Walk for each parity
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,  # box (n, p, q), columns, depth, whether w's channels are the columns
+    TRANSPOSED: tl.constexpr,  # whether w's channels are the columns
+    TILE: tl.constexpr,  # a BoxBlock
 ):
     """y = relu?(scale * products of x's boxes with w's taps + bias + residual).
 
@@ -131,13 +134,12 @@ def product_kernel(
     channels of one group, accumulated in float32 and stored in two halves. Neighbouring programs
     have the same box and other columns: what they read of x is in L2 once, and all of w stays.
     """
-    BOX_N: tl.constexpr = TILE[0]
-    BOX_P: tl.constexpr = TILE[1]
-    BOX_Q: tl.constexpr = TILE[2]
-    COLUMNS: tl.constexpr = TILE[3]
-    DEPTH: tl.constexpr = TILE[4]
-    TRANSPOSED: tl.constexpr = TILE[5]
-    ROWS: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    BOX_N: tl.constexpr = TILE.n
+    BOX_P: tl.constexpr = TILE.p
+    BOX_Q: tl.constexpr = TILE.q
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
     boxes_p, boxes_q, column_tiles, groups, K, C = plain(sizes)
 
@@ -201,9 +203,16 @@ class Walk(NamedTuple):
 def _walk(row: Taps, column: Taps, blocks: int, sign: int) -> Walk:
     """dgrad reads dy at origin - step (sign -1) from a pixel, fprop a pixel at the negative."""
     return Walk(
-        *(row.taps * column.taps * blocks, column.taps),
-        *(-sign * row.origin, -sign * column.origin, sign * row.step, sign * column.step),
-        *(row.tap, column.tap, row.tap_step, column.tap_step),
+        turns=row.taps * column.taps * blocks,
+        S=column.taps,
+        origin_h=-sign * row.origin,
+        origin_w=-sign * column.origin,
+        step_h=sign * row.step,
+        step_w=sign * column.step,
+        tap_h=row.tap,
+        tap_w=column.tap,
+        tap_step_h=row.tap_step,
+        tap_step_w=column.tap_step,
     )
 
 
@@ -231,10 +240,11 @@ def keeps_places_apart(g: Conv2dGeometry, box: Box) -> bool:
     """
     if g.pointwise:
         return True
+    _, height, width = box
     rows, columns = zip(*g.dgrad(), strict=True)
     return all(
         places % length == 0 or all(places - taps.origin >= taps.count for taps in parities)
-        for places, length, parities in ((g.P, box[1], rows), (g.Q, box[2], columns))
+        for places, length, parities in ((g.P, height, rows), (g.Q, width, columns))
     )
 
 
@@ -257,24 +267,32 @@ def supports(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precis
     return direction == "dgrad" or len(read_parities(g)) <= 4
 
 
+Descriptors = dict[str, TensorDescriptor | None]
+
+
+def x_descs(*xs: TensorDescriptor) -> Descriptors:
+    """The arguments, by name, of kernels that take up to four descriptors of x."""
+    return dict(zip_longest(("x_desc", "x1_desc", "x2_desc", "x3_desc"), xs))
+
+
 def reads(
     g: Conv2dGeometry, x: Tensor, box: Box, depth: int, *, flat: bool = False
-) -> tuple[list[TensorDescriptor | None], list[Walk]]:
+) -> tuple[Descriptors, list[Walk]]:
     """How fprop's boxes read x: a descriptor and the walk of its taps for each parity, or one of
-    both for all; as many as the kernels take. ``flat``: the pixels count as images of one.
+    both for all. ``flat``: the pixels count as images of one.
     """
     blocks = cdiv(g.C // g.groups, depth)
     if takes_pairs(g, depth) and x.stride(3) == g.C:
         (top, _), (left, _) = g.padding
         walk = Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)
-        return [image_pairs(x, box, depth), None, None, None], [walk]
+        return x_descs(image_pairs(x, box, depth)), [walk]
     parities = read_parities(g)
     xs = [images(x, (*box, depth), parity, flat=flat) for parity in parities]
-    return [*xs, *[None] * (4 - len(xs))], [_walk(*parity, blocks, 1) for parity in parities]
+    return x_descs(*xs), [_walk(*parity, blocks, 1) for parity in parities]
 
 
 def _multiply(
-    xs: list[TensorDescriptor | None],
+    xs: Descriptors,
     walks: list[Walk],
     w: TensorDescriptor,
     bias: Tensor | None,
@@ -288,25 +306,35 @@ def _multiply(
     transposed: bool = False,
 ) -> None:
     """One launch of ``product_kernel``, which writes y[N, P, Q, channels]."""
-    groups, box = g.groups, _box(tile)
+    groups = g.groups
     channels, depth = g.K // groups, g.C // groups
     if transposed:
         channels, depth = depth, channels
     # Groups share descriptors: blocks must not run from one into the next.
     assert groups == 1 or channels % tile.columns == depth % tile.depth == 0, (groups, tile)
     column_tiles = cdiv(channels, tile.columns)
-    boxes = [cdiv(size, length) for size, length in zip(y.shape, box, strict=False)]
-    tiles = boxes[0] * boxes[1] * boxes[2] * column_tiles * groups
+    sizes = zip(y.shape, box_of(tile), strict=False)
+    boxes_n, boxes_p, boxes_q = (cdiv(size, length) for size, length in sizes)
+    tiles = boxes_n * boxes_p * boxes_q * column_tiles * groups
     here = device.describe(w.base.device)
     room = here.multiprocessors * blocks_per_multiprocessor(tile, w.base.element_size(), here)
     device.launch(
         product_kernel,
         (min(tiles, room),),
-        *(*xs, w, bias, scale, residual, y, tiles),
-        unspecialised((boxes[1], boxes[2], column_tiles, groups, channels, depth)),
-        tuple([unspecialised(walk) for walk in walks]),
-        *(relu, precision, (*box, tile.columns, tile.depth, transposed)),
         device=w.base.device,
+        **xs,
+        w_desc=w,
+        bias_ptr=bias,
+        scale_ptr=scale,
+        residual_desc=residual,
+        y_desc=y,
+        tiles=tiles,
+        sizes=unspecialised((boxes_p, boxes_q, column_tiles, groups, channels, depth)),
+        walks=tuple([unspecialised(walk) for walk in walks]),
+        RELU=relu,
+        PRECISION=precision,
+        TRANSPOSED=transposed,
+        TILE=BoxBlock.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -326,7 +354,7 @@ def fprop(
     scale: Tensor | None = None,
 ) -> None:
     """y[N,K,P,Q] = relu?(scale[K] * conv(x, w) + bias + residual)."""
-    box, flat = _box(tile), g.pointwise
+    box, flat = box_of(tile), g.pointwise
     half = (*half_box(box), tile.columns)
     xs, walks = reads(g, x, box, tile.depth, flat=flat)
     added = None if residual is None else images(residual, half, flat=flat)
@@ -346,18 +374,13 @@ def dgrad(
     precision: str,
 ) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride."""
-    box, flat, blocks = _box(tile), g.pointwise, cdiv(g.K // g.groups, tile.depth)
+    box, flat, blocks = box_of(tile), g.pointwise, cdiv(g.K // g.groups, tile.depth)
     half = (*half_box(box), tile.columns)
-    dys = [images(dy, (*box, tile.depth), flat=flat), None, None, None]
+    dys = x_descs(images(dy, (*box, tile.depth), flat=flat))
     w_desc = filters(w, (tile.depth, tile.columns))
     for parity in g.dgrad():
         stored, walks = images(dx, half, parity, flat=flat), [_walk(*parity, blocks, -1)]
         _multiply(dys, walks, w_desc, bias, None, None, stored, g, tile, False, precision, True)
-
-
-def _box(tile: Tile) -> Box:
-    assert tile.box is not None
-    return tile.box
 
 
 @triton.jit
@@ -370,7 +393,7 @@ def wgrad_kernel(
     walk,  # see Walk
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # box (n, p, q), rows, columns
+    TILE: tl.constexpr,  # a BoxBlock
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], over one part of the boxes.
 
@@ -379,12 +402,12 @@ def wgrad_kernel(
     memory. A box with several long axes goes through registers to the left, and Triton 3.6 lets
     the next turn overwrite them while products still read: ``planner`` takes none.
     """
-    BOX_N: tl.constexpr = TILE[0]
-    BOX_P: tl.constexpr = TILE[1]
-    BOX_Q: tl.constexpr = TILE[2]
-    ROWS: tl.constexpr = TILE[3]
-    COLUMNS: tl.constexpr = TILE[4]
-    DEPTH: tl.constexpr = BOX_N * BOX_P * BOX_Q
+    BOX_N: tl.constexpr = TILE.n
+    BOX_P: tl.constexpr = TILE.p
+    BOX_Q: tl.constexpr = TILE.q
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
     P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, groups, K, C = plain(sizes)
     _, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
 
@@ -427,8 +450,9 @@ def wgrad_kernel(
     tap_s = tap_w + s * tap_step_w
     if WIDE:
         rows = rows.to(tl.int64)
-    dw_ptr += split * dw_strides[0] + tap_r * dw_strides[3] + tap_s * dw_strides[4]
-    offsets = ((group * K + rows) * dw_strides[1])[:, None] + (columns * dw_strides[2])[None, :]
+    dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
+    dw_ptr += split * dw_split + tap_r * dw_r + tap_s * dw_s
+    offsets = ((group * K + rows) * dw_k)[:, None] + (columns * dw_c)[None, :]
     tl.store(dw_ptr + offsets, narrow(acc, dw_ptr.dtype.element_ty), mask=mask)
 
 
@@ -463,7 +487,7 @@ def wgrad(
         implicit_gemm.wgrad(x, dy, None, db, g, sums, precision=precision)
     if dw is None:
         return
-    n, p, q = _box(tile)
+    n, p, q = box_of(tile)
     K, C, flat = g.K // g.groups, g.C // g.groups, g.pointwise
     N, P, Q = (g.N * g.P * g.Q, 1, 1) if flat else (g.N, g.P, g.Q)
     boxes_n, boxes_p, boxes_q = cdiv(N, n), cdiv(P, p), cdiv(Q, q)
@@ -472,21 +496,26 @@ def wgrad(
     images_last = n * p > 1
     box = (p, q, n) if images_last else (n, p, q)
     dy_desc = images(dy, (*box, tile.rows), flat=flat, images_last=images_last)
-    parts = parts_like(dw, tile.splits)
-    for parity in read_parities(g):
-        row, column = parity
-        taps = row.taps * column.taps
-        block = (*box, tile.columns)
-        x_desc = images(x, block, parity, flat=flat, images_last=images_last)
-        sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
-        device.launch(
-            wgrad_kernel,
-            (column_tiles * row_tiles * taps * g.groups * tile.splits,),
-            *(x_desc, dy_desc, parts, (dw.numel(), *dw.stride())),
-            *(unspecialised(sizes), unspecialised(_walk(row, column, 1, 1))),
-            *(precision, device.wide(0, parts), (n, p, q, tile.rows, tile.columns)),
-            device=x.device,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    split_sum(parts, dw)
+    with gradients(dw, None, tile.splits) as parts:
+        for parity in read_parities(g):
+            row, column = parity
+            taps = row.taps * column.taps
+            block = (*box, tile.columns)
+            x_desc = images(x, block, parity, flat=flat, images_last=images_last)
+            sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
+            device.launch(
+                wgrad_kernel,
+                (column_tiles * row_tiles * taps * g.groups * tile.splits,),
+                device=x.device,
+                x_desc=x_desc,
+                dy_desc=dy_desc,
+                dw_ptr=parts["dw_ptr"],
+                dw_strides=parts["dw_strides"],
+                sizes=unspecialised(sizes),
+                walk=unspecialised(_walk(row, column, 1, 1)),
+                PRECISION=precision,
+                WIDE=device.wide(0, parts["dw_ptr"]),
+                TILE=BoxBlock.of(tile),
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )

@@ -35,13 +35,14 @@ from .indexing import (
     narrow,
     plain,
     plain_strides,
+    pointers,
     power_of_2,
     unspecialised,
     unspecialised_strides,
     widen,
     within,
 )
-from .tile import Box, Tile, blocks_per_multiprocessor, is_valid
+from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of, is_valid
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
@@ -239,16 +240,18 @@ def _pool(
     # Outside the map keys turn negative, below all others: at once, or where rows become fewer
     # columns later. Each window has a row inside: its columns are not negative yet then.
     AT_ONCE: tl.constexpr = STRIDE_P == 1 and WINDOW.padding[0] > 0 and WINDOW.padding[1] > 0
+    p, q = corner
+    P, Q = map_sizes
     if WINDOW.padding[0] > 0:
-        inside = _inside(corner[0], map_sizes[0], ROWS, R, STRIDE_P)[None, :, None]
+        inside = _inside(p, P, ROWS, R, STRIDE_P)[None, :, None]
         if AT_ONCE:
-            columns = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
+            columns = _inside(q, Q, COLUMNS, S, STRIDE_Q)
             columns = tl.broadcast_to(columns[None, :], (N, COLUMNS)).reshape(N * COLUMNS)
             inside = inside & columns[None, None, :]
         key += tl.where(inside, 0, LEAST).to(key.dtype)
     key = _pool_rows(key, R, STRIDE_P, S).reshape(K, ROWS // STRIDE_P * N, COLUMNS)
     if WINDOW.padding[1] > 0 and not AT_ONCE:
-        inside = _inside(corner[1], map_sizes[1], COLUMNS, S, STRIDE_Q)
+        inside = _inside(q, Q, COLUMNS, S, STRIDE_Q)
         key += tl.where(inside, 0, LEAST).to(key.dtype)[None, None, :]
     return _pool_columns(key, S, STRIDE_Q).reshape(K, ROWS // STRIDE_P, N, COLUMNS // STRIDE_Q)
 
@@ -258,7 +261,7 @@ def _store(
     key,  # [k, p, n, q]
     y_ptr,
     offsets_ptr,
-    strides,  # of both: n, k, p, q
+    strides,  # of both
     first,  # n, p, q, k of the first key
     sizes,  # N, P, Q, K of y
     WINDOWS: tl.constexpr,  # rows and columns of keys that are of windows
@@ -270,19 +273,22 @@ def _store(
     ROWS: tl.constexpr = key.shape[1]
     IMAGES: tl.constexpr = key.shape[2]
     COLUMNS: tl.constexpr = key.shape[3]
+    n, p, q, k = first
+    N, P, Q, K = sizes
+    windows_p, windows_q = WINDOWS
     i = tl.arange(0, ROWS * IMAGES * COLUMNS)
     row = i // (IMAGES * COLUMNS)
     column = i % COLUMNS
-    n = first[0] + i // COLUMNS % IMAGES
-    p = first[1] + row
-    q = first[2] + column
-    k = first[3] + tl.arange(0, FILTERS)
-    mask = (row < WINDOWS[0]) & (column < WINDOWS[1]) & (n < sizes[0])
-    mask = (mask & (p < sizes[1]) & (q < sizes[2]))[:, None] & (k < sizes[3])[None, :]
+    n += i // COLUMNS % IMAGES
+    p += row
+    q += column
+    k += tl.arange(0, FILTERS)
+    mask = (row < windows_p) & (column < windows_q) & (n < N)
+    mask = (mask & (p < P) & (q < Q))[:, None] & (k < K)[None, :]
     if WIDE:
         n, p, k = n.to(tl.int64), p.to(tl.int64), k.to(tl.int64)
-    places = (n * strides[0] + p * strides[2] + q * strides[3])[:, None]
-    places = places + (k * strides[1])[None, :]
+    places = (n * strides.n + p * strides.h + q * strides.w)[:, None]
+    places = places + (k * strides.c)[None, :]
 
     # The first tap's tag becomes 255, the next one's 254: each is its offset, all bits turned.
     # Zero comes out at 0, as above every key without a value.
@@ -313,18 +319,18 @@ def pooled_product_kernel(
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # box (n, p, q), columns, depth
+    TILE: tl.constexpr,  # a BoxBlock
 ):
     """y = max of each window of relu(conv(x, w) + bias), and the tap that won; 255 where y <= 0.
 
     One program writes every num_programs-th of the ``tiles``, each the windows that lie in a box
     of the map, of COLUMNS filters of one group. Sums are float32, compared in y's dtype.
     """
-    BOX_N: tl.constexpr = TILE[0]
-    BOX_P: tl.constexpr = TILE[1]
-    BOX_Q: tl.constexpr = TILE[2]
-    COLUMNS: tl.constexpr = TILE[3]
-    DEPTH: tl.constexpr = TILE[4]
+    BOX_N: tl.constexpr = TILE.n
+    BOX_P: tl.constexpr = TILE.p
+    BOX_Q: tl.constexpr = TILE.q
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
     TAPS: tl.constexpr = WINDOW.kernel[0] * WINDOW.kernel[1]
     WINDOWS_P: tl.constexpr = (BOX_P - WINDOW.kernel[0]) // WINDOW.stride[0] + 1
     WINDOWS_Q: tl.constexpr = (BOX_Q - WINDOW.kernel[1]) // WINDOW.stride[1] + 1
@@ -371,9 +377,10 @@ class _Window(NamedTuple):
 
     def inside(self, box: Box) -> Pair:
         """How many windows a box holds along its rows and its columns."""
+        _, height, width = box
         rows, columns = (
             (size - kernel) // stride + 1
-            for size, kernel, stride in zip(box[1:], self.kernel, self.stride, strict=True)
+            for size, kernel, stride in zip((height, width), self.kernel, self.stride, strict=True)
         )
         return rows, columns
 
@@ -416,7 +423,7 @@ def tiles(
     found = [
         tile
         for tile in _family(g, pool, dtype, device)
-        if is_valid(tile, dtype.itemsize, device) and min(_window(pool).inside(_box(tile))) > 0
+        if is_valid(tile, dtype.itemsize, device) and min(_window(pool).inside(box_of(tile))) > 0
     ]
     return sorted(found, key=lambda tile: _cycles(g, pool, tile, dtype, precision, device))
 
@@ -434,8 +441,10 @@ def _family(
 ) -> Iterator[Tile]:
     K, C = g.K // g.groups, g.C // g.groups
     if device.backend == "interpreter":
-        columns, depth = (power_of_2(min(K, 128)), power_of_2(min(C, 128)))
-        yield Tile(512, *((columns, depth) if g.groups == 1 else (16, 16)), box=(2, 16, 16))
+        columns, depth = 16, 16
+        if g.groups == 1:
+            columns, depth = power_of_2(min(K, 128)), power_of_2(min(C, 128))
+        yield Tile(512, columns, depth, box=(2, 16, 16))
         return
     row = _ROW // dtype.itemsize
     depth = next((d for d in (row, row // 2) if C % d == 0 or (g.groups == 1 and C > d // 2)), 16)
@@ -449,7 +458,8 @@ def _family(
         ):
             continue
         for box in _BOXES[rows]:
-            if not overlapping or box[2] >= 8:  # a smaller box is halo for the most part
+            _, _, width = box
+            if not overlapping or width >= 8:  # a smaller box is halo for the most part
                 yield _deepest(Tile(rows, columns, depth, warps=warps, box=box), dtype, device)
 
 
@@ -489,7 +499,8 @@ def _cycles(
 
 def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, int, int, int]:
     """The number of tiles along images, rows and columns of windows, and filters of all groups."""
-    lengths = (_box(tile)[0], *_window(pool).inside(_box(tile)))
+    images, _, _ = box = box_of(tile)
+    lengths = (images, *_window(pool).inside(box))
     n, p, q = (cdiv(*axis) for axis in zip((g.N, pool.P, pool.Q), lengths, strict=True))
     return n, p, q, g.groups * cdiv(g.K // g.groups, tile.columns)
 
@@ -516,23 +527,27 @@ def conv2d_relu_max_pool2d(
     C, K = g.C // g.groups, g.K // g.groups
     # Groups share descriptors: blocks must not run from one into the next.
     assert g.groups == 1 or K % tile.columns == C % tile.depth == 0, (g.groups, tile)
-    xs, walks = reads(g, x, _box(tile), tile.depth)
+    xs, walks = reads(g, x, box_of(tile), tile.depth)
     counts = _tiles(g, pool, tile)
+    _, tiles_p, tiles_q, tiles_k = counts
     room = here.multiprocessors * blocks_per_multiprocessor(_without_stores(tile), itemsize, here)
-    sizes = (g.N, g.P, g.Q, pool.P, pool.Q, *counts[1:3], counts[3] // g.groups, g.groups, C)
+    sizes = (g.N, g.P, g.Q, pool.P, pool.Q, tiles_p, tiles_q, tiles_k // g.groups, g.groups, C)
     device.launch(
         pooled_product_kernel,
         (min(prod(counts), room),),
-        *[x and rows_first(x) for x in xs],
-        *(filters(w, (tile.columns, tile.depth)), bias, y, offsets, unspecialised_strides(y)),
-        *(K, prod(counts), unspecialised(sizes), tuple([unspecialised(walk) for walk in walks])),
-        *(_window(pool), precision, device.wide(0, y), (*_box(tile), tile.columns, tile.depth)),
         device=x.device,
+        **{name: x and rows_first(x) for name, x in xs.items()},
+        w_desc=filters(w, (tile.columns, tile.depth)),
+        **pointers(bias=bias, y=y, offsets=offsets),
+        strides=unspecialised_strides(y),
+        K=K,
+        tiles=prod(counts),
+        sizes=unspecialised(sizes),
+        walks=tuple([unspecialised(walk) for walk in walks]),
+        WINDOW=_window(pool),
+        PRECISION=precision,
+        WIDE=device.wide(0, y),
+        TILE=BoxBlock.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-
-
-def _box(tile: Tile) -> Box:
-    assert tile.box is not None
-    return tile.box

@@ -57,7 +57,8 @@ def image_pairs(t: Tensor, box: Box, depth: int) -> TensorDescriptor:
     """t[N, C, H, W] of even H and W as [N, H/2, 2, W/2, 2C]: both parities of both axes."""
     (N, C, H, W), (n, c, h, w) = t.shape, t.stride()
     pairs, steps = (N, H // 2, 2, W // 2, 2 * C), (n, 2 * h, h, 2 * w, c)
-    return _descriptor(t, pairs, steps, (box[0], box[1], 1, box[2], depth))
+    deep, high, wide = box
+    return _descriptor(t, pairs, steps, (deep, high, 1, wide, depth))
 
 
 def rows_first(images: TensorDescriptor) -> TensorDescriptor:

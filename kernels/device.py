@@ -155,6 +155,8 @@ def describe(device: torch.device) -> Device:
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any):
     """Run ``kernel`` on ``device`` over ``grid``; an empty grid runs nothing.
 
+    ``meta`` has what of the kernel's arguments is given by name, and Triton's options.
+
     The interpreter is not thread-safe (two threads give wrong numbers in silence), hence the lock;
     nor need an emulator be.
     """

@@ -7,7 +7,6 @@ parity of the stride, as in engine 1. Sizes and strides are in elements.
 """
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from . import device, pair_conv
 from .device import Device, loop
-from .epilogue import result_strides, store_result
+from .epilogue import results, store_result
 from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from .indexing import (
@@ -25,23 +24,23 @@ from .indexing import (
     dgrad_walk,
     dot,
     fence_copies,
-    fprop_walk,
     narrow,
+    operands,
     pixel,
     plain,
     plain_strides,
+    pointers,
     power_of_2,
     program,
     reduction_block,
     reduction_turns,
     unspecialised,
-    unspecialised_strides,
     widen,
     within,
 )
 from .pair_conv import Normalisation, load_normalisation, load_normalised
-from .split_sum import parts_like, split_sum
-from .tile import INTERPRETER_ELEMENTS, Tile, overlapped
+from .split_sum import gradients
+from .tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
 
 _FEW = 4
 
@@ -107,8 +106,8 @@ def sum_pixels(
     for i in loop(turns):
         at = (first + i) * DEPTH + tl.arange(0, DEPTH)
         n, p, q = pixel(at, P, Q)
-        offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
-        offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
+        offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
+        offsets = (k * dy_strides.c)[:, None] + offsets[None, :]
         mask = k_mask[:, None] & (at < pixels)[None, :]
         if POOL is None:
             dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
@@ -131,29 +130,31 @@ def few_channel_fprop_kernel(
     y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # stride, origin, step of the height, then of the width
+    walk,  # an IndexMap
     normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, depth, segment, whether c runs fastest
+    TILE: tl.constexpr,  # a _Segments
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
-    h = p * stride + origin + r * step, likewise w; x is zero outside. x in bytes counts as
+    h and w are where ``walk`` has (p, q) and (r, s) meet; x is zero outside. x in bytes counts as
     x * scale[c] + shift[c], rounded to w's dtype. One program writes one rows x columns tile of one
     group, accumulated in float32 (float64 for float64). A turn's depth is ``depth / segment`` rows
     of the filter, each padded to a segment.
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    DEPTH: tl.constexpr = TILE[2]
-    SEGMENT: tl.constexpr = TILE[3]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    SEGMENT: tl.constexpr = TILE.segment
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
+    w_k, w_c, w_r, w_s = w_strides
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
@@ -165,32 +166,32 @@ def few_channel_fprop_kernel(
     k_mask = k < K
     k += group * K
 
-    h0 = p * walk[0] + walk[1]
-    w0 = q * walk[3] + walk[4]
-    x_ptr += group * C * x_strides[1]
+    h0 = p * stride_h + origin_h
+    w0 = q * stride_w + origin_w
+    x_ptr += group * C * x_strides.c
     line, place = lines(DEPTH, SEGMENT, WIDE)
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for part in loop(tl.cdiv(S * C, SEGMENT)):
-        c, s, inside = row_element(part * SEGMENT + place, C, S, TILE[4])
-        w = w0[:, None] + s * walk[5]
+        c, s, inside = row_element(part * SEGMENT + place, C, S, TILE.channels_fastest)
+        w = w0[:, None] + s * step_w
         scale, shift = load_normalisation(normalise, group * C + c, inside)
         # [ROWS, DEPTH]
-        along = (n * x_strides[0])[:, None] + (c * x_strides[1])[None, :] + w * x_strides[3]
+        along = (n * x_strides.n)[:, None] + (c * x_strides.c)[None, :] + w * x_strides.w
         along_mask = (row_mask[:, None] & inside[None, :]) & within(w, W)
-        w_along = c * w_strides[1] + s * w_strides[3]
+        w_along = c * w_c + s * w_s
         for i in loop(tl.cdiv(R, DEPTH // SEGMENT)):
             r = i * (DEPTH // SEGMENT) + line
-            h = h0[:, None] + r * walk[2]
+            h = h0[:, None] + r * step_h
             x_mask = along_mask & within(h, H)
             w_mask = inside
             if DEPTH > SEGMENT:
                 x_mask &= (r < R)[None, :]
                 w_mask &= r < R
-            x_offsets = along + h * x_strides[2]
+            x_offsets = along + h * x_strides.h
             x_tile = load_normalised(x_ptr, x_offsets, x_mask, normalise, scale, shift, DTYPE)
             # [DEPTH, COLUMNS]
             w_mask = w_mask[:, None] & k_mask[None, :]
-            w_offsets = (w_along + r * w_strides[2])[:, None] + (k * w_strides[0])[None, :]
+            w_offsets = (w_along + r * w_r)[:, None] + (k * w_k)[None, :]
             w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
             fence_copies()
             acc = dot(x_tile, w_tile, acc, PRECISION)
@@ -210,25 +211,29 @@ def few_channel_dgrad_kernel(
     dx_strides,  # n, c, h, w, unspecialised
     sizes,  # N, P, Q, H, W, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # of h, then w: 1, origin, step; then step and first of dx
+    walk,  # an IndexMap
+    placement,  # a Placement
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, depth, packed
+    TILE: tl.constexpr,  # a Block
 ):
     """dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * w[k,c,r,s] + bias[c].
 
-    p = h + origin + r * step, likewise q; dy is zero outside. The h-th row is row h * step + first
-    of dx, likewise w. One program writes the C channels of one group for a block of pixels. C is
-    too narrow for a matrix product: each lane adds up its own products over the turns, in float32
-    (float64 for float64), and the lanes are summed once.
+    p and q are where ``walk`` has (h, w) and (r, s) meet; dy is zero outside. One program writes
+    the C channels of one group for a block of pixels of ``placement``. C is too narrow for a matrix
+    product: each lane adds up its own products over the turns, in float32 (float64 for float64),
+    and the lanes are summed once.
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    DEPTH: tl.constexpr = TILE[2]
-    PACKED: tl.constexpr = TILE[3]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, P, Q, H, W = plain(sizes)
     groups, K, C, R, S = reduction
     dy_strides = plain_strides(dy_strides)
+    w_k, w_c, w_r, w_s, w_first = w_strides
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
+    dx_step_h, dx_first_h, dx_step_w, dx_first_w = placement
 
     pid = program(WIDE)
     group = pid % groups
@@ -238,34 +243,34 @@ def few_channel_dgrad_kernel(
     c = indices(COLUMNS, WIDE)
     c_mask = c < C
 
-    p0 = h * walk[0] + walk[1]
-    q0 = w * walk[3] + walk[4]
-    dy_rows = (
-        group * K * dy_strides[1] + n * dy_strides[0] + p0 * dy_strides[2] + q0 * dy_strides[3]
-    )
-    w_columns = w_strides[4] + group * K * w_strides[0] + c * w_strides[1]
+    p0 = h * stride_h + origin_h
+    q0 = w * stride_w + origin_w
+    dy_rows = group * K * dy_strides.c + n * dy_strides.n + p0 * dy_strides.h + q0 * dy_strides.w
+    w_columns = w_first + group * K * w_k + c * w_c
     acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
     for i in loop(reduction_turns(K, R, S, DEPTH, PACKED)):
         k, r, s, inside = reduction_block(i + pid * 0, K, R, S, DEPTH, PACKED)
-        p = p0[:, None] + r * walk[2]
-        q = q0[:, None] + s * walk[5]
+        p = p0[:, None] + r * step_h
+        q = q0[:, None] + s * step_w
         # [ROWS, DEPTH]
         dy_mask = (row_mask[:, None] & inside[None, :]) & within(p, P) & within(q, Q)
-        dy_offsets = k * dy_strides[1] + r * walk[2] * dy_strides[2] + s * walk[5] * dy_strides[3]
+        dy_offsets = k * dy_strides.c + r * step_h * dy_strides.h
+        dy_offsets += s * step_w * dy_strides.w
         dy_offsets = dy_rows[:, None] + dy_offsets[None, :]
         dy = tl.load(dy_ptr + dy_offsets, mask=dy_mask, other=0.0)
         # [COLUMNS, DEPTH]
         w_mask = c_mask[:, None] & inside[None, :]
-        w_offsets = k * w_strides[0] + (r * w_strides[2] + s * w_strides[3])
+        w_offsets = k * w_k + (r * w_r + s * w_s)
         w_offsets = w_columns[:, None] + w_offsets[None, :]
         w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
         acc += widen(dy, ACC)[:, None, :] * widen(w_tile, ACC)[None, :, :]
 
     acc = tl.sum(acc, axis=2)
-    at = (n, h * walk[6] + walk[7], w * walk[8] + walk[9])
+    h = h * dx_step_h + dx_first_h
+    w = w * dx_step_w + dx_first_w
     masks = (row_mask, c_mask)
     c += group * C
-    store_result(acc, at, c, masks, bias_ptr, None, dx_ptr, (dx_strides, dx_strides), False)
+    store_result(acc, (n, h, w), c, masks, bias_ptr, None, dx_ptr, (dx_strides, dx_strides), False)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -279,14 +284,14 @@ def few_channel_wgrad_kernel(
     dw_strides,  # split, k, c, r, s
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # stride, origin, step of the height, then of the width
+    walk,  # an IndexMap
     splits,
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, depth, segment, whether c runs fastest
+    TILE: tl.constexpr,  # a _Segments
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
 
@@ -295,16 +300,17 @@ def few_channel_wgrad_kernel(
     part of the pixels in float32 (float64 for float64); the programs of one column of tiles more
     sum dy alone.
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    DEPTH: tl.constexpr = TILE[2]
-    SEGMENT: tl.constexpr = TILE[3]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    SEGMENT: tl.constexpr = TILE.segment
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
     dy_strides = plain_strides(dy_strides)
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
     pid = program(WIDE)
     parts = tl.cdiv(S * C, SEGMENT)
@@ -335,21 +341,21 @@ def few_channel_wgrad_kernel(
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
         line, place = lines(COLUMNS, SEGMENT, WIDE)
-        c, s, inside = row_element(tile % parts * SEGMENT + place, C, S, TILE[4])
+        c, s, inside = row_element(tile % parts * SEGMENT + place, C, S, TILE.channels_fastest)
         r = tile // parts * (COLUMNS // SEGMENT) + line
         if COLUMNS > SEGMENT:
             inside &= r < R
         scale, shift = load_normalisation(normalise, group * C + c, inside)
-        x_columns = (group * C + c) * x_strides[1]
-        x_columns += r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
+        x_columns = (group * C + c) * x_strides.c
+        x_columns += r * step_h * x_strides.h + s * step_w * x_strides.w
         acc = tl.zeros((ROWS, COLUMNS), ACC)
         for i in loop(turns):
             at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
             n, p, q = pixel(at, P, Q)
             at_mask = at < pixels
             # [DEPTH, ROWS]
-            offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
-            offsets = offsets[:, None] + (k * dy_strides[1])[None, :]
+            offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
+            offsets = offsets[:, None] + (k * dy_strides.c)[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
             if POOL is None:
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
@@ -357,18 +363,19 @@ def few_channel_wgrad_kernel(
                 where = n[:, None], k[None, :], p[:, None], q[:, None]
                 dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
             # [DEPTH, COLUMNS]
-            h0 = p * walk[0] + walk[1]
-            w0 = q * walk[3] + walk[4]
-            h = h0[:, None] + r * walk[2]
-            w = w0[:, None] + s * walk[5]
+            h0 = p * stride_h + origin_h
+            w0 = q * stride_w + origin_w
+            h = h0[:, None] + r * step_h
+            w = w0[:, None] + s * step_w
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
-            offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
+            offsets = n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
             offsets = offsets[:, None] + x_columns[None, :]
             x = load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE)
             fence_copies()
             acc = dot(tl.trans(dy), x, acc, PRECISION)
-        offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
-        offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]
+        dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
+        offsets = c * dw_c + (r * dw_r + s * dw_s)
+        offsets = split * dw_split + (k * dw_k)[:, None] + offsets[None, :]
         dw = narrow(acc, dw_ptr.dtype.element_ty)
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
@@ -378,8 +385,20 @@ def _segment(g: Conv2dGeometry, block: int) -> int:
     return min(block, power_of_2(g.S * g.C // g.groups))
 
 
-def _channels_fastest(x: Tensor) -> bool:
-    return x.stride(1) < x.stride(3)
+class _Segments(NamedTuple):
+    """What of a tile a kernel is compiled for; one of its sizes holds whole segments."""
+
+    rows: int
+    columns: int
+    depth: int
+    segment: int
+    channels_fastest: bool  # whether c runs fastest in a segment, else s
+
+
+def _segments(x: Tensor, g: Conv2dGeometry, tile: Tile, block: int) -> _Segments:
+    """Those of a tile whose size ``block`` holds segments."""
+    fastest = x.stride(1) < x.stride(3)
+    return _Segments(tile.rows, tile.columns, tile.depth, _segment(g, block), fastest)
 
 
 def fprop(
@@ -403,58 +422,24 @@ def fprop(
         options = {"relu": relu, "precision": precision, "normalise": normalise}
         pair_conv.fprop(x, w, bias, residual, y, g, tile, **options)
         return
-    part = _fprop_part(g, w.stride())
-    groups, K = part.reduction[:2]
+    K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
     device.launch(
         few_channel_fprop_kernel,
-        (cdiv(part.pixels, tile.rows) * cdiv(K, tile.columns) * groups,),
-        *(x, w, bias, residual, y, unspecialised_strides(x), w.stride()),
-        *(result_strides(residual, y), part.sizes, part.reduction, g.walk),
-        *(normalise, relu, precision, device.wide(part.pixels, x, w, residual, y)),
-        (tile.rows, tile.columns, tile.depth, _segment(g, tile.depth), _channels_fastest(x)),
+        (cdiv(g.N * P * Q, tile.rows) * cdiv(K, tile.columns) * g.groups,),
         device=x.device,
+        **operands(x=x),
+        w_ptr=w,
+        w_strides=w.stride(),
+        **results(bias, residual, y, relu),
+        sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+        reduction=(g.groups, K, C, g.R, g.S),
+        walk=tuple(g.walk),
+        normalise=normalise,
+        PRECISION=precision,
+        WIDE=device.wide(g.N * P * Q, x, w, residual, y),
+        TILE=_segments(x, g, tile, tile.depth),
         num_warps=tile.warps,
         num_stages=overlapped(tile, computed=normalise is not None),
-    )
-
-
-class _Part(NamedTuple):
-    """What distinguishes one launch over a part of a result from another, besides its tensors."""
-
-    pixels: int
-    w_strides: tuple[int, int, int, int, int]  # k, c, r, s; where the first tap is
-    sizes: tuple[int, ...]  # N, of what is read H, W, of the part P, Q; unspecialised
-    reduction: tuple[int, int, int, int, int]  # as the kernel takes it; last, the taps
-    walk: tuple[int, ...]  # as the kernel takes it
-
-
-@lru_cache(maxsize=4096)
-def _fprop_part(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> _Part:
-    K, C = g.K // g.groups, g.C // g.groups
-    P, Q = g.P, g.Q
-    return _Part(
-        g.N * P * Q,
-        (*w_strides, 0),
-        unspecialised((g.N, g.H, g.W, P, Q)),
-        (g.groups, K, C, g.R, g.S),
-        fprop_walk(g),
-    )
-
-
-@lru_cache(maxsize=4096)
-def _dgrad_parts(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> tuple[_Part, ...]:
-    K, C = g.K // g.groups, g.C // g.groups
-    P, Q = g.P, g.Q
-    k, c, r, s = w_strides
-    return tuple(
-        _Part(
-            g.N * row.count * column.count,
-            (k, c, r * row.tap_step, s * column.tap_step, r * row.tap + s * column.tap),
-            unspecialised((g.N, P, Q, row.count, column.count)),
-            (g.groups, K, C, row.taps, column.taps),
-            dgrad_walk(row, column),
-        )
-        for row, column in g.dgrad()
     )
 
 
@@ -472,16 +457,24 @@ def dgrad(
 
     ``precision`` takes no part: the products are formed outside the tensor cores, in float32.
     """
-    parts = _dgrad_parts(g, w.stride())
-    wide = device.wide(g.N * g.H * g.W, dy, w, dx)
-    dy_strides, dx_strides = unspecialised_strides(dy), unspecialised_strides(dx)
-    for pixels, w_strides, sizes, reduction, walk in parts:
+    K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
+    k, c, r, s = w.stride()
+    for row, column in g.dgrad():
+        first = r * row.tap + s * column.tap
+        walk, placement = dgrad_walk(row, column)
         device.launch(
             few_channel_dgrad_kernel,
-            (cdiv(pixels, tile.rows) * g.groups,),
-            *(dy, w, bias, dx, dy_strides, w_strides, dx_strides, sizes, reduction, walk, wide),
-            (tile.rows, tile.columns, tile.depth, tile.packed),
+            (cdiv(g.N * row.count * column.count, tile.rows) * g.groups,),
             device=dy.device,
+            **operands(dy=dy, dx=dx),
+            **pointers(w=w, bias=bias),
+            w_strides=(k, c, r * row.tap_step, s * column.tap_step, first),
+            sizes=unspecialised((g.N, P, Q, row.count, column.count)),
+            reduction=(g.groups, K, C, row.taps, column.taps),
+            walk=tuple(walk),
+            placement=tuple(placement),
+            WIDE=device.wide(g.N * g.H * g.W, dy, w, dx),
+            TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -510,27 +503,28 @@ def wgrad(
         options = {"precision": precision, "pool": pool, "offsets": offsets, "normalise": normalise}
         pair_conv.wgrad(x, dy, dw, db, g, tile, **options)
         return
-    dw_parts = None if dw is None else parts_like(dw, tile.splits)
-    db_parts = None if db is None else parts_like(db, tile.splits)
-    K, C = g.K // g.groups, g.C // g.groups
-    wide = device.wide(g.N * g.P * g.Q, x, dy, dw_parts, offsets)
+    expansion, window = pooled(pool, offsets)
     column_tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
-    device.launch(
-        few_channel_wgrad_kernel,
-        (column_tiles * _filter_tiles(g, tile) * tile.splits,),
-        *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
-        (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
-        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), (g.groups, K, C, g.R, g.S), g.walk),
-        *(tile.splits, *pooled(pool, offsets), normalise, precision, wide),
-        (tile.rows, tile.columns, tile.depth, _segment(g, tile.columns), _channels_fastest(x)),
-        device=x.device,
-        num_warps=tile.warps,
-        num_stages=overlapped(tile, computed=normalise is not None or pool is not None),
-    )
-    if dw is not None and dw_parts is not None:
-        split_sum(dw_parts, dw)
-    if db is not None and db_parts is not None:
-        split_sum(db_parts, db)
+    with gradients(dw, db, tile.splits) as parts:
+        device.launch(
+            few_channel_wgrad_kernel,
+            (column_tiles * _filter_tiles(g, tile) * tile.splits,),
+            device=x.device,
+            **operands(x=x, dy=dy),
+            **parts,
+            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q)),
+            reduction=(g.groups, g.K // g.groups, g.C // g.groups, g.R, g.S),
+            walk=tuple(g.walk),
+            splits=tile.splits,
+            pooled=expansion,
+            POOL=window,
+            normalise=normalise,
+            PRECISION=precision,
+            WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
+            TILE=_segments(x, g, tile, tile.columns),
+            num_warps=tile.warps,
+            num_stages=overlapped(tile, computed=normalise is not None or pool is not None),
+        )
 
 
 def _filter_tiles(g: Conv2dGeometry, tile: Tile) -> int:

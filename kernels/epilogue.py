@@ -4,6 +4,8 @@
 mask, so nothing more is kept of it.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,9 +14,11 @@ from . import device
 from .device import loop
 from .indexing import (
     narrow,
+    operands,
     pixel,
     plain,
     plain_strides,
+    pointers,
     program,
     unspecialised,
     unspecialised_strides,
@@ -65,23 +69,28 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
     of y, are unspecialised.
     """
     n, p, q = at
-    mask = masks[0][:, None] & masks[1][None, :]
+    pixel_mask, k_mask = masks
+    residual_strides, y_strides = strides
+    mask = pixel_mask[:, None] & k_mask[None, :]
     residual_offsets = 0
     if residual_ptr is not None:
-        residual_strides = plain_strides(strides[0])
-        offsets = n * residual_strides[0] + p * residual_strides[2] + q * residual_strides[3]
-        residual_offsets = offsets[:, None] + (k * residual_strides[1])[None, :]
+        residual_strides = plain_strides(residual_strides)
+        offsets = n * residual_strides.n + p * residual_strides.h + q * residual_strides.w
+        residual_offsets = offsets[:, None] + (k * residual_strides.c)[None, :]
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    y = finish(acc, bias_ptr, k, masks[1], residual_ptr, residual_offsets, mask, RELU, DTYPE)
-    y_strides = plain_strides(strides[1])
-    offsets = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-    tl.store(y_ptr + (offsets[:, None] + (k * y_strides[1])[None, :]), y, mask=mask)
+    y = finish(acc, bias_ptr, k, k_mask, residual_ptr, residual_offsets, mask, RELU, DTYPE)
+    y_strides = plain_strides(y_strides)
+    offsets = n * y_strides.n + p * y_strides.h + q * y_strides.w
+    tl.store(y_ptr + (offsets[:, None] + (k * y_strides.c)[None, :]), y, mask=mask)
 
 
-def result_strides(residual: Tensor | None, y: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Strides of the residual, if there is one, and of y, as ``store_result`` takes them."""
-    y_strides = unspecialised_strides(y)
-    return y_strides if residual is None else unspecialised_strides(residual), y_strides
+def results(
+    bias: Tensor | None, residual: Tensor | None, y: Tensor, relu: bool = False
+) -> dict[str, Any]:
+    """A kernel's arguments, by name, for what ``store_result`` takes."""
+    strides = tuple([unspecialised_strides(t) for t in (y if residual is None else residual, y)])
+    tensors = pointers(bias=bias, residual=residual, y=y)
+    return {**tensors, "y_strides": strides, "RELU": relu}
 
 
 # The number of turns follows the batch, unlike that of the channels.
@@ -119,13 +128,13 @@ def relu_backward_kernel(
     for i in loop(turns):
         n, p, q = pixel((part * turns + i) * ROWS + tl.arange(0, ROWS), P, Q)
         mask = (n < N)[:, None] & (k < K)[None, :]
-        at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
-        dy = tl.load(dy_ptr + (at[:, None] + (k * dy_strides[1])[None, :]), mask=mask, other=0.0)
-        at = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-        y = tl.load(y_ptr + (at[:, None] + (k * y_strides[1])[None, :]), mask=mask, other=0.0)
+        at = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
+        dy = tl.load(dy_ptr + (at[:, None] + (k * dy_strides.c)[None, :]), mask=mask, other=0.0)
+        at = n * y_strides.n + p * y_strides.h + q * y_strides.w
+        y = tl.load(y_ptr + (at[:, None] + (k * y_strides.c)[None, :]), mask=mask, other=0.0)
         dz = tl.where(widen(y, ACC) <= 0, 0.0, dy)
-        at = n * dz_strides[0] + p * dz_strides[2] + q * dz_strides[3]
-        tl.store(dz_ptr + (at[:, None] + (k * dz_strides[1])[None, :]), dz, mask=mask)
+        at = n * dz_strides.n + p * dz_strides.h + q * dz_strides.w
+        tl.store(dz_ptr + (at[:, None] + (k * dz_strides.c)[None, :]), dz, mask=mask)
         db += widen(dz, ACC)
     if db_ptr is not None:
         db = narrow(tl.sum(db, axis=0), db_ptr.dtype.element_ty)
@@ -139,15 +148,19 @@ def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -
     """
     N, K, P, Q = y.shape
     walk = channel_walk(y, N * P * Q, 4096, db is not None)
-    parts = None if db is None else parts_like(db, walk.parts)
+    parts = parts_like(db, walk.parts)
     device.launch(
         relu_backward_kernel,
         (walk.programs,),
-        *(dy, y, dz, parts, *map(unspecialised_strides, (dy, y, dz))),
-        *(unspecialised((N, P, Q)), K, walk.turns),
-        *(device.wide(N * P * Q, dy, y, dz), walk.rows, walk.columns),
         device=y.device,
+        **operands(dy=dy, y=y, dz=dz),
+        db_ptr=parts,
+        sizes=unspecialised((N, P, Q)),
+        K=K,
+        turns=walk.turns,
+        WIDE=device.wide(N * P * Q, dy, y, dz),
+        ROWS=walk.rows,
+        COLUMNS=walk.columns,
         num_warps=walk.warps,
     )
-    if db is not None and parts is not None:
-        split_sum(parts, db)
+    split_sum(parts, db)

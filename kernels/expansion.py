@@ -20,6 +20,7 @@ from .geometry import Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
     narrow,
+    operands,
     pixel,
     plain,
     plain_strides,
@@ -79,8 +80,8 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
     ROWS: tl.constexpr = WINDOW.covering[0]
     COLUMNS: tl.constexpr = WINDOW.covering[1]
     ONE: tl.constexpr = ROWS * COLUMNS == 1
-    dy_ptr += n * dy_strides[0] + k * dy_strides[1]
-    offsets_ptr += n * offsets_strides[0] + k * offsets_strides[1]
+    dy_ptr += n * dy_strides.n + k * dy_strides.c
+    offsets_ptr += n * offsets_strides.n + k * offsets_strides.c
     total = tl.zeros(mask.shape, DTYPE if ONE else ACC)
     for i in tl.range(0, ROWS, loop_unroll_factor=ROWS if WINDOW.unrolled else 1):
         pp = pp0 - (ROWS - 1) + i
@@ -92,9 +93,9 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
             holds = within(pq, PQ) & (w % WINDOW.dilation[1] == 0) & (w < S * WINDOW.dilation[1])
             holds = mask & (row_holds & holds)
             tap = h // WINDOW.dilation[0] * S + w // WINDOW.dilation[1]
-            at = pp * offsets_strides[2] + pq * offsets_strides[3]
+            at = pp * offsets_strides.h + pq * offsets_strides.w
             offset = tl.load(offsets_ptr + at, mask=holds, other=0).to(tl.int32)
-            at = pp * dy_strides[2] + pq * dy_strides[3]
+            at = pp * dy_strides.h + pq * dy_strides.w
             dy = tl.load(dy_ptr + at, mask=holds, other=0.0)
             if ONE:
                 total = tl.where(offset == tap, dy, 0.0)
@@ -160,7 +161,7 @@ def expand_kernel(
         n, pp, pq = pixel(block[:, None], blocks_p, blocks_q)
         window = n, k, pp, pq
         mask = (n < N) & (k < K)
-        dz_planes = dz_ptr + n * dz_strides[0] + k * dz_strides[1]
+        dz_planes = dz_ptr + n * dz_strides.n + k * dz_strides.c
         for r in tl.range(0, STRIDE_P, loop_unroll_factor=STRIDE_P if WINDOW.unrolled else 1):
             p = pp * STRIDE_P + r - WINDOW.padding[0]
             for s in tl.range(0, STRIDE_Q, loop_unroll_factor=STRIDE_Q if WINDOW.unrolled else 1):
@@ -169,7 +170,7 @@ def expand_kernel(
                 h = tl.full((1, 1), r, tl.int32)
                 w = tl.full((1, 1), s, tl.int32)
                 dz = sum_won(dy_ptr, dy_strides, pooled, window, h, w, inside, WINDOW)
-                tl.store(dz_planes + (p * dz_strides[2] + q * dz_strides[3]), dz, mask=inside)
+                tl.store(dz_planes + (p * dz_strides.h + q * dz_strides.w), dz, mask=inside)
                 db += widen(dz, ACC)
     if db_ptr is not None:
         db = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
@@ -194,15 +195,21 @@ def expand(
     blocks_p, blocks_q = map(_blocks, (P, Q), pool.padding, pool.stride)
     walk = walk_of(dz, pool, db is not None)
     expansion, window = pooled(pool, offsets)
-    parts = None if db is None else parts_like(db, walk.parts)
+    parts = parts_like(db, walk.parts)
     device.launch(
         expand_kernel,
         (walk.programs,),
-        *(dy, dz, parts, unspecialised_strides(dy), unspecialised_strides(dz), expansion),
-        *(unspecialised((N, P, Q, blocks_p, blocks_q)), K, walk.turns, window),
-        *(device.wide(N * blocks_p * blocks_q, dy, offsets, dz), walk.rows, walk.columns),
         device=dz.device,
+        **operands(dy=dy, dz=dz),
+        db_ptr=parts,
+        pooled=expansion,
+        sizes=unspecialised((N, P, Q, blocks_p, blocks_q)),
+        K=K,
+        turns=walk.turns,
+        WINDOW=window,
+        WIDE=device.wide(N * blocks_p * blocks_q, dy, offsets, dz),
+        ROWS=walk.rows,
+        COLUMNS=walk.columns,
         num_warps=walk.warps,
     )
-    if db is not None and parts is not None:
-        split_sum(parts, db)
+    split_sum(parts, db)

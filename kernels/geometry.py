@@ -180,6 +180,19 @@ def dgrad_taps(size: int, kernel: int, stride: int, before: int, dilation: int) 
     return tuple(parities)
 
 
+class IndexMap(NamedTuple):
+    """Where place (p, q) and tap (r, s) meet: row ``p * stride_h + origin_h + r * step_h`` of x,
+    likewise its column.
+    """
+
+    stride_h: int
+    origin_h: int
+    step_h: int
+    stride_w: int
+    origin_w: int
+    step_w: int
+
+
 class Gemm(NamedTuple):
     """Sizes of a matrix product: rows x depth times depth x columns, once for each group."""
 
@@ -260,13 +273,10 @@ class Conv2dGeometry:
         return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == ((0, 0), (0, 0))
 
     @property
-    def walk(self) -> tuple[int, int, int, int, int, int]:
-        """Stride, origin and step along the height, then along the width.
-
-        Place p and tap r meet at row ``p * stride + origin + r * step``.
-        """
+    def walk(self) -> IndexMap:
         (top, _), (left, _) = self.padding
-        return self.stride[0], -top, self.dilation[0], self.stride[1], -left, self.dilation[1]
+        (stride_h, stride_w), (step_h, step_w) = self.stride, self.dilation
+        return IndexMap(stride_h, -top, step_h, stride_w, -left, step_w)
 
     @property
     def flops(self) -> int:
@@ -323,8 +333,9 @@ class Conv2dGeometry:
                 strict=True,
             )
         )
+        sizes = self.N, self.K, self.P, self.Q, self.C, self.R, self.S
         return Conv2dGeometry(
-            *(self.N, self.K, self.P, self.Q, self.C, self.R, self.S),
+            *sizes,
             padding=(padding[0], padding[1]),
             dilation=self.dilation,
             groups=self.groups,
@@ -337,8 +348,9 @@ class Conv2dGeometry:
         """
         if self.groups != 1:
             raise ValueError(f"wgrad is one convolution only for one group, not {self.groups}")
+        sizes = self.C, self.N, self.H, self.W, self.K, self.P, self.Q
         return Conv2dGeometry(
-            *(self.C, self.N, self.H, self.W, self.K, self.P, self.Q),
+            *sizes,
             stride=self.dilation,
             padding=self.padding,
             dilation=self.stride,

@@ -6,6 +6,7 @@ tensors. dgrad is the same product on parts of dx and w, one for each parity of 
 and strides are in elements.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import triton
@@ -14,16 +15,17 @@ from torch import Tensor
 
 from . import device
 from .device import loop
-from .epilogue import result_strides, store_result
+from .epilogue import results, store_result
 from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
+    Placement,
     cdiv,
     dgrad_walk,
     dot,
     fence_copies,
-    fprop_walk,
     narrow,
+    operands,
     pixel,
     plain,
     plain_strides,
@@ -31,12 +33,11 @@ from .indexing import (
     reduction_block,
     reduction_turns,
     unspecialised,
-    unspecialised_strides,
     widen,
     within,
 )
-from .split_sum import parts_like, split_sum
-from .tile import Tile, overlapped
+from .split_sum import gradients
+from .tile import Block, Tile, overlapped
 
 
 @triton.jit
@@ -51,28 +52,32 @@ def fprop_kernel(
     y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # of h, then w: stride, origin, step; then step and first of y
+    walk,  # an IndexMap
+    placement,  # a Placement
     pooled,  # of a map's gradient x as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, depth, packed
+    TILE: tl.constexpr,  # a Block
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
-    h = p * stride + origin + r * step, likewise w; x is zero outside. The p-th row is row
-    p * step + first of y and of the residual, likewise q. One program writes one rows x columns
-    tile of one group, accumulated in float32 (float64 for float64).
+    h and w are where ``walk`` has (p, q) and (r, s) meet; x is zero outside. ``placement`` is of y
+    and of the residual. One program writes one rows x columns tile of one group, accumulated in
+    float32 (float64 for float64).
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    DEPTH: tl.constexpr = TILE[2]
-    PACKED: tl.constexpr = TILE[3]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
+    w_group, w_k, w_c, w_r, w_s, w_first = w_strides
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
+    step_p, first_p, step_q, first_q = placement
 
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
@@ -83,18 +88,18 @@ def fprop_kernel(
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     k_mask = k < K
 
-    h0 = p * walk[0] + walk[1]
-    w0 = q * walk[3] + walk[4]
-    x_rows = group * C * x_strides[1] + n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
-    w_columns = w_strides[5] + group * w_strides[0] + k * w_strides[1]
+    h0 = p * stride_h + origin_h
+    w0 = q * stride_w + origin_w
+    x_rows = group * C * x_strides.c + n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
+    w_columns = w_first + group * w_group + k * w_k
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for i in loop(reduction_turns(C, R, S, DEPTH, PACKED)):
         c, r, s, inside = reduction_block(i + (pid - pid), C, R, S, DEPTH, PACKED)
-        h = h0[:, None] + r * walk[2]
-        w = w0[:, None] + s * walk[5]
+        h = h0[:, None] + r * step_h
+        w = w0[:, None] + s * step_w
         # [ROWS, DEPTH]
         x_mask = (row_mask[:, None] & inside[None, :]) & within(h, H) & within(w, W)
-        x_offsets = c * x_strides[1] + r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
+        x_offsets = c * x_strides.c + r * step_h * x_strides.h + s * step_w * x_strides.w
         x_offsets = x_rows[:, None] + x_offsets[None, :]
         if POOL is None:
             x_tile = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
@@ -103,26 +108,27 @@ def fprop_kernel(
             x_tile = load_expanded(x_ptr, x_strides, pooled, where, x_mask, POOL)
         # [DEPTH, COLUMNS]
         w_mask = inside[:, None] & k_mask[None, :]
-        w_offsets = c * w_strides[2] + (r * w_strides[3] + s * w_strides[4])
+        w_offsets = c * w_c + (r * w_r + s * w_s)
         w_offsets = w_columns[None, :] + w_offsets[:, None]
         w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
         fence_copies()
         acc = dot(x_tile, w_tile, acc, PRECISION)
 
-    at = (n, p * walk[6] + walk[7], q * walk[8] + walk[9])
+    p = p * step_p + first_p
+    q = q * step_q + first_q
     masks = (row_mask, k_mask)
     k += group * K
-    store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
+    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
 
 
 class _Product(NamedTuple):
     """What distinguishes one launch of fprop_kernel from another, besides its tensors."""
 
-    pixels: int
-    w_strides: tuple[int, int, int, int, int, int]  # group, k, c, r, s; where the first tap is
-    sizes: tuple[int, ...]  # N, H, W, P, Q, unspecialised
-    reduction: tuple[int, int, int, int, int]  # groups, K, C, R, S
-    walk: tuple[int, ...]  # as the kernel takes it
+    w_strides: tuple[int, ...]
+    sizes: tuple[int, ...]
+    reduction: tuple[int, ...]
+    walk: tuple[int, ...]
+    placement: tuple[int, ...]
 
 
 def _multiply(
@@ -131,7 +137,7 @@ def _multiply(
     bias: Tensor | None,
     residual: Tensor | None,
     y: Tensor,
-    products: tuple[_Product, ...],
+    products: Iterable[tuple[int, _Product]],  # with how many pixels each computes
     tile: Tile,
     relu: bool,
     precision: str,
@@ -140,17 +146,22 @@ def _multiply(
 ) -> None:
     N, _, P, Q = y.shape
     wide = device.wide(N * P * Q, x, w, residual, y, offsets)
-    expansion = pooled(pool, offsets)
-    x_strides, y_strides = unspecialised_strides(x), result_strides(residual, y)
-    for pixels, w_strides, sizes, reduction, walk in products:
-        groups, K = reduction[:2]
+    expansion, window = pooled(pool, offsets)
+    for pixels, product in products:
+        groups, K, *_ = product.reduction
         device.launch(
             fprop_kernel,
             (cdiv(pixels, tile.rows) * cdiv(K, tile.columns) * groups,),
-            *(x, w, bias, residual, y, x_strides, w_strides, y_strides, sizes, reduction, walk),
-            *expansion,
-            *(relu, precision, wide, (tile.rows, tile.columns, tile.depth, tile.packed)),
             device=x.device,
+            **operands(x=x),
+            w_ptr=w,
+            **results(bias, residual, y, relu),
+            **product._asdict(),
+            pooled=expansion,
+            POOL=window,
+            PRECISION=precision,
+            WIDE=wide,
+            TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=pool is not None),
         )
@@ -169,20 +180,16 @@ def fprop(
     precision: str,
 ) -> None:
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
-    product = _fprop_product(g, w.stride())
-    _multiply(x, w, bias, residual, y, (product,), tile, relu, precision)
-
-
-def _fprop_product(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> _Product:
-    K, C = g.K // g.groups, g.C // g.groups
-    P, Q = g.P, g.Q
-    return _Product(
-        g.N * P * Q,
-        (K * w_strides[0], *w_strides, 0),
-        unspecialised((g.N, g.H, g.W, P, Q)),
-        (g.groups, K, C, g.R, g.S),
-        fprop_walk(g),
+    K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
+    k, c, r, s = w.stride()
+    product = _Product(
+        w_strides=(K * k, k, c, r, s, 0),
+        sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+        reduction=(g.groups, K, C, g.R, g.S),
+        walk=tuple(g.walk),
+        placement=tuple(Placement()),
     )
+    _multiply(x, w, bias, residual, y, [(g.N * P * Q, product)], tile, relu, precision)
 
 
 def dgrad(
@@ -207,20 +214,24 @@ def dgrad(
     _multiply(dy, w, bias, None, dx, products, tile, False, precision, pool, offsets)
 
 
-def _dgrad_products(g: Conv2dGeometry, w_strides: tuple[int, ...]) -> tuple[_Product, ...]:
-    K, C = g.K // g.groups, g.C // g.groups
-    P, Q = g.P, g.Q
+def _dgrad_products(
+    g: Conv2dGeometry, w_strides: tuple[int, ...]
+) -> Iterator[tuple[int, _Product]]:
+    K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
     k, c, r, s = w_strides
-    return tuple(
-        _Product(
+    for row, column in g.dgrad():
+        first = r * row.tap + s * column.tap
+        walk, placement = dgrad_walk(row, column)
+        yield (
             g.N * row.count * column.count,
-            (K * k, c, k, r * row.tap_step, s * column.tap_step, r * row.tap + s * column.tap),
-            unspecialised((g.N, P, Q, row.count, column.count)),
-            (g.groups, C, K, row.taps, column.taps),
-            dgrad_walk(row, column),
+            _Product(
+                w_strides=(K * k, c, k, r * row.tap_step, s * column.tap_step, first),
+                sizes=unspecialised((g.N, P, Q, row.count, column.count)),
+                reduction=(g.groups, C, K, row.taps, column.taps),
+                walk=tuple(walk),
+                placement=tuple(placement),
+            ),
         )
-        for row, column in g.dgrad()
-    )
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -234,28 +245,29 @@ def wgrad_kernel(
     dw_strides,  # split, k, c, r, s
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # stride, origin, step of the height, then of the width
+    walk,  # an IndexMap
     splits,
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    TILE: tl.constexpr,  # rows, columns, depth, packed
+    TILE: tl.constexpr,  # a Block
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
 
     One program writes a tile of filters k by reduction indices (c, r, s) of one group, summed
     over one part of the pixels; the programs of one column of tiles more sum dy alone.
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    DEPTH: tl.constexpr = TILE[2]
-    PACKED: tl.constexpr = TILE[3]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q = plain(sizes)
     groups, K, C, R, S = reduction
     x_strides = plain_strides(x_strides)
     dy_strides = plain_strides(dy_strides)
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
     pid = program(WIDE)
     column_tiles = 0
@@ -281,8 +293,8 @@ def wgrad_kernel(
                 at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
                 n, p, q = pixel(at, P, Q)
                 # [ROWS, DEPTH]
-                offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
-                offsets = (k * dy_strides[1])[:, None] + offsets[None, :]
+                offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
+                offsets = (k * dy_strides.c)[:, None] + offsets[None, :]
                 mask = k_mask[:, None] & (n < N)[None, :]
                 if POOL is None:
                     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
@@ -294,20 +306,20 @@ def wgrad_kernel(
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
         c, r, s, inside = reduction_block(tile, C, R, S, COLUMNS, PACKED)
-        x_columns = (group * C + c) * x_strides[1]
-        x_columns += r * walk[2] * x_strides[2] + s * walk[5] * x_strides[3]
+        x_columns = (group * C + c) * x_strides.c
+        x_columns += r * step_h * x_strides.h + s * step_w * x_strides.w
         acc = tl.zeros((ROWS, COLUMNS), ACC)
         for i in loop(turns):
             at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
             n, p, q = pixel(at, P, Q)
-            h0 = p * walk[0] + walk[1]
-            w0 = q * walk[3] + walk[4]
-            h = h0[:, None] + r * walk[2]
-            w = w0[:, None] + s * walk[5]
+            h0 = p * stride_h + origin_h
+            w0 = q * stride_w + origin_w
+            h = h0[:, None] + r * step_h
+            w = w0[:, None] + s * step_w
             at_mask = n < N
             # [DEPTH, ROWS]
-            offsets = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
-            offsets = offsets[:, None] + (k * dy_strides[1])[None, :]
+            offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
+            offsets = offsets[:, None] + (k * dy_strides.c)[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
             if POOL is None:
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
@@ -315,13 +327,14 @@ def wgrad_kernel(
                 where = n[:, None], k[None, :], p[:, None], q[:, None]
                 dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
             # [DEPTH, COLUMNS]
-            offsets = n * x_strides[0] + h0 * x_strides[2] + w0 * x_strides[3]
+            offsets = n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
             x = tl.load(x_ptr + (offsets[:, None] + x_columns[None, :]), mask=mask, other=0.0)
             fence_copies()
             acc = dot(tl.trans(dy), x, acc, PRECISION)
-        offsets = c * dw_strides[2] + (r * dw_strides[3] + s * dw_strides[4])
-        offsets = split * dw_strides[0] + (k * dw_strides[1])[:, None] + offsets[None, :]
+        dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
+        offsets = c * dw_c + (r * dw_r + s * dw_s)
+        offsets = split * dw_split + (k * dw_k)[:, None] + offsets[None, :]
         dw = narrow(acc, dw_ptr.dtype.element_ty)
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
@@ -349,23 +362,23 @@ def wgrad(
     if dw is not None:
         depth = C * R * S
         tiles += cdiv(depth, tile.columns) if tile.packed else R * S * cdiv(C, tile.columns)
-    dw_parts = None if dw is None else parts_like(dw, tile.splits)
-    db_parts = None if db is None else parts_like(db, tile.splits)
-    device.launch(
-        wgrad_kernel,
-        (tiles * cdiv(K, tile.rows) * g.groups * tile.splits,),
-        *(x, dy, dw_parts, db_parts),
-        *(unspecialised_strides(x), unspecialised_strides(dy)),
-        (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
-        *(unspecialised((g.N, g.H, g.W, P, Q)), (g.groups, K, C, R, S), g.walk),
-        *(tile.splits, *pooled(pool, offsets), precision),
-        device.wide(g.N * P * Q, x, dy, dw_parts, offsets),
-        (tile.rows, tile.columns, tile.depth, tile.packed),
-        device=x.device,
-        num_warps=tile.warps,
-        num_stages=overlapped(tile, computed=pool is not None),
-    )
-    if dw is not None and dw_parts is not None:
-        split_sum(dw_parts, dw)
-    if db is not None and db_parts is not None:
-        split_sum(db_parts, db)
+    expansion, window = pooled(pool, offsets)
+    with gradients(dw, db, tile.splits) as parts:
+        device.launch(
+            wgrad_kernel,
+            (tiles * cdiv(K, tile.rows) * g.groups * tile.splits,),
+            device=x.device,
+            **operands(x=x, dy=dy),
+            **parts,
+            sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+            reduction=(g.groups, K, C, R, S),
+            walk=tuple(g.walk),
+            splits=tile.splits,
+            pooled=expansion,
+            POOL=window,
+            PRECISION=precision,
+            WIDE=device.wide(g.N * P * Q, x, dy, parts["dw_ptr"], offsets),
+            TILE=Block.of(tile),
+            num_warps=tile.warps,
+            num_stages=overlapped(tile, computed=pool is not None),
+        )

@@ -4,6 +4,8 @@ Sizes and strides that follow the batch and the image go to a kernel *unspeciali
 one binary for an integer that is 1, one for multiples of 16, one for the rest, and inside a tuple
 ``do_not_specialize`` does not keep it from doing so: each new size might compile a kernel again.
 So a launcher sends such integers as odd ones that are never 1, and the kernel takes them back.
+A record of integers goes as a plain tuple, which Triton binds in a third of the time, and a kernel
+unpacks it: Triton's cache looks at a kernel's text alone, not at the order of a record's fields.
 
 Triton's interpreter is wrong on bfloat16 in three places, each mended here for it alone: dot
 multiplies raw bits, a conversion to bfloat16 truncates instead of rounding to nearest even, and
@@ -11,7 +13,7 @@ subnormal numbers come out wrong in both directions.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from ._private import cuda_capability_geq
 from .device import INTERPRET
-from .geometry import Conv2dGeometry, Taps
+from .geometry import IndexMap, Taps
 
 _INTERPRET = tl.constexpr(INTERPRET)
 # From 3.7 on Triton fences copies itself (triton-lang/triton#9610).
@@ -63,6 +65,17 @@ def unspecialised_strides(t: Tensor) -> tuple[int, int, int, int, int]:
     return 2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, unit
 
 
+def pointers(**tensors: Tensor | None) -> dict[str, Any]:
+    """A kernel's arguments for some tensors, by name: for x, ``x_ptr``."""
+    return {f"{name}_ptr": t for name, t in tensors.items()}
+
+
+def operands(**tensors: Tensor) -> dict[str, Any]:
+    """The same with their strides: for x, ``x_ptr`` and ``x_strides``."""
+    strides = {f"{name}_strides": unspecialised_strides(t) for name, t in tensors.items()}
+    return pointers(**tensors) | strides
+
+
 def divisors(*sizes: int) -> tuple[int, ...]:
     """For each size a multiplier and a shift, for a kernel's tuple: ``quotient`` reads them.
 
@@ -78,6 +91,15 @@ def divisors(*sizes: int) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+class Strides(NamedTuple):
+    """Strides of a tensor [N, C, H, W], or [N, K, P, Q]."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+
+
 @triton.jit
 def _compiled_plain(values):
     return tl.tuple([(value - _ODD) >> 1 for value in values])
@@ -87,16 +109,17 @@ def _compiled_plain(values):
 def _compiled_plain_strides(strides):
     n, c, h, w, unit = strides
     # Halved before anything is added: these may be the largest integers of 32 bits.
-    return ((n >> 1) + 1) * unit, (c >> 1) + 1, ((h >> 1) + 1) * unit, ((w >> 1) + 1) * unit
+    n, h, w = ((n >> 1) + 1) * unit, ((h >> 1) + 1) * unit, ((w >> 1) + 1) * unit
+    return Strides(n, (c >> 1) + 1, h, w)
 
 
 def _interpreted_plain(values: Any) -> list[int]:
     return [(_integer(value) - _ODD.value) >> 1 for value in values]
 
 
-def _interpreted_plain_strides(strides: Any) -> tuple[int, int, int, int]:
+def _interpreted_plain_strides(strides: Any) -> Strides:
     n, c, h, w, unit = map(_integer, strides)
-    return (n + 1) // 2 * unit, (c + 1) // 2, (h + 1) // 2 * unit, (w + 1) // 2 * unit
+    return Strides((n + 1) // 2 * unit, (c + 1) // 2, (h + 1) // 2 * unit, (w + 1) // 2 * unit)
 
 
 def _integer(scalar: Any) -> int:
@@ -132,7 +155,7 @@ def _interpreted_quotient(i: Any, size: int, multiplier: int, shift: int) -> Any
 plain = _interpreted_plain if INTERPRET else _compiled_plain
 """The integers of a tuple that ``unspecialised`` made."""
 plain_strides = _interpreted_plain_strides if INTERPRET else _compiled_plain_strides
-"""(n, c, h, w) of strides that ``unspecialised_strides`` made; a unit of 16 shows in them."""
+"""The Strides that ``unspecialised_strides`` was given; a unit of 16 shows in them."""
 within = _interpreted_within if INTERPRET else _compiled_within
 """Whether 0 <= i < size, in one comparison: as an unsigned number a negative one is large."""
 
@@ -140,20 +163,19 @@ quotient = _interpreted_quotient if INTERPRET else _compiled_quotient
 """i // size, for i >= 0, by what ``divisors`` made of the size: a shift, a product, a shift."""
 
 
-def fprop_walk(g: Conv2dGeometry) -> tuple[int, ...]:
-    """Of the height and of the width: stride, origin, step; then of each: step and first of y.
+class Placement(NamedTuple):
+    """Result (p, q) is in row ``p * step_p + first_p`` of y, likewise in its column."""
 
-    Place p of y and tap r meet at row ``p * stride + origin + r * step`` of x.
-    """
-    return *g.walk, 1, 0, 1, 0
+    step_p: int = 1
+    first_p: int = 0
+    step_q: int = 1
+    first_q: int = 0
 
 
-def dgrad_walk(row: Taps, column: Taps) -> tuple[int, ...]:
-    """The same for one parity: x is dy, and place p is row ``p * step + first`` of dx."""
-    return (
-        *(1, row.origin, -row.step, 1, column.origin, -column.step),
-        *(row.stride, row.first, column.stride, column.first),
-    )
+def dgrad_walk(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
+    """How one parity of dx, at its place, is a convolution of dy."""
+    walk = IndexMap(1, row.origin, -row.step, 1, column.origin, -column.step)
+    return walk, Placement(row.stride, row.first, column.stride, column.first)
 
 
 @triton.jit

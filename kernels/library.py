@@ -369,9 +369,8 @@ def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, 
         )
     scale = replay.derive(scale, lambda scale: scale.expand(g.K).contiguous())
     bias = None if bias is None else replay.contiguous(bias)
-    descriptor_gemm.fprop(
-        *(x, w, bias, residual, y, g, plans[0].tile), relu=relu, precision="ieee", scale=scale
-    )
+    options = {"relu": relu, "precision": "ieee", "scale": scale}
+    descriptor_gemm.fprop(x, w, bias, residual, y, g, plans[0].tile, **options)
     return y
 
 
@@ -387,12 +386,10 @@ def _conv2d_bytes(x, w, bias, scale, shift, stride, padding, dilation, groups, p
     y = _conv2d_bytes_empty(x, w, bias, scale, shift, *arguments, precision, relu)
     g = Conv2dGeometry.of(x.shape, w.shape, *arguments)
     tile = direct_conv.choose_tile("fprop", g, w.dtype, describe(x.device))
-    direct_conv.fprop(
-        *(x, w, None if bias is None else replay.contiguous(bias), None, y, g, tile),
-        relu=relu,
-        precision=resolve_precision(precision, w),
-        normalise=(replay.contiguous(scale), replay.contiguous(shift)),
-    )
+    bias = None if bias is None else replay.contiguous(bias)
+    normalise = replay.contiguous(scale), replay.contiguous(shift)
+    options = {"precision": resolve_precision(precision, w), "normalise": normalise}
+    direct_conv.fprop(x, w, bias, None, y, g, tile, relu=relu, **options)
     return y
 
 
@@ -409,11 +406,9 @@ def _conv2d_bytes_wgrad(
     dw, db = _wgrad_empty(dy, dy, size, strides, *arguments, precision, bias)
     g = Conv2dGeometry.of(x.shape, size, *arguments)
     tile = direct_conv.choose_tile("wgrad", g, dy.dtype, describe(x.device))
-    direct_conv.wgrad(
-        *(x, dy, dw, db if bias else None, g, tile),
-        precision=resolve_precision(precision, dy),
-        normalise=(replay.contiguous(scale), replay.contiguous(shift)),
-    )
+    normalise = replay.contiguous(scale), replay.contiguous(shift)
+    options = {"precision": resolve_precision(precision, dy), "normalise": normalise}
+    direct_conv.wgrad(x, dy, dw, db if bias else None, g, tile, **options)
     return dw, db
 
 

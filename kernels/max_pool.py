@@ -26,16 +26,18 @@ from . import device, replay
 from .device import Device, loop
 from .geometry import Pair, Pool2dGeometry
 from .indexing import (
+    Strides,
     cdiv,
     divisors,
     narrow,
+    operands,
     plain,
     plain_strides,
+    pointers,
     power_of_2,
     program,
     quotient,
     unspecialised,
-    unspecialised_strides,
     widen,
     within,
 )
@@ -44,8 +46,6 @@ from .tile import Tile
 _INTERPRET = tl.constexpr(device.INTERPRET)
 _VECTOR = 16  # bytes of the widest load
 _UNROLLED = 16  # taps, and pixels of a cell, that code is written out for
-
-Strides = tuple[int, ...]  # of N, C, H, W
 
 
 def offset_dtype(g: Pool2dGeometry) -> torch.dtype:
@@ -122,17 +122,14 @@ class _Taps(NamedTuple):
         """
         rows, columns = ((0, taps) for taps in g.kernel)
         if device.INTERPRET:
-            rows, columns = (
-                _reach(*axis)
-                for axis in zip(
-                    *((g.H, g.W), (g.P, g.Q), g.kernel, g.stride, g.padding, g.dilation),
-                    strict=True,
-                )
-            )
-        width = columns[1] - columns[0]
-        count = (rows[1] - rows[0]) * width
+            sizes, places = (g.H, g.W), (g.P, g.Q)
+            axes = zip(sizes, places, g.kernel, g.stride, g.padding, g.dilation, strict=True)
+            rows, columns = (_reach(*axis) for axis in axes)
+        (top, bottom), (left, right) = rows, columns
+        width = right - left
+        count = (bottom - top) * width
         unroll = count if count <= _UNROLLED else min(width, 8)
-        return cls((rows[0], columns[0]), width, count, unroll)
+        return cls((top, left), width, count, unroll)
 
 
 def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
@@ -157,18 +154,25 @@ def _cells(g: Pool2dGeometry) -> Pair:
     return rows, columns
 
 
+class _Meeting(NamedTuple):
+    """Which of the windows that cover a cell has a pixel, at which of its taps."""
+
+    window: int
+    tap: int
+
+
 class _Cell(NamedTuple):
     """The pixels that windows pass in one step, and the windows that cover them.
 
-    Cell u begins at row ``u * size + first``, the windows that cover it at ``u + window``;
+    Cell u begins at row ``u * size + first``, the windows that cover it at ``u + earliest``;
     likewise its columns.
     """
 
     size: Pair
     first: Pair
-    window: Pair
+    earliest: Pair
     windows: Pair
-    pixels: tuple[tuple[Pair, ...], ...]  # of each pixel the windows that cover it, and the tap
+    pixels: tuple[tuple[_Meeting, ...], ...]  # of each pixel
 
     @classmethod
     def of(cls, g: Pool2dGeometry) -> "_Cell":
@@ -185,19 +189,19 @@ class _Cell(NamedTuple):
 
         pixels = tuple(
             tuple(
-                (i * g.covering[1] + j, r * g.kernel[1] + s)
+                _Meeting(window=i * g.covering[1] + j, tap=r * g.kernel[1] + s)
                 for (i, r), (j, s) in product(taps(0, row), taps(1, column))
             )
             for row, column in product(range(g.stride[0]), range(g.stride[1]))
         )
-        first, window = zip(
+        first, earliest = zip(
             *(
                 (-(padding % stride), padding // stride - covering + 1)
                 for padding, stride, covering in zip(g.padding, g.stride, g.covering, strict=True)
             ),
             strict=True,
         )
-        return cls(g.stride, first, window, g.covering, pixels)
+        return cls(g.stride, first, earliest, g.covering, pixels)
 
 
 class _Tile(NamedTuple):
@@ -212,7 +216,7 @@ class _Launch(NamedTuple):
     """One launch without its tensors."""
 
     grid: tuple[int]
-    arguments: tuple[Any, ...]  # strides, walk, those of the kernel alone, tile
+    arguments: dict[str, Any]
 
 
 def _launch(
@@ -220,9 +224,10 @@ def _launch(
     C: int,
     tile: Tile,
     tensors: Sequence[Tensor],
-    *own: Any,
+    **own: Any,
 ) -> _Launch:
     """A walk over places (n, p, q) by C channels of these tensors, of which the first has values.
+    ``own``: what the kernel takes besides.
 
     Where channels lie side by side the unit is what C and the strides of dense tensors have in
     common, up to a vector: it makes aligned loads, and depends neither on the batch nor the image.
@@ -232,11 +237,8 @@ def _launch(
     unit = 1
     channels = [t.stride(1) for t in tensors]
     if set(channels) == {1} and max(map(max, rows)) < 2**31:
-        unit = gcd(
-            _VECTOR // tensors[0].element_size(),
-            C,
-            *(stride for strides in rows for stride in strides),
-        )
+        vector = _VECTOR // tensors[0].element_size()
+        unit = gcd(vector, C, *(stride for strides in rows for stride in strides))
     column_tiles = cdiv(C, tile.columns)
     walk = unspecialised((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
     wide = device.wide(N * P * Q, *tensors)
@@ -245,10 +247,11 @@ def _launch(
         for (n, h, w), c in zip(rows, channels, strict=True)
     )
     block = _Tile(tile.rows, tile.columns, unit, wide, channels[-1] == 1)
-    return _Launch((cdiv(N * P * Q, tile.rows) * column_tiles,), (strides, walk, *own, block))
+    arguments = {"strides": strides, "walk": walk, **own, "TILE": block}
+    return _Launch((cdiv(N * P * Q, tile.rows) * column_tiles,), arguments)
 
 
-def _row_strides(shape: Sequence[int], strides: Strides) -> tuple[int, int, int]:
+def _row_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int]:
     """Strides of n, h and w; that of an axis of one element may be anything."""
     n, _, h, w = strides
     return 0 if shape[0] == 1 else n, 0 if shape[2] == 1 else h, w
@@ -256,9 +259,9 @@ def _row_strides(shape: Sequence[int], strides: Strides) -> tuple[int, int, int]
 
 @triton.jit
 def _strides(strides, TILE: tl.constexpr):
-    """A tensor's strides of n, c, h, w, all but that of c multiples of the unit."""
+    """A tensor's Strides, all but that of c multiples of the unit."""
     n, c, h, w = plain_strides(strides)
-    return n * TILE.unit, c, h * TILE.unit, w * TILE.unit
+    return Strides(n * TILE.unit, c, h * TILE.unit, w * TILE.unit)
 
 
 @triton.jit
@@ -284,7 +287,7 @@ def _places_and_channels(walk, TILE: tl.constexpr):
 @triton.jit
 def _at(n, c, h, w, strides):
     """Where a tensor's elements [n, c, h, w] are."""
-    return n * strides[0] + h * strides[2] + w * strides[3] + c * strides[1]
+    return n * strides.n + h * strides.h + w * strides.w + c * strides.c
 
 
 @triton.jit
@@ -321,7 +324,8 @@ def max_pool2d_kernel(
     """
     H, W = plain(sizes)
     n, p, q, c, mask = _places_and_channels(walk, TILE)
-    n_stride, c_stride, h_stride, w_stride = _strides(strides[0], TILE)
+    x_strides, y_strides, offsets_strides, indices_strides = strides
+    x_strides = _strides(x_strides, TILE)
     S: tl.constexpr = WINDOW.kernel[1]
     h0, r0, r1 = _reached(p, H, WINDOW, 0)
     w0, s0, s1 = _reached(q, W, WINDOW, 1)
@@ -337,30 +341,30 @@ def max_pool2d_kernel(
     COMPARED: tl.constexpr = tl.float32 if _INTERPRET and DTYPE == tl.bfloat16 else DTYPE
     best = tl.full(mask.shape, float("-inf"), COMPARED)
     OTHER: tl.constexpr = float("-inf") if WINDOW.may_be_empty else None
-    x_planes = x_ptr + n * n_stride + c * c_stride
+    x_planes = x_ptr + n * x_strides.n + c * x_strides.c
     for tap in tl.range(0, TAPS.count, loop_unroll_factor=TAPS.unroll):
         # A tap outside is moved inside: it repeats a value that takes part anyway.
         r = tl.minimum(tl.maximum(TAPS.first[0] + tap // TAPS.columns, r0), r1)
         s = tl.minimum(tl.maximum(TAPS.first[1] + tap % TAPS.columns, s0), s1)
         h = h0 + r * WINDOW.dilation[0]
         w = w0 + s * WINDOW.dilation[1]
-        x = tl.load(x_planes + h * h_stride + w * w_stride, mask=found, other=OTHER)
+        x = tl.load(x_planes + h * x_strides.h + w * x_strides.w, mask=found, other=OTHER)
         x = widen(x, COMPARED)
         # Not the larger one: of equal zeros the first keeps its sign.
         greater = x > best
         winner = tl.where(greater | (x != x), (r * S + s).to(tl.int32), winner)
         best = tl.where(x != x, x, tl.where(greater, x, best))
 
-    at = _at(n, c, p, q, _strides(strides[1], TILE))
+    at = _at(n, c, p, q, _strides(y_strides, TILE))
     tl.store(y_ptr + at, narrow(best, DTYPE), mask=mask)
     if offsets_ptr is not None:
-        at = _at(n, c, p, q, _strides(strides[2], TILE))
+        at = _at(n, c, p, q, _strides(offsets_strides, TILE))
         tl.store(offsets_ptr + at, winner.to(offsets_ptr.dtype.element_ty), mask=mask)
     if indices_ptr is not None:
         h = h0 + winner // S * WINDOW.dilation[0]
         w = w0 + winner % S * WINDOW.dilation[1]
         index = tl.where(winner < 0, -1, h.to(tl.int64) * W + w)
-        at = _at(n, c, p, q, _strides(strides[3], TILE))
+        at = _at(n, c, p, q, _strides(indices_strides, TILE))
         tl.store(indices_ptr + at, index, mask=mask)
 
 
@@ -378,13 +382,14 @@ def max_pool2d(
     came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
     """
     results = [y if t is None else t for t in (y, offsets, indices)]
-    own = unspecialised((g.H, g.W)), _Window.of(g), _Taps.of(g)
-    launch = _launch((g.N, g.P, g.Q), g.C, tile, (x, *results), *own)
+    own = {"sizes": unspecialised((g.H, g.W)), "WINDOW": _Window.of(g), "TAPS": _Taps.of(g)}
+    launch = _launch((g.N, g.P, g.Q), g.C, tile, (x, *results), **own)
     device.launch(
         max_pool2d_kernel,
         launch.grid,
-        *(x, y, offsets, indices, *launch.arguments),
         device=x.device,
+        **pointers(x=x, y=y, offsets=offsets, indices=indices),
+        **launch.arguments,
         num_warps=tile.warps,
     )
 
@@ -408,14 +413,15 @@ def max_pool2d_backward_kernel(
     """
     H, W, P, Q = plain(sizes)
     n, u, v, c, mask = _places_and_channels(walk, TILE)
-    dy_strides = _strides(strides[0], TILE)
-    offsets_strides = _strides(strides[1], TILE)
-    dx_strides = _strides(strides[2], TILE)
+    dy_strides, offsets_strides, dx_strides = strides
+    dy_strides = _strides(dy_strides, TILE)
+    offsets_strides = _strides(offsets_strides, TILE)
+    dx_strides = _strides(dx_strides, TILE)
     dys = ()
     offsets = ()
     for i in tl.static_range(CELL.windows[0] * CELL.windows[1]):
-        p = u + (CELL.window[0] + i // CELL.windows[1])
-        q = v + (CELL.window[1] + i % CELL.windows[1])
+        p = u + (CELL.earliest[0] + i // CELL.windows[1])
+        q = v + (CELL.earliest[1] + i % CELL.windows[1])
         covers = mask & within(p, P) & within(q, Q)
         offsets_at = offsets_ptr + _at(n, c, p, q, offsets_strides)
         offsets += (tl.load(offsets_at, mask=covers, other=-1),)
@@ -427,13 +433,13 @@ def max_pool2d_backward_kernel(
     for i in tl.static_range(len(CELL.pixels)):
         dx = tl.zeros(mask.shape, ACC)
         for j in tl.static_range(len(CELL.pixels[i])):
-            won = offsets[CELL.pixels[i][j][0]] == CELL.pixels[i][j][1]
-            dx += tl.where(won, widen(dys[CELL.pixels[i][j][0]], ACC), 0.0)
+            won = offsets[CELL.pixels[i][j].window] == CELL.pixels[i][j].tap
+            dx += tl.where(won, widen(dys[CELL.pixels[i][j].window], ACC), 0.0)
         # As wide as u and v, as a stride's multiple may not fit into 32 bits.
         row = u * 0 + (CELL.first[0] + i // CELL.size[1])
         column = v * 0 + (CELL.first[1] + i % CELL.size[1])
         inside = mask & within(u * CELL.size[0] + row, H) & within(v * CELL.size[1] + column, W)
-        dx_at = dx_cells + (row * dx_strides[2] + column * dx_strides[3])
+        dx_at = dx_cells + (row * dx_strides.h + column * dx_strides.w)
         tl.store(dx_at, narrow(dx, DTYPE), mask=inside)
 
 
@@ -454,8 +460,9 @@ def max_pool2d_far_backward_kernel(
     One program writes a tile of pixels by channels.
     """
     P, Q = plain(sizes)
-    dy_strides = _strides(strides[0], TILE)
-    offsets_strides = _strides(strides[1], TILE)
+    dy_strides, offsets_strides, dx_strides = strides
+    dy_strides = _strides(dy_strides, TILE)
+    offsets_strides = _strides(offsets_strides, TILE)
     R: tl.constexpr = WINDOW.kernel[0]
     S: tl.constexpr = WINDOW.kernel[1]
     n, h, w, c, mask = _places_and_channels(walk, TILE)
@@ -466,25 +473,25 @@ def max_pool2d_far_backward_kernel(
 
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     dx = tl.zeros(mask.shape, ACC)
-    dy_planes = dy_ptr + n * dy_strides[0] + c * dy_strides[1]
-    offsets_planes = offsets_ptr + n * offsets_strides[0] + c * offsets_strides[1]
+    dy_planes = dy_ptr + n * dy_strides.n + c * dy_strides.c
+    offsets_planes = offsets_ptr + n * offsets_strides.n + c * offsets_strides.c
     for i in tl.range(0, WINDOWS[0]):
         p = p0 + i
         r = h0 - p * WINDOW.stride[0]
         row_mask = mask & within(p, P)
         row_mask = row_mask & (r % WINDOW.dilation[0] == 0) & (r // WINDOW.dilation[0] < R)
-        dy_rows = dy_planes + p * dy_strides[2]
-        offsets_rows = offsets_planes + p * offsets_strides[2]
+        dy_rows = dy_planes + p * dy_strides.h
+        offsets_rows = offsets_planes + p * offsets_strides.h
         for j in tl.range(0, WINDOWS[1], loop_unroll_factor=min(WINDOWS[1], 8)):
             q = q0 + j
             s = w0 - q * WINDOW.stride[1]
             covers = row_mask & within(q, Q)
             covers = covers & (s % WINDOW.dilation[1] == 0) & (s // WINDOW.dilation[1] < S)
-            offset = tl.load(offsets_rows + q * offsets_strides[3], mask=covers, other=-1)
-            dy = tl.load(dy_rows + q * dy_strides[3], mask=covers, other=0.0)
+            offset = tl.load(offsets_rows + q * offsets_strides.w, mask=covers, other=-1)
+            dy = tl.load(dy_rows + q * dy_strides.w, mask=covers, other=0.0)
             tap = r // WINDOW.dilation[0] * S + s // WINDOW.dilation[1]
             dx += tl.where(covers & (offset == tap), widen(dy, ACC), 0.0)
-    at = _at(n, c, h, w, _strides(strides[2], TILE))
+    at = _at(n, c, h, w, _strides(dx_strides, TILE))
     tl.store(dx_ptr + at, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -493,16 +500,18 @@ def max_pool2d_backward(
 ) -> None:
     """dx[N,C,H,W] from dy[N,C,P,Q] and the offsets[N,C,P,Q] of the forward pass."""
     kernel: Any = max_pool2d_far_backward_kernel
-    own: tuple = unspecialised((g.P, g.Q)), _Window.of(g), g.covering
+    own: dict[str, Any] = {"WINDOW": _Window.of(g), "WINDOWS": g.covering}
+    own["sizes"] = unspecialised((g.P, g.Q))
     if _by_cells(g):
         kernel = max_pool2d_backward_kernel
-        own = unspecialised((g.H, g.W, g.P, g.Q)), _Cell.of(g)
-    launch = _launch((g.N, *_cells(g)), g.C, tile, (dy, offsets, dx), *own)
+        own = {"sizes": unspecialised((g.H, g.W, g.P, g.Q)), "CELL": _Cell.of(g)}
+    launch = _launch((g.N, *_cells(g)), g.C, tile, (dy, offsets, dx), **own)
     device.launch(
         kernel,
         launch.grid,
-        *(dy, offsets, dx, *launch.arguments),
         device=dy.device,
+        **pointers(dy=dy, offsets=offsets, dx=dx),
+        **launch.arguments,
         num_warps=tile.warps,
     )
 
@@ -522,28 +531,30 @@ def max_pool2d_gather_kernel(
     One program writes a tile of pixels by channels.
     """
     n, p, q, c, mask = _places_and_channels(walk, TILE)
-    at = _at(n, c, p, q, _strides(strides[1], TILE))
+    ddx_strides, offsets_strides, ddy_strides = strides
+    at = _at(n, c, p, q, _strides(offsets_strides, TILE))
     offset = tl.load(offsets_ptr + at, mask=mask, other=0).to(tl.int32)
     found = mask & (offset >= 0) & (offset < WINDOW.kernel[0] * WINDOW.kernel[1])
     r = offset // WINDOW.kernel[1]
     s = offset % WINDOW.kernel[1]
     h = p * WINDOW.stride[0] - WINDOW.padding[0] + r * WINDOW.dilation[0]
     w = q * WINDOW.stride[1] - WINDOW.padding[1] + s * WINDOW.dilation[1]
-    at = _at(n, c, h, w, _strides(strides[0], TILE))
+    at = _at(n, c, h, w, _strides(ddx_strides, TILE))
     ddy = tl.load(ddx_ptr + at, mask=found, other=0.0)
-    tl.store(ddy_ptr + _at(n, c, p, q, _strides(strides[2], TILE)), ddy, mask=mask)
+    tl.store(ddy_ptr + _at(n, c, p, q, _strides(ddy_strides, TILE)), ddy, mask=mask)
 
 
 def max_pool2d_gather(
     ddx: Tensor, offsets: Tensor, ddy: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
     """ddy[N,C,P,Q] from ddx[N,C,H,W] and offsets[N,C,P,Q]: the gradient of the gradient."""
-    launch = _launch((g.N, g.P, g.Q), g.C, tile, (ddx, offsets, ddy), _Window.of(g))
+    launch = _launch((g.N, g.P, g.Q), g.C, tile, (ddx, offsets, ddy), WINDOW=_Window.of(g))
     device.launch(
         max_pool2d_gather_kernel,
         launch.grid,
-        *(ddx, offsets, ddy, *launch.arguments),
         device=ddx.device,
+        **pointers(ddx=ddx, offsets=offsets, ddy=ddy),
+        **launch.arguments,
         num_warps=tile.warps,
     )
 
@@ -614,10 +625,13 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
     device.launch(
         max_unpool2d_kernel,
         (cdiv(N * C, tile.columns),),
-        *(x, indices, y, *map(unspecialised_strides, (x, indices, y))),
-        *(unspecialised((N, H * W, W, P * Q, Q)), C),
-        *(device.wide(max(N * C, H * W, P * Q), x, indices, y), tile.rows, tile.columns),
         device=x.device,
+        **operands(x=x, indices=indices, y=y),
+        sizes=unspecialised((N, H * W, W, P * Q, Q)),
+        C=C,
+        WIDE=device.wide(max(N * C, H * W, P * Q), x, indices, y),
+        BLOCK=tile.rows,
+        PLANES=tile.columns,
         num_warps=tile.warps,
         # Assertions are compiled in debug mode only, which must not check all arithmetic as well.
         debug=True,
@@ -660,13 +674,14 @@ def max_unpool2d_backward_kernel(
     """
     HW, W = plain(sizes)
     n, p, q, c, mask = _places_and_channels(walk, TILE)
-    at = _at(n, c, p, q, _strides(strides[1], TILE))
+    dy_strides, indices_strides, dx_strides = strides
+    at = _at(n, c, p, q, _strides(indices_strides, TILE))
     index = tl.load(indices_ptr + at, mask=mask, other=0)
     inside = mask & (index >= 0) & (index < HW)
     index = tl.where(inside, index, 0).to(n.dtype)
-    at = _at(n, c, index // W, index % W, _strides(strides[0], TILE))
+    at = _at(n, c, index // W, index % W, _strides(dy_strides, TILE))
     dx = tl.load(dy_ptr + at, mask=inside, other=0.0)
-    tl.store(dx_ptr + _at(n, c, p, q, _strides(strides[2], TILE)), dx, mask=mask)
+    tl.store(dx_ptr + _at(n, c, p, q, _strides(dx_strides, TILE)), dx, mask=mask)
 
 
 def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
@@ -675,11 +690,12 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     P, Q = dx.shape[2:]
     tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
     sizes = unspecialised((H * W, W))
-    launch = _launch((N, P, Q), C, tile, (dy, indices, dx), sizes)
+    launch = _launch((N, P, Q), C, tile, (dy, indices, dx), sizes=sizes)
     device.launch(
         max_unpool2d_backward_kernel,
         launch.grid,
-        *(dy, indices, dx, *launch.arguments),
         device=dy.device,
+        **pointers(dy=dy, indices=indices, dx=dx),
+        **launch.arguments,
         num_warps=tile.warps,
     )

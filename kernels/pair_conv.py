@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import device, replay
 from .device import Device, loop
-from .epilogue import result_strides, store_result
+from .epilogue import results, store_result
 from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, Pool2dGeometry, contiguous_strides
 from .indexing import (
@@ -26,18 +26,19 @@ from .indexing import (
     dot,
     fence_copies,
     narrow,
+    operands,
     pixel,
     plain,
     plain_strides,
+    pointers,
     power_of_2,
     program,
     quotient,
     unspecialised,
-    unspecialised_strides,
     within,
 )
-from .split_sum import parts_like, split_sum
-from .tile import INTERPRETER_ELEMENTS, Tile
+from .split_sum import gradients
+from .tile import INTERPRETER_ELEMENTS, Block, Tile
 
 Normalisation = tuple[Tensor, Tensor]
 """scale[C] and shift[C], float32, that make of a byte x the value x * scale[c] + shift[c]."""
@@ -95,9 +96,22 @@ def to_launch(run: Run) -> tuple[Run, ...]:
     return tuple({run, run._replace(unit=1)}) if device.is_warming_up() else (run,)
 
 
-def filters_of(g: Conv2dGeometry) -> tuple[int, ...]:
-    """K, C, R, S; stride and step of the height, then of the width."""
-    return g.K, g.C, g.R, g.S, g.stride[0], g.dilation[0], g.stride[1], g.dilation[1]
+class Filters(NamedTuple):
+    """What of a convolution a kernel is compiled for."""
+
+    K: int
+    C: int
+    R: int
+    S: int
+    stride_h: int
+    step_h: int
+    stride_w: int
+    step_w: int
+
+    @classmethod
+    def of(cls, g: Conv2dGeometry) -> "Filters":
+        (stride_h, stride_w), (step_h, step_w) = g.stride, g.dilation
+        return cls(g.K, g.C, g.R, g.S, stride_h, step_h, stride_w, step_w)
 
 
 def supports(g: Conv2dGeometry, dtype: torch.dtype) -> bool:
@@ -127,8 +141,9 @@ def load_normalisation(normalise, c, mask):
         scale = c
         shift = c
     else:
-        scale = tl.load(normalise[0] + c, mask=mask, other=0.0)
-        shift = tl.load(normalise[1] + c, mask=mask, other=0.0)
+        scale_ptr, shift_ptr = normalise
+        scale = tl.load(scale_ptr + c, mask=mask, other=0.0)
+        shift = tl.load(shift_ptr + c, mask=mask, other=0.0)
     return scale, shift
 
 
@@ -160,9 +175,9 @@ def run_element(j, C: tl.constexpr, COLUMNS: tl.constexpr, FLAT: tl.constexpr):
 @triton.jit
 def window_tap(column, half, FILTERS: tl.constexpr):
     """(s, inside): the tap of the first or second output at a column of their run, if any."""
-    reach = column - half * FILTERS[6]
-    s = reach // FILTERS[7]
-    return s, (reach >= 0) & (s < FILTERS[3]) & (s * FILTERS[7] == reach)
+    reach = column - half * FILTERS.stride_w
+    s = reach // FILTERS.step_w
+    return s, (reach >= 0) & (s < FILTERS.S) & (s * FILTERS.step_w == reach)
 
 
 @triton.jit
@@ -170,7 +185,7 @@ def pack_kernel(
     w_ptr,  # [K, C, R, S]
     packed_ptr,  # [tiles of filters, turns, COLUMNS / 8, 2, 8, DEPTH]
     w_strides,  # k, c, r, s
-    FILTERS: tl.constexpr,  # K, C, R, S, strides and steps
+    FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
     DEPTH: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -179,20 +194,21 @@ def pack_kernel(
 
     One program writes what one turn of the loop multiplies: zeros where a window does not reach.
     """
-    TURNS: tl.constexpr = (FILTERS[2] * RUN.segment + DEPTH - 1) // DEPTH
+    TURNS: tl.constexpr = (FILTERS.R * RUN.segment + DEPTH - 1) // DEPTH
     pid = tl.program_id(0)
     depth = tl.arange(0, DEPTH)
     d = pid % TURNS * DEPTH + depth
     j = d % RUN.segment - RUN.lead
     r = d // RUN.segment
-    c, column = run_element(j, FILTERS[1], RUN.columns, RUN.flat)
+    c, column = run_element(j, FILTERS.C, RUN.columns, RUN.flat)
     m = tl.arange(0, 2 * COLUMNS)
     k = pid // TURNS * COLUMNS + m // 16 * 8 + m % 8
     s, inside = window_tap(column[None, :], (m // 8 % 2)[:, None], FILTERS)
-    inside &= ((j >= 0) & (c < FILTERS[1]) & (r < FILTERS[2]))[None, :]
-    inside &= (k < FILTERS[0])[:, None]
-    offsets = (k * w_strides[0])[:, None] + (c * w_strides[1] + r * w_strides[2])[None, :]
-    w = tl.load(w_ptr + offsets + s * w_strides[3], mask=inside, other=0.0)
+    inside &= ((j >= 0) & (c < FILTERS.C) & (r < FILTERS.R))[None, :]
+    inside &= (k < FILTERS.K)[:, None]
+    w_k, w_c, w_r, w_s = w_strides
+    offsets = (k * w_k)[:, None] + (c * w_c + r * w_r)[None, :]
+    w = tl.load(w_ptr + offsets + s * w_s, mask=inside, other=0.0)
     packed_ptr += pid.to(tl.int64) * (2 * COLUMNS * DEPTH)
     tl.store(packed_ptr + (m * DEPTH)[:, None] + depth[None, :], w)
 
@@ -206,8 +222,13 @@ def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
     device.launch(
         pack_kernel,
         (k_tiles * turns,),
-        *(w, packed, w.stride(), filters_of(g), run._replace(unit=1), tile.depth, tile.columns),
         device=w.device,
+        **pointers(w=w, packed=packed),
+        w_strides=w.stride(),
+        FILTERS=Filters.of(g),
+        RUN=run._replace(unit=1),
+        DEPTH=tile.depth,
+        COLUMNS=tile.columns,
         num_warps=8,
     )
     return packed
@@ -230,10 +251,9 @@ def convolve(
     at,  # n_mask, h, w of each pair's first output and tap, that row's place in x, the next tap's
     x_strides,
     sizes,  # H, W
-    FILTERS: tl.constexpr,  # as filters_of gives them
+    FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
-    DEPTH: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,  # its columns and depth count
     HALF: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -242,10 +262,12 @@ def convolve(
     With both, an output's products with what its neighbour alone sees are zero times x: an infinity
     or NaN there makes it NaN.
     """
-    C: tl.constexpr = FILTERS[1]
-    R: tl.constexpr = FILTERS[2]
+    C: tl.constexpr = FILTERS.C
+    R: tl.constexpr = FILTERS.R
     SEGMENT: tl.constexpr = RUN.segment
     UNIT: tl.constexpr = RUN.unit
+    DEPTH: tl.constexpr = TILE.depth
+    COLUMNS: tl.constexpr = TILE.columns
     LINES: tl.constexpr = DEPTH // SEGMENT
     DTYPE: tl.constexpr = packed_ptr.dtype.element_ty
     n_mask, h0, w0, x_rows, x_step = at
@@ -263,8 +285,8 @@ def convolve(
     else:
         w = w0[:, None] + column[None, :]
         x_mask = within(w, W) & (c < C)[None, :]
-        x_offsets = (x_rows + w0 * x_strides[3])[:, None]
-        x_offsets += (c * x_strides[1] + column * x_strides[3])[None, :]
+        x_offsets = (x_rows + w0 * x_strides.w)[:, None]
+        x_offsets += (c * x_strides.c + column * x_strides.w)[None, :]
     x_mask &= n_mask[:, None]
     scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
     line = depth // SEGMENT
@@ -279,10 +301,12 @@ def convolve(
     acc = tl.zeros((m.shape[0], h0.shape[0]), tl.float32)
     for i in tl.range((R + LINES - 1) // LINES, num_stages=None if HALF is None else 1):
         if LINES == 1:
-            mask = x_mask & within(h0 + i * FILTERS[5], H)[:, None]
+            mask = x_mask & within(h0 + i * FILTERS.step_h, H)[:, None]
         else:
             r = i * LINES + line
-            mask = x_mask & within(h0[:, None] + (r * FILTERS[5])[None, :], H) & (r < R)[None, :]
+            mask = (
+                x_mask & within(h0[:, None] + (r * FILTERS.step_h)[None, :], H) & (r < R)[None, :]
+            )
         x_at = x_offsets + tl.multiple_of(i * (LINES * x_step), UNIT)
         x = load_normalised(x_ptr, x_at, mask, normalise, scale, shift, DTYPE)
         if HALF is not None:
@@ -306,9 +330,9 @@ def pair_fprop_kernel(
     sizes,  # N, H, W, P, Q, unspecialised
     origin,  # of the walk along the height and the width
     normalise,  # scale and shift[C], float32, of x in bytes, or None
-    FILTERS: tl.constexpr,  # as filters_of gives them
+    FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
-    TILE: tl.constexpr,  # rows, columns, depth
+    TILE: tl.constexpr,  # a Block
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -317,37 +341,36 @@ def pair_fprop_kernel(
 
     One program writes a tile of ``rows`` pixels by ``columns`` filters, accumulated in float32.
     """
-    PAIRS: tl.constexpr = TILE[0] // 2
-    COLUMNS: tl.constexpr = TILE[1]
-    DEPTH: tl.constexpr = TILE[2]
-    K: tl.constexpr = FILTERS[0]
+    PAIRS: tl.constexpr = TILE.rows // 2
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    K: tl.constexpr = FILTERS.K
     K_TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
-    TURNS: tl.constexpr = (FILTERS[2] * RUN.segment + DEPTH - 1) // DEPTH
+    TURNS: tl.constexpr = (FILTERS.R * RUN.segment + DEPTH - 1) // DEPTH
     N, H, W, P, Q = plain(sizes)
-    strides = plain_strides(x_strides)
+    x_strides = plain_strides(x_strides)
+    origin_h, origin_w = origin
     pid = program(WIDE)
     k_tile = pid % K_TILES
     n, p, q = pixel(pid // K_TILES * PAIRS + tl.arange(0, PAIRS), P, (Q + 1) // 2)
-    h = p * FILTERS[4] + origin[0]
-    w = 2 * q * FILTERS[6] + origin[1]
-    x_step = (pid * 0 + FILTERS[5]) * strides[2]
-    at = (n < N, h, w, n * strides[0] + h * strides[2], x_step)
+    h = p * FILTERS.stride_h + origin_h
+    w = 2 * q * FILTERS.stride_w + origin_w
+    x_step = (pid * 0 + FILTERS.step_h) * x_strides.h
+    at = (n < N, h, w, n * x_strides.n + h * x_strides.h, x_step)
+    x_sizes = (H, W)
     packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
     both = convolve(
-        *(x_ptr, packed_ptr, normalise, at, strides, (H, W)),
-        *(FILTERS, RUN, DEPTH, COLUMNS, None, PRECISION),
+        x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, None, PRECISION
     )
     even, odd = halves(both)
     total = tl.sum(both)
     if total != total:
         # A NaN, perhaps of what a neighbour alone sees.
         even = convolve(
-            *(x_ptr, packed_ptr, normalise, at, strides, (H, W)),
-            *(FILTERS, RUN, DEPTH, COLUMNS, 0, PRECISION),
+            x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, 0, PRECISION
         )
         odd = convolve(
-            *(x_ptr, packed_ptr, normalise, at, strides, (H, W)),
-            *(FILTERS, RUN, DEPTH, COLUMNS, 1, PRECISION),
+            x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, 1, PRECISION
         )
 
     acc = tl.join(even, odd).reshape(COLUMNS, 2 * PAIRS).trans()
@@ -381,19 +404,22 @@ def fprop(
         return
     packed = pack(w, g, tile, run)
     pairs = g.N * g.P * cdiv(g.Q, 2)
-    arguments = (
-        *(x, packed, bias, residual, y, unspecialised_strides(x), result_strides(residual, y)),
-        *(unspecialised((g.N, g.H, g.W, g.P, g.Q)), (-g.padding[0][0], -g.padding[1][0])),
-        *(normalise, filters_of(g)),
-    )
     for known in to_launch(run):
         device.launch(
             pair_fprop_kernel,
             (cdiv(pairs, tile.rows // 2) * cdiv(g.K, tile.columns),),
-            *arguments,
-            *(known, (tile.rows, tile.columns, tile.depth), relu, precision),
-            device.wide(2 * pairs, x, residual, y),
             device=x.device,
+            **operands(x=x),
+            packed_ptr=packed,
+            **results(bias, residual, y, relu),
+            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q)),
+            origin=(g.walk.origin_h, g.walk.origin_w),
+            normalise=normalise,
+            FILTERS=Filters.of(g),
+            RUN=known,
+            TILE=Block.of(tile),
+            PRECISION=precision,
+            WIDE=device.wide(2 * pairs, x, residual, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -421,7 +447,9 @@ def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
         device.multiprocessors * (8 // warps) // max(1, programs),
     )
     return Tile(
-        *(rows, columns, depth),
+        rows,
+        columns,
+        depth,
         packed=True,
         splits=max(1, splits),
         warps=warps,
@@ -436,12 +464,13 @@ def store_gradient(dw_ptr, dw_strides, dw, half, k, r, j, FILTERS: tl.constexpr,
 
     What does not lie in their windows is dropped. ``dw_strides``: of parts, k, c, r, s.
     """
-    c, column = run_element(j, FILTERS[1], RUN.columns, RUN.flat)
+    c, column = run_element(j, FILTERS.C, RUN.columns, RUN.flat)
     s, mask = window_tap(column, half, FILTERS)
-    mask &= (j >= 0) & (c < FILTERS[1]) & (r < FILTERS[2])
-    offsets = c * dw_strides[2] + r * dw_strides[3] + s * dw_strides[4]
-    offsets = (k * dw_strides[1])[:, None] + offsets[None, :]
-    tl.store(dw_ptr + offsets, dw, mask=(k < FILTERS[0])[:, None] & mask[None, :])
+    mask &= (j >= 0) & (c < FILTERS.C) & (r < FILTERS.R)
+    _, dw_k, dw_c, dw_r, dw_s = dw_strides
+    offsets = c * dw_c + r * dw_r + s * dw_s
+    offsets = (k * dw_k)[:, None] + offsets[None, :]
+    tl.store(dw_ptr + offsets, dw, mask=(k < FILTERS.K)[:, None] & mask[None, :])
 
 
 @triton.jit
@@ -458,9 +487,9 @@ def pair_wgrad_kernel(
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     normalise,  # scale and shift[C], float32, of x in bytes, or None
-    FILTERS: tl.constexpr,  # as filters_of gives them
+    FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
-    TILE: tl.constexpr,  # rows, columns, height and width of a patch
+    TILE: tl.constexpr,  # a _Patch
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -476,14 +505,14 @@ def pair_wgrad_kernel(
     A turn's pairs are a patch: so many rows of y, and of each so many pairs, or the last output in
     so many images. Indices that end in _in are of a place within a patch, the same in every turn.
     """
-    ROWS: tl.constexpr = TILE[0]
-    COLUMNS: tl.constexpr = TILE[1]
-    HEIGHT: tl.constexpr = TILE[2]
-    WIDTH: tl.constexpr = TILE[3]
-    K: tl.constexpr = FILTERS[0]
-    C: tl.constexpr = FILTERS[1]
-    R: tl.constexpr = FILTERS[2]
-    STEP: tl.constexpr = 2 * FILTERS[6]
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    HEIGHT: tl.constexpr = TILE.height
+    WIDTH: tl.constexpr = TILE.width
+    K: tl.constexpr = FILTERS.K
+    C: tl.constexpr = FILTERS.C
+    R: tl.constexpr = FILTERS.R
+    STEP: tl.constexpr = 2 * FILTERS.stride_w
     UNIT: tl.constexpr = RUN.unit
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     K_TILES: tl.constexpr = (2 * K + ROWS - 1) // ROWS
@@ -491,9 +520,10 @@ def pair_wgrad_kernel(
     LINE_TILES: tl.constexpr = 1 if dw_ptr is None else (R + LINES - 1) // LINES
     x_strides = plain_strides(x_strides)
     dy_strides = plain_strides(dy_strides)
-    walk = plain(walk)
-    N, H, W, P, Q, splits, singles, tall, wide, wide_single = walk[:10]
-    by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = walk[10:]
+    sizes, divisors = walk
+    N, H, W, P, Q, splits, singles, tall, wide, wide_single = plain(sizes)
+    by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = plain(divisors)
+    origin_h, origin_w = origin
 
     pid = program(WIDE)
     line_tile = pid % LINE_TILES
@@ -517,9 +547,9 @@ def pair_wgrad_kernel(
     i = tl.arange(0, HEIGHT * WIDTH) + zero
     p_in = i // WIDTH
     across_in = i % WIDTH
-    dy_in = (k * dy_strides[1] + half * dy_strides[3])[:, None]
-    dy_in += (p_in * dy_strides[2])[None, :]
-    dy_step = tl.where(single, zero + dy_strides[0], zero + 2 * dy_strides[3])
+    dy_in = (k * dy_strides.c + half * dy_strides.w)[:, None]
+    dy_in += (p_in * dy_strides.h)[None, :]
+    dy_step = tl.where(single, zero + dy_strides.n, zero + 2 * dy_strides.w)
     dy_in += (across_in * dy_step)[None, :]
 
     column = tl.arange(0, COLUMNS)
@@ -533,17 +563,17 @@ def pair_wgrad_kernel(
         width = W * C // UNIT * UNIT  # a multiple of the unit, as is the start of a run
         w_step = STEP * C
         w_in = place
-        x_in = tl.multiple_of(r * FILTERS[5] * x_strides[2], UNIT) + place
-        x_step = tl.where(single, zero + x_strides[0], zero + w_step)
+        x_in = tl.multiple_of(r * FILTERS.step_h * x_strides.h, UNIT) + place
+        x_step = tl.where(single, zero + x_strides.n, zero + w_step)
     else:
         width = W
         w_step = STEP
-        w_in = tl.where(c < C, column, W - origin[1])
-        x_in = r * FILTERS[5] * x_strides[2] + c * x_strides[1] + column * x_strides[3]
-        x_step = tl.where(single, zero + x_strides[0], zero + w_step * x_strides[3])
-    h_in = tl.where(r < R, r * FILTERS[5], H - origin[0])  # beyond the image from any row
+        w_in = tl.where(c < C, column, W - origin_w)
+        x_in = r * FILTERS.step_h * x_strides.h + c * x_strides.c + column * x_strides.w
+        x_step = tl.where(single, zero + x_strides.n, zero + w_step * x_strides.w)
+    h_in = tl.where(r < R, r * FILTERS.step_h, H - origin_h)  # beyond the image from any row
     x_in = tl.multiple_of(across_in * x_step, UNIT)[:, None] + x_in[None, :]
-    x_in += tl.multiple_of(p_in * (FILTERS[4] * x_strides[2]), UNIT)[:, None]
+    x_in += tl.multiple_of(p_in * (FILTERS.stride_h * x_strides.h), UNIT)[:, None]
 
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
     db = tl.zeros((ROWS, 16), tl.float32)
@@ -557,7 +587,7 @@ def pair_wgrad_kernel(
         q = zero + tl.where(single, Q - 1, 2 * first)
         inside = (p_in < P - p) & (across_in < across - first)
         # [ROWS, pairs]
-        dy_at = n * dy_strides[0] + p * dy_strides[2] + q * dy_strides[3]
+        dy_at = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
         dy_mask = k_mask[:, None] & inside[None, :]
         if POOL is None:
             dy = tl.load(dy_ptr + dy_at + dy_in, mask=dy_mask, other=0.0)
@@ -569,15 +599,15 @@ def pair_wgrad_kernel(
             dy = load_expanded(dy_ptr, dy_strides, pooled, where, dy_mask, POOL)
         if dw_ptr is not None:
             # [pairs, COLUMNS]
-            h = p * FILTERS[4] + origin[0]
-            w = q * FILTERS[6] + origin[1]
-            x_at = n * x_strides[0] + h * x_strides[2]
+            h = p * FILTERS.stride_h + origin_h
+            w = q * FILTERS.stride_w + origin_w
+            x_at = n * x_strides.n + h * x_strides.h
             if RUN.flat:
                 w = w * C - RUN.lead
                 x_at = tl.multiple_of(x_at + w, UNIT)
             else:
-                x_at += w * x_strides[3]
-            h = tl.where(p_in < P - p, h + p_in * FILTERS[4], H)
+                x_at += w * x_strides.w
+            h = tl.where(p_in < P - p, h + p_in * FILTERS.stride_h, H)
             w += tl.where(single, 0, across_in * w_step)
             w = tl.multiple_of(tl.where(across_in < across - first, w, width), UNIT)
             x_mask = within(h[:, None] + h_in[None, :], H)
@@ -597,11 +627,21 @@ def pair_wgrad_kernel(
     if dw_ptr is not None:
         first, second = halves(dw)
         k = k_tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
-        dw_ptr += part * dw_strides[0]
+        dw_part, _, _, _, _ = dw_strides
+        dw_ptr += part * dw_part
         store_gradient(dw_ptr, dw_strides, first, 0, k, r, j, FILTERS, RUN)
         if not single:
-            dw_ptr += dw_strides[0]
+            dw_ptr += dw_part
             store_gradient(dw_ptr, dw_strides, second, 1, k, r, j, FILTERS, RUN)
+
+
+class _Patch(NamedTuple):
+    """What of a tile wgrad's kernel is compiled for: its depth is ``height`` x ``width`` pairs."""
+
+    rows: int
+    columns: int
+    height: int
+    width: int
 
 
 class _Walk(NamedTuple):
@@ -610,13 +650,14 @@ class _Walk(NamedTuple):
     shares: int
     parts: int
     sizes: tuple[int, ...]
+    divisors: tuple[int, ...]
 
 
 def _wgrad_walk(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Walk:
     """The walk in patches of height x width places.
 
-    ``sizes``: N, H, W, P, Q, splits, singles; patches along p, along q, of images; then what
-    divides by these three.
+    ``sizes``: N, H, W, P, Q, splits, singles; patches along p, along q, of images. ``divisors``
+    divide by these three.
     """
     tall, wide, deep = cdiv(g.P, height), cdiv(g.Q // 2, width), cdiv(g.N, width)
     splits, singles = shares, 0
@@ -625,7 +666,7 @@ def _wgrad_walk(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Wal
         singles = max(1, min(single, shares - 1))
         splits = max(1, shares - singles)
     sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, splits, singles, tall, wide, deep))
-    return _Walk(splits + singles, 2 * splits + singles, sizes + divisors(tall, wide, deep))
+    return _Walk(splits + singles, 2 * splits + singles, sizes, divisors(tall, wide, deep))
 
 
 def wgrad(
@@ -646,36 +687,35 @@ def wgrad(
     The pairs are summed in ``tile.splits`` shares, whose parts a second pass adds in a fixed order.
     """
     width = min(tile.patch[1], tile.depth)
-    patch = tile.depth // width, width
-    walk = _wgrad_walk(g, tile.splits, *patch)
-    dw_parts = None if dw is None else parts_like(dw, walk.parts)
-    db_parts = None if db is None else parts_like(db, walk.parts)
+    height = tile.depth // width
+    walk = _wgrad_walk(g, tile.splits, height, width)
     expansion, window = pooled(pool, offsets)
     run = run_of(x, g)
-    arguments = (
-        *(x, dy, dw_parts, db_parts, unspecialised_strides(x), unspecialised_strides(dy)),
-        (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride()),
-        *(walk.sizes, (-g.padding[0][0], -g.padding[1][0]), expansion, window, normalise),
-    )
-    for known in to_launch(run):
-        # Loads of four bytes and more go to shared memory on their own, others through registers.
-        copied = known.unit * x.element_size() >= 4 and pool is None and normalise is None
-        columns, warps, stages = tile.columns, tile.warps, tile.stages
-        if not copied and not device.INTERPRET:
-            columns, warps, stages = max(run.segment, min(64, columns)), 8, 1
-        lines = 1 if dw is None else cdiv(g.R, columns // run.segment)
-        device.launch(
-            pair_wgrad_kernel,
-            (lines * cdiv(2 * g.K, tile.rows) * walk.shares,),
-            *arguments,
-            *(filters_of(g), known, (tile.rows, columns, *patch), precision),
-            device.wide(g.N * g.P * g.Q, x, dy, dw_parts, offsets),
-            device=x.device,
-            num_warps=warps,
-            num_stages=stages,
-            **device.all_registers(x.device),
-        )
-    if dw is not None and dw_parts is not None:
-        split_sum(dw_parts, dw)
-    if db is not None and db_parts is not None:
-        split_sum(db_parts, db)
+    with gradients(dw, db, walk.parts) as parts:
+        for known in to_launch(run):
+            # Loads of four bytes go to shared memory on their own, narrower ones through registers.
+            copied = known.unit * x.element_size() >= 4 and pool is None and normalise is None
+            columns, warps, stages = tile.columns, tile.warps, tile.stages
+            if not copied and not device.INTERPRET:
+                columns, warps, stages = max(run.segment, min(64, columns)), 8, 1
+            lines = 1 if dw is None else cdiv(g.R, columns // run.segment)
+            device.launch(
+                pair_wgrad_kernel,
+                (lines * cdiv(2 * g.K, tile.rows) * walk.shares,),
+                device=x.device,
+                **operands(x=x, dy=dy),
+                **parts,
+                walk=(walk.sizes, walk.divisors),
+                origin=(g.walk.origin_h, g.walk.origin_w),
+                pooled=expansion,
+                POOL=window,
+                normalise=normalise,
+                FILTERS=Filters.of(g),
+                RUN=known,
+                TILE=_Patch(tile.rows, columns, height, width),
+                PRECISION=precision,
+                WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
+                num_warps=warps,
+                num_stages=stages,
+                **device.all_registers(x.device),
+            )

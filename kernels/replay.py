@@ -47,6 +47,8 @@ class Recording:
         self._steps.append(step)
 
     def launched(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
+        # In the kernel's order: Triton takes longer to bind what is named.
+        args += tuple([meta.pop(name) for name in kernel.arg_names if name in meta])
         takes = [(i, take) for i, value in enumerate(args) if (take := self._from_slots(value))]
         known = list(args)
         for i, _ in takes:

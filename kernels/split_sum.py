@@ -1,6 +1,8 @@
 """The second pass of a reduction that was split: its parts are added in a fixed order."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -72,17 +74,35 @@ def channel_walk(t: Tensor, pixels: int, elements: int, summed: bool) -> Channel
     return ChannelWalk(parts * column_tiles, cdiv(tiles, parts), parts, rows, columns, 8)
 
 
-def parts_like(out: Tensor, splits: int) -> Tensor:
-    """Where a split reduction writes: out itself for one part, else a workspace[splits, numel]."""
-    if splits == 1:
+def parts_like(out: Tensor | None, splits: int) -> Tensor | None:
+    """Where a split reduction writes: out itself for one part, else a workspace[splits, numel].
+
+    None, a result that is not wanted, has no parts.
+    """
+    if splits == 1 or out is None:
         return out
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     return replay.new(out, (splits, out.numel()), (out.numel(), 1), dtype)
 
 
-def split_sum(parts: Tensor, out: Tensor) -> None:
-    """Add parts[splits, numel] into out, whose storage is dense in any order of strides."""
-    if parts is out:
+@contextmanager
+def gradients(dw: Tensor | None, db: Tensor | None, splits: int) -> Iterator[dict[str, Any]]:
+    """A kernel's arguments, by name, for gradients of which it writes ``splits`` parts:
+    dw_ptr[splits, K, C, R, S] and db_ptr[splits, K]. The parts are added up in the end.
+    """
+    dw_parts, db_parts = parts_like(dw, splits), parts_like(db, splits)
+    strides = (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride())
+    yield {"dw_ptr": dw_parts, "db_ptr": db_parts, "dw_strides": strides}
+    split_sum(dw_parts, dw)
+    split_sum(db_parts, db)
+
+
+def split_sum(parts: Tensor | None, out: Tensor | None) -> None:
+    """Add parts[splits, numel] into out, whose storage is dense in any order of strides.
+
+    None, or the parts themselves, is left as it is.
+    """
+    if parts is out or parts is None or out is None:
         return
     splits, numel = parts.shape
     # Few elements take many lanes, so that there are programs enough.
@@ -91,6 +111,12 @@ def split_sum(parts: Tensor, out: Tensor) -> None:
     device.launch(
         split_sum_kernel,
         (cdiv(numel, block),),
-        *(parts, out, numel, splits, device.wide(0, parts), block, lanes),
         device=out.device,
+        parts_ptr=parts,
+        out_ptr=out,
+        numel=numel,
+        splits=splits,
+        WIDE=device.wide(0, parts),
+        BLOCK=block,
+        LANES=lanes,
     )

@@ -12,6 +12,8 @@ first. A NaN, made positive, exceeds all numbers; what is negative loses to zero
 several NaNs the last has to win: a tile with a NaN is made again, with numbers of NaNs that rise.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +25,10 @@ from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
     narrow,
+    operands,
     plain,
     plain_strides,
+    pointers,
     power_of_2,
     program,
     unspecialised,
@@ -32,7 +36,7 @@ from .indexing import (
     widen,
     within,
 )
-from .pair_conv import DEEPEST, convolve, filters_of, halves, pack, run_of, segment, to_launch
+from .pair_conv import DEEPEST, Filters, convolve, halves, pack, run_of, segment, to_launch
 from .tile import INTERPRETER_ELEMENTS, Tile
 
 _FEW = 4  # channels
@@ -40,6 +44,25 @@ _INTERPRET = tl.constexpr(INTERPRET)
 _LAST = tl.constexpr(15)  # what the first tap is numbered; the t-th has t less
 _GROUPS = tl.constexpr(4)  # of rows of the map, each in threads of its own
 _SHIFTED = tl.constexpr(2**20 if INTERPRET else 1)  # what the interpreter gathers at once
+
+
+class _Window(NamedTuple):
+    """What of a pooling the kernel is compiled for."""
+
+    R: int
+    S: int
+    top: int
+    left: int
+
+
+class _Block(NamedTuple):
+    """What of a tile the kernel is compiled for: images, their pixels, filters, and the depth."""
+
+    images: int
+    height: int
+    width: int
+    columns: int
+    depth: int
 
 
 def supports(
@@ -71,8 +94,8 @@ def choose_tile(
         2 * max(_GROUPS.value, min(16, power_of_2(places + kernel - 2)))
         for places, kernel in zip((pool.P, pool.Q), pool.kernel, strict=True)
     )
-    box = max(1, min(power_of_2(g.N), limit // (p * q))), p, q
-    return Tile(box[0] * p * q, columns, depth, box=box)
+    images = max(1, min(power_of_2(g.N), limit // (p * q)))
+    return Tile(images * p * q, columns, depth, box=(images, p, q))
 
 
 @triton.jit
@@ -169,17 +192,18 @@ def pooled(
 
     ``at`` is where in the map the last two rows and columns of each window start.
     """
-    S: tl.constexpr = POOL[1]
-    TAP: tl.constexpr = (POOL[0] - 2) * S + S - 2
+    S: tl.constexpr = POOL.S
+    TAP: tl.constexpr = (POOL.R - 2) * S + S - 2
     CHANNELS: tl.constexpr = even.shape[0]
     WINDOWS: tl.constexpr = even.shape[1] // 2
     even_left, odd_left = even.reshape(CHANNELS, WINDOWS, 2).split()
     even_right, odd_right = odd.reshape(CHANNELS, WINDOWS, 2).split()
     p, q = at
-    even_row = within(p, sizes[0])
-    odd_row = within(p + 1, sizes[0])
-    left = within(q, sizes[1])
-    right = within(q + 1, sizes[1])
+    P, Q = sizes
+    even_row = within(p, P)
+    odd_row = within(p + 1, P)
+    left = within(q, Q)
+    right = within(q + 1, Q)
     even_right = keys(even_right, bias, even_row & right, TAP + 1, EXACT, DTYPE)
     odd_right = keys(odd_right, bias, odd_row & right, TAP + S + 1, EXACT, DTYPE)
     even = tl.maximum(keys(even_left, bias, even_row & left, TAP, EXACT, DTYPE), even_right)
@@ -190,7 +214,7 @@ def pooled(
         even = tl.maximum(even, earlier(even_left, 2, EXACT, DTYPE))
         odd = tl.maximum(odd, earlier(odd_left, 2, EXACT, DTYPE))
     best = tl.maximum(even, odd)
-    if POOL[0] == 3:
+    if POOL.R == 3:
         best = tl.maximum(best, earlier(before_row(odd, DOWN), 2 * S, EXACT, DTYPE))
     if EXACT:
         best = tl.where(is_nan(best, DTYPE), best ^ _LAST, best)
@@ -204,32 +228,28 @@ def windows(pid, sizes, K: tl.constexpr, POOL: tl.constexpr, TILE: tl.constexpr)
     By image, pair of columns, pair of rows in a group, and group: what lies in one thread or in
     neighbouring ones can be compared at little cost.
     """
-    DOWN: tl.constexpr = TILE[1] // 2
-    ACROSS: tl.constexpr = TILE[2] // 2
-    K_TILES: tl.constexpr = (K + TILE[3] - 1) // TILE[3]
+    DOWN: tl.constexpr = TILE.height // 2
+    ACROSS: tl.constexpr = TILE.width // 2
+    K_TILES: tl.constexpr = (K + TILE.columns - 1) // TILE.columns
+    PP, PQ = sizes
     tile = pid // K_TILES
-    q_tiles = tl.cdiv(sizes[1], ACROSS - POOL[1] + 2)
-    p_tiles = tl.cdiv(sizes[0], DOWN - POOL[0] + 2)
+    q_tiles = tl.cdiv(PQ, ACROSS - POOL.S + 2)
+    p_tiles = tl.cdiv(PP, DOWN - POOL.R + 2)
     row = tile // q_tiles
     image = row // p_tiles
-    p0 = (row - image * p_tiles) * (DOWN - POOL[0] + 2) - POOL[0] + 2
-    q0 = (tile - row * q_tiles) * (ACROSS - POOL[1] + 2) - POOL[1] + 2
-    i = tl.arange(0, TILE[0] * ACROSS * DOWN)
+    p0 = (row - image * p_tiles) * (DOWN - POOL.R + 2) - POOL.R + 2
+    q0 = (tile - row * q_tiles) * (ACROSS - POOL.S + 2) - POOL.S + 2
+    i = tl.arange(0, TILE.images * ACROSS * DOWN)
     p = i % _GROUPS * (DOWN // _GROUPS) + i // _GROUPS % (DOWN // _GROUPS)
     q = i // DOWN % ACROSS
-    owned = (p >= POOL[0] - 2) & (q >= POOL[1] - 2)
-    return pid % K_TILES, image * TILE[0] + i // (ACROSS * DOWN), p0 + p, q0 + q, owned
+    owned = (p >= POOL.R - 2) & (q >= POOL.S - 2)
+    return pid % K_TILES, image * TILE.images + i // (ACROSS * DOWN), p0 + p, q0 + q, owned
 
 
 @triton.jit
 def tile_keys(
     pid,
-    x_ptr,
-    packed_ptr,
-    bias_ptr,
-    x_strides,
-    sizes,
-    origin,
+    inputs,  # x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin
     FILTERS: tl.constexpr,
     POOL: tl.constexpr,
     RUN: tl.constexpr,
@@ -242,45 +262,45 @@ def tile_keys(
 
     If exact, an output's products are its own alone, and of several NaNs the last wins.
     """
-    COLUMNS: tl.constexpr = TILE[3]
-    DEPTH: tl.constexpr = TILE[4]
-    TURNS: tl.constexpr = (FILTERS[2] * RUN.segment + DEPTH - 1) // DEPTH
+    COLUMNS: tl.constexpr = TILE.columns
+    DEPTH: tl.constexpr = TILE.depth
+    TURNS: tl.constexpr = (FILTERS.R * RUN.segment + DEPTH - 1) // DEPTH
+    x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin = inputs
     N, H, W, P, Q, PP, PQ = plain(sizes)
     x_strides = plain_strides(x_strides)
-    k_tile, n, p, q, _ = windows(pid, (PP, PQ), FILTERS[0], POOL, TILE)
+    origin_h, origin_w = origin
+    k_tile, n, p, q, _ = windows(pid, (PP, PQ), FILTERS.K, POOL, TILE)
     # Where in the map the last two rows and columns of each window start.
-    p = 2 * p + POOL[0] - 2 - POOL[2]
-    q = 2 * q + POOL[1] - 2 - POOL[3]
-    h = p * FILTERS[4] + origin[0]
-    w = q * FILTERS[6] + origin[1]
+    p = 2 * p + POOL.R - 2 - POOL.top
+    q = 2 * q + POOL.S - 2 - POOL.left
+    h = p * FILTERS.stride_h + origin_h
+    w = q * FILTERS.stride_w + origin_w
 
     # Each window's two rows, side by side
-    h = tl.join(h, h + FILTERS[4]).reshape(2 * h.shape[0])
+    h = tl.join(h, h + FILTERS.stride_h).reshape(2 * h.shape[0])
     w = tl.join(w, w).reshape(h.shape)
     n = tl.join(n, n).reshape(h.shape)
-    x_step = (pid * 0 + FILTERS[5]) * x_strides[2]
-    x_at = (n < N, h, w, n * x_strides[0] + h * x_strides[2], x_step)
+    x_step = (pid * 0 + FILTERS.step_h) * x_strides.h
+    x_at = (n < N, h, w, n * x_strides.n + h * x_strides.h, x_step)
     packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
+    x_sizes = (H, W)
     if EXACT:
         even = convolve(
-            *(x_ptr, packed_ptr, None, x_at, x_strides, (H, W)),
-            *(FILTERS, RUN, DEPTH, COLUMNS, 0, PRECISION),
+            x_ptr, packed_ptr, None, x_at, x_strides, x_sizes, FILTERS, RUN, TILE, 0, PRECISION
         )
         odd = convolve(
-            *(x_ptr, packed_ptr, None, x_at, x_strides, (H, W)),
-            *(FILTERS, RUN, DEPTH, COLUMNS, 1, PRECISION),
+            x_ptr, packed_ptr, None, x_at, x_strides, x_sizes, FILTERS, RUN, TILE, 1, PRECISION
         )
     else:
         both = convolve(
-            *(x_ptr, packed_ptr, None, x_at, x_strides, (H, W)),
-            *(FILTERS, RUN, DEPTH, COLUMNS, None, PRECISION),
+            x_ptr, packed_ptr, None, x_at, x_strides, x_sizes, FILTERS, RUN, TILE, None, PRECISION
         )
         even, odd = halves(both)
     bias = tl.zeros((COLUMNS,), tl.float32)
     if bias_ptr is not None:
         k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
-        bias = widen(tl.load(bias_ptr + k, mask=k < FILTERS[0], other=0.0), tl.float32)
-    DOWN: tl.constexpr = TILE[1] // (2 * _GROUPS)
+        bias = widen(tl.load(bias_ptr + k, mask=k < FILTERS.K, other=0.0), tl.float32)
+    DOWN: tl.constexpr = TILE.height // (2 * _GROUPS)
     return pooled(even, odd, bias, (p, q), (P, Q), POOL, DOWN, EXACT, DTYPE)
 
 
@@ -296,10 +316,10 @@ def stem_pool_kernel(
     offsets_strides,
     sizes,  # N, H, W, P, Q, PP, PQ, unspecialised
     origin,  # of the walk along the height and the width
-    FILTERS: tl.constexpr,  # as filters_of gives them
-    POOL: tl.constexpr,  # kernel and padding, each of the height and the width
+    FILTERS: tl.constexpr,  # the Filters
+    POOL: tl.constexpr,  # a _Window
     RUN: tl.constexpr,  # a Run
-    TILE: tl.constexpr,  # images, rows, columns of the map; filters, depth
+    TILE: tl.constexpr,  # a _Block
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -312,33 +332,29 @@ def stem_pool_kernel(
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     BITS: tl.constexpr = 32 if DTYPE == tl.float32 else 16
     pid = program(WIDE)
-    key = tile_keys(
-        *(pid, x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin),
-        *(FILTERS, POOL, RUN, TILE, False, PRECISION, DTYPE),
-    )
+    inputs = (x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin)
+    key = tile_keys(pid, inputs, FILTERS, POOL, RUN, TILE, False, PRECISION, DTYPE)
     largest = key.max()
     if is_nan(largest, DTYPE):
         # A NaN, perhaps of what a neighbour alone sees, perhaps one of several in a window. Nothing
         # for this rare case stays in registers: zero is added, which the compiler cannot know.
-        key = tile_keys(
-            *(pid + (largest >> (2 * BITS - 1)), x_ptr, packed_ptr, bias_ptr, x_strides, sizes),
-            *(origin, FILTERS, POOL, RUN, TILE, True, PRECISION, DTYPE),
-        )
+        same = pid + (largest >> (2 * BITS - 1))
+        key = tile_keys(same, inputs, FILTERS, POOL, RUN, TILE, True, PRECISION, DTYPE)
 
     N, _, _, _, _, PP, PQ = plain(sizes)
-    k_tile, n, p, q, owned = windows(pid, (PP, PQ), FILTERS[0], POOL, TILE)
-    k = k_tile * TILE[3] + tl.arange(0, TILE[3])
-    mask = (k < FILTERS[0])[:, None] & (owned & (n < N) & (p < PP) & (q < PQ))[None, :]
+    k_tile, n, p, q, owned = windows(pid, (PP, PQ), FILTERS.K, POOL, TILE)
+    k = k_tile * TILE.columns + tl.arange(0, TILE.columns)
+    mask = (k < FILTERS.K)[:, None] & (owned & (n < N) & (p < PP) & (q < PQ))[None, :]
     INTEGER: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
     y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
     y_strides = plain_strides(y_strides)
-    places = n * y_strides[0] + p * y_strides[2] + q * y_strides[3]
-    tl.store(y_ptr + ((k * y_strides[1])[:, None] + places[None, :]), y, mask=mask)
+    places = n * y_strides.n + p * y_strides.h + q * y_strides.w
+    tl.store(y_ptr + ((k * y_strides.c)[:, None] + places[None, :]), y, mask=mask)
     if offsets_ptr is not None:
         tap = tl.where(key >> BITS > 0, _LAST - (key & _LAST), 255).to(tl.uint8)
         offsets_strides = plain_strides(offsets_strides)
-        places = n * offsets_strides[0] + p * offsets_strides[2] + q * offsets_strides[3]
-        places = (k * offsets_strides[1])[:, None] + places[None, :]
+        places = n * offsets_strides.n + p * offsets_strides.h + q * offsets_strides.w
+        places = (k * offsets_strides.c)[:, None] + places[None, :]
         tl.store(offsets_ptr + places, tap, mask=mask)
 
 
@@ -365,21 +381,25 @@ def conv2d_relu_max_pool2d(
         for places, size, kernel in zip((pool.P, pool.Q), (rows, columns), pool.kernel, strict=True)
     )
     programs = cdiv(g.N, images) * p_tiles * q_tiles * cdiv(g.K, tile.columns)
-    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q))
-    origin, window = (-g.padding[0][0], -g.padding[1][0]), (*pool.kernel, *pool.padding)
-    run = run_of(x, g, 2 - pool.kernel[1] - pool.padding[1])
+    window = _Window(*pool.kernel, *pool.padding)
+    run = run_of(x, g, 2 - window.S - window.left)
     packed = pack(w, g, tile, run)
-    y_strides = unspecialised_strides(y)
     for known in to_launch(run):
         device.launch(
             stem_pool_kernel,
             (programs,),
-            *(x, packed, bias, y, offsets, unspecialised_strides(x), y_strides),
-            y_strides if offsets is None else unspecialised_strides(offsets),
-            *(sizes, origin, filters_of(g), window, known),
-            *((*(tile.box or ()), tile.columns, tile.depth), precision),
-            device.wide(g.N * g.P * g.Q, x, y),
             device=x.device,
+            **operands(x=x, y=y),
+            **pointers(packed=packed, bias=bias, offsets=offsets),
+            offsets_strides=unspecialised_strides(y if offsets is None else offsets),
+            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
+            origin=(g.walk.origin_h, g.walk.origin_w),
+            FILTERS=Filters.of(g),
+            POOL=window,
+            RUN=known,
+            TILE=_Block(images, rows, columns, tile.columns, tile.depth),
+            PRECISION=precision,
+            WIDE=device.wide(g.N * g.P * g.Q, x, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

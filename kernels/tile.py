@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from .device import Device
 from .geometry import Pair
@@ -34,6 +35,40 @@ class Tile:
     stages: int = 2
     box: Box | None = None
     patch: Pair = (1, 1)
+
+
+class Block(NamedTuple):
+    """What of a tile a kernel that multiplies is compiled for."""
+
+    rows: int
+    columns: int
+    depth: int
+    packed: bool
+
+    @classmethod
+    def of(cls, tile: Tile) -> "Block":
+        return cls(tile.rows, tile.columns, tile.depth, tile.packed)
+
+
+class BoxBlock(NamedTuple):
+    """The same of a tile with a box, which is ``n`` x ``p`` x ``q`` pixels."""
+
+    n: int
+    p: int
+    q: int
+    rows: int
+    columns: int
+    depth: int
+
+    @classmethod
+    def of(cls, tile: Tile) -> "BoxBlock":
+        return cls(*box_of(tile), tile.rows, tile.columns, tile.depth)
+
+
+def box_of(tile: Tile) -> Box:
+    """The box of a tile that has one."""
+    assert tile.box is not None
+    return tile.box
 
 
 def overlapped(tile: Tile, computed: bool) -> int:

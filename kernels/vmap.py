@@ -52,13 +52,8 @@ def _wgrad(info, in_dims, x, dy, w_size, _, stride, padding, dilation, groups, p
     size = info.batch_size
     x, dy = _fold(x, in_dims[0], size, _CHANNELS), _fold(dy, in_dims[1], size, _CHANNELS)
     w_size = (w_size[0] * size, *w_size[1:])
-    dw, db = _ops.conv2d_wgrad(
-        x,
-        dy,
-        w_size,
-        contiguous_strides(w_size),
-        *(stride, padding, dilation, groups * size, precision, bias),
-    )
+    numbers = stride, padding, dilation, groups * size, precision, bias
+    dw, db = _ops.conv2d_wgrad(x, dy, w_size, contiguous_strides(w_size), *numbers)
     return (_unfold(dw, size, 0), _unfold(db, size, 0) if bias else db), (0, 0 if bias else None)
 
 
@@ -131,9 +126,9 @@ def _conv_pool_backward(info, in_dims, dy, offsets, x, w, size, w_size, _, *rest
     offsets = _fold(offsets, offsets_dim, count, _CHANNELS)
     x, w = _fold(x, x_dim, count, _CHANNELS), _fold(w, w_dim, count, 0)
     w_size = (w_size[0] * count, *w_size[1:])
+    numbers = stride, padding, dilation, groups * count, *others, wanted
     grads = _ops.conv2d_relu_max_pool2d_backward(
-        *(dy, offsets, x, w, size, w_size, contiguous_strides(w_size)),
-        *(stride, padding, dilation, groups * count, *others, wanted),
+        dy, offsets, x, w, size, w_size, contiguous_strides(w_size), *numbers
     )
     axes = (_CHANNELS, 0, 0)
     unfolded = (

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 import pytest
 import torch
 from forks import Forks, forks
@@ -161,3 +162,16 @@ def _sample(items: list[pytest.Item], count: int) -> list[pytest.Item]:
         for cases in functions.values()
         for i in range(min(count, len(cases)))
     ]
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory) -> str:
+    """A small data set: 96 images of noise to train with, 8 to validate and 40 to test with."""
+    folder = tmp_path_factory.mktemp("noise")
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 104), ("t10k", 40)):
+        for name, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            header = bytes((0, 0, 8, len(shape))) + b"".join(n.to_bytes(4, "big") for n in shape)
+            values = draw.integers(256 if len(shape) == 3 else 10, size=shape, dtype=np.uint8)
+            (folder / f"{part}-{name}-ubyte").write_bytes(header + values.tobytes())
+    return f"mnist:{folder}"

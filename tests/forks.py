@@ -109,7 +109,7 @@ def serve() -> None:
     from cnn.journal import curves
 
     # Fonts are found once.
-    curves([{"epoch": 1, "train_loss": 1, "test_loss": 2, "train_accuracy": 0, "test_accuracy": 1}])
+    curves([{"epoch": 1, "train_loss": 1, "val_loss": 2, "train_accuracy": 0, "val_accuracy": 1}])
     names, create = models.list, models.create
     models.list = lambda: [*names(), "normed"]
     models.create = lambda name, **options: (

@@ -225,8 +225,8 @@ def test_images_that_cannot_be_had_are_broken(given):
     reasons = [
         "no such record",
         "its label 3 is none of 0 to 2",
-        "it has 1 channels, others have 3",
-        "it is of torch.float32, others are not",
+        "it has 1 channels, and not 3",
+        "it is of torch.float32, and not uint8",
         "it is of str, and neither a tensor nor of Pillow's",
         "its label 0.5 is none of 0 to 2",
         "it is a dict, and not (image, label)",

@@ -344,7 +344,8 @@ def descriptors(monkeypatch):
     original = kernel_device.launch
 
     def record(kernel, grid, *args, **meta):
-        seen.append([len(a.shape) for a in args if isinstance(a, TensorDescriptor)])
+        given = (*args, *meta.values())
+        seen.append([len(a.shape) for a in given if isinstance(a, TensorDescriptor)])
         original(kernel, grid, *args, **meta)
 
     monkeypatch.setattr(kernel_device, "launch", record)

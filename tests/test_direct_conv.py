@@ -324,10 +324,15 @@ def test_what_is_supported():
     list(zip(DTYPES, ("contiguous", "channels_last", "sliced", "x_channels_last"), strict=True)),
 )
 def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
-    """As if x * scale + shift, rounded, had been padded with zeros."""
+    """As if x * scale + shift, rounded, had been padded with zeros.
+
+    The other operands are small integers, whose sums are exact in any order.
+    """
     grouped = replace(GROUPED, C=4, K=4)
     for g, tiles in ((STEM, chosen(STEM, dtype, device)), (grouped, TINY)):
         t = operands(g, dtype, device, layout)
+        for factors in (t.w, t.dy):
+            factors.mul_(2).round_()
         x = (t.x.double() * 50 + 100).clamp(0, 255).to(torch.uint8)
         # Multiples of 1/16 below 2**8: the value is exact before it is rounded.
         scale = torch.arange(1, g.C + 1, device=device) / 16

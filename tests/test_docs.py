@@ -21,6 +21,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from importlib import util
 from pathlib import Path
 from typing import NamedTuple
@@ -30,10 +31,14 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from markdown_it import MarkdownIt
+from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import bench.__main__
 import cnn.__main__
+from cnn import data, weights
+from cnn.data.sets import CLOTHES
+from cnn.train import Config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -100,11 +105,24 @@ def test_every_block_is_of_a_known_kind(page):
             assert BLOCKS[page][number - 1].kind in ("python", "sh runs"), f"{page}:{block.line}"
 
 
+def leave_a_run() -> None:
+    """What the README's commands would leave of LeNet-5, untrained, and an image."""
+    folder = Path("runs/lenet5-fashion-mnist")
+    folder.mkdir(parents=True)
+    described = data.Description(CLOTHES, 32, (0.3,), (0.3,))
+    contents = {"config": asdict(Config(data="fashion-mnist")), "description": asdict(described)}
+    contents["state_dict"] = cnn.models.lenet5().state_dict()
+    weights.save(contents, folder / "best.safetensors")
+    Image.new("L", (28, 28)).save("shirt.png")
+
+
 # Importing Inductor warns of one part of torch that another part still uses.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if page == "README.md":
+        leave_a_run()
     torch._dynamo.reset()  # no page tells what another has compiled
     names = {"__name__": "page"}
     for number, block in enumerate(BLOCKS[page]):

@@ -38,9 +38,9 @@ cnn.graph_fusion
 cnn.compile_backend
 cnn.summary cnn.export
 cnn.convert
-cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet
-cnn.models.vgg cnn.models.vgg_small cnn.models.zfnet
-cnn.models.hed
+cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet cnn.models.classifier
+cnn.models.vgg
+cnn.models.hed cnn.models.vgg_small cnn.models.zfnet
 cnn.models
 cnn
 cnn.data.batches cnn.data.prepare cnn.data.formats cnn.data.pixels
@@ -48,17 +48,20 @@ cnn.data.files cnn.data.parts
 cnn.data.custom cnn.data.folder
 cnn.data.augment cnn.data.sets
 cnn.data
-cnn.checkpoint cnn.group cnn.interruption
+cnn.checkpoint cnn.group cnn.interruption cnn.networks
+cnn.weights
+cnn.trained
 cnn.journal
 cnn.evaluate
 cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page
 cnn.visualize.deconvnet cnn.visualize.maps cnn.visualize.occlusion cnn.visualize.invariance
 cnn.visualize.ablation cnn.visualize.correspondence cnn.visualize.receptive_field
 cnn.visualize.architecture
-cnn.visualize.evolution cnn.visualize.filters
+cnn.visualize.filters
 cnn.visualize
 cnn.options
-cnn.train cnn.show
+cnn.config cnn.show
+cnn.train
 cnn.__main__
 """
 ROW = {name: row for row, line in enumerate(ROWS.split("\n")) for name in line.split()}

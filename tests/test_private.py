@@ -571,7 +571,10 @@ def test_trees_and_pairs():
     assert [*map(_private.pair_of, (3, (1, 2), [4, 5]))] == [(3, 3), (1, 2), (4, 5)]
 
 
-def test_convolutions_are_of_one_class():
+def test_layers_of_a_kind_are_of_one_class():
+    for name in ("BatchNorm1d", "BatchNorm2d", "LazyBatchNorm3d", "SyncBatchNorm"):
+        assert issubclass(getattr(torch.nn, name), _private.BatchNorm)
+    assert not issubclass(torch.nn.GroupNorm, _private.BatchNorm)
     for name in ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose2d", "LazyConv2d"):
         assert issubclass(getattr(torch.nn, name), _private.Convolution)
     assert not issubclass(torch.nn.Linear, _private.Convolution)

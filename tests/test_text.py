@@ -53,7 +53,7 @@ def test_charts_tables_and_pages_take_any_text(text):
     assert len(png(figure)) > 1000
     assert len(axes.get_legend().get_texts()) == 1
     assert table([(text, "1"), ("b", "2")], "<>").count("\n") == 1
-    html = page(text, text, {text: b"png"}, f"{text}\n{text}")
+    html = page(text, text, b"png", f"{text}\n{text}")
     html.encode()
     assert "<script>a" not in html
     assert "\x1b" not in html

@@ -1,7 +1,6 @@
 """The command line: training, its end and its resumption; testing; predicting; errors."""
 
 import csv
-import json
 import math
 import multiprocessing
 import os
@@ -9,19 +8,20 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forks import Fork, Forks, normed
+from forks import normed
 from PIL import Image
+from run_folders import assert_same_runs, await_file, files, numbers, start_twice
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -38,70 +38,29 @@ from cnn.train import Run
 from kernels.device import INTERPRET
 
 EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
-RUN = ["last.pt", "best.pt", "log.csv", "log.jsonl", "curves.png"]
-
-
-def files(folder: Path) -> set[str]:
-    """The names of what a run has left, but for its lock, which stays."""
-    return {path.name for path in folder.iterdir()} - {".lock"}
-
-
-def numbers(folder: Path) -> list[dict]:
-    """What the log says of each epoch, but for its speed."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row if key != "images_per_second"} for row in rows]
-
-
-def await_file(path: Path) -> None:
-    """Wait until another process has made a file."""
-    for _ in range(6000):
-        if path.exists():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{path} does not come")
-
-
-def assert_same(first: object, second: object) -> None:
-    """Equal bit for bit, all tensors in them included."""
-    assert type(first) is type(second)
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same(first[key], second[key])
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
-    else:
-        assert torch.equal(first, second) if torch.is_tensor(first) else first == second
-
-
-def assert_same_runs(first: Path, second: Path) -> None:
-    """Two folders hold the same run: every number of its log and of its last checkpoint."""
-    assert numbers(first) == numbers(second)
-    one, other = (checkpoints.load(folder / "last.pt") for folder in (first, second))
-    for each in (one, other):
-        for row in each["position"]["rows"]:
-            row["images_per_second"] = 0
-    assert_same(one, other)
+RUN = ["last.pt", "best.pt", "best.safetensors", "log.csv", "log.jsonl", "curves.png"]
 
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """The digits with 48 images to train on and 24 to test: the interpreter takes its time."""
+    """48 digits to train with, 24 to validate and 24 to test with: the interpreter takes its time.
 
-    def load(*args):
-        sets = data.load(*args)
-        parts = (
-            TensorDataset(*part[:count]) for part, count in ((sets.train, 48), (sets.test, 24))
+    Of them eval asks for those to test with alone.
+    """
+
+    def load(*args, val):
+        sets = data.load(*args, val=True)
+        train, validate, test = (
+            TensorDataset(*part[:count])
+            for part, count in ((sets.train, 48), (sets.val, 24), (sets.test, 24))
         )
-        return data.Data(*parts, sets.description, sets.mirrors)
+        return replace(sets, train=train, test=test, val=validate if val else None)
 
     monkeypatch.setattr(cli, "load_data", load)
 
 
 def test_command_line_trains_through_the_kernels(few_digits, tmp_path, capfd):
-    """And ``eval`` gives the accuracy of what it left, with a table of the classes."""
+    """And ``eval`` tests the best of what it left, with a table of the classes."""
     folder = tmp_path / "run"
     given = ["--batch-size", "32", "--keep-every", "2", "--output", str(folder)]
     cli.main(["train", "--epochs", "2", *given])
@@ -109,31 +68,38 @@ def test_command_line_trains_through_the_kernels(few_digits, tmp_path, capfd):
     assert files(folder) == {*RUN, "epoch-2.pt"}
     assert checkpoints.kept(folder) == {2: folder / "epoch-2.pt"}
     assert (folder / "epoch-2.pt").read_bytes() == (folder / "last.pt").read_bytes()
-    kernels, result = trained.splitlines()
+    kernels, outcome = trained.splitlines()
     if INTERPRET:
         assert kernels == "kernels: triton (interpreter)"
     else:
         assert kernels == f"kernels: triton (cuda:{torch.cuda.get_device_name()})"
-    assert [line.split("  ")[0] for line in log.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+    task, *lines = log.splitlines()
+    assert task.startswith("training lenet5, 61,706 parameters, on c")
+    assert task.endswith(
+        "; images of digits: 48 to train with, 24 to validate with, 24 to test with; "
+        f"output in {folder}"
+    )
+    assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     with (folder / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["images"]) for row in rows] == [("1", "32"), ("2", "32")]
-    assert result == f"test accuracy {float(rows[1]['test_accuracy']):.3f}"
-    cli.main(["eval", str(folder / "last.pt")])
-    table, tested = re.split(r"(?=kernels)", capfd.readouterr().out)
-    assert tested == trained
+    best = max(rows, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
+    accuracy = f"validation accuracy {float(best['val_accuracy']):.4f}"
+    assert outcome == f"{folder}/best.pt holds epoch {best['epoch']} of 2, {accuracy}"
+    cli.main(["eval", str(folder)])
+    table, *tested = re.split(r"(?=kernels|test accuracy)", capfd.readouterr().out)
+    right = re.search(r"^(\d+) of 24 images right", table, re.MULTILINE)
+    assert tested == [f"{kernels}\n", f"test accuracy {int(right[1]) / 24:.3f}\n"]
     assert re.search(r"precision +recall +f1-score +support\n", table)
     assert len(re.findall(r"^ +\d( +[01]\.\d{3}){3} +\d+$", table, re.MULTILINE)) == 10
-    assert re.search(r"^\d+ of 24 images right, \d+ images/s$", table, re.MULTILINE)
-    for picture in ("curves.png", "last-confusion.png"):
+    for picture in ("curves.png", "best-confusion.png"):
         assert np.ptp(np.asarray(Image.open(folder / picture))) > 0
 
 
 @pytest.mark.parametrize("given", [{}, {"fprop_kernel": 1}], ids=["none", "one"])
-def test_the_line_on_kernels_comes_from_launches(given, monkeypatch, capsys):
+def test_the_line_on_kernels_comes_from_launches(given, monkeypatch):
     monkeypatch.setattr(cli, "launches", lambda: given)
-    cli.report(torch.device("cpu" if INTERPRET else "cuda"), 0.5)
-    assert ("triton" in capsys.readouterr().out) == bool(given)
+    assert ("triton" in cli.engine(torch.device("cpu" if INTERPRET else "cuda"))) == bool(given)
 
 
 def test_accuracy_and_loss_count():
@@ -152,19 +118,6 @@ def test_accuracy_and_loss_count():
     assert len(calls) == 5
 
 
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory) -> str:
-    """A small data set: 96 images of noise to train with, and 40 to test."""
-    folder = tmp_path_factory.mktemp("noise")
-    draw = np.random.default_rng(0)
-    for part, count in (("train", 96), ("t10k", 40)):
-        for name, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
-            header = bytes((0, 0, 8, len(shape))) + b"".join(n.to_bytes(4, "big") for n in shape)
-            values = draw.integers(256 if len(shape) == 3 else 10, size=shape, dtype=np.uint8)
-            (folder / f"{part}-{name}-ubyte").write_bytes(header + values.tobytes())
-    return f"mnist:{folder}"
-
-
 KINDS = {
     "sgd": "--optimizer sgd --schedule cosine --channels-last --label-smoothing 0.1",
     "ema": "--ema 0.9 --schedule constant --augment --workers 2",
@@ -181,12 +134,13 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert cpu.run(*argv, "--output", whole)[0] == 0
     every_step = [*argv, "--output", parts, "--save-every", 1]
-    code, out, err = cpu.run(*every_step, SIGNAL_AFTER_SAVES=3)  # nothing left but the test
-    line = f"python -m cnn: interrupted; {parts}/last.pt holds epoch 0 of 2 and 4 steps\n"
-    assert (code, out, err) == (130, "", line)
+    code, out, err = cpu.run(*every_step, SIGNAL_AFTER_SAVES=3)  # only validation is left
+    assert (code, out, err.count("\n")) == (130, "", 2)
+    place = f"{parts}/last.pt holds epoch 0 of 2 and 4 steps"
+    assert f"\npython -m cnn: interrupted; {place}; to go on: " in err
     code, out, err = cpu.run(*every_step, "--resume", SIGNAL_AFTER_SAVES=3)  # in the next epoch
     assert code == 130
-    assert err.endswith(f"{parts}/last.pt holds epoch 1 of 2 and 3 steps\n")
+    assert f"{parts}/last.pt holds epoch 1 of 2 and 3 steps; to go on: " in err
     code, out, err = cpu.run("train", "--resume", "--output", parts)
     assert (code, out.splitlines()[0]) == (0, "kernels: aten (cpu)"), err
     assert err.startswith(f"resumed {parts}/last.pt: epoch 1 of 2 and 3 steps\n")
@@ -216,17 +170,6 @@ def test_a_run_that_is_killed_again_and_again_goes_on_with_the_same_bits(cpu, no
     assert_same_runs(whole, parts)
 
 
-def start_twice(cpu: Forks, *argv: object, **environment: object) -> list[Fork]:
-    """Two processes of one run, as torchrun starts them; the first has ``environment``."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared["TORCHELASTIC_RUN_ID"] = "test"
-    extra = (environment, {})
-    return [cpu.start(*argv, **shared, **extra[n], RANK=n, LOCAL_RANK=n) for n in range(2)]
-
-
 def assert_nearly_same(first: Path, second: Path) -> None:
     """Two folders hold the same run to rounding."""
     one, other = (checkpoints.load(folder / "last.pt")["state_dict"] for folder in (first, second))
@@ -234,9 +177,9 @@ def assert_nearly_same(first: Path, second: Path) -> None:
         torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
     for row, same in zip(numbers(first), numbers(second), strict=True):
         assert row["images"] == same["images"] == 96
-        for name in ("train_loss", "test_loss"):
+        for name in ("train_loss", "val_loss"):
             assert row[name] == pytest.approx(same[name], rel=1e-4)
-        assert row["test_accuracy"] == pytest.approx(same["test_accuracy"], abs=1.5 / 40)
+        assert row["val_accuracy"] == pytest.approx(same["val_accuracy"], abs=1.5 / 8)
 
 
 def test_two_processes_train_as_one(cpu, noise, tmp_path):
@@ -247,7 +190,8 @@ def test_two_processes_train_as_one(cpu, noise, tmp_path):
     first, second = start_twice(cpu, *argv, "--output", two)
     assert (first.wait(), second.wait()) == (0, 0), second.err.read_text()
     assert (second.out.read_text(), second.err.read_text()) == ("", "")
-    assert first.out.read_text().startswith("kernels: aten (cpu)\ntest accuracy 0.")
+    assert first.out.read_text().startswith(f"kernels: aten (cpu)\n{two}/best.pt holds epoch ")
+    assert " on cpu in 2 processes; " in first.err.read_text()
     assert files(two) == {*RUN}
     assert_nearly_same(one, two)
 
@@ -264,25 +208,26 @@ def test_two_processes_train_as_one(cpu, noise, tmp_path):
     assert_nearly_same(one, less)
 
 
-def test_two_processes_test_the_model_that_is_saved(cpu, noise, tmp_path):
-    """Their batch statistics differ; the first's are kept, and tested by both."""
+def test_two_processes_validate_the_model_that_is_saved(cpu, noise, tmp_path):
+    """Their batch statistics differ; the first's are kept, and validated by both."""
     argv = ["train", "--data", noise, "--epochs", 1, "--batch-size", 24, "--model", "normed"]
     pair = start_twice(cpu, *argv, "--output", tmp_path)
     assert [fork.wait() for fork in pair] == [0, 0], pair[0].err.read_text()
     model = normed()
     model.load_state_dict(checkpoints.load(tmp_path / "last.pt")["state_dict"])
-    sets = data.load(noise)
+    sets = data.load(noise, val=True)
     alone = torch.device("cpu")
-    rest = "off", Watch(sets.test, "stop", print), Group(alone), 0
-    test = Evaluator(sets.test, Preparation(sets.description, alone), *rest)
-    loss, _ = test(model, lambda: None)
-    assert numbers(tmp_path)[0]["test_loss"] == pytest.approx(loss, rel=1e-6)
+    rest = "off", Watch(sets.val, "stop", print), Group(alone), 0
+    validate = Evaluator(sets.val, Preparation(sets.description, alone), *rest)
+    loss, _ = validate(model, lambda: None)
+    assert numbers(tmp_path)[0]["val_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_second_ctrl_c_ends_at_once(cpu, noise, tmp_path):
     argv = ["train", "--data", noise, "--batch-size", 24, "--output", tmp_path, "--save-every", 1]
     code, out, err = cpu.run(*argv, SIGNAL_AFTER_SAVES=2, SIGNAL_TIMES=2)
-    assert (code, out, err) == (130, "", "python -m cnn: interrupted\n")
+    assert (code, out) == (130, "")
+    assert err.endswith("\npython -m cnn: interrupted\n")
     assert checkpoints.load(tmp_path / "last.pt")["position"]["step"] == 2
 
 
@@ -301,7 +246,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(name, cpu, noise, tmp_path)
     position = checkpoints.load(tmp_path / "last.pt")["position"]
     words = f"{tmp_path}/last.pt holds epoch {position['epoch']} of 100000"
     words += f" and {position['step']} steps" if position["step"] else ""
-    assert line == f"python -m cnn: interrupted; {words}"
+    assert line.startswith(f"python -m cnn: interrupted; {words}; to go on: ")
 
 
 def test_nohup_keeps_a_run_alive(cpu, noise, tmp_path):
@@ -379,15 +324,15 @@ def test_tensorboard_gets_each_epoch_where_it_is_installed(monkeypatch, tmp_path
     board = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setattr(journal, "find_spec", lambda name: name == "tensorboard")
-    rows = [{"epoch": epoch, "test_loss": 0.5 / epoch} for epoch in (1, 2)]
+    rows = [{"epoch": epoch, "val_loss": 0.5 / epoch} for epoch in (1, 2)]
     journal.Journal(tmp_path, 1).write(rows, last=False)
-    assert told == [(str(tmp_path), 2), ("epoch", 2, 2), ("test_loss", 0.25, 2), "flush"]
-    assert (tmp_path / "log.csv").read_text() == "epoch,test_loss\n1,0.5\n2,0.25\n"
+    assert told == [(str(tmp_path), 2), ("epoch", 2, 2), ("val_loss", 0.25, 2), "flush"]
+    assert (tmp_path / "log.csv").read_text() == "epoch,val_loss\n1,0.5\n2,0.25\n"
 
 
 def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    rows = [{"epoch": 1, "train_loss": 1, "test_loss": 1, "train_accuracy": 1, "test_accuracy": 1}]
+    rows = [{"epoch": 1, "train_loss": 1, "val_loss": 1, "train_accuracy": 1, "val_accuracy": 1}]
     journal.Journal(tmp_path, 0).write(rows, last=True)
     line = "drawing curves needs matplotlib: pip install 'triton-cnn[train]'\n"
     assert capsys.readouterr().err == line
@@ -403,7 +348,8 @@ def test_on_the_cpu_without_the_interpreter_nothing_is_launched(cpu, noise, tmp_
     assert cpu.run(*argv, SIGNAL_AFTER_SAVES=1)[0] == 130
     assert files(tmp_path) == {"last.pt", "notes"}
     assert (code, cpu.run(*argv)[1]) == (0, out)
-    assert re.fullmatch(r"kernels: aten \(cpu\)\ntest accuracy 0\.\d{3}\n", out)
+    best = re.escape(f"{tmp_path}/best.pt holds epoch 1 of 1, validation accuracy")
+    assert re.fullmatch(rf"kernels: aten \(cpu\)\n{best} 0\.\d{{4}}\n", out)
 
 
 def damaged(whole: bytes, draw: random.Random) -> bytes:
@@ -427,9 +373,11 @@ def test_no_damage_to_any_file_of_a_run_is_used(cpu, noise, tmp_path):
     assert cpu.run(*argv, "--output", whole)[0] == 0
     assert cpu.run(*argv, "--output", parts, SIGNAL_AFTER_SAVES=2)[0] == 130
     show = f"show filters --output {tmp_path}/filters --checkpoint"
-    for path in sorted(parts.glob("*.pt")):
+    begin = f"train --output {tmp_path}/new --init"
+    for path in (*sorted(parts.glob("*.pt")), parts / "best.safetensors"):
         sound = path.read_bytes()
-        for command in ("train --resume", "eval", "predict", show):
+        resume = "train --resume" if path.suffix == ".pt" else begin
+        for command in (resume, begin, "eval", "predict", show):
             path.write_bytes(damaged(sound, draw))
             before = {path: path.read_bytes() for path in parts.iterdir()}
             words = [*command.split(), path, *([whole] if command == "predict" else [])]
@@ -444,7 +392,7 @@ def test_no_damage_to_any_file_of_a_run_is_used(cpu, noise, tmp_path):
     assert_same_runs(whole, parts)
 
 
-PARTS = ["best.pt", "epoch-1.pt", "log.csv", "log.jsonl", "curves.png"]
+PARTS = ["best.pt", "best.safetensors", "epoch-1.pt", "log.csv", "log.jsonl", "curves.png"]
 
 
 @pytest.fixture(scope="module")
@@ -534,6 +482,10 @@ MALFORMED = {
     "the configuration in {} has model=None, which is no str": changed("config", model=None),
     "{} has position=3, which is no dict": lambda checkpoint: checkpoint.update(position=3),
     "the position in {} has step='1', which is no int": changed("position", step="1"),
+    "the position in {} lacks what was measured of its 1 epochs": changed(
+        "position", rows=[{"epoch": 1, "val_accuracy": 0.5}]
+    ),
+    "the position in {} lacks what was measured of its 2 epochs": changed("position", epoch=2),
     "the description in {} lacks mean": changed("description", mean=None),
     "the description in {} has 1 means and 2 deviations": changed("description", std=(1.0, 1.0)),
     "{} has a parameter x=1, which is no tensor": changed("state_dict", x=1),
@@ -583,12 +535,13 @@ def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
     argv = ["train", *source, "--epochs", 8, "--batch-size", 10, "--output", run]
     code, out, err = cpu.run(*argv, "--seed", 4)
     reason = f"cannot read {images}/red/broken.png: cannot identify image file"
-    assert (code, out, err) == (1, "", f"python -m cnn: {reason}\n")
+    assert (code, out) == (1, "")
+    assert err.endswith(f"\npython -m cnn: {reason}; --broken skip goes on without it\n")
     code, out, err = cpu.run(*argv, "--seed", 4, "--broken", "skip", "--workers", 1)
     assert code == 0, err
-    assert err.startswith(f"{reason}; skipped\nepoch 1/8")
+    assert f"\n{reason}; skipped\nepoch 1/8" in err
     assert "1 broken images skipped" in err
-    assert out.endswith("test accuracy 1.000\n")
+    assert out.endswith(", validation accuracy 1.0000\n")
 
     red, broken, blue = images / "red/3.png", images / "red/broken.png", images / "blue"
     code, out, err = cpu.run("predict", run / "best.pt", red, broken, blue, "--top", 3)
@@ -611,7 +564,7 @@ def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
 def test_a_run_that_diverges_stops(cpu, tmp_path):
     argv = ["train", "--optimizer", "sgd", "--lr", 1e20, "--schedule", "constant"]
     code, out, err = cpu.run(*argv, "--output", tmp_path / "run")
-    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert (code, out, err.count("\n")) == (1, "", 2)
     assert re.search(r"the loss of epoch 1 is (nan|inf): lower --lr; nothing was saved", err)
 
 
@@ -630,7 +583,7 @@ DIVERGED = {
     "optimizer": ("not all parameters of epoch 2 are finite", 4, poison_optimizer),
     "loss within an epoch": ("the loss of epoch 2 is nan", 2, poison_model),
     "parameters within an epoch": ("not all parameters of epoch 2 are finite", 2, poison_optimizer),
-    "test": ("the test loss of epoch 2 is nan", None, None),
+    "validation": ("the validation loss of epoch 2 is nan", None, None),
 }
 
 
@@ -645,8 +598,8 @@ def test_a_run_that_diverges_leaves_what_was_good(case, noise, tmp_path, monkeyp
         if run.position.epoch == 1 and run.position.step + 1 == at:
             poison(run)
 
-    def failing(test, *rest):
-        loss, accuracy = evaluate(test, *rest)
+    def failing(validate, *rest):
+        loss, accuracy = evaluate(validate, *rest)
         return (torch.nan, 1.0) if (tmp_path / "last.pt").exists() and not at else (loss, accuracy)
 
     monkeypatch.setattr(Run, "_step", poisoned)
@@ -707,7 +660,7 @@ BAD = {
     "train --epochs many": "--epochs: 'many' is not",
     "train --batch-size -1": "--batch-size: '-1' is not",
     "train --batch-size 1.5": "--batch-size: '1.5' is not",
-    "train --batch-size 1438": "--batch-size: 1438 is more than the 1437 images to train with",
+    "train --batch-size 1296": "--batch-size: 1296 is more than the 1295 images to train with",
     "train --lr 0": "--lr: '0' is not a positive number",
     "train --lr nan": "--lr: 'nan' is not",
     "train --lr inf": "--lr: 'inf' is not",
@@ -724,7 +677,19 @@ BAD = {
     "train --data mnist:{tmp}/none": "{tmp}/none is no folder",
     "train --data digits:{tmp}": "digits come with scikit-learn and take no path",
     "train --data cifar10": "cifar10 needs a place: give it as cifar10:FOLDER",
-    "train --model resnet1": "--model: invalid choice: 'resnet1'",
+    "train --model resnet-18": "'resnet-18' is none of alexnet, lenet5, resnet101, resnet18, ",
+    "train --model resnet-50": "timm:NAME or torchvision:NAME: did you mean resnet50 or resnet",
+    "train --model timm": "'timm' is none of alexnet",
+    "train --data fashion": "did you mean fashion-mnist?",
+    "train --init {tmp}/none.pt": "cannot read {tmp}/none.pt: No such file",
+    "train --init {tmp}/text": "{tmp}/text is damaged or not a checkpoint",
+    "train --init {tmp}/bad": "{tmp}/bad/best.pt: No such file",
+    "train --init {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint of python -m cnn train, and",
+    "train --init {tmp}/bare.pt --model vgg_small": "of vgg_small: it lacks features.1.weight and",
+    "train --freeze dense": "--freeze: 'dense' matches none of features.0.weight to classifier.4",
+    "train --freeze classifier,features": "--freeze: it leaves nothing to train",
+    "train --resume {tmp}/last.pt --freeze features": "--freeze: ('features',) contradicts () of",
+    "train --resume {tmp}/last.pt --init {tmp}/bare.pt": "contradicts None of {tmp}/last.pt",
     "train --size 15": "--size: lenet5 does not take 15x15 pixels",
     "train --amp fp8": "--amp: invalid choice: 'fp8'",
     "train --sync-bn --device cpu": "--sync-bn: torch's SyncBatchNorm needs GPUs",
@@ -735,26 +700,32 @@ BAD = {
     "train --resume --output {tmp}/bad": "{tmp}/bad/last.pt is damaged or not a checkpoint",
     "train --resume {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint of python -m cnn train",
     "train --resume {tmp}/last.pt --lr 0.5": "--lr: 0.5 contradicts 0.25 of {tmp}/last.pt",
+    "train --resume {tmp}/last.pt --patience 3": "--patience: 3 contradicts 0 of {tmp}/last.pt",
+    "train --patience -1": "--patience: '-1' is not a whole number from 0",
     "train --resume {tmp}/last.pt --augment": "--augment: True contradicts False of",
     "train --resume {tmp}/last.pt --data mnist": "--data: mnist contradicts digits of",
     "train --resume {tmp}/last.pt --output {tmp}/bad": "{tmp}/bad holds a run",
     "train --resume {tmp}/last.pt": "--data: digits is not what {tmp}/last.pt was trained on",
     "eval": "arguments are required: checkpoint",
     "eval {tmp}/none.pt": "cannot read {tmp}/none.pt: No such file",
-    "eval {tmp}": "cannot read {tmp}: Is a directory",
+    "eval {tmp}": "cannot read {tmp}/best.pt: No such file",
+    "eval {tmp}/last.pt --split all": "--split: invalid choice: 'all'",
+    "predict {tmp} x.png": "cannot read {tmp}/best.pt: No such file",
+    "show maps --checkpoint {tmp}": "cannot read {tmp}/best.pt: No such file",
+    "train --resume {tmp}/bad": "{tmp}/bad/last.pt is damaged or not a checkpoint",
     "eval {tmp}/text": "{tmp}/text is damaged or not a checkpoint",
     "eval {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint",
     "eval {tmp}/bare.pt": "{tmp}/bare.pt holds parameters alone: say by --model what it is of",
     "eval {tmp}/bare.pt --model lenet5": "parameters alone: say by --data what to test on",
     "eval {tmp}/bare.pt --data digits --model vgg_small": "{tmp}/bare.pt does not hold the parame",
     "eval {tmp}/bare.pt --data digits --model lenet5 --size 16": "of lenet5 for 16x16 pixels",
-    "eval {tmp}/rgb.pt --data digits --model lenet5": "rgb.pt is for images of 3 channels, not 1",
+    "eval {tmp}/rgb.pt --data digits --model lenet5": "its features.0.weight is 6x3x5x5, not 6x1",
     "eval {tmp}/last.pt --model vgg_small": "--model: vgg_small contradicts lenet5 of",
     "eval {tmp}/last.pt --size 28": "--size: 28 contradicts 32 of {tmp}/last.pt",
     "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
     "predict {tmp}/last.pt": "arguments are required: images",
     "predict {tmp}/last.pt {tmp}/bad": "{tmp}/bad holds no image",
-    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt is not a checkpoint of",
+    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt holds parameters alone, without the names of c",
 }
 
 

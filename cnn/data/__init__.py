@@ -7,7 +7,7 @@ model takes.
 
 from .augment import Augmented
 from .batches import Batches
-from .custom import is_code
+from .custom import as_pixels, call, fitting, is_code
 from .files import PHOTOGRAPHS, UNCOUNTED, ImageFiles, Watch, image_files, photograph
 from .parts import Data, class_name
 from .prepare import IMAGENET, Description, Preparation
@@ -25,7 +25,10 @@ __all__ = [
     "ImageFiles",
     "Preparation",
     "Watch",
+    "as_pixels",
+    "call",
     "class_name",
+    "fitting",
     "image_files",
     "is_code",
     "load",

@@ -1,10 +1,13 @@
 """Data sets that a function of one's own makes, given as MODULE:FUNCTION."""
 
+import inspect
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -27,6 +30,29 @@ SAMPLE = 1000
 def is_code(name: str) -> bool:
     """Whether the name of a data set is of a function, so that loading it runs code."""
     return bool(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name))
+
+
+def call(flag: str, name: str, **options: Any) -> Any:
+    """What the function ``name`` returns, which the argument ``flag`` gives: runs its code.
+
+    Its module is looked for in the current folder, too. It is called with those of ``options`` that
+    it has parameters for.
+    """
+    try:
+        here = str(Path.cwd())
+        if here not in sys.path and not sys.flags.safe_path:
+            sys.path.insert(0, here)  # where python -m has it, but no installed command
+        return fitting(resolve_name(name), options)
+    except Exception as error:  # someone else's code can raise anything
+        raise Problem(f"--{flag}: {name}() fails: {type(error).__name__}: {error}") from None
+
+
+def fitting(function: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """What a function returns, called with those of ``options`` that it has parameters for."""
+    taken = inspect.signature(function).parameters if options else {}
+    if not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        options = {name: value for name, value in options.items() if name in taken}
+    return function(**options)
 
 
 class Samples(Dataset):
@@ -67,7 +93,7 @@ class Samples(Dataset):
         try:
             with fixed_random(seed, epoch, index):
                 image, label = _pair(self.data[index])
-            return tensor(image, self.description), self._label(label)
+            return as_pixels(image, self.description), self._label(label)
         except Exception as error:  # someone else's code can raise anything
             raise unreadable(self.name(index), error) from None
 
@@ -101,17 +127,18 @@ def fixed_random(*numbers: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def tensor(image: Any, known: Description) -> Tensor:
+def as_pixels(image: Any, known: Description) -> Tensor:
     """An image of Pillow's, an array [H, W, C] or a tensor [C, H, W], as ``known`` describes it."""
     if hasattr(image, "getexif"):
         if not known.pixels:
-            raise ValueError("it is an image of Pillow's, others are of floating point")
+            raise ValueError("it is an image of Pillow's, and not of floating point")
         return fit(image, known.size, known.channels)
     pixels = _channels_first(image)
+    wanted = "uint8" if known.pixels else "of floating point"
     if pixels.is_floating_point() == known.pixels:
-        raise ValueError(f"it is of {pixels.dtype}, others are not")
+        raise ValueError(f"it is of {pixels.dtype}, and not {wanted}")
     if len(pixels) != known.channels:
-        raise ValueError(f"it has {len(pixels)} channels, others have {known.channels}")
+        raise ValueError(f"it has {len(pixels)} channels, and not {known.channels}")
     return square(pixels if known.pixels else pixels.float(), known.size)
 
 
@@ -149,10 +176,7 @@ def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
     index and ``seed``. Classes are the attribute ``classes`` of the data set, or "classes" in the
     dict: their names or their number. An entry "mirrors" says whether to mirror images.
     """
-    try:
-        made = resolve_name(name)()
-    except Exception as error:  # someone else's code can raise anything
-        raise Problem(f"--data: {name}() fails: {type(error).__name__}: {error}") from None
+    made = call("data", name)
     if isinstance(made, tuple) and len(made) == 2:
         given: Mapping[str, Any] = dict(zip(("train", "test"), made, strict=True))
     else:

@@ -121,7 +121,8 @@ class Watch:
             return labels
         for index in (-1 - labels[labels < 0]).tolist():
             if self.policy == "stop":
-                raise Problem(self._reason(index), FAILURE)
+                reason = self._reason(index)
+                raise Problem(f"{reason}; --broken skip goes on without it", FAILURE)
             if index not in self._known:
                 self._known.add(index)
                 self.tell(f"{self._reason(index)}; skipped")

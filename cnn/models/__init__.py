@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from ..text import meant
 from .alexnet import AlexNet, alexnet
+from .classifier import reset_classifier
 from .hed import vgg16_hed
 from .lenet5 import LeNet5, lenet5
 from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101
@@ -29,6 +31,7 @@ __all__ = [
     "create",
     "lenet5",
     "list",
+    "reset_classifier",
     "resnet18",
     "resnet34",
     "resnet50",
@@ -67,5 +70,6 @@ def create(name: str, **options: Any) -> nn.Module:
     made for 224x224 pixels have a form for small images. Raises ValueError for an unknown name.
     """
     if name not in _BUILDERS:
-        raise ValueError(f"name must be one of {', '.join(list())}, got name={name!r}")
+        known = ", ".join(list())
+        raise ValueError(f"name must be one of {known}, got name={name!r}{meant(name, list())}")
     return _BUILDERS[name](**options)

@@ -8,7 +8,30 @@ from torch import Tensor, nn
 from ..layers import ConvReLU2d, ConvReLUMaxPool2d
 
 
-class AlexNet(nn.Module):
+class Tower(nn.Module):
+    """Named layers, whose 256 maps are averaged to ``side`` pixels a side; three linear layers."""
+
+    def __init__(
+        self, layers: dict[str, nn.Module], side: int, num_classes: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.features = nn.Sequential(OrderedDict(layers))
+        self.avgpool = nn.AdaptiveAvgPool2d(side)
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(256 * side * side, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Linear(4096, num_classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(-3))
+
+
+class AlexNet(Tower):
     """AlexNet in one tower: five convolutions, three of them pooled, and three linear layers.
 
     Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014), as
@@ -34,7 +57,6 @@ class AlexNet(nn.Module):
         dropout: float = 0.5,
         image_size: int = 224,
     ):
-        super().__init__()
         stride, padding, side = (4, 2, 6) if image_size >= 64 else (1, 5, 3)
         pool: Any = {"pool_kernel_size": 3, "pool_stride": 2}
         # Numbered as if ReLUs and poolings stood apart, as checkpoints have it.
@@ -45,20 +67,7 @@ class AlexNet(nn.Module):
             "8": ConvReLU2d(384, 256, 3, padding=1),
             "10": ConvReLUMaxPool2d(256, 256, 3, padding=1, **pool),
         }
-        self.features = nn.Sequential(OrderedDict(layers))
-        self.avgpool = nn.AdaptiveAvgPool2d(side)
-        self.classifier = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(256 * side * side, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
-            nn.Linear(4096, num_classes),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.avgpool(self.features(x)).flatten(-3))
+        super().__init__(layers, side, num_classes, dropout)
 
 
 def alexnet(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> AlexNet:

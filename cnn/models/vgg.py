@@ -61,7 +61,7 @@ class VGG(nn.Module):
             nn.Linear(hidden, num_classes),
         )
         if init_weights:
-            self.apply(_initialise)
+            self.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.avgpool(self.features(x)).flatten(-3))
@@ -94,7 +94,8 @@ def _normalised(stages: Sequence[Sequence[int]], channels: int) -> nn.Sequential
     return layers
 
 
-def _initialise(layer: nn.Module) -> None:
+def initialise(layer: nn.Module) -> None:
+    """Draw a layer's parameters as torchvision does."""
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(layer, nn.Linear):

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import ConvReLU2d, ConvReLUMaxPool2d
+from .vgg import initialise
 
 
 class VGGSmall(nn.Module):
@@ -48,11 +49,7 @@ class VGGSmall(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(256, num_classes),
         )
-        for name, parameter in self.features.named_parameters():
-            if name.endswith("weight"):
-                nn.init.kaiming_normal_(parameter, mode="fan_out", nonlinearity="relu")
-            else:
-                nn.init.zeros_(parameter)
+        self.features.apply(initialise)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(-3))

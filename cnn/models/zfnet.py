@@ -1,14 +1,14 @@
 """ZFNet."""
 
-from collections import OrderedDict
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..layers import ConvReLU2d, ConvReLUMaxPool2d
+from .alexnet import Tower
 
 
-class ZFNet(nn.Module):
+class ZFNet(Tower):
     """ZFNet: AlexNet with finer first layers, found by looking at what its features respond to.
 
     Zeiler and Fergus, "Visualizing and understanding convolutional networks" (2014), figure 3:
@@ -39,7 +39,6 @@ class ZFNet(nn.Module):
         dropout: float = 0.5,
         image_size: int = 224,
     ):
-        super().__init__()
         stride, paddings, side = (2, (1, 0), 6) if image_size >= 64 else (1, (3, 2), 3)
         pool: Any = {"pool_kernel_size": 3, "pool_stride": 2}
         # Numbered as AlexNet's: as if ReLUs and poolings stood apart.
@@ -52,20 +51,7 @@ class ZFNet(nn.Module):
             "8": ConvReLU2d(384, 384, 3, padding=1),
             "10": ConvReLUMaxPool2d(384, 256, 3, padding=1, **pool),
         }
-        self.features = nn.Sequential(OrderedDict(layers))
-        self.avgpool = nn.AdaptiveAvgPool2d(side)
-        self.classifier = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(256 * side * side, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
-            nn.Linear(4096, num_classes),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.avgpool(self.features(x)).flatten(-3))
+        super().__init__(layers, side, num_classes, dropout)
 
 
 def _across_channels() -> nn.LocalResponseNorm:

@@ -9,8 +9,7 @@ from .ablation import Ablation, MapAblation, ablation, map_ablation
 from .architecture import Architecture, Block, architecture
 from .correspondence import Correspondence, correspondence
 from .deconvnet import Deconvnet, Projections, deconvnet, project
-from .evolution import Evolution, evolution
-from .filters import Filters, filters
+from .filters import Evolution, Filters, evolution, filters
 from .invariance import Curves, Invariance, invariance, transformed
 from .maps import Maps, maps
 from .occlusion import Occlusion, occlusion

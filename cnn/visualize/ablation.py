@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ..evaluate import tally
 from ..journal import Progress, new_figure
 from ..summary import table
 from ..text import caption
-from .layers import calls, check_class, evaluating, find, first_tensor, outputs
+from .layers import calls, check_class, evaluating, find, first_tensor, hooked, outputs
 from .pictures import SIZE
 
 Batches = Sequence[tuple[Tensor, Tensor]] | DataLoader
@@ -113,10 +114,9 @@ class MapAblation:
         rows = [(f"without map of {self.layer}", "error", "change", "loss")]
         rows.append(("-", f"{1 - self.whole.accuracy:.2%}", "", f"{self.whole.loss:.4f}"))
         for place in self.order[:LISTED].tolist():
-            accuracy = self.accuracies[place].item()
+            accuracy, loss = self.accuracies[place].item(), self.losses[place]
             change = f"{self.whole.accuracy - accuracy:+.2%}"
-            loss = f"{self.losses[place]:.4f}"
-            rows.append((f"{self.numbers[place]}", f"{1 - accuracy:.2%}", change, loss))
+            rows.append((f"{self.numbers[place]}", f"{1 - accuracy:.2%}", change, f"{loss:.4f}"))
         return table(rows, "<>>>")
 
     def figure(self) -> Any:
@@ -171,15 +171,12 @@ def ablation(
     x = _first(model, batches)
     with evaluating(model), torch.no_grad():
         groups = _groups(model, x, layers, how)
-        names = dict.fromkeys(name for group in groups for name in group)
-        means = {name: _Mean() for name in names} if how == "mean" else {}
-        removals = []
-        with closing(_progress(x, batches, len(groups))) as bar:
-            images, whole = _score(model, batches, means, bar)
-            changes = {name: _change(how, means.get(name)) for name in names}
-            for group in groups:
-                _, score = _score(model, batches, {name: changes[name] for name in group}, bar)
-                removals.append(Removal(group, _parameters(model, group), score))
+        removed = [dict.fromkeys(group, slice(None)) for group in groups]
+        images, whole, scores = _scores(model, batches, len(x), removed, how)
+    removals = [
+        Removal(group, _parameters(model, group), score)
+        for group, score in zip(groups, scores, strict=True)
+    ]
     return Ablation(how, images, whole, tuple(removals))
 
 
@@ -208,13 +205,8 @@ def map_ablation(
         for number in numbers:
             if not 0 <= number < count:
                 raise ValueError(f"maps must be from 0 to {count - 1}, got {number}")
-        means = {layer: _Mean()} if how == "mean" else {}
-        scores = []
-        with closing(_progress(x, batches, len(numbers))) as bar:
-            images, whole = _score(model, batches, means, bar)
-            for number in numbers:
-                change = _change(how, means.get(layer), number)
-                scores.append(_score(model, batches, {layer: change}, bar)[1])
+        removed = [{layer: slice(number, number + 1)} for number in numbers]
+        images, whole, scores = _scores(model, batches, len(x), removed, how)
     accuracies, losses = torch.tensor(scores, dtype=torch.float64).view(-1, 2).unbind(1)
     found = torch.tensor(numbers, dtype=torch.int64)
     return MapAblation(layer, how, images, whole, found, accuracies, losses)
@@ -238,20 +230,14 @@ def _place(model: nn.Module, images: Tensor) -> torch.device:
     return next((p.device for p in model.parameters()), images.device)
 
 
-def _progress(x: Tensor, batches: Batches, changes: int) -> Progress:
-    return Progress("ablation", len(x) * len(batches) * (1 + changes), 0, "image")
-
-
 def _groups(
     model: nn.Module, x: Tensor, layers: Sequence[str | Sequence[str]] | None, how: str
 ) -> list[tuple[str, ...]]:
     """What is removed together, by names that were checked."""
     if layers is None:
         names = list(dict.fromkeys(row.name for row in calls(model, x) if row.parameters))
-        if how == "skip":
-            sizes = _sizes(model, x, names)
-            names = [name for name in names if sizes[name][0] == sizes[name][1]]
-        return [(name,) for name in names]
+        sizes = _sizes(model, x, names)
+        return [(name,) for name in names if how != "skip" or sizes[name][0] == sizes[name][1]]
     groups = [(group,) if isinstance(group, str) else tuple(group) for group in layers]
     sizes = _sizes(model, x, [name for group in groups for name in group])
     for name, (before, after) in sizes.items():
@@ -267,13 +253,10 @@ def _sizes(
     """Those of what layers get and give."""
     sizes = {}
 
-    def look(name: str) -> Change:
-        def change(x: Tensor, y: Tensor) -> None:
-            sizes[name] = x.shape, y.shape
+    def look(name: str, x: Tensor, y: Tensor) -> None:
+        sizes[name] = x.shape, y.shape
 
-        return change
-
-    with _changed(model, {name: look(name) for name in names}):
+    with _changed(model, {name: partial(look, name) for name in names}):
         model(x)
     for name in names:
         if name not in sizes:
@@ -285,21 +268,13 @@ def _sizes(
 def _changed(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
     """The model with changes of what layers give."""
 
-    def hook(name: str) -> Any:
-        def apply(module: nn.Module, args: Any, output: Any) -> Tensor | None:
-            if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-                raise ValueError(f"layer must turn a tensor into a tensor, got layer={name!r}")
-            return changes[name](args[0], output)
+    def apply(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            raise ValueError(f"layer must turn a tensor into a tensor, got layer={name!r}")
+        return changes[name](args[0], output)
 
-        return apply
-
-    modules = {name: find(model, name) for name in changes}
-    hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
+    with hooked(model, changes, apply):
         yield
-    finally:
-        for each in hooks:
-            each.remove()
 
 
 class _Mean:
@@ -320,19 +295,40 @@ class _Mean:
         return self._sum / self._count
 
 
-def _change(how: str, mean: _Mean | None, number: int | None = None) -> Change:
-    """What removes a layer, or the map ``number`` of it."""
+def _change(how: str, mean: _Mean | None, maps: slice) -> Change:
+    """What removes ``maps`` of a layer, or skips it."""
     if how == "skip":
         return lambda x, y: x.clone()  # what comes next may work in place
-    place = slice(None) if number is None else slice(number, number + 1)
 
     def fill(x: Tensor, y: Tensor) -> Tensor:
-        levels = mean.value.to(y)[place] if mean else y.new_zeros(1)
+        levels = mean.value.to(y)[maps] if mean else y.new_zeros(1)
         y = y.clone()
-        y[:, place] = levels.view(-1, *[1] * (y.dim() - 2))
+        y[:, maps] = levels.view(-1, *[1] * (y.dim() - 2))
         return y
 
     return fill
+
+
+def _scores(
+    model: nn.Module,
+    batches: Batches,
+    batch: int,
+    removed: Sequence[Mapping[str, slice]],
+    how: str,
+) -> tuple[int, Score, list[Score]]:
+    """How many images there are, and how well the model classifies them: with all its maps, and
+    without those of each removal.
+    """
+    names = {name for removal in removed for name in removal}
+    means = {name: _Mean() for name in names} if how == "mean" else {}
+    total = batch * len(batches) * (1 + len(removed))
+    with closing(Progress("ablation", total, 0, "image")) as bar:
+        count, whole = _score(model, batches, means, bar)
+        scores = []
+        for removal in removed:
+            changes = {name: _change(how, means.get(name), maps) for name, maps in removal.items()}
+            scores.append(_score(model, batches, changes, bar)[1])
+    return count, whole, scores
 
 
 def _score(
@@ -346,7 +342,8 @@ def _score(
             if logits is None or logits.dim() != 2:
                 given = "no tensor" if logits is None else list(logits.shape)
                 raise ValueError(f"model must give logits [N, classes], got {given}")
-            _check_labels(labels, logits.shape[1])
+            for number in labels[labels != UNCOUNTED].unique().tolist():
+                check_class(number, logits.shape[1], "labels")
             logits, labels = logits.float(), labels.to(logits.device)
             loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=UNCOUNTED)
             totals += tally(logits, labels, loss).cpu()
@@ -355,11 +352,6 @@ def _score(
     if not count:
         raise ValueError("batches must hold images with labels")
     return int(count), Score(right / count, loss / count)
-
-
-def _check_labels(labels: Tensor, count: int) -> None:
-    for number in labels[labels != UNCOUNTED].unique().tolist():
-        check_class(number, count, "labels")
 
 
 def _parameters(model: nn.Module, names: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from kernels._private import Convolution
 
 from ..journal import new_figure
-from ..summary import summary, table
+from ..summary import by, summary, table
 from ..text import caption
 from .layers import evaluating
 
@@ -59,7 +59,7 @@ class Architecture:
         """A line a block."""
         rows = [("block", "kind", "output", "parameters")]
         for name, kind, _, size, parameters in self.blocks:
-            rows.append((name, kind, _by(size), f"{parameters:,}"))
+            rows.append((name, kind, by(size), f"{parameters:,}"))
         return table(rows, "<<>>")
 
     def figure(self) -> Any:
@@ -80,7 +80,7 @@ class Architecture:
         figure = new_figure("architecture", figsize=(across * PLACE, height * PLACE))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, across), ylim=(height, 0))
         axes.set_axis_off()
-        scale = _Scale.of(self.blocks)
+        scale = _Scale(self.blocks)
         reached = 0.0
         for number, item in enumerate((*self.blocks, *ends)):
             line, column = divmod(number, across)
@@ -101,22 +101,21 @@ class Architecture:
         return figure
 
 
-class _Scale(NamedTuple):
+class _Scale:
     """What the largest of all blocks has."""
 
-    channels: int
-    side: int
-    values: int
-
-    @classmethod
-    def of(cls, blocks: Sequence[Block]) -> "_Scale":
+    def __init__(self, blocks: Sequence[Block]) -> None:
         maps = [block.size for block in blocks if len(block.size) == 3]
         others = [math.prod(block.size) for block in blocks if len(block.size) != 3]
-        return cls(max(s[0] for s in maps), max(max(s[1:]) for s in maps), max(others, default=1))
+        self.channels, self.side = max(s[0] for s in maps), max(max(s[1:]) for s in maps)
+        self.values = max(others, default=1)
 
 
 def _draw(axes: Any, block: Block, place: Point, scale: _Scale) -> float:
     """A box in the middle of its place with its label below it; half its width."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Polygon
+
     if len(block.size) == 3:
         K, P, Q = block.size
         long = 0.04 + 0.26 * _log(K, scale.channels)
@@ -128,24 +127,17 @@ def _draw(axes: Any, block: Block, place: Point, scale: _Scale) -> float:
     front = (left, low), (right, low), (right, top), (left, top)
     lid = (left, top), (right, top), (right + deep, top - deep), (left + deep, top - deep)
     flank = (right, low), (right + deep, low - deep), (right + deep, top - deep), (right, top)
+    line = {"edgecolor": "0.25", "linewidth": 0.6, "joinstyle": "round"}
     for face, shade in ((front, 1.0), (lid, 1.1), (flank, 0.8)):
-        axes.add_patch(_polygon(face, COLOURS[block.group], shade))
+        colour = [min(1, shade * level) for level in to_rgb(COLOURS[block.group])]
+        axes.add_patch(Polygon(face, facecolor=colour, **line))
     kinds = "\n+ ".join(_cut(kind) for kind in block.kind.split(" + "))
     count = f"{_short(block.parameters)} parameters" if block.parameters else ""
-    details = "\n".join(filter(None, (kinds, _by(block.size), count)))
+    details = "\n".join(filter(None, (kinds, by(block.size), count)))
     words = {"ha": "center", "va": "top", "fontsize": 6.5}
     axes.text(place[0], place[1] + 0.47, caption(_cut(block.name)), weight="bold", **words)
     axes.text(place[0], place[1] + 0.57, details, linespacing=1.1, **words)
     return (long + deep) / 2
-
-
-def _polygon(points: Sequence[Point], colour: str, shade: float) -> Any:
-    """A face of a box, lighter or darker than its colour."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Polygon
-
-    face = [min(1, shade * level) for level in to_rgb(colour)]
-    return Polygon(points, facecolor=face, edgecolor="0.25", linewidth=0.6, joinstyle="round")
 
 
 def _arrow(axes: Any, start: Point, end: Point) -> None:
@@ -161,10 +153,6 @@ def _cut(text: str) -> str:
 def _log(value: int, largest: int) -> float:
     """From 0 to 1, to a logarithmic scale."""
     return math.log1p(value) / math.log1p(largest)
-
-
-def _by(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def _short(count: int) -> str:

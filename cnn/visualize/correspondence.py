@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..journal import Progress, new_figure
 from ..summary import table
 from ..text import caption
-from .layers import check_images, evaluating, outputs
+from .layers import check_images, evaluating, run_in_batches
 from .pictures import SIZE, colours, frame, grey, pixels, show
 
 SHOWN = 10
@@ -160,11 +160,13 @@ def correspondence(
         torch.no_grad(),
         closing(Progress("correspondence", images.shape[0] * len(places), 0, "image")) as bar,
     ):
-        before = _features(model, images, layers, batch)
+        # Always in the same batches, so that a feature that sees no change has the same bits.
+        _, before = run_in_batches(model, images, layers, batch)
         found = []
         for place in places:
-            after = _features(model, _covered(images, place, levels), layers, batch)
-            found.append(torch.stack([_shares(*pair) for pair in zip(before, after, strict=True)]))
+            covered = _covered(images, place, levels)
+            _, after = run_in_batches(model, covered, layers, batch)
+            found.append(torch.stack([_shares(before[name], after[name]) for name in layers]))
             bar.tick(len(images))
     shares = torch.stack(found, 1).unflatten(1, (len(parts), 1 + random))
     return Correspondence(images, boxes, tuple(layers), shares[:, :, 0], shares[:, :, 1:])
@@ -214,16 +216,7 @@ def _covered(images: Tensor, boxes: Tensor, levels: Tensor) -> Tensor:
     return images
 
 
-def _features(model: nn.Module, images: Tensor, layers: Sequence[str], batch: int) -> list[Tensor]:
-    """[N, features] of each layer.
-
-    The batches are always the same, so that a feature that sees no change has the same bits.
-    """
-    found = [outputs(model, part, layers) for part in images.split(batch)]
-    return [torch.cat([each[name].flatten(1) for each in found]) for name in layers]
-
-
 def _shares(before: Tensor, after: Tensor) -> Tensor:
-    """For how many of the features [N, features] two images' changes differ in sign: [N, N]."""
-    signs = (before - after).sign()
+    """For how many of the features [N, ...] two images' changes differ in sign: [N, N]."""
+    signs = (before - after).flatten(1).sign()
     return torch.stack([(signs != own).double().mean(1) for own in signs]).cpu()

@@ -1,6 +1,6 @@
-"""What a layer's filters look for."""
+"""What a layer's filters look for, and how that changes while a network is trained."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .deconvnet import Projections, deconvnet
 from .layers import find
-from .pictures import SIZE, new_figure, show, signed, tiles
+from .pictures import SIZE, panels, signed, tiles
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,8 @@ class Filters:
 
     def figure(self) -> Any:
         """The filters as a grid, each from black to white, 0 grey."""
-        grid = tiles(signed(self.weights))
-        high = SIZE / 2 * grid.shape[1] / grid.shape[2] + 0.3
-        figure = new_figure("filters", figsize=(SIZE / 2, high), layout="constrained")
-        show(figure.subplots(), grid, f"filters of {self.layer}")
-        return figure
+        title = f"filters of {self.layer}"
+        return panels([tiles(signed(self.weights))], [title], 1, "filters", SIZE / 2)
 
 
 def filters(
@@ -59,3 +56,54 @@ def filters(
     if images is None:
         raise ValueError(f"images must be given to project a deeper layer, got layer={layer!r}")
     return deconvnet(model, images, layer, count=count, top=1, guided=guided)
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """The projections of the same maps at several epochs."""
+
+    layer: str
+    epochs: tuple[int, ...]
+    projections: tuple[Projections, ...]
+
+    def figure(self) -> Any:
+        """A row a map and a column an epoch: what excited it most among all images, projected."""
+        numbers, columns = self.projections[0].numbers.tolist(), len(self.epochs)
+        strongest = [signed(found.patches()[0][:, 0]) for found in self.projections]
+        pictures = [found[row] for row in range(len(numbers)) for found in strongest]
+        titles = [f"epoch {epoch}" for epoch in self.epochs] + [""] * (len(pictures) - columns)
+        width = SIZE * columns / max(6, columns) + 0.4
+        figure = panels(pictures, titles, columns, "an evolution", width)
+        for number, axes in zip(numbers, figure.axes[::columns], strict=True):
+            axes.set_ylabel(f"{number}", fontsize=9)
+        return figure
+
+
+def evolution(
+    models: Mapping[int, nn.Module],
+    images: Callable[[], Tensor | Iterable[Tensor]],
+    layer: str,
+    numbers: list[int] | None = None,
+    *,
+    count: int = 6,
+    guided: bool = False,
+) -> Evolution:
+    """What excites maps of a layer most as training goes on, as in figure 4 of the paper.
+
+    Args:
+        models: by epoch, in the order to be shown.
+        images: called for each model, returns images as ``deconvnet`` takes them.
+        numbers: of the maps; by default the ``count`` strongest of the last model.
+        guided: see ``deconvnet``.
+
+    Raises ValueError as ``deconvnet`` does, and without a model.
+    """
+    if not models:
+        raise ValueError("models must hold at least one, got none")
+    options: dict[str, Any] = {"count": count, "top": 1, "guided": guided}
+    *earlier, last = models
+    found = {last: deconvnet(models[last], images(), layer, numbers, **options)}
+    numbers = found[last].numbers.tolist()
+    for epoch in earlier:
+        found[epoch] = deconvnet(models[epoch], images(), layer, numbers, **options)
+    return Evolution(layer, tuple(models), tuple(found[epoch] for epoch in models))

@@ -20,7 +20,7 @@ from .layers import (
     class_names,
     evaluating,
     probabilities,
-    run,
+    run_in_batches,
     wide,
 )
 from .pictures import pixels, show, tiles
@@ -197,7 +197,7 @@ def invariance(
         steps: of each transform of ``transformed`` that is wanted. By default those of the paper's
             figure: shifts by up to 27 % of the height, scales from 1 to 1.8, rotations of a turn.
         classes: names of the classes, for texts.
-        batch: images that the model gets at once.
+        batch: images that the model gets at once. The features of all images are kept.
 
     What a model gives is taken for logits if it is [N, classes]; of another there are only
     distances. Raises ValueError for arguments that do not fit.
@@ -215,62 +215,41 @@ def invariance(
         raise ValueError(f"layers must not be empty, got layers={layers}")
     if not wanted or not all(map(len, wanted.values())):
         raise ValueError(f"steps must not be empty, got steps={steps}")
-    with evaluating(model), torch.no_grad():
-        known, count = _labels(model, images, labels, batch)
-        class_texts = class_names(classes, count) if count else ()
+    curves, total = {}, len(images) * sum(map(len, wanted.values()))
+    bar = Progress("invariance", total, 0, "image")
+    with closing(bar), evaluating(model), torch.no_grad():
         names = tuple(_ends(model, images[:1]) if layers is None else layers)
-        empty = wide(images[:0]).new_empty
-        curves = {}
+        result, begin = run_in_batches(model, images, names, batch)
+        chances = probabilities(result)
+        known = _labels(chances, images, labels)
         for kind, values in wanted.items():
-            size = len(images), len(values)
-            chances = None if known is None else empty(size)
-            curves[kind] = Curves(tuple(values), empty((len(names), *size)), chances)
-        total = len(images) * sum(map(len, wanted.values()))
-        with closing(Progress("invariance", total, 0, "image")) as bar:
-            for part in torch.arange(len(images), device=images.device).split(batch):
-                _fill(curves, part, model, images[part], names, known, bar)
-    return Invariance(images, names, curves, known, class_texts)
-
-
-def _fill(
-    curves: dict[str, Curves],
-    part: Tensor,
-    model: nn.Module,
-    images: Tensor,
-    layers: Sequence[str],
-    labels: Tensor | None,
-    bar: Progress,
-) -> None:
-    """Write into the curves what the images, which have the numbers ``part``, give."""
-    begin = run(model, images, layers)
-    for kind, curve in curves.items():
-        for place, step in enumerate(curve.steps):
-            moved = transformed(images, kind, step)
-            result, found = begin if moved is images else run(model, moved, layers)
-            for layer, name in enumerate(layers):
-                change = (wide(found[name]) - wide(begin[1][name])).flatten(1)
-                curve.distances[layer, part, place] = change.norm(dim=1)
-            chances = probabilities(result)
-            if curve.probability is not None and chances is not None and labels is not None:
-                curve.probability[part, place] = chances.gather(1, labels[part, None])[:, 0]
-            bar.tick(len(images))
+            distances, found = [], []
+            for step in values:
+                moved = transformed(images, kind, step)
+                result, after = run_in_batches(model, moved, names, batch)
+                changes = [(wide(after[name]) - wide(begin[name])).flatten(1) for name in names]
+                distances.append(torch.stack([change.norm(dim=1) for change in changes]))
+                if known is not None and (chances := probabilities(result)) is not None:
+                    found.append(chances.gather(1, known[:, None])[:, 0])
+                bar.tick(len(images))
+            probability = torch.stack(found, 1) if found else None
+            curves[kind] = Curves(tuple(values), torch.stack(distances, 2), probability)
+    texts = () if chances is None else class_names(classes, chances.shape[1])
+    return Invariance(images, names, curves, known, texts)
 
 
 def _labels(
-    model: nn.Module, images: Tensor, labels: Sequence[int] | Tensor | None, batch: int
-) -> tuple[Tensor | None, int]:
-    """The classes [N] whose probabilities are asked for, and how many the model knows."""
-    chances = [probabilities(run(model, part, [])[0]) for part in images.split(batch)]
-    known = [each for each in chances if each is not None]
-    count = known[0].shape[1] if known else 0
+    chances: Tensor | None, images: Tensor, labels: Sequence[int] | Tensor | None
+) -> Tensor | None:
+    """The classes [N] whose probabilities are asked for."""
     if labels is None:
-        return torch.cat(known).argmax(1) if known else None, count
+        return None if chances is None else chances.argmax(1)
     numbers = torch.as_tensor(labels, dtype=torch.int64, device=images.device)
     if numbers.shape != images.shape[:1]:
         raise ValueError(f"labels must be {len(images)} classes, got {list(numbers.shape)}")
     for number in numbers.tolist():
-        check_class(number, count, "labels")
-    return numbers, count
+        check_class(number, 0 if chances is None else chances.shape[1], "labels")
+    return numbers
 
 
 def _ends(model: nn.Module, images: Tensor) -> dict[str, None]:

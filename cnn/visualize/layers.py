@@ -1,7 +1,8 @@
 """A network's layers by name, and what they give."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,59 +58,61 @@ def field_of(model: nn.Module, name: str, x: Tensor) -> ReceptiveField:
     return field
 
 
+@contextmanager
+def hooked(model: nn.Module, names: Iterable[str], hook: Callable[..., Any]) -> Iterator[None]:
+    """The model with a forward hook at each of its layers ``names``, which gets the name, too."""
+    modules = {name: find(model, name) for name in names}
+    hooks = [layer.register_forward_hook(partial(hook, name)) for name, layer in modules.items()]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()
+
+
 class _Enough(Exception):
     """Every layer that was asked for has been called."""
 
 
-def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """What the layers ``names`` give on x, at their first call. Nothing after that is computed.
+def run(
+    model: nn.Module, x: Tensor, names: Sequence[str], *, stop: bool = False
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The first tensor that the model gives on x, and what its layers ``names`` give at their first
+    call. With ``stop`` nothing after that is computed.
 
     The model runs as it is: in its mode, and with gradients where they are enabled. Raises
     ValueError for a layer that does not exist, is not called or gives no tensor.
     """
-    with _kept(model, names, stop=True) as found, suppress(_Enough):
-        model(x)
-    return _checked(found, names)
+    result, found = None, {}
 
+    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        tensor = first_tensor(output)
+        if tensor is not None:
+            found.setdefault(name, tensor.clone())  # before a ReLU in place
+        if stop and len(found) == len(set(names)):
+            raise _Enough
 
-def run(
-    model: nn.Module, x: Tensor, names: Sequence[str]
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The first tensor that the model gives on x, and the ``outputs`` of its layers ``names``."""
-    with _kept(model, names, stop=False) as found:
+    with hooked(model, names, keep), suppress(_Enough):
         result = first_tensor(model(x))
-    return result, _checked(found, names)
-
-
-@contextmanager
-def _kept(model: nn.Module, names: Sequence[str], stop: bool) -> Iterator[dict[str, Tensor]]:
-    """Meanwhile, what the layers ``names`` give is kept; the last of them can ``stop`` the run."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            tensor = first_tensor(output)
-            if tensor is not None:
-                found.setdefault(name, tensor.clone())  # before a ReLU in place
-            if stop and len(found) == len(set(names)):
-                raise _Enough
-
-        return hook
-
-    modules = {name: find(model, name) for name in names}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _checked(found: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     for name in names:
         if name not in found:
             raise ValueError(f"layer must be called and give a tensor, got layer={name!r}")
-    return found
+    return result, found
+
+
+def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """What the layers ``names`` give on x, as ``run`` has it. Nothing after that is computed."""
+    return run(model, x, names, stop=True)[1]
+
+
+def run_in_batches(
+    model: nn.Module, images: Tensor, names: Sequence[str], batch: int
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """What ``run`` gives, of ``batch`` images at once."""
+    parts = [run(model, part, names) for part in images.split(batch)]
+    results = [result for result, _ in parts if result is not None]
+    found = {name: torch.cat([each[name] for _, each in parts]) for name in names}
+    return torch.cat(results) if results else None, found
 
 
 def first_tensor(values: Any) -> Tensor | None:

@@ -1,5 +1,6 @@
 """What a network loses when a part of the image is covered."""
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class Occlusion:
         if self.answers is None:
             return text
         rows = [("most probable class", "squares")]
-        rows += [(self.classes[number], f"{n:,}") for number, n in _by_count(self.answers)]
+        counts = Counter(self.answers.flatten().tolist())
+        rows += [(self.classes[number], f"{n:,}") for number, n in counts.most_common()]
         return f"{text}\n\n{table(rows, '<>')}"
 
     def figure(self) -> Any:
@@ -122,13 +124,14 @@ class Occlusion:
 
     def _draw_answers(self, axes: Any, names: Any, answers: Tensor) -> None:
         """A colour for each of the nine most frequent classes, and the tenth for all others."""
-        numbers = [number for number, _ in _by_count(answers)]
+        counts = Counter(answers.flatten().tolist())
+        numbers = [number for number, _ in counts.most_common(9)]
         places = torch.full_like(answers, 9)
-        for place, number in enumerate(numbers[:9]):
+        for place, number in enumerate(numbers):
             places[answers == number] = place
         options = {"cmap": "tab10", "vmin": -0.5, "vmax": 9.5}
         drawn = self._draw(axes, places, "most probable class", **options)
-        labels = [self.classes[number] for number in numbers[:9]] + ["others"] * (len(numbers) > 9)
+        labels = [self.classes[number] for number in numbers] + ["others"] * (len(counts) > 9)
         for place, label in enumerate(labels):
             names.scatter([], [], marker="s", color=drawn.cmap(place), label=caption(label))
         names.legend(fontsize=9, loc="center left", frameon=False)
@@ -136,13 +139,6 @@ class Occlusion:
 
 
 _COLOURS = {"cmap": "viridis", "vmin": None, "vmax": None}
-
-
-def _by_count(answers: Tensor) -> list[tuple[int, int]]:
-    """Classes and how often each is among the answers, the most frequent first."""
-    numbers, counts = answers.unique(return_counts=True)
-    order = counts.argsort(descending=True, stable=True)
-    return list(zip(numbers[order].tolist(), counts[order].tolist(), strict=True))
 
 
 def occlusion(
@@ -202,12 +198,13 @@ def occlusion(
             about |= {"layer": layer, "number": number, "map": maps[0, number]}
         if not about:
             raise ValueError("model must give [N, classes], or maps in one of its layers")
-        chosen = layer, about.get("class_"), about.get("number")
-        whole = _read(model, x[None], *chosen)
+        chosen = about.get("class_"), about.get("number")
+        whole = _values(chances, maps, *chosen)
         parts = []
         with closing(Progress("occlusion", corners[..., 0].numel(), 0, "image")) as bar:
             for part in corners.flatten(0, 1).split(batch):
-                parts.append(_read(model, covered(x, part, size, shade), *chosen))
+                seen = _look(model, covered(x, part, size, shade), layer)
+                parts.append(_values(*seen, *chosen))
                 bar.tick(len(part))
     for name in whole:
         about[name] = torch.cat([part[name] for part in parts]).view(corners.shape[:2])
@@ -250,11 +247,10 @@ def _look(model: nn.Module, images: Tensor, layer: str | None) -> tuple[Any, Any
     return probabilities(result), None if layer is None else check_maps(found[layer], layer)
 
 
-def _read(
-    model: nn.Module, images: Tensor, layer: str | None, class_: int | None, number: int | None
+def _values(
+    chances: Tensor | None, maps: Tensor | None, class_: int | None, number: int | None
 ) -> dict[str, Tensor]:
     """A class's probability, the most probable class, and a map's sum, [N] each: what there is."""
-    chances, maps = _look(model, images, layer)
     values = {}
     if chances is not None:
         values |= {"probability": chances[:, class_], "answers": chances.argmax(1)}

@@ -1,7 +1,6 @@
-"""Figures and their table as one HTML file that needs no other."""
+"""A figure and its table as one HTML file that needs no other."""
 
 import base64
-from collections.abc import Mapping
 from html import escape
 from string import Template
 
@@ -16,21 +15,20 @@ _PAGE = Template("""<!DOCTYPE html>
 <style>
 body { margin: 2rem auto; max-width: 70rem; padding: 0 1rem; font: 1rem/1.5 sans-serif; }
 figure { margin: 1.5rem 0; }
-figcaption { color: #555; }
 img { max-width: 100%; cursor: zoom-in; background: #fff; }
 img.whole { max-width: none; cursor: zoom-out; }
 pre { overflow-x: auto; background: #f4f4f4; color: #111; padding: 0.75rem; }
+pre:empty { display: none; }
 </style>
 </head>
 <body>
 <h1>$title</h1>
 <pre>$command</pre>
-$figures
-$table
+<figure><img alt="$title" src="data:image/png;base64,$image"></figure>
+<pre>$table</pre>
 <script>
-for (const image of document.images) {
-  image.addEventListener("click", () => image.classList.toggle("whole"));
-}
+const [image] = document.images;
+image.addEventListener("click", () => image.classList.toggle("whole"));
 document.documentElement.dataset.ready = document.images.length;
 </script>
 </body>
@@ -38,25 +36,11 @@ document.documentElement.dataset.ready = document.images.length;
 """)
 
 
-def page(title: str, command: str, figures: Mapping[str, bytes], table: str = "") -> str:
-    """An HTML page of PNG images by their captions, and of a table in plain text.
+def page(title: str, command: str, image: bytes, table: str) -> str:
+    """An HTML page of a PNG image and of a table in plain text, which ``command`` has made.
 
-    A click shows an image in its own size. ``command`` is what made them.
+    A click shows the image in its own size.
     """
-    parts = []
-    for caption, image in figures.items():
-        data, text = base64.b64encode(image).decode(), _shown(caption)
-        parts.append(
-            f'<figure>\n<img alt="{text}" src="data:image/png;base64,{data}">\n'
-            f"<figcaption>{text}</figcaption>\n</figure>"
-        )
-    return _PAGE.substitute(
-        title=_shown(title),
-        command=_shown(command),
-        figures="\n".join(parts),
-        table=f"<pre>{_shown(table)}</pre>" if table else "",
-    )
-
-
-def _shown(text: str) -> str:
-    return escape(lines(text))
+    texts = {"title": title, "command": command, "table": table}
+    shown = {name: escape(lines(text)) for name, text in texts.items()}
+    return _PAGE.substitute(shown, image=base64.b64encode(image).decode())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kernels.geometry import ReceptiveField
 
 from ..journal import new_figure
-from ..summary import table
+from ..summary import by, table
 from ..text import caption
 from .layers import calls, check_images, field_of
 from .pictures import SIZE, colours, frame, pixels, show
@@ -43,7 +43,7 @@ class ReceptiveFields:
         for layer, field, position, (top, left, bottom, right) in self.seen:
             spans = f"{top} to {bottom - 1}", f"{left} to {right - 1}"
             place = "{}, {}".format(*position)
-            rows.append((layer, _by(field.size), _by(field.stride), place, *spans))
+            rows.append((layer, by(field.size), by(field.stride), place, *spans))
         return table(rows, "<>>>>>")
 
     def figure(self) -> Any:
@@ -58,7 +58,7 @@ class ReceptiveFields:
         image = frame(axes, (0, 0, height, width), "0.6", linewidth=0.5)
         for (layer, field, _, box), colour in zip(self.seen, colours(len(self.seen)), strict=True):
             frame(axes, box, colour, linestyle="--", linewidth=1)
-            inside = frame(axes, box, colour, label=f"{caption(layer)}  {_by(field.size)}")
+            inside = frame(axes, box, colour, label=f"{caption(layer)}  {by(field.size)}")
             inside.set_clip_path(image)
         tops, lefts, bottoms, rights = zip(*(seen.box for seen in self.seen), strict=True)
         axes.set_ylim(*reversed(_limits(tops, bottoms, height)))
@@ -66,10 +66,6 @@ class ReceptiveFields:
         columns = -(-len(self.seen) // 28)
         figure.legend(loc="outside right center", fontsize=8, frameon=False, ncols=columns)
         return figure
-
-
-def _by(pair: tuple[int, int]) -> str:
-    return "x".join(map(str, pair))
 
 
 def _limits(first: Sequence[int], last: Sequence[int], side: int) -> tuple[float, float]:

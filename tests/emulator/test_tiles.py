@@ -1,6 +1,7 @@
 """Each tile of the planner's families by itself, with a plain epilogue.
 
-The layers are small; their channels are those of layers that fill a GPU, so that all tiles apply.
+The layers are small and have few taps; their channels are those of layers that fill a GPU, so that
+all tiles apply.
 """
 
 from typing import Any, NamedTuple
@@ -15,15 +16,15 @@ from kernels import device as devices
 from kernels import planner
 from kernels.geometry import Conv2dGeometry, Direction
 
-SAME = (1, 1, 1, 1)
-PLAIN = conv_case(2, 256, (8, 9), 256, (3, 3), padding=SAME)
+TALL, WIDE = (1, 1, 0, 0), (0, 0, 1, 1)
+PLAIN = conv_case(2, 256, (8, 9), 256, (3, 1), padding=TALL)
 LAYERS = (
     PLAIN,
-    conv_case(2, 128, (10, 8), 256, (3, 3), (2, 2), SAME),
-    conv_case(2, 128, (11, 9), 128, (3, 3), (2, 2), SAME),
+    conv_case(2, 128, (10, 8), 256, (3, 3), (2, 2), (1, 1, 1, 1)),
+    conv_case(2, 128, (11, 9), 128, (1, 3), (2, 2), WIDE),
     conv_case(3, 256, (7, 9), 128, (1, 1)),
-    conv_case(2, 200, (8, 9), 136, (3, 3), padding=SAME),
-    conv_case(2, 256, (8, 9), 256, (3, 3), padding=SAME, groups=2),
+    conv_case(2, 200, (8, 9), 136, (1, 3), padding=WIDE),
+    conv_case(2, 256, (8, 9), 256, (3, 1), padding=TALL, groups=2),
 )
 PROBLEMS = (
     *((g, torch.bfloat16, "ieee") for g in LAYERS),

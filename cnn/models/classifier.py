@@ -1,0 +1,76 @@
+"""The layers of a network that depend on its classes and on its images' channels."""
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def classifiers(model: nn.Module) -> dict[str, Any]:
+    """The layers of any network that give its classes, by name: one, or in some several.
+
+    The last linear layer, or of a network without one the last 1x1 convolution, as in SqueezeNet;
+    and those of auxiliary classifiers, as in GoogLeNet. timm's networks tell themselves.
+    """
+    layers: dict[str, Any] = dict(model.named_modules())
+    if callable(tell := getattr(model, "get_classifier", None)):
+        told = tell() if isinstance(tell(), tuple | list) else [tell()]
+        return {n: layer for n, layer in layers.items() if layer in told and hasattr(layer, "bias")}
+    linear = {n: layer for n, layer in layers.items() if isinstance(layer, nn.Linear)}
+    convolutions = {n: layer for n, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    found = linear or {n: m for n, m in convolutions.items() if {*m.kernel_size} == {1}}
+    last = max((n for n in found if not auxiliary(n)), key=[*found].index, default=None)
+    count = len(found[last].weight) if last is not None else 0
+    also = (n for n, layer in found.items() if auxiliary(n) and len(layer.weight) == count)
+    return {n: found[n] for n in (*also, last) if n is not None}
+
+
+def auxiliary(name: str) -> bool:
+    """Whether a layer or parameter is, by its name, of a classifier that only helps to train."""
+    return any(part.lower().startswith("aux") for part in name.split("."))
+
+
+def renew(layer: Any, axis: int, count: int) -> None:
+    """Give a linear layer or a convolution new parameters for ``count`` outputs, or inputs if axis
+    is 1. They are initialised as torch does it.
+    """
+    shape = [*layer.weight.shape]
+    shape[axis] = count
+    layer.weight = nn.Parameter(layer.weight.new_empty(shape))
+    if axis == 0 and layer.bias is not None:
+        layer.bias = nn.Parameter(layer.bias.new_empty(count))
+    end = "features" if isinstance(layer, nn.Linear) else "channels"
+    setattr(layer, f"{('out', 'in')[axis]}_{end}", count)
+    layer.reset_parameters()
+
+
+def reset_classifier(model: Model, num_classes: int) -> Model:
+    """Make the classifier of any network a new one for other classes, in place.
+
+    It is the last linear layer, or of a network without one the last 1x1 convolution, as in
+    SqueezeNet; auxiliary classifiers change with it. The layer stays, but its parameters are new,
+    initialised as torch does it, of the same dtype and on the same device: an optimizer that was
+    made before does not know them. timm's networks do it by their own method.
+
+    Returns the model. Raises TypeError for what is no module, ValueError if it has no such layer or
+    ``num_classes`` is not a positive whole number.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got model={model!r:.80}")
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        raise ValueError(f"num_classes must be a positive int, got num_classes={num_classes!r}")
+    if callable(reset := getattr(model, "reset_classifier", None)):
+        like = next(model.parameters())
+        reset(num_classes)
+        for layer in classifiers(model).values():
+            layer.to(like.device, like.dtype)
+        return model
+    if not (found := classifiers(model)):
+        kind = type(model).__name__
+        raise ValueError(f"model must have a linear layer or a 1x1 convolution, got {kind}")
+    for layer in found.values():
+        renew(layer, 0, num_classes)
+    if isinstance(getattr(model, "num_classes", None), int):
+        model.num_classes = num_classes  # type: ignore[assignment]
+    return model

@@ -1,0 +1,93 @@
+"""Networks by name: this library's, timm's, torchvision's, or those of one's own function."""
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import data, models
+from .convert import convert
+from .models.classifier import renew
+from .problem import Problem
+from .text import meant
+
+LIBRARIES = ("timm", "torchvision")
+
+Source = str | nn.Module | Callable[..., Any]
+"""A network's name, itself, or a function that makes it."""
+
+
+def known_as(name: str) -> str:
+    """What to say of a name that is none; nothing if it may be one."""
+    library, colon, _ = name.partition(":")
+    if name in models.list() or (colon and (library in LIBRARIES or data.is_code(name))):
+        return ""
+    known = f"{', '.join(models.list())}, and no MODULE:FUNCTION, timm:NAME or torchvision:NAME"
+    return f"none of {known}{meant(name, models.list())}"
+
+
+def runs_code(name: str) -> bool:
+    """Whether to make the network ``name`` runs code that it names, and not that of a library."""
+    return data.is_code(name) and name.partition(":")[0] not in LIBRARIES
+
+
+def create(source: Source, **options: Any) -> nn.Module:
+    """A network, newly initialised unless it is given itself, of this library's layers.
+
+    ``options`` are num_classes, in_channels and image_size. A function gets those that it has
+    parameters for. Raises Problem if there is no such network.
+    """
+    if isinstance(source, str) and source in models.list():
+        with warnings.catch_warnings(action="ignore"):  # of an empty layer
+            return models.create(source, **options)
+    if isinstance(source, str):
+        if unknown := known_as(source):
+            raise Problem(f"--model: {source!r} is {unknown}")
+        library, _, name = source.partition(":")
+        if library in LIBRARIES:
+            model = _of_library(library, name, options)
+        else:
+            model = data.call("model", source, **options)
+    else:
+        model = source if isinstance(source, nn.Module) else data.fitting(source, options)
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise Problem(f"--model: {source} gives a {kind}, and no torch.nn.Module")
+    if not any(True for _ in model.parameters()):
+        raise Problem(f"--model: {source} gives a {type(model).__name__} without parameters")
+    if odd := [name for name, value in model.state_dict().items() if not torch.is_tensor(value)]:
+        raise Problem(f"--model: {source} keeps {odd[0]}, which is no tensor: no file can hold it")
+    return convert(model)
+
+
+def _of_library(library: str, name: str, options: dict[str, Any]) -> nn.Module:
+    """A network that timm or torchvision lists, without weights, which would be downloaded."""
+    try:
+        package: Any = import_module(library)
+    except Exception as error:  # one that was built for another torch raises anything
+        raise Problem(f"--model: cannot import {library}: {error}") from None
+    timm, zoo = library == "timm", package if library == "timm" else package.models
+    known = zoo.list_models() if timm else zoo.list_models(module=zoo)
+    if (name.partition(".")[0] if timm else name) not in known:  # timm's may tell a tag of weights
+        raise Problem(f"--model: {library} has no {name!r}{meant(name, known)}")
+    taken = {key: value for key, value in options.items() if key == "num_classes"}
+    channels = options.get("in_channels", 3)
+    if timm:
+        return zoo.create_model(name, pretrained=False, in_chans=channels, **taken)
+    if name in ("googlenet", "inception_v3"):
+        taken |= {"aux_logits": False, "init_weights": True}
+    model = zoo.get_model(name, weights=None, **taken)
+    if channels != 3:
+        renew(first_convolution(model)[1], 1, channels)
+    return model
+
+
+def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The convolution that sees the image, and its name. Raises Problem if there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name, module
+    raise Problem(f"--model: {type(model).__name__} has no convolution")

@@ -1,0 +1,77 @@
+"""What ``train`` wrote, for use from Python."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint as checkpoints
+from . import networks, weights
+from .data import Description, Preparation, as_pixels, photograph
+from .problem import Problem
+
+
+class Transform:
+    """Prepares images as those were that a model was trained on.
+
+    Takes a file's path, an image of Pillow's, an array [H, W, C], a tensor [C, H, W] or a batch of
+    such tensors, in uint8 if the model was trained on pixels. The shorter side is scaled to the
+    model's ``size``, and the middle is cut out.
+
+    Returns float32 [C, size, size], or with N in front for a batch, on the model's device. Raises
+    ValueError or TypeError for what is no such image, and Problem if a file cannot be read.
+    """
+
+    def __init__(self, description: Description, device: torch.device):
+        self.description = description
+        self._prepare = Preparation(description, device)
+
+    def __call__(self, image: Any) -> Tensor:
+        if isinstance(image, Tensor) and image.dim() == 4:
+            return torch.stack([self(each) for each in image])
+        known = self.description
+        if isinstance(image, str | os.PathLike):
+            pixels = photograph(os.fspath(image), known.size, known.channels)
+        else:
+            pixels = as_pixels(image, known)
+        return self._prepare(pixels[None])[0]
+
+
+class Trained(NamedTuple):
+    """A trained model in evaluation mode, what it takes images by, and the names of its classes."""
+
+    model: nn.Module
+    transform: Transform
+    classes: tuple[str, ...]
+
+
+def load(
+    path: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    model: networks.Source | None = None,
+) -> Trained:
+    """Load what ``python -m cnn train`` wrote: a run's folder, a checkpoint or its safetensors.
+
+    Of a folder it is best.pt, or its safetensors if there is no best.pt, or last.pt if the first
+    epoch is not whole. No code that a file names is run: if the model was given as MODULE:FUNCTION,
+    ``model`` must be that function, or a module as it returns.
+
+    Returns ``model, transform, classes``, also by these names: see ``Trained`` and ``Transform``.
+    Raises cnn.problem.Problem if the file cannot be read, is damaged, or holds no such thing.
+    """
+    names = ("best.pt", "best.safetensors", "last.pt")
+    files = [checkpoints.of_run(Path(path), name) for name in names]
+    file = next(filter(Path.exists, files), files[-1])
+    parameters, checkpoint = weights.read(file)
+    if checkpoint is None:
+        raise Problem(f"{file} holds weights alone, without the model and the classes")
+    known = checkpoints.description(checkpoint, file)
+    config = checkpoints.configuration(checkpoint, file)
+    if model is None and networks.runs_code(config["model"]):
+        raise Problem(f"{file} is of a model that is code: give model=, {config['model']} itself")
+    built = weights.build(config["model"], parameters, known.size, file, known, model)
+    layout = torch.channels_last if config.get("channels_last") else torch.contiguous_format
+    built = built.to(device, memory_format=layout).eval()  # type: ignore[call-overload]
+    return Trained(built, Transform(known, torch.device(device)), known.classes)

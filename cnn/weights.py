@@ -1,0 +1,256 @@
+"""Weights in files of every usual kind, and how they become a model's."""
+
+import json
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from kernels._private import BatchNorm
+
+from . import checkpoint as checkpoints
+from . import networks
+from .checkpoint import DIGITS, FORMAT, MARK, digest
+from .data import Description
+from .models.classifier import auxiliary, classifiers, renew
+from .problem import Problem
+
+KEYS = {"format", "versions", "config", "description", "state_dict"}
+OWN = "triton-cnn"
+"""The entry in safetensors' metadata that says, in JSON, of what model and data the weights are."""
+
+NESTS = ("state_dict", "model_state_dict", "model", "module", "network", "net", "weights", "params")
+"""Where files keep their weights beside other things, the usual first."""
+
+WRAPPERS = {"module", "_orig_mod", "model"}
+"""What DataParallel, torch.compile and Lightning put into the names of parameters."""
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The weights in a file, and the checkpoint that it is, None if it holds weights alone.
+
+    It is a checkpoint or a safetensors file that train wrote, or another's: safetensors, or of
+    torch.save, with only the weights or with other things beside them. Raises Problem if there are
+    none.
+    """
+    whole = checkpoints.contents(path)
+    if is_safetensors(whole) or path.suffix == ".safetensors":
+        found, sealed = _unpacked_safetensors(whole, path)
+    else:
+        found, sealed = checkpoints.unpacked(whole, path)
+    if isinstance(found, dict) and isinstance(found.get("format"), int):
+        checkpoint = checkpoints.checked(found, sealed, path, KEYS)
+        return checkpoint["state_dict"], checkpoint
+    parameters = _within(found)
+    if parameters is None:
+        raise Problem(f"{path} is not a checkpoint of python -m cnn train, and holds no weights")
+    for name, value in parameters.items():
+        if not _is_dense(value):
+            raise Problem(f"{path}: its {name} is no tensor of numbers one after another")
+    return parameters, None
+
+
+def is_safetensors(whole: bytes) -> bool:
+    """Whether contents begin as in a safetensors file: the length of a header, which is JSON."""
+    return whole[8:9] == b"{"
+
+
+def _within(found: Any, depth: int = 4) -> dict[str, Tensor] | None:
+    """The tensors by name that are all of ``found``, or of what is nested in it."""
+    if not isinstance(found, dict) or not found or not depth:
+        return None
+    if all(isinstance(n, str) and isinstance(value, Tensor) for n, value in found.items()):
+        return dict(found)
+    return next(filter(None, (_within(found.get(name), depth - 1) for name in NESTS)), None)
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether a tensor is what its shape says, and not spread from fewer numbers by the file."""
+    if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write the weights of a checkpoint as safetensors, with all that ``cnn.load`` needs.
+
+    The metadata hold a digest of the file in which the digest itself is zeros.
+    """
+    about = {"digest": MARK.decode() + "0" * DIGITS, "format": FORMAT}
+    about |= {"versions": checkpoints.versions()}
+    about |= {name: checkpoint[name] for name in ("config", "description")}
+    tensors = {  # each on its own, as safetensors want them
+        name: value.cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in checkpoint["state_dict"].items()
+    }
+    whole = safetensors.torch.save(tensors, {OWN: json.dumps(about)})
+    at = whole.index(MARK) + len(MARK)
+    checkpoints.write(path, whole[:at] + digest(whole) + whole[at + DIGITS :])
+
+
+def _unpacked_safetensors(whole: bytes, path: Path) -> tuple[dict[str, Any], bool]:
+    """The tensors of another's file; of one that ``save`` wrote all of it, and that it is whole."""
+    try:
+        parameters = safetensors.torch.load(whole)
+        length = int.from_bytes(whole[:8], "little")
+        about = json.loads(whole[8 : 8 + length]).get("__metadata__", {}).get(OWN)
+    except Exception:  # a damaged file can raise anything
+        raise Problem(f"{path} is damaged or no safetensors file") from None
+    at = whole.find(MARK, 0, 8 + length) + len(MARK)
+    if about is None and at < len(MARK):
+        return parameters, False
+    zeroed = whole[:at] + b"0" * DIGITS + whole[at + DIGITS :]
+    if about is None or digest(zeroed) != whole[at : at + DIGITS]:
+        raise Problem(f"{path} is damaged: its digest is not that of its contents")
+    return {**json.loads(about, object_hook=_tuples), "state_dict": parameters}, True
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has made lists of, tuples again."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def build(
+    name: str,
+    parameters: dict[str, Tensor],
+    image_size: int,
+    path: Path,
+    known: Description | None = None,
+    source: networks.Source | None = None,
+) -> nn.Module:
+    """The model ``name`` with the parameters of ``path``, as ``source`` makes it if that is given.
+
+    Its classes and channels are ``known``, or else what the parameters tell. Raises Problem if they
+    do not fit together.
+    """
+    if unknown := networks.known_as(name):
+        raise Problem(f"{path} is of a model {name}, which is {unknown}")
+    options = {"image_size": image_size}
+    if known and known.classes:
+        options |= {"num_classes": len(known.classes), "in_channels": known.channels}
+    model = networks.create(source or name, **options)
+    if len(options) == 1:
+        for layer, axis, count in _resized(model, named(parameters, model)):
+            renew(model.get_submodule(layer), axis, count)
+    fill(model, parameters, f"{name} for {image_size}x{image_size} pixels", path)
+    return model
+
+
+def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path) -> None:
+    """Give a model the parameters of ``path``. Raises Problem if they are not its own."""
+    parameters, own = named(parameters, model), model.state_dict()
+    reason, lacking = "load_state_dict refuses them", [n for n in own if n not in parameters]
+    differ = [n for n in own if n in parameters and not _is_alike(own[n], parameters[n])]
+    try:
+        if not differ:
+            model.load_state_dict(parameters)
+            return
+    except RuntimeError:
+        pass
+    if lacking:
+        reason = f"it lacks {_several(lacking)}"
+    elif foreign := [name for name in parameters if name not in own]:
+        reason = f"it holds {_several(foreign)} besides"
+    elif differ:
+        values = parameters[differ[0]], own[differ[0]]
+        sizes = ["x".join(map(str, value.shape)) or "a number" for value in values]
+        if sizes[0] == sizes[1]:
+            sizes = [str(value.dtype) for value in values]
+        reason = f"its {differ[0]} is {sizes[0]}, not {sizes[1]}"
+    raise Problem(f"{path} does not hold the parameters of {known_as}: {reason}")
+
+
+def _is_alike(own: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one shape and are both of floating point, or both not."""
+    kinds = [(value.is_floating_point(), value.is_complex()) for value in (own, other)]
+    return own.shape == other.shape and kinds[0] == kinds[1]
+
+
+def named(parameters: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by their names in the model, to which wrappers of a model add."""
+    own = model.state_dict()
+    names = {_bare(name): name for name in own}
+    found = {
+        name if name in own else names.get(_bare(name), name): value
+        for name, value in parameters.items()
+    }
+    if "n_averaged" not in own:
+        found.pop("n_averaged", None)  # which AveragedModel counts
+    return found
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _several(names: list[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if names[1:] else "")
+
+
+def _resized(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[tuple[str, int, int]]:
+    """The layers whose weights are for other channels or classes: with its axis, their number."""
+    axes = {networks.first_convolution(model)[0]: 1, **dict.fromkeys(classifiers(model), 0)}
+    own, nothing = model.state_dict(), torch.empty(0)
+    for layer, axis in axes.items():
+        ours, theirs = ([*of.get(f"{layer}.weight", nothing).shape] for of in (own, parameters))
+        if len(ours) == len(theirs) > axis and ours[axis] != theirs[axis]:
+            count, ours[axis] = theirs[axis], theirs[axis]
+            if ours == theirs:
+                yield layer, axis, count
+
+
+def begin(model: nn.Module, path: Path, known_as: str) -> list[str]:
+    """Give a new model the weights of a file or of a run. Says what was taken, and what is new.
+
+    A first convolution for other channels and a classifier for other classes stay as they are;
+    auxiliary classifiers that the model lacks are left out. Raises Problem if anything else does
+    not fit.
+    """
+    path = checkpoints.of_run(path)
+    parameters, own = named(read(path)[0], model), model.state_dict()
+    new = {}
+    for layer, axis, count in _resized(model, parameters):
+        own_count, what = own[f"{layer}.weight"].shape[axis], ("classes", "channels")[axis]
+        new[layer] = f"{layer} is new: it is for {own_count} {what}, not {count}"
+    stay = {name: value for name, value in own.items() if name.rpartition(".")[0] in new}
+    taken = {n: value for n, value in parameters.items() if n in own or not auxiliary(n)}
+    fill(model, {**taken, **stay}, known_as, path)
+    count = f"{len(own) - len(stay)} of {len(own)}"
+    return [f"{count} parameters and buffers are those of {path}", *new.values()]
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> str:
+    """Take gradients from the parameters that patterns name, or the layers they are in; tells them.
+
+    Raises Problem if a pattern names none, or if nothing is left to train.
+    """
+    frozen: set[str] = set()
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        found = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
+        if not found:
+            raise Problem(f"--freeze: {pattern!r} matches none of {names[0]} to {names[-1]}")
+        frozen |= found
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    if not any(each.requires_grad for each in model.parameters()):
+        raise Problem("--freeze: it leaves nothing to train")
+    norms = sum(map(_is_frozen_norm, model.modules()))
+    kept = f"; {norms} BatchNorm layers among them use and keep their statistics" if norms else ""
+    return f"{len(frozen)} of {len(names)} parameters are frozen{kept}"
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    own = [*module.parameters()] if isinstance(module, BatchNorm) else []
+    return bool(own) and not any(each.requires_grad for each in own)
+
+
+def training(model: nn.Module) -> None:
+    """Put a model into training mode, but for layers of BatchNorm that are frozen."""
+    model.train()
+    for module in filter(_is_frozen_norm, model.modules()):
+        module.eval()
