@@ -135,7 +135,9 @@ def run(argv: list[str], environment: dict[str, str], out: str, err: str) -> int
     """Run the command line and return its exit code."""
     from cnn.__main__ import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who started the tests may ignore it
+    # Who started the tests may ignore these.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if "GROUP" in environment:
         os.setpgid(0, 0)
     if name := environment.get("IGNORED"):

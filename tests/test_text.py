@@ -90,7 +90,7 @@ def test_eval_shows_any_class(cpu, run):
     assert (code, "Traceback" in err) == (0, False), err
     shown = [plain(name) for name in sorted(CLASSES)]
     assert [line.split("  ")[0] for line in map(str.strip, out.splitlines()[2:8])] == shown
-    safe(out, 2 + 6 + 1 + 3 + 2 + 3)
+    safe(out, 2 + 6 + 1 + 3 + 2 + 4)
     assert (run / "last-confusion.png").stat().st_size > 1000
 
 

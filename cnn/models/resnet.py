@@ -137,20 +137,32 @@ def _stage(
 
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """18 layers: 11,689,512 parameters, 3,628,146,688 FLOPs. ``options`` are ResNet's."""
+    """18 layers: 11,689,512 parameters, 3,628,146,688 FLOPs an image.
+
+    ``options`` are ResNet's.
+    """
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, in_channels, **options)
 
 
 def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """34 layers: 21,797,672 parameters, 7,327,522,816 FLOPs. ``options`` are ResNet's."""
+    """34 layers: 21,797,672 parameters, 7,327,522,816 FLOPs an image.
+
+    ``options`` are ResNet's.
+    """
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """50 layers, v1.5: 25,557,032 parameters, 8,178,368,512 FLOPs. ``options`` are ResNet's."""
+    """50 layers, v1.5: 25,557,032 parameters, 8,178,368,512 FLOPs an image.
+
+    ``options`` are ResNet's.
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def resnet101(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """101 layers, v1.5: 44,549,160 parameters, 15,602,810,880 FLOPs. ``options`` are ResNet's."""
+    """101 layers, v1.5: 44,549,160 parameters, 15,602,810,880 FLOPs an image.
+
+    ``options`` are ResNet's.
+    """
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, in_channels, **options)
