@@ -1,8 +1,8 @@
-# `make demo` trains and tests LeNet-5, `make test` runs the tests, `make test-emulated` all tests of compiled code
-# in the emulator, `make check` what a change should pass before it is committed, in a minute,
+# `make demo` trains and tests LeNet-5, `make test` runs the tests, `make test-emulated` all tests of
+# compiled code in the emulator, `make check` what a change should pass before it is committed,
 # `make lint` checks style, layers and types, `make docs` builds the documentation into build/docs,
-# `make hazards` checks machine code for the layers of SUITES with the newest and the oldest
-# Triton (hours, but what is done is not done again).
+# `make hazards` checks machine code for the layers of SUITES with the newest and the oldest Triton
+# (hours, but what is done is not done again).
 # Nothing is needed but Python 3.11 or later and make.
 PYTHON ?= python3
 VENV ?= .venv
