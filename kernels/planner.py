@@ -376,6 +376,8 @@ def _pointer_tiles(
     per_group = (g.K if direction == "dgrad" else g.C) // g.groups
     # A turn of one tap wants whole blocks of channels; else channels and taps run together.
     whole = next((d for d in (depth, depth // 2, depth // 4) if d >= 16 and per_group % d == 0), 0)
+    if shapes is _SHAPES_16 and not whole and direction != "wgrad":
+        shapes = _SHAPES_SCATTERED  # a tile of 128x128 has no registers left for such addresses
     for rows, columns, warps in shapes:
         if direction == "wgrad":
             packed = per_group % columns != 0

@@ -27,11 +27,16 @@ LAYERS = {
     "vgg16 conv5": Conv2dGeometry(8, 512, 14, 14, 512, 3, 3, padding=ONE),
     "resnext50 grouped": Conv2dGeometry(8, 128, 56, 56, 128, 3, 3, (1, 1), ONE, (1, 1), 32),
     "regnet grouped": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ONE, (1, 1), 4),
+    "odd channels": Conv2dGeometry(8, 100, 28, 28, 100, 3, 3, padding=ONE),
+    "odd groups": Conv2dGeometry(8, 208, 28, 28, 208, 3, 3, (1, 1), ONE, (1, 1), 2),
     "lenet5 conv1": Conv2dGeometry(64, 1, 32, 32, 6, 5, 5),
     "lenet5 conv2": Conv2dGeometry(64, 6, 14, 14, 16, 5, 5),
     "depthwise": Conv2dGeometry(32, 96, 112, 112, 96, 3, 3, (2, 2), ONE, (1, 1), 96),
 }
-ALIKE = {"alexnet conv1", "1x1", "vgg16 conv1", "vgg16 conv5", "regnet grouped"}
+ALIKE = {
+    *("alexnet conv1", "1x1", "vgg16 conv1", "vgg16 conv5"),
+    *("regnet grouped", "odd channels", "odd groups"),
+}
 # Beside all layers in bfloat16. A layout is the planner's: "channels_last" has engine 1 take what
 # engine 2 takes of "aligned" operands.
 OTHERS = (
