@@ -381,4 +381,5 @@ def wgrad(
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=pool is not None),
+            **(device.all_registers(x.device) if pool else {}),
         )
