@@ -2,7 +2,7 @@
 # compiled code in the emulator, `make check` what a change should pass before it is committed,
 # `make lint` checks style, layers and types, `make docs` builds the documentation into build/docs,
 # `make hazards` checks machine code for the layers of SUITES with the newest and the oldest Triton
-# (hours, but what is done is not done again).
+# (two hours of a core, but what is done is not done again).
 # Nothing is needed but Python 3.11 or later and make.
 PYTHON ?= python3
 VENV ?= .venv

@@ -5,6 +5,8 @@ The protocol of a driver and its launcher is the emulator's own: ``bench/emulato
 """
 
 import inspect
+import re
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -65,6 +67,24 @@ def intercepted(
     with runtime.scope():
         runtime.jit_cache_hook, runtime.jit_post_compile_hook = before, after
         yield
+
+
+def unspecialized(name: str) -> str:
+    """What ``intercepted`` calls a kernel, but the same whatever its integers are specialized for.
+
+    Counts on a hook's key: a list with (type, value) of each argument, or two tuples of such if it
+    is one, then the options; on an integer of 1 being a constexpr there, as a constant is, and on
+    what is told of others being text.
+    """
+
+    def of(kind: Any, value: Any) -> Any:
+        if isinstance(kind, tuple):
+            return tuple(map(of, kind, value))
+        one = kind == "constexpr" and value == 1 and value is not True
+        return "integer" if one or re.fullmatch(r"i\d+", str(kind)) else (kind, value)
+
+    kernel, arguments, options = re.fullmatch(r"(\S+ \S+) (\[.*\])(\{.*\})", name).groups()
+    return f"{kernel} {[of(*argument) for argument in literal_eval(arguments)]}{options}"
 
 
 def module_of(kernel: Any) -> str:

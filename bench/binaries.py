@@ -1,16 +1,17 @@
-"""Every binary that the library may launch for a layer: ``launch`` calls its operators.
+"""Every binary that the library may launch for a layer: ``groups`` of calls of its operators.
 
 A ``Scope`` says how many: "planned" is what the planner chooses for aligned channels_last operands
-of the size that is given. "family" is what some batch and image size may get in any layout
+of the size that is given. "family" is also what some batch and image size may get in any layout
 (``device.warm_up`` launches it), without an epilogue and with the whole one, and what is chosen
 where offsets take 64 bits. "every" has all epilogues, and all tiles with such offsets.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from math import prod
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,17 +27,35 @@ SCOPES: tuple[Scope, ...] = ("planned", "family", "every")
 LAYOUTS = ("aligned", "channels_last", "scattered")  # as the planner's
 
 
-def launch(geometry: suites.Geometry, dtype: Dtype, scope: Scope) -> None:
-    """Launch what the operators on one layer may."""
-    if scope == "planned":
-        _operators(geometry, dtype, "aligned", False)
-        return
-    every = scope == "every"
-    for layout in LAYOUTS:
-        with device.warm_up():
-            _operators(geometry, dtype, layout, every)
-        with device.warm_up() if every else nullcontext():
-            _operators(_large(geometry), dtype, layout, every)
+class Group(NamedTuple):
+    """Calls of all operators on a layer.
+
+    ``any_size``: also with what other sizes get. ``large``: where offsets take 64 bits.
+    """
+
+    layout: str
+    any_size: bool = False
+    large: bool = False
+    every_epilogue: bool = False
+
+    def launch(self, geometry: suites.Geometry, dtype: Dtype) -> None:
+        """Launch what the operators on one layer may."""
+        geometry = _large(geometry) if self.large else geometry
+        with device.warm_up() if self.any_size else nullcontext():
+            _operators(geometry, dtype, self.layout, self.every_epilogue)
+
+
+PLANNED = Group("aligned")
+
+
+def groups(scope: Scope) -> Iterator[Group]:
+    """Those that make up a scope, what is planned first."""
+    yield PLANNED
+    if scope != "planned":
+        every = scope == "every"
+        for layout in LAYOUTS:
+            yield Group(layout, any_size=True, every_epilogue=every)
+            yield Group(layout, any_size=every, large=True, every_epilogue=every)
 
 
 def _operators(geometry: suites.Geometry, dtype: Dtype, layout: str, every: bool) -> None:

@@ -5,9 +5,12 @@ some way through the kernel: an asynchronous product (wgmma) that has not been w
 whose scoreboard has not. Exit code 1 if there is any.
 
 Scopes: "planned" is what the planner chooses for aligned channels_last operands of the suite's
-size; "family" is what any batch and image size and any layout may get, with no epilogue and with
-the whole one, and of offsets of 64 bits what is chosen; "every" is all that the operators can
-launch. What was found of a binary is kept in build/hazards and not looked for again.
+size; "family" is also what any batch and image size and any layout may get, with no epilogue and
+with the whole one, and of offsets of 64 bits what is chosen; "every" is all that the operators can
+launch. Triton compiles a kernel anew for each pattern of sizes and strides that are 1 or divisible
+by 16. Of a family's kernels that differ in this only, in one layout, one is checked; of what is
+planned, and of "every", all are. What was found of a binary is kept in build/hazards and not looked
+for again.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import triton
 from tqdm import tqdm
 
 from . import assembly, binaries, compiled, dataflow, measure, sass, selection, suites
-from ._private import intercepted, module_of
+from ._private import intercepted, module_of, unspecialized
 
 _CACHE = Path("build") / "hazards"
 
@@ -61,6 +64,7 @@ class Verdicts:
     def __init__(self, path: Path):
         self._path = path
         self._kept: dict[str, Verdict] = {}
+        self._examples: dict[tuple[str, str], str] = {}  # by kernel, unspecialized, and layout
         if path.is_file():
             rows = json.loads(path.read_text())
             self._kept = {key: Verdict(*rest, tuple(found)) for key, *rest, found in rows}
@@ -79,13 +83,20 @@ class Verdicts:
         dtype: measure.Dtype,
         launched: list[Any],
         scope: binaries.Scope,
-    ) -> list[Verdict]:
-        """Those on all that the operators launch for a layer; compiles what has none yet."""
-        needed: dict[str, None] = {}
+    ) -> dict[str, Verdict]:
+        """Those on all that the operators launch for a layer, its own or that on its example, by
+        what it is compiled from; compiles what has none yet.
+        """
+        checked: dict[str, str] = {}  # what is looked at for each
 
         def is_known(source: str) -> bool:
-            needed[name := _name(source)] = None
-            return name in self._kept
+            name = _name(source)
+            alike = unspecialized(source), group.layout
+            if self._examples.get(alike) not in self._kept:
+                self._examples[alike] = name
+            takes_example = scope == "family" and group is not binaries.PLANNED
+            checked.setdefault(name, self._examples[alike] if takes_example else name)
+            return checked[name] in self._kept
 
         def read(source: str, kernel: Any) -> None:
             self._kept[_name(source)] = check(kernel)
@@ -93,10 +104,11 @@ class Verdicts:
             if len(self._kept) % 16 == 0:
                 self.save()
 
-        with intercepted(is_known, read):
-            binaries.launch(geometry, dtype, scope)
+        for group in binaries.groups(scope):
+            with intercepted(is_known, read):
+                group.launch(geometry, dtype)
         self.save()
-        return [self._kept[name] for name in needed]
+        return {name: self._kept[example] for name, example in checked.items()}
 
 
 def _name(source: str) -> str:
@@ -142,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     rows = [_row(*key, verdicts) for key, verdicts in found.items()]
     print("\n".join(table(rows)))
-    verdicts = {verdict.binary: verdict for some in found.values() for verdict in some}
+    verdicts = {verdict.binary: verdict for some in found.values() for verdict in some.values()}
     faulty = [verdict for verdict in verdicts.values() if verdict.hazards]
     for verdict in faulty:
         _say(f"{verdict.binary} ({verdict.kernel}): {verdict.hazards[0]}")
@@ -160,12 +172,12 @@ def _check(
     args: argparse.Namespace,
     launched: list[Any],
     failures: list[str],
-) -> Iterator[tuple[tuple[str, str], set[Verdict]]]:
-    """For each suite and dtype the verdicts on all its binaries."""
+) -> Iterator[tuple[tuple[str, str], dict[str, Verdict]]]:
+    """For each suite and dtype the verdicts on all its kernels, by what they are compiled from."""
+    verdicts = Verdicts(_CACHE / f"{triton.__version__}.json")
     for dtype in args.dtype:
-        verdicts = Verdicts(_CACHE / f"{triton.__version__}-{dtype}.json")
         for suite in args.suite:
-            found: set[Verdict] = set()
+            found: dict[str, Verdict] = {}
             chosen = [layer for layer in layers if layer.suite == suite]
             for layer in tqdm(chosen, f"{suite} {dtype}", file=sys.stderr, disable=None):
                 try:
@@ -176,12 +188,13 @@ def _check(
             yield (suite, dtype), found
 
 
-def _row(suite: str, dtype: str, verdicts: set[Verdict]) -> dict[str, Any]:
-    by_binary = {verdict.binary: verdict for verdict in verdicts}.values()
+def _row(suite: str, dtype: str, verdicts: dict[str, Verdict]) -> dict[str, Any]:
+    by_binary = {verdict.binary: verdict for verdict in verdicts.values()}.values()
     faulty = [verdict for verdict in by_binary if verdict.hazards]
     return {
         "suite": suite,
         "dtype": dtype,
+        "specialized": len(verdicts),
         "binaries": len(by_binary),
         "with_products": sum(verdict.products > 0 for verdict in by_binary),
         "with_register_operands": sum(verdict.operands > 0 for verdict in by_binary),
@@ -191,7 +204,8 @@ def _row(suite: str, dtype: str, verdicts: set[Verdict]) -> dict[str, Any]:
     }
 
 
-_HEAD = ("suite", "dtype", "binaries", "with_products", "with_register_operands", "with_hazards")
+_HEAD = ("suite", "dtype", "specialized", "binaries")
+_HEAD += ("with_products", "with_register_operands", "with_hazards")
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -34,6 +34,11 @@ def double(x_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def add_up(x_ptr, sizes):
+    tl.store(x_ptr, sizes[0] + sizes[1][0] + sizes[1][1])
+
+
+@triton.jit
 def wrong(x_ptr):
     x = tl.load(x_ptr)
     y = tl.inline_asm_elementwise("frobnicate $0, $1;", "=r,r", [x], tl.int32, True, 1)
@@ -114,6 +119,29 @@ def compilations_are_intercepted():
     assert len(names) == 4
 
 
+def names_tell_how_integers_are_specialized():
+    names: list[str] = []
+
+    def is_known(name: str) -> bool:
+        names.append(name)
+        return True
+
+    x = torch.empty(100, dtype=torch.int32, device="meta")
+    with bench_private.intercepted(is_known, {}.__setitem__), _private.without_gpu(HOPPER):
+        for tensor, n, block in ((x, 100, 64), (x, 1, 64), (x, 16, 64), (x, 100, 1)):
+            double.warmup(tensor, n, BLOCK=block, grid=(1,))
+        double.warmup(x[1:], 100, BLOCK=64, grid=(1,))
+        double.warmup(x.float(), 100, BLOCK=64, grid=(1,))
+        double.warmup(x, 100, BLOCK=64, num_warps=8, grid=(1,))
+        add_up.warmup(x, (100, (1, 16)), grid=(1,))
+        add_up.warmup(x, (16, (100, 1)), grid=(1,))
+    assert len(set(names)) == 9
+    alike = [bench_private.unspecialized(name) for name in names]
+    assert len(set(alike[:3])) == 1
+    assert alike[7] == alike[8]
+    assert len(set(alike)) == 6  # another block, alignment, type, option or kernel
+
+
 def a_kernel_knows_its_module():
     assert bench_private.module_of(compile_(HOPPER)) == __name__
 
@@ -153,6 +181,7 @@ _CHECKS: tuple[Callable[[], None], ...] = (
     ptxas_failing_is_an_error_of_its_own,
     compilations_are_told,
     compilations_are_intercepted,
+    names_tell_how_integers_are_specialized,
     a_kernel_knows_its_module,
     tools_read_machine_code,
     launchers_are_made_of_a_source_and_metadata,

@@ -13,11 +13,12 @@ import jsonschema
 import pytest
 from triton.backends.compiler import GPUTarget
 
-from bench import campaign, measure
+from bench import campaign, emulator, measure
 from bench.__main__ import main
 from bench.campaign import items, timing, workers
 from bench.campaign.items import Check, Timing
 from bench.campaign.summary import summary
+from bench.emulator.checks import Report, note
 from kernels import device, library, planner
 from kernels.geometry import Conv2dGeometry
 
@@ -265,6 +266,16 @@ def test_emulated_for_hopper(tmp_path):
     assert rows[names[0]]["chosen"].startswith("descriptor_gemm")
     assert rows[names[0]]["kernels"] == ["wgrad_kernel"]
     assert all(rows[name]["compile_s"] == 0 for name in names[:2])
+
+
+def test_what_the_emulator_finds_is_a_failure():
+    emulator.clear()
+    assert campaign._found() == {}
+    for kind in ("race", "copy not waited for"):
+        note(Report(kind, "wgrad_kernel", "ld.shared", "a read"))
+    reason = "race: a read in wgrad_kernel, ld.shared"
+    assert campaign._found() == {"ok": False, "reason": reason}
+    assert campaign._found() == {}
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
-from bench import assembly, dataflow, hazards, sass, selection
+from bench import assembly, binaries, dataflow, hazards, sass, selection
 from bench.__main__ import main
 from bench.dataflow import Hazard
 
@@ -485,9 +485,9 @@ def test_each_wait_of_the_known_case_is_missed_where_it_is_taken_away():
 
 
 @pytest.fixture
-def verdicts(monkeypatch, tmp_path) -> list[hazards.Verdict]:
+def verdicts(monkeypatch, tmp_path) -> dict[str, hazards.Verdict]:
     """What the command finds of every layer, in place of compiling."""
-    found: list[hazards.Verdict] = []
+    found: dict[str, hazards.Verdict] = {}
     monkeypatch.setattr(selection, "compiling", lambda arch: nullcontext((None, [])))
     monkeypatch.setattr(hazards.Verdicts, "of", lambda *arguments: found)
     monkeypatch.setattr(hazards, "_CACHE", tmp_path / "kept")
@@ -499,15 +499,15 @@ FAULTY = hazards.Verdict("4567", "descriptor_gemm.wgrad_kernel", 8, 8, ("R60 by 
 
 
 def test_a_hazard_is_told_and_is_a_failure(verdicts, capsys, tmp_path):
-    verdicts += [CLEAN, FAULTY, CLEAN]
+    verdicts.update(one=CLEAN, other=FAULTY, third=CLEAN)
     path = tmp_path / "table.json"
     options = ("--suite", "resnet18", "vgg16", "--dtype", "tf32", "--json", str(path))
     assert main(["hazards", *options]) == 1
     printed = capsys.readouterr()
-    assert [line.split()[:3] for line in printed.out.splitlines()] == [
-        ["suite", "dtype", "binaries"],
-        ["resnet18", "tf32", "2"],
-        ["vgg16", "tf32", "2"],
+    assert [line.split()[:4] for line in printed.out.splitlines()] == [
+        ["suite", "dtype", "specialized", "binaries"],
+        ["resnet18", "tf32", "3", "2"],
+        ["vgg16", "tf32", "3", "2"],
     ]
     told = "python -m bench hazards: 4567 (descriptor_gemm.wgrad_kernel): R60 by 'LDSM'"
     assert printed.err.splitlines()[-1] == told
@@ -516,6 +516,7 @@ def test_a_hazard_is_told_and_is_a_failure(verdicts, capsys, tmp_path):
     assert report["rows"][0] == {
         "suite": "resnet18",
         "dtype": "tf32",
+        "specialized": 3,
         "binaries": 2,
         "with_products": 2,
         "with_register_operands": 1,
@@ -526,7 +527,7 @@ def test_a_hazard_is_told_and_is_a_failure(verdicts, capsys, tmp_path):
 
 
 def test_without_a_hazard_it_succeeds(verdicts, capsys):
-    verdicts.append(CLEAN)
+    verdicts["one"] = CLEAN
     assert main(["hazards", "--layer", "stem"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "0"
 
@@ -551,6 +552,54 @@ def test_verdicts_are_kept(tmp_path):
     kept._kept.update(one=CLEAN, other=FAULTY)
     kept.save()
     assert hazards.Verdicts(path)._kept == {"one": CLEAN, "other": FAULTY}
+
+
+def source(*sizes: int | None, block: int = 64) -> str:
+    """What a kernel is compiled from; of sizes that are 1 Triton makes constants."""
+    kinds = [("constexpr", 1) if size == 1 else ("i32", "") for size in sizes]
+    return f"kernels.some.kernel 0123 {[*kinds, ('constexpr', block)]}{{'num_warps': 4}}"
+
+
+def test_a_family_s_kernel_stands_for_those_of_other_sizes(monkeypatch, tmp_path):
+    """And for none that is planned, nor in another layout."""
+    planned = binaries.PLANNED, [source(2, 2), source(1, 2)]
+    aligned = binaries.Group("aligned", True), [source(2, 1), source(2, 2, block=32)]
+    aligned[1].append(source(1, 2, block=32))
+    scattered = binaries.Group("scattered", True), [source(1, 1), source(2, 1)]
+    compiled = []
+
+    @contextmanager
+    def intercepted(is_known, take):
+        def launch(group, *arguments):
+            for text in dict((planned, aligned, scattered))[group]:
+                if not is_known(text):
+                    take(text, text)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(binaries.Group, "launch", launch)
+            yield
+
+    def check(text):
+        compiled.append(text)
+        return CLEAN._replace(binary=text)
+
+    monkeypatch.setattr(hazards, "intercepted", intercepted)
+    monkeypatch.setattr(hazards, "check", check)
+    monkeypatch.setattr(hazards, "_checked_by", lambda: "")
+    groups = {"planned": [planned[0]], "every": [planned[0], aligned[0], scattered[0]]}
+    groups["family"] = groups["every"]
+    monkeypatch.setattr(binaries, "groups", groups.get)
+
+    verdicts = hazards.Verdicts(tmp_path / "kept")
+    family = planned[1] + [source(2, 2, block=32), source(1, 1)]
+    for scope, needed in (("planned", planned[1]), ("family", family), ("family", family)):
+        found = verdicts.of(None, None, [], scope)
+        assert compiled == needed
+        assert {verdict.binary for verdict in found.values()} == set(needed)
+    assert len(found) == 6
+    found = verdicts.of(None, None, [], "every")
+    assert {verdict.binary for verdict in found.values()} == set(compiled)
+    assert len(found) == len(compiled) == 6
 
 
 # The library's own binaries.

@@ -225,7 +225,10 @@ def _server(kind: str, emulate: str | None, commit: str) -> Callable[[Any], Any]
     seconds = _compile_seconds()
 
     def answer(request: Any) -> Any:
-        return machine if request == "machine" else run_item(request, where, seconds)
+        if request == "machine":
+            return machine
+        row = run_item(request, where, seconds)
+        return row | _found() if emulate else row
 
     return answer
 
@@ -235,6 +238,15 @@ def _emulate(arch: str) -> None:
     from .. import emulator
 
     emulator.install(arch)
+
+
+def _found() -> Row:
+    """What makes a row a failure if the emulator's checkers found something since the last one."""
+    from .. import emulator
+
+    found = emulator.findings()
+    emulator.clear()
+    return {"ok": False, "reason": str(found[0]).partition("\n")[0][:300]} if found else {}
 
 
 def _compile_seconds() -> list[float]:

@@ -125,6 +125,19 @@ WARPS = {
         END:
         """,
     ),
+    "barrier that some threads skip": (
+        "stopped",
+        """
+        bar.sync 0;  // becomes @%p2 bar.sync 0;
+        """,
+    ),
+    "exchange in a part of a warp": (
+        "stopped",
+        """
+        setp.lt.u32 %p3, %r1, 64;  // becomes setp.lt.u32 %p3, %r1, 48;
+        @%p3 shfl.sync.idx.b32 %r9, %r1, 0, 31, -1;
+        """,
+    ),
     "read of what was not written": (
         "uninitialised shared memory",
         """
@@ -143,6 +156,13 @@ WARPS = {
         "shared write out of bounds",
         """
         st.shared.b32 [%r3], %r1;  // becomes st.shared.b32 [%r3+65536], %r1;
+        """,
+    ),
+    "read of shared memory out of bounds": (
+        "shared read out of bounds",
+        """
+        st.shared.b32 [%r3], %r1;
+        ld.shared.b32 %r9, [%r3];  // becomes ld.shared.b32 %r9, [%r3+65536];
         """,
     ),
     "alignment of shared memory": (
@@ -167,6 +187,26 @@ WARPS = {
         "misaligned global read",
         """
         ld.global.b32 %r9, [%rd1];  // becomes ld.global.b32 %r9, [%rd1+2];
+        """,
+    ),
+    "alignment of a write to global memory": (
+        "misaligned global write",
+        """
+        st.global.b32 [%rd2], %r1;  // becomes st.global.b32 [%rd2+2], %r1;
+        """,
+    ),
+    "alignment of an atomic": (
+        "misaligned global atomic",
+        """
+        atom.global.add.u32 %r9, [%rd2], 1;  // becomes atom.global.add.u32 %r9, [%rd2+2], 1;
+        """,
+    ),
+    "write to a parameter": (
+        "write to read-only memory",
+        """
+        mov.b64 %rd4, exchange_param_1;
+        cvta.param.u64 %rd4, %rd4;
+        ld.global.b32 %r9, [%rd4];  // becomes @%p2 st.global.b32 [%rd4], %r1;
         """,
     ),
     "threads that write one word of global memory": (
@@ -357,13 +397,14 @@ MBARRIERS = {
 BASE = 1024  # where shared memory begins
 _LEFT = BASE >> 4 | 1024 >> 4 << 16 | 128 >> 4 << 32
 _RIGHT = BASE + 2048 >> 4 | 128 >> 4 << 16 | 256 >> 4 << 32
+_OUTSIDE = BASE + 2**17 >> 4 | 128 >> 4 << 16 | 256 >> 4 << 32
 PRODUCT = f"""
         st.shared.v4.b32 [%r5], {{%r1, %r1, %r1, %r1}};
         st.shared.v4.b32 [%r5+2048], {{%r1, %r1, %r1, %r1}};
         fence.proxy.async.shared::cta;  [FENCE]
         bar.sync 0;                     [BARRIER]
-        mov.b64 %rd4, {_LEFT};
-        mov.b64 %rd5, {_RIGHT};
+        mov.b64 %rd4, {_LEFT};          [LEFT]
+        mov.b64 %rd5, {_RIGHT};         [RIGHT]
         wgmma.fence.sync.aligned;
         wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
             {{%r10, %r11, %r12, %r13}}, %rd4, %rd5, 0, 1, 1, 0, 0;
@@ -377,7 +418,7 @@ PRODUCT = f"""
 
 def _product(**marks: str) -> str:
     text = PRODUCT
-    for name in ("FENCE", "BARRIER", "WAIT", "END"):
+    for name in ("FENCE", "BARRIER", "LEFT", "RIGHT", "WAIT", "END"):
         text = text.replace(f"[{name}]", marks.get(name, ""))
     return text
 
@@ -392,4 +433,17 @@ PRODUCTS = {
         _product(WAIT="// becomes wgmma.wait_group.sync.aligned 1;", END=_END),
     ),
     "wait at the end": ("wgmma not waited for", _product(WAIT="// out")),
+    "operand that is not the same in all threads": (
+        "stopped",
+        _product(LEFT=f"// becomes add.s64 %rd4, %rd3, {_LEFT};"),
+    ),
+    "operand out of bounds": ("stopped", _product(RIGHT=f"// becomes mov.b64 %rd5, {_OUTSIDE};")),
+    "rows of a matrix": (
+        "conflicting shared writes",
+        """
+        mov.u32 %r6, buffer;
+        mov.b32 %r7, %r5;  // becomes mov.b32 %r7, %r6;
+        stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r7], {%r1};
+        """,
+    ),
 }

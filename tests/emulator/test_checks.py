@@ -287,3 +287,25 @@ def test_tensor_map_beyond_the_storage():
     d.shape = [128, 64]
     kernels.copy_box[(1,)](d, TensorDescriptor.from_tensor(b, [32, 32]), 48, 0, BX=32, BY=32)
     assert kinds() == {"global read out of bounds"}
+
+
+def copy(a: TensorDescriptor, b: TensorDescriptor, programs: int = 1) -> set[str]:
+    """Kinds of findings in copying a box of 32 x 32."""
+    kernels.copy_box[(programs,)](a, b, 0, 0, BX=32, BY=32)
+    return kinds()
+
+
+@hopper
+def test_tensor_store_beyond_the_storage():
+    a, b = torch.randn(32, 32), torch.zeros(16, 32)
+    boxes = [TensorDescriptor(t, [32, 32], [32, 1], [32, 32]) for t in (a, b)]
+    assert copy(boxes[0], boxes[0]) == set()
+    assert copy(*boxes) == {"global write out of bounds"}
+
+
+@hopper
+def test_ctas_that_write_one_box():
+    driver.configure(owners=True)
+    boxes = [TensorDescriptor.from_tensor(torch.zeros(32, 32), [32, 32]) for _ in range(2)]
+    assert copy(*boxes) == set()
+    assert copy(*boxes, programs=2) == {"race of CTAs"}
