@@ -22,6 +22,9 @@ from .layers import (
 )
 from .summary import summary
 
+__version__ = "0.1.0"
+"""Packages, checkpoints and ``python -m cnn --version`` read it here."""
+
 __all__ = [
     "Conv2d",
     "ConvReLU2d",

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Subset
 
 from kernels.device import INTERPRET, launches
 
+from . import __version__, data, models, networks, show, weights
 from . import checkpoint as checkpoints
-from . import data, models, networks, show, weights
 from .config import OPTIMIZERS, SCHEDULES, Config, Setting
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
 from .data import load as load_data
@@ -64,6 +64,7 @@ SPLITS = {"test": "test", "val": "validation", "train": "training"}
 def parser() -> Parser:
     """The command line with its subcommands."""
     top = Parser(prog="python -m cnn", description="Train, test and look into image classifiers.")
+    top.add_argument("--version", action="version", version=f"triton-cnn {__version__}")
     commands = top.add_subparsers(required=True, metavar="{train,eval,predict,show}")
     common = Parser(add_help=False)
     add_common(common)

@@ -13,7 +13,6 @@ import re
 import zipfile
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path
 from types import UnionType
@@ -24,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import __version__
 from .data import Description
 from .problem import Problem
 
@@ -61,11 +61,7 @@ def versions() -> dict[str, str]:
     """What computes here, by the modules: a package of Triton's has one of several names."""
     modules = {"torch": torch, "triton": triton, "numpy": numpy}
     known = {name: str(module.__version__) for name, module in modules.items()}
-    try:
-        own = version("triton-cnn")
-    except PackageNotFoundError:  # a checkout, or a bundle
-        own = "not installed"
-    return {"python": platform.python_version(), **known, "triton-cnn": own}
+    return {"python": platform.python_version(), **known, "triton-cnn": __version__}
 
 
 def seal(file: BytesIO) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import cnn
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "cnn", "cnn.data", "cnn.models", "cnn.visualize")
 
@@ -173,5 +175,8 @@ def test_a_wheel_holds_the_two_packages_alone(tmp_path):
     assert names == sources | {"kernels/py.typed", "cnn/py.typed"}
     (declared,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
     entry_points = wheel.read(declared).decode().split("\n\n")
+    assert any(
+        name.startswith(f"triton_cnn-{cnn.__version__}.dist-info/") for name in wheel.namelist()
+    )
     backend = "[torch_dynamo_backends]\ntriton_cnn = cnn.compile_backend:triton_cnn"
     assert backend in map(str.strip, entry_points)
