@@ -483,6 +483,8 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     "complex": (TF.conv2d, (X * 1j, W * 1j), "its tensors have dtype torch.complex64"),
     "unbatched": (TF.conv2d, (X[0], W), "its input has no batch"),
     "without channels": (TF.conv2d, (X[:, :0], W[:, :0]), "its input or result is empty"),
+    "in one dimension": (TF.conv1d, (X[..., 0], W[..., 0]), "only conv2d, conv_transpose2d"),
+    "in three": (nn.MaxPool3d(2), (X[None],), "only conv2d, conv_transpose2d"),
     "in a transform": (_vectorized, (X, W), "in a transform of torch.func"),
 }
 
