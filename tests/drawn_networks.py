@@ -69,7 +69,8 @@ class _Network(Writer):
         for i in range(self.pick(1, 2, 2)):
             grad = ", requires_grad=True" if self.maybe(0.7) else ""
             self.leaves.append(f"torch.randn({size}, dtype={dtype}{grad})")
-            self.inputs.append(f"leaf{i}.clone(memory_format=layout)")
+            layout = "torch.channels_last" if self.maybe(0.1) else "layout"
+            self.inputs.append(f"leaf{i}.clone(memory_format={layout})")
         if self.maybe(0.1):
             view = self.pick("x0[:, :2]", "x0.transpose(2, 3)")
             # AOTAutograd takes mutated views of dense inputs, of others not always.

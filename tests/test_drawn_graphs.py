@@ -161,12 +161,19 @@ def outcome(program: Program, backend: Any = None) -> dict[str, Tensor]:
     requires_grad = {
         f"{n} requires a gradient": torch.tensor(t.requires_grad) for n, t in left.items()
     }
-    left |= requires_grad | {f"x{i}": t for i, t in enumerate(inputs)} | network.state_dict()
+    strides = {f"{n} lies": torch.tensor(_strides(t)) for n, t in left.items()}
+    left |= requires_grad | strides
+    left |= {f"x{i}": t for i, t in enumerate(inputs)} | network.state_dict()
     sources = dict(network.named_parameters()) | {f"leaf{i}": t for i, t in enumerate(leaves)}
     # AOTAutograd gives zero to an input that is mutated and not read, eager torch nothing.
     grads = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in sources.items()}
     left |= {f"gradient of {name}": gradient for name, gradient in grads.items()}
     return {name: t.detach() for name, t in left.items()}
+
+
+def _strides(t: Tensor) -> list[int]:
+    """Those of axes that have more than one element: the others say nothing."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
 
 
 def _weighted_sum(t: Tensor) -> Tensor:
