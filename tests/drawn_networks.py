@@ -12,6 +12,9 @@ import torch
 from drawn_programs import Program, Writer
 from torch import Tensor, nn
 
+INEXACT = ("sigmoid", "tanh", "gelu", "leaky_relu", "mean", "norm", "avg_pool2d")
+"""Words of lines that make of what they read more than sums, maxima and multiples by 2 or 0.5."""
+
 
 def draw(seed: int) -> Program:
     """The program of this number: the first one drawn whose values eager torch differentiates.
@@ -35,7 +38,7 @@ def _drawn(seed: int, random: Random) -> Program | None:
         for _ in range(random.randint(2, 3)):
             writer.chain()
         writer.close(0)
-    results = writer.results()
+    results, text = writer.results(), "\n".join(writer.lines)
     tensors = [value for value in writer.names.values() if isinstance(value, Tensor)]
     try:
         differentiable = (t.sum() for t in tensors if t.requires_grad)
@@ -46,6 +49,7 @@ def _drawn(seed: int, random: Random) -> Program | None:
         seed,
         dtype,
         writer.coarsest,
+        writer.coarsest == torch.bfloat16 and not any(word in text for word in INEXACT),
         channels_last,
         training,
         autocast,
