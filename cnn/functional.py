@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from kernels import functions
+from kernels._private import is_quantizing
 from kernels.geometry import (
     conv_transpose_output_size,
     conv_transpose_padding,
@@ -70,7 +71,7 @@ def _overridable(
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             values = (*args, *kwargs.values())
             if has_torch_function(values):
-                return handle_torch_function(call, values, *args, **kwargs)
+                return _handed_on(call, values, *args, **kwargs)
             if composed.is_torchs(args[0] if args else kwargs.get("input")):
                 return torchs(*args, **kwargs)
             try:
@@ -82,6 +83,17 @@ def _overridable(
         return call
 
     return decorate
+
+
+def _handed_on(function: Callable[..., Any], values: tuple, *args: Any, **kwargs: Any) -> Any:
+    """What ``__torch_function__`` makes of a call, but where it would leave it as it is, unseen."""
+    if is_quantizing(values):
+        raise NotImplementedError(
+            f"torch.ao.quantization knows torch's own functions only, not {function.__name__} of "
+            "cnn: call cnn.revert(model) first, or give the layer's class the qconfig None and set "
+            "it as non-traceable"
+        )
+    return handle_torch_function(function, values, *args, **kwargs)
 
 
 _calls: dict[tuple, Callable[..., Any]] = {}  # those that have passed the checks
@@ -156,7 +168,7 @@ def conv2d(
     others = normalise if isinstance(normalise, tuple) else ()
     values = (*given, *options.values(), *others)
     if has_torch_function(values):
-        return handle_torch_function(conv2d, values, *given, **options)
+        return _handed_on(conv2d, values, *given, **options)
     check_choice("activation", activation, ("relu",))
     check_choice("precision", precision, PRECISIONS)
     relu, is_torchs = activation is not None, composed.is_torchs(input)

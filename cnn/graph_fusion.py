@@ -114,6 +114,8 @@ def _add_residual(conv: Node, reader: Node) -> _Fused:
         raise Refusal("its sum is written into the other operand")
     if not _is_alike(value(residual), value(conv)):
         raise Refusal("its sum is with a tensor of another shape, dtype or device")
+    if not _lies_alike(value(reader), value(conv)):
+        raise Refusal("its sum lies otherwise in memory, as the other tensor does")
     return conv.target, arguments | {"residual": residual}
 
 
@@ -122,6 +124,14 @@ def _is_alike(t: Any, y: Any) -> bool:
         type(t) is type(y) is FakeTensor
         and (t.dtype, t.device, t.layout, t.dim()) == (y.dtype, y.device, y.layout, y.dim())
         and all(statically_known_true(a == b) for a, b in zip(t.shape, y.shape, strict=True))
+    )
+
+
+def _lies_alike(t: Any, y: Any) -> bool:
+    """Whether tensors of one shape have the same strides, but along axes of one element."""
+    return type(t) is type(y) is FakeTensor and all(
+        statically_known_true(size == 1) or statically_known_true(a == b)
+        for size, a, b in zip(y.shape, t.stride(), y.stride(), strict=True)
     )
 
 

@@ -203,9 +203,18 @@ def _own(node: Node, *args: Any, **kwargs: Any) -> Node:
     return node
 
 
+def _other(node: Node, *args: Any, **kwargs: Any) -> Node:
+    raise Refusal("only conv2d, conv_transpose2d and max_pool2d have operators here")
+
+
 _OVERLOADS: dict[Any, Any] = {overload.overloadpacket: overload for overload in OPERATORS}
 _POOLINGS = TF.max_pool2d, TF.max_pool2d_with_indices, torch.max_pool2d
+_OTHERS = (
+    *(torch.conv1d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose3d),
+    *(torch.convolution, TF.max_pool1d, torch.max_pool1d, TF.max_pool3d, torch.max_pool3d),
+)
 _LOWERINGS: dict[Any, Callable[..., Node]] = {
+    **dict.fromkeys(_OTHERS, _other),
     torch.conv2d: _conv2d,
     torch.conv_transpose2d: _conv_transpose2d,
     **dict.fromkeys(_POOLINGS, _max_pool2d),

@@ -7,6 +7,7 @@ with. Names that are only imported have no public home.
 Dynamo, Inductor and DTensor take seconds to import, so that functions which need them do it.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -217,6 +218,19 @@ def autocasts_copy(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _same(t: Tensor) -> Tensor:
     return t
+
+
+# Quantization.
+
+
+def is_quantizing(values: Sequence[Any]) -> bool:
+    """Whether ``torch.ao.quantization`` traces a call of these values in its FX mode.
+
+    Counts on its tracer, whose proxies they are then; nothing is imported for that.
+    """
+    module = sys.modules.get("torch.ao.quantization.fx.tracer")
+    tracers = (getattr(value, "tracer", None) for value in values)
+    return module is not None and any(isinstance(t, module.QuantizationTracer) for t in tracers)
 
 
 # DTensor.

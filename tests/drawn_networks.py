@@ -12,6 +12,9 @@ import torch
 from drawn_programs import Program, Writer
 from torch import Tensor, nn
 
+INEXACT = ("sigmoid", "tanh", "gelu", "leaky_relu", "mean", "norm", "avg_pool2d")
+"""Words of lines that make of what they read more than sums, maxima and multiples by 2 or 0.5."""
+
 
 def draw(seed: int) -> Program:
     """The program of this number: the first one drawn whose values eager torch differentiates.
@@ -35,7 +38,7 @@ def _drawn(seed: int, random: Random) -> Program | None:
         for _ in range(random.randint(2, 3)):
             writer.chain()
         writer.close(0)
-    results = writer.results()
+    results, text = writer.results(), "\n".join(writer.lines)
     tensors = [value for value in writer.names.values() if isinstance(value, Tensor)]
     try:
         differentiable = (t.sum() for t in tensors if t.requires_grad)
@@ -46,6 +49,7 @@ def _drawn(seed: int, random: Random) -> Program | None:
         seed,
         dtype,
         writer.coarsest,
+        writer.coarsest == torch.bfloat16 and not any(word in text for word in INEXACT),
         channels_last,
         training,
         autocast,
@@ -69,7 +73,8 @@ class _Network(Writer):
         for i in range(self.pick(1, 2, 2)):
             grad = ", requires_grad=True" if self.maybe(0.7) else ""
             self.leaves.append(f"torch.randn({size}, dtype={dtype}{grad})")
-            self.inputs.append(f"leaf{i}.clone(memory_format=layout)")
+            layout = "torch.channels_last" if self.maybe(0.1) else "layout"
+            self.inputs.append(f"leaf{i}.clone(memory_format={layout})")
         if self.maybe(0.1):
             view = self.pick("x0[:, :2]", "x0.transpose(2, 3)")
             # AOTAutograd takes mutated views of dense inputs, of others not always.

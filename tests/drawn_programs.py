@@ -37,6 +37,7 @@ class Program:
     seed: int
     dtype: torch.dtype  # of parameters and inputs
     coarsest: torch.dtype  # of all values
+    whole: bool  # parameters and inputs are -1, 0 or 1, and all values exact in bfloat16
     channels_last: bool
     training: bool  # else evaluated, without gradients
     autocast: bool  # around the call
@@ -50,6 +51,12 @@ class Program:
     def __str__(self) -> str:
         inputs = ", ".join(f"x{i}" for i in range(len(self.inputs)))
         layers = ("super().__init__()", *self.layers)
+        leaves = [f"leaf{i}" for i in range(len(self.leaves))]
+        whole = (
+            "for t in network.state_dict().values():",
+            "    t.sign_().mul_(torch.rand(t.shape) < 2 / t[0].numel())  # two or so of a filter",
+            *(f"{leaf}.data.sign_()" for leaf in leaves),
+        )
         return "\n".join(
             (
                 IMPORTS,
@@ -68,7 +75,8 @@ class Program:
                 f"layout = torch.{'channels_last' if self.channels_last else 'contiguous_format'}",
                 f"network = Network().to({self.dtype}, memory_format=layout)",
                 f"network.train({self.training})",
-                *(f"leaf{i} = {text}" for i, text in enumerate(self.leaves)),
+                *(f"{leaf} = {text}" for leaf, text in zip(leaves, self.leaves, strict=True)),
+                *(whole if self.whole else ()),
                 *(f"x{i} = {text}" for i, text in enumerate(self.inputs)),
                 f"# called as network({inputs}) with gradients={self.training}, "
                 f"autocast={self.autocast}, compiled with dynamic={self.dynamic}",

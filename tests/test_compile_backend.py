@@ -144,6 +144,10 @@ FUSING: dict[str, tuple[Callable[..., Any], list[str]]] = {
         lambda x, r, w, b: F.conv2d_relu_max_pool2d(x, w, b, pool_kernel_size=2),
         [POOLED],
     ),
+    "sum with what lies otherwise": (
+        lambda x, r, w, b: (conv(x, w, b) + r.transpose(2, 3)).relu(),
+        [SUMMED],
+    ),
     "what is between changes nothing of it": (
         lambda x, r, w, b: _with_calm_neighbors(x, r, w, b),
         [SUMMED],
@@ -333,6 +337,15 @@ def written_into_the_other(x, r, w, b):
     return s.relu(), s
 
 
+def laid_out_as_the_other(x, r, w, b):
+    y = r.to(memory_format=torch.channels_last) + conv(x, w, b)
+    return y.relu().permute(0, 2, 3, 1).view(-1)
+
+
+def laid_out_as_the_transposed(x, r, w, b):
+    return (r.transpose(2, 3) + conv(x, w, b)).relu()
+
+
 def pool_with_ceil_mode(x, r, w, b):
     return TF.max_pool2d(conv(x, w, b).relu(), 4, 4, 0, 1, True)
 
@@ -378,6 +391,8 @@ NOT_FUSING: dict[Callable[..., Any], tuple[str, list[str], str]] = {
     promoted: ("xrwb", ["conv2d"], "another shape, dtype"),
     added_to_itself: ("xwb", ["conv2d"], "not with another tensor"),
     written_into_the_other: ("xrwb", ["conv2d"], "written into the other operand"),
+    laid_out_as_the_other: ("xrwb", ["conv2d"], "its sum lies otherwise in memory"),
+    laid_out_as_the_transposed: ("xrwb", ["conv2d"], "its sum lies otherwise in memory"),
     pool_with_ceil_mode: ("xwb", [FUSED, *POOLING], "max_pool2d has dilation, ceil_mode"),
     pool_with_dilation: ("xwb", [FUSED, *POOLING], "max_pool2d has dilation, ceil_mode"),
     pool_without_relu: ("xwb", ["conv2d", *POOLING], "no ReLU stands between"),
@@ -468,6 +483,8 @@ LEFT_ALONE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
     "complex": (TF.conv2d, (X * 1j, W * 1j), "its tensors have dtype torch.complex64"),
     "unbatched": (TF.conv2d, (X[0], W), "its input has no batch"),
     "without channels": (TF.conv2d, (X[:, :0], W[:, :0]), "its input or result is empty"),
+    "in one dimension": (TF.conv1d, (X[..., 0], W[..., 0]), "only conv2d, conv_transpose2d"),
+    "in three": (nn.MaxPool3d(2), (X[None],), "only conv2d, conv_transpose2d"),
     "in a transform": (_vectorized, (X, W), "in a transform of torch.func"),
 }
 

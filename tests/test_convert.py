@@ -490,6 +490,41 @@ def test_tools_for_quantization_leave_out_no_layer(training):
     assert type(prepared[1]) is cnn.MaxPool2d
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_quantization_of_graphs_leaves_out_no_layer(training):
+    """Its tracer keeps torch's layers whole and looks into all others."""
+    from torch.ao import quantization
+    from torch.ao.quantization import quantize_fx
+
+    def prepare(model: nn.Module, *whole: type[nn.Module]) -> nn.Module:
+        defaults = f"get_default_{'qat_' * training}qconfig_mapping"
+        mapping = getattr(quantization, defaults)("fbgemm")
+        for kind in whole:
+            mapping.set_object_type(kind, None)
+        custom = {"prepare_custom_config": quantize_fx.PrepareCustomConfig()}
+        custom["prepare_custom_config"].set_non_traceable_module_classes([*whole])
+        function = quantize_fx.prepare_qat_fx if training else quantize_fx.prepare_fx
+        with warnings.catch_warnings(action="ignore"):  # of observers and settings
+            return function(model, mapping, torch.randn(1, 2, 8, 8), **custom)
+
+    def model(*layers: nn.Module) -> nn.Module:
+        return nn.Sequential(*layers, nn.Conv2d(2, 2, 1)).train(training)
+
+    own = cnn.ConvReLU2d(2, 2, 1)
+    for layer in (nn.Conv2d(2, 2, 3), nn.ConvTranspose2d(2, 2, 3), nn.MaxPool2d(2), own):
+        ours = cnn.convert(model(layer))
+        ours[1] = nn.Conv2d(2, 2, 1)
+        with pytest.raises(
+            NotImplementedError, match=r"not \w+2d of cnn: call cnn.revert\(model\)"
+        ):
+            prepare(ours)
+    ours = cnn.convert(model(own))
+    ours[1] = nn.Conv2d(2, 2, 1)
+    quantized = prepare(ours, cnn.ConvReLU2d)
+    assert type(getattr(quantized, "0")) is cnn.ConvReLU2d
+    assert any("activation_post_process" in name for name, _ in quantized.named_modules())
+
+
 # Reverting, reporting.
 
 

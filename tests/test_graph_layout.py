@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
 from torch._inductor import config
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.utils import get_first_incompatible_cudagraph_node, run_and_get_code
 from torch.fx import Graph, GraphModule
 
 from cnn.compile_backend import compile_report, fuse, triton_cnn
@@ -105,6 +105,11 @@ def test_operands_are_copied_once_and_what_lies_between_stays(device):
     assert all(images(graph))
     # Both weights and the image; the map that is flattened and its gradient; the image's gradient.
     assert copies(graph) == 6
+
+
+def test_nothing_in_a_step_prevents_cuda_graphs(device):
+    graph = moved(chain, **operands(device))
+    assert get_first_incompatible_cudagraph_node(GraphModule({}, graph)) is None
 
 
 def test_channels_last_operands_are_not_copied(device):

@@ -404,6 +404,26 @@ def test_autocast_keeps_one_copy_of_a_parameter(shape, use):
         assert copy().data_ptr() not in places
 
 
+# Quantization.
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_proxies_of_the_tracer_for_quantization_are_told_from_others():
+    from torch.ao.quantization.fx.tracer import QuantizationTracer
+
+    found = []
+
+    class Asking(torch.nn.Module):
+        def forward(self, x):
+            found.append(_private.is_quantizing((None, x, 2)))
+            return x
+
+    QuantizationTracer([], []).trace(Asking())
+    torch.fx.symbolic_trace(Asking())
+    Asking()(torch.ones(1))
+    assert found == [True, False, False]
+
+
 # DTensor.
 
 SHARDED = """
