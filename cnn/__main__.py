@@ -325,7 +325,7 @@ def _trained(
     chosen_model(args.model, trained.model, args.checkpoint)
     check_fit(known, sets.description, args)
     model = weights.build(trained.model, parameters, known.size, args.checkpoint, known)
-    return model, trained, known, sets
+    return model, trained, known if checkpoint else networks.described(model, known), sets
 
 
 def predict(args: argparse.Namespace) -> None:

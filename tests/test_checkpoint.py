@@ -218,7 +218,8 @@ def test_a_run_begins_without_what_a_killed_one_was_writing(tmp_path):
     folder = tmp_path / "runs" / "new"
     with checkpoints.claimed(folder):
         assert files(folder) == [".lock"]
-    for name in (".last.pt.123.part", ".epoch-3.pt.123.part", ".last-confusion.png.9.part"):
+    parts = ".last.pt.123.part", ".epoch-3.pt.123.part", ".last.pt.try.9.part"
+    for name in (*parts, ".last-confusion.png.9.part"):
         (folder / name).touch()
     (folder / "last.pt").touch()
     with checkpoints.claimed(folder):
