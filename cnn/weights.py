@@ -205,8 +205,7 @@ def _several(names: list[str]) -> str:
 
 def _resized(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[tuple[str, int, int]]:
     """The layers whose weights are for other channels or classes: with its axis, their number."""
-    first = networks.first_convolution(model)
-    axes = ({first[0]: 1} if first else {}) | dict.fromkeys(classifiers(model), 0)
+    axes = dict.fromkeys(_seeing(model), 1) | dict.fromkeys(classifiers(model), 0)
     own, nothing = model.state_dict(), torch.empty(0)
     for layer, axis in axes.items():
         ours, theirs = ([*of.get(f"{layer}.weight", nothing).shape] for of in (own, parameters))
@@ -214,6 +213,14 @@ def _resized(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[tuple[
             count, ours[axis] = theirs[axis], theirs[axis]
             if ours == theirs:
                 yield layer, axis, count
+
+
+def _seeing(model: nn.Module) -> Iterator[str]:
+    """The convolutions that may see the image, as RepVGG's first two, by name."""
+    if first := networks.first_convolution(model):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d) and module.in_channels == first[1].in_channels:
+                yield name
 
 
 def begin(model: nn.Module, path: Path, known_as: str) -> list[str]:

@@ -451,6 +451,25 @@ def test_only_what_differs_is_new():
             weights.begin(model, path, "lenet5")
 
 
+class Branches(nn.Module):
+    """Two convolutions see the image, and one like them does not."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.stem = nn.ModuleList([nn.Conv2d(channels, 4, 3), nn.Conv2d(channels, 4, 1)])
+        self.inner, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+
+def test_all_convolutions_that_see_the_image_are_new(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(Branches(3).state_dict(), path)
+    assert weights.begin(Branches(1), path, "it") == [
+        f"4 of 8 parameters and buffers are those of {path}",
+        "stem.0 is new: it is for 1 channels, not 3",
+        "stem.1 is new: it is for 1 channels, not 3",
+    ]
+
+
 def test_a_model_without_convolutions_begins_with_weights(tmp_path):
     first, other = (nn.Sequential(nn.Flatten(), nn.Linear(12, n)) for n in (7, 3))
     torch.save(first.state_dict(), tmp_path / "x.pt")
@@ -778,6 +797,21 @@ class Timm(nn.Module):
         self.head, self.body = nn.Conv2d(4, num_classes, 1), nn.Linear(3, num_classes)
 
 
+class Levit(nn.Module):
+    """Of timm's: its head is a module of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.after = nn.Linear(3, 4), nn.Linear(10, 10)
+        self.reset_classifier(10)
+
+    def get_classifier(self):
+        return self.head
+
+    def reset_classifier(self, num_classes):
+        self.head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, num_classes))
+
+
 CLASSIFIERS = {
     **{
         name: (lambda name=name: cnn.models.create(name, image_size=32), None)
@@ -786,7 +820,8 @@ CLASSIFIERS = {
     "squeezenet": (squeezenet, ["2"]),
     "converted": (lambda: cnn.convert(squeezenet()), ["2"]),
     "googlenet": (googlenet, ["aux1.fc2", "fc"]),
-    "timm": (Timm, ["body", "head"]),
+    "timm": (Timm, ["head", "body"]),
+    "levit": (Levit, ["head.1"]),
 }
 
 
@@ -800,18 +835,19 @@ def test_the_classifier_and_nothing_else_is_new(name):
     assert cnn.models.reset_classifier(model, 3) is model
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
-    new = {n for n in before if after[n] is not before[n]}
+    new = {n for n in before if after[n] is not before[n] and not n.startswith("head.0")}
     assert new == {n for n in before if n.rpartition(".")[0] in expected}
     for n in new:
         assert (after[n].shape, after[n].dtype) == ((3, *before[n].shape[1:]), torch.float64)
         assert after[n].requires_grad
         assert after[n].abs().max() > 0
-    for n in expected if name != "timm" else ():
+    for n in expected if name not in ("timm", "levit") else ():
         layer = model.get_submodule(n)
         assert layer is layers[n]
         assert not layer.training
         assert re.search("out_features=3|[0-9]+, 3,", layer.extra_repr())
     assert getattr(model, "num_classes", 3) == 3
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
 def test_what_has_no_classifier():
