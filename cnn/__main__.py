@@ -294,8 +294,10 @@ def evaluate(args: argparse.Namespace) -> None:
     try:
         draw_confusion(found, known.classes, picture)
         print(f"confusion matrix: {plain(picture)}")
-    except Problem as problem:  # without matplotlib
-        tell(str(problem))
+    except (OSError, Problem) as error:  # in a folder of someone else's, or without matplotlib
+        if args.confusion and isinstance(error, OSError):
+            raise
+        tell(explain(error)[1])
     right, total = found.right(), len(found.labels)
     print(f"{right} of {total} images right, {rate:.0f} images/s\n{found}")
     print(f"kernels: {engine(args.device)}\n{SPLITS[args.split]} accuracy {right / total:.3f}")
@@ -326,7 +328,7 @@ def _trained(
     chosen_model(args.model, trained.model, args.checkpoint)
     check_fit(known, sets.description, args)
     model = weights.build(trained.model, parameters, known.size, args.checkpoint, known)
-    return model, trained, known, sets
+    return model, trained, known if checkpoint else networks.described(model, known), sets
 
 
 def predict(args: argparse.Namespace) -> None:

@@ -113,7 +113,7 @@ def claimed(folder: Path) -> Iterator[bool]:
     with file:
         locked = _lock(file.fileno(), folder)
         try:
-            for name in (*FILES, "epoch-*.pt"):
+            for name in (*FILES, "epoch-*.pt", "last.pt.try"):
                 for part in folder.glob(f".{name}.*.part"):
                     part.unlink(missing_ok=True)
             write(folder / "last.pt.try", b"")

@@ -1,7 +1,8 @@
 """Networks by name: this library's, timm's, torchvision's, or those of one's own function."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -81,13 +82,30 @@ def _of_library(library: str, name: str, options: dict[str, Any]) -> nn.Module:
         taken |= {"aux_logits": False, "init_weights": True}
     model = zoo.get_model(name, weights=None, **taken)
     if channels != 3:
-        renew(first_convolution(model)[1], 1, channels)
+        if not (first := first_convolution(model)):
+            raise Problem(f"--model: {name} has no convolution, and takes 3 channels alone")
+        renew(first[1], 1, channels)
     return model
 
 
-def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d]:
-    """The convolution that sees the image, and its name. Raises Problem if there is none."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            return name, module
-    raise Problem(f"--model: {type(model).__name__} has no convolution")
+def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
+    """The convolution that sees the image, and its name."""
+    found = ((n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    return next(found, None)
+
+
+def described(model: nn.Module, known: data.Description) -> data.Description:
+    """``known``, with the mean and deviation by which photographs are normalized for a network.
+
+    timm's networks tell them. torchvision's GoogLeNet and Inception, whose files are for others
+    than ImageNet's, convert images themselves if it loads the files.
+    """
+    if (known.mean, known.std) != data.IMAGENET:
+        return known
+    told: Any = getattr(model, "pretrained_cfg", None)
+    if getattr(model, "transform_input", None) is False:
+        told = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    if not isinstance(told, Mapping):
+        return known
+    mean, std = (tuple(map(float, told.get(name) or ())) for name in ("mean", "std"))
+    return replace(known, mean=mean, std=std) if len(mean) == len(std) == 3 else known

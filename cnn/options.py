@@ -17,7 +17,7 @@ from . import data, networks
 from .checkpoint import of_run
 from .problem import Problem
 from .summary import summary
-from .text import meant
+from .text import meant, plain
 
 AMP = ("bf16", "fp16", "off")
 
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """Argparse with errors of one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {plain(message)}\n")
 
 
 def number(
@@ -139,6 +139,9 @@ def check_pixels(known: data.Description, path: object) -> None:
     """Raise Problem unless a model was trained on pixels, so that it can take image files."""
     if not known.pixels:
         raise Problem(f"{path} was trained on images of floating point, which no file holds")
+    if known.channels not in (1, 3):
+        count = known.channels
+        raise Problem(f"{path} was trained on images of {count} channels: a file has 1 or 3")
 
 
 def check_size(model: nn.Module, name: str, known: data.Description) -> None:

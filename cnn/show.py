@@ -123,9 +123,10 @@ def _usual_size(name: str) -> int:
 
 def _description(model: nn.Module, size: int) -> Description:
     """What is taken for granted of images where nothing tells: ImageNet's colours."""
-    channels = networks.first_convolution(model)[1].in_channels
-    mean, std = IMAGENET
-    return Description((), size, mean[:channels], std[:channels])
+    if not (first := networks.first_convolution(model)):
+        raise Problem(f"--model: {type(model).__name__} has no convolution")
+    mean, std = (values[: first[1].in_channels] for values in IMAGENET)
+    return networks.described(model, Description((), size, mean, std))
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,8 @@ class Run:
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = networks.create(config.model, **options)
         check_size(model.eval(), config.model, description)
+        description = networks.described(model, description)
+        self.data = replace(self.data, description=description)
         frozen = weights.freeze(model, config.freeze)
         if config.freeze and self.group.first:
             tell(frozen)

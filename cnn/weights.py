@@ -1,6 +1,7 @@
 """Weights in files of every usual kind, and how they become a model's."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -141,14 +142,15 @@ def build(
 
 def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path) -> None:
     """Give a model the parameters of ``path``. Raises Problem if they are not its own."""
-    parameters, own = named(parameters, model), model.state_dict()
+    own = model.state_dict()
+    parameters = _of_this_version(named(parameters, model), own)
     reason, lacking = "load_state_dict refuses them", [n for n in own if n not in parameters]
     differ = [n for n in own if n in parameters and not _is_alike(own[n], parameters[n])]
     try:
         if not differ:
             model.load_state_dict(parameters)
             return
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # by a method of a module's own, too
         pass
     if lacking:
         reason = f"it lacks {_several(lacking)}"
@@ -161,6 +163,17 @@ def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: P
             sizes = [str(value.dtype) for value in values]
         reason = f"its {differ[0]} is {sizes[0]}, not {sizes[1]}"
     raise Problem(f"{path} does not hold the parameters of {known_as}: {reason}")
+
+
+def _of_this_version(parameters: dict[str, Tensor], own: dict[str, Any]) -> dict[str, Tensor]:
+    """Parameters with the versions of a model's layers, which few files tell and some layers want.
+
+    Layers of batch normalisation of before torch 0.4.1 do not count their batches.
+    """
+    counters = [name for name in own if name.endswith("num_batches_tracked")]
+    found = OrderedDict({name: own[name] for name in counters} | parameters)
+    found._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
+    return found
 
 
 def _is_alike(own: Tensor, other: Tensor) -> bool:
@@ -192,7 +205,7 @@ def _several(names: list[str]) -> str:
 
 def _resized(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[tuple[str, int, int]]:
     """The layers whose weights are for other channels or classes: with its axis, their number."""
-    axes = {networks.first_convolution(model)[0]: 1, **dict.fromkeys(classifiers(model), 0)}
+    axes = dict.fromkeys(_seeing(model), 1) | dict.fromkeys(classifiers(model), 0)
     own, nothing = model.state_dict(), torch.empty(0)
     for layer, axis in axes.items():
         ours, theirs = ([*of.get(f"{layer}.weight", nothing).shape] for of in (own, parameters))
@@ -200,6 +213,14 @@ def _resized(model: nn.Module, parameters: dict[str, Tensor]) -> Iterator[tuple[
             count, ours[axis] = theirs[axis], theirs[axis]
             if ours == theirs:
                 yield layer, axis, count
+
+
+def _seeing(model: nn.Module) -> Iterator[str]:
+    """The convolutions that may see the image, as RepVGG's first two, by name."""
+    if first := networks.first_convolution(model):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d) and module.in_channels == first[1].in_channels:
+                yield name
 
 
 def begin(model: nn.Module, path: Path, known_as: str) -> list[str]:
@@ -216,10 +237,14 @@ def begin(model: nn.Module, path: Path, known_as: str) -> list[str]:
         own_count, what = own[f"{layer}.weight"].shape[axis], ("classes", "channels")[axis]
         new[layer] = f"{layer} is new: it is for {own_count} {what}, not {count}"
     stay = {name: value for name, value in own.items() if name.rpartition(".")[0] in new}
-    taken = {n: value for n, value in parameters.items() if n in own or not auxiliary(n)}
+    left_out = [name for name in parameters if name not in own and auxiliary(name)]
+    taken = {name: value for name, value in parameters.items() if name not in left_out}
     fill(model, {**taken, **stay}, known_as, path)
     count = f"{len(own) - len(stay)} of {len(own)}"
-    return [f"{count} parameters and buffers are those of {path}", *new.values()]
+    told = [f"{count} parameters and buffers are those of {path}", *new.values()]
+    if left_out:
+        told.append(f"{_several(left_out)} are left out: of classifiers that only help to train")
+    return told
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> str:

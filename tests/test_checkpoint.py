@@ -186,6 +186,19 @@ def test_no_damage_is_taken_for_a_checkpoint(tmp_path):
                 read(path)
 
 
+def test_no_damage_of_safetensors_is_used(tmp_path):
+    """Nor are they taken for another's, which have no digest."""
+    path = tmp_path / "best.safetensors"
+    about = {"config": {"model": "lenet5"}, "description": {"classes": ("a", "b")}}
+    weights.save({**about, "state_dict": cnn.models.lenet5().state_dict()}, path)
+    parameters, found = weights.read(path)
+    assert (len(parameters), found["config"]) == (10, about["config"])
+    for contents in damages(path.read_bytes()):
+        path.write_bytes(contents)
+        with pytest.raises(Problem, match=f"^{path} is damaged"):
+            weights.read(path)
+
+
 def test_no_damage_of_bare_parameters_changes_them(tmp_path):
     """A CRC guards each tensor and its name; between them nothing is read."""
     path = tmp_path / "bare.pt"
@@ -218,7 +231,8 @@ def test_a_run_begins_without_what_a_killed_one_was_writing(tmp_path):
     folder = tmp_path / "runs" / "new"
     with checkpoints.claimed(folder):
         assert files(folder) == [".lock"]
-    for name in (".last.pt.123.part", ".epoch-3.pt.123.part", ".last-confusion.png.9.part"):
+    parts = ".last.pt.123.part", ".epoch-3.pt.123.part", ".last.pt.try.9.part"
+    for name in (*parts, ".last-confusion.png.9.part"):
         (folder / name).touch()
     (folder / "last.pt").touch()
     with checkpoints.claimed(folder):

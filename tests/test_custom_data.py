@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+import cnn
 from cnn import data
 from cnn.data import UNCOUNTED, Augmented, Watch
 from cnn.problem import Problem
@@ -99,6 +100,18 @@ def test_floating_point_is_taken_as_it_is(given):
     assert data.load(given(Colours("floats", (40, 50))), size=20).train[0][0].shape == (3, 20, 20)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_numbers_that_are_not_finite_are_no_image(value, given):
+    """One of them would end the run as diverged."""
+    images = torch.zeros(9, 1, 4, 4)
+    images[7, 0, 2, 1] = value
+    part = TensorDataset(images, torch.arange(9) % 2)
+    sets = data.load(given({"train": part, "test": part, "classes": 2}))
+    assert [label for _, label in (sets.train[index] for index in range(9))][6:] == [0, -1 - 7, 0]
+    with pytest.raises(Problem, match="it holds NaN or infinite numbers"):
+        sets.train.read(7)
+
+
 def test_parts_and_what_is_lacking(given):
     whole = Colours(count=300)
     drawn = data.load(given(whole), seed=3, val=True)
@@ -182,6 +195,7 @@ def test_what_is_no_data_set(case, given):
         ("no_such_module:f", r"fails: ModuleNotFoundError"),
         ("random:random", r"gives a float"),
         ("json:loads", r"fails: TypeError"),
+        ("sys:exit", r"sys:exit\(\) fails: SystemExit"),
         ("imagenet", "'imagenet' is none of digits, .*, and no MODULE:FUNCTION"),
         ("a b:c", "'a b:c' is none of"),
     ],
@@ -212,6 +226,8 @@ class Odd(Colours):
                 return image, 0.5
             case 9:
                 return {"image": image, "label": label}
+            case 10:
+                sys.exit(0)
         return image, label
 
 
@@ -220,7 +236,7 @@ def test_images_that_cannot_be_had_are_broken(given):
     told = []
     watch = Watch(sets.train, "skip", told.append)
     labels = torch.cat([watch(labels) for _, labels in DataLoader(sets.train, 5)])
-    assert labels.eq(UNCOUNTED).nonzero().flatten().tolist() == [*range(3, 10)]
+    assert labels.eq(UNCOUNTED).nonzero().flatten().tolist() == [*range(3, 11)]
     name = "cannot read image {} to train with of made:here: {}; skipped"
     reasons = [
         "no such record",
@@ -230,6 +246,7 @@ def test_images_that_cannot_be_had_are_broken(given):
         "it is of str, and neither a tensor nor of Pillow's",
         "its label 0.5 is none of 0 to 2",
         "it is a dict, and not (image, label)",
+        "it ends the program",
     ]
     assert told == [name.format(3 + i, reason) for i, reason in enumerate(reasons)]
     with pytest.raises(Problem, match="no such record"):
@@ -273,6 +290,11 @@ def floats():
     made = colours()
     images, labels = made["train"].tensors
     return {**made, "train": TensorDataset(images / 100 - 1, labels)}
+
+def four():
+    made = colours()
+    images, labels = made["train"].tensors
+    return {**made, "train": TensorDataset(images[:, [0, 1, 2, 0]], labels)}
 """
 
 
@@ -294,6 +316,21 @@ def test_commands_take_a_function(cpu, module):
     Image.new("RGB", (50, 60), (0, 255, 0)).save(module / "x.png")
     code, out, err = cpu.run("predict", module / "run/last.pt", module / "x.png")
     assert (code, out.split("\t")[1]) == (0, "green")
+
+
+def test_no_file_has_images_of_four_channels(cpu, module):
+    run, mine = module / "run", {"PYTHONPATH": module}
+    argv = ["--model", "lenet5", "--batch-size", 8, "--epochs", 1, "--output", run]
+    code, _, err = cpu.run("train", "--data", "mine:four", *argv, **mine)
+    assert code == 0, err
+    Image.new("RGBA", (40, 40)).save(module / "x.png")
+    code, out, err = cpu.run("predict", run, module / "x.png")
+    words = f"{run}/best.pt was trained on images of 4 channels: a file has 1 or 3"
+    assert (code, out, err) == (2, "", f"python -m cnn: {words}\n")
+    _, transform, _ = cnn.load(run)
+    assert transform(torch.zeros(4, 32, 32, dtype=torch.uint8)).shape == (4, 32, 32)
+    with pytest.raises(Problem, match="and has no 4 channels"):
+        transform(module / "x.png")
 
 
 def test_a_checkpoint_does_not_choose_what_code_runs(cpu, module):

@@ -712,6 +712,7 @@ BAD = {
     "eval {tmp}/last.pt --split all": "--split: invalid choice: 'all'",
     "predict {tmp} x.png": "cannot read {tmp}/best.pt: No such file",
     "show maps --checkpoint {tmp}": "cannot read {tmp}/best.pt: No such file",
+    "eval {tmp} --what \x1b[31m": "unrecognized arguments: --what \\x1b[31m",
     "train --resume {tmp}/bad": "{tmp}/bad/last.pt is damaged or not a checkpoint",
     "eval {tmp}/text": "{tmp}/text is damaged or not a checkpoint",
     "eval {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint",

@@ -254,6 +254,19 @@ def test_eval_takes_any_part(cpu, finished):
     assert pictures <= files(finished)
 
 
+def test_eval_in_a_folder_that_cannot_be_written(cpu, finished, tmp_path):
+    """Tells what it found; only a picture that was asked for must be."""
+    run, picture = tmp_path / "run", tmp_path / "run" / "best-confusion.png"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("*-confusion.png"))
+    picture.mkdir()
+    code, out, err = cpu.run("eval", run)
+    assert (code, err) == (0, f"{picture}: Is a directory\n")
+    assert "confusion matrix" not in out
+    assert out.splitlines()[-1].startswith("test accuracy 0.")
+    code, out, err = cpu.run("eval", run, "--confusion", picture)
+    assert (code, err) == (1, f"python -m cnn: {picture}: Is a directory\n")
+
+
 def score(logits: Tensor, labels: list[int]) -> Answers:
     """What ``answers`` gives for a model that gives ``logits`` [N, classes]."""
     images = torch.arange(len(logits), dtype=torch.float32)[:, None, None, None]

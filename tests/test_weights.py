@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 import cnn
 from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
-from cnn import networks, weights
+from cnn import data, networks, weights
+from cnn.data import IMAGENET
 from cnn.models.classifier import classifiers
 from cnn.problem import Problem
 
@@ -255,6 +257,33 @@ def test_batch_normalisation_of_before_it_counted(tmp_path):
     assert same(loaded.state_dict(), state)
 
 
+class Versioned(nn.Linear):
+    """Wants to know of what version a file is, as torchvision's MNASNet."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version should be 2 instead of {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("end", ["pt", "safetensors"])
+def test_layers_are_told_their_version(end, tmp_path):
+    """Which safetensors do not hold, and which is lost where names are taken apart."""
+    model, other = (nn.Sequential(Versioned(3, 2)) for _ in range(2))
+    path, state = tmp_path / f"x.{end}", wrapped("module.")(model.state_dict())
+    safetensors.torch.save_file(state, path) if end == "safetensors" else torch.save(state, path)
+    weights.begin(other, path, "versioned")
+    assert same(other.state_dict(), model.state_dict())
+    Versioned._version = 3
+    try:
+        with pytest.raises(Problem, match=r"parameters of it: load_state_dict refuses them$"):
+            weights.fill(other, state, "it", path)
+    finally:
+        Versioned._version = 2
+
+
 UNFIT = {
     "another model": (("vgg_small", 32), {}, "it lacks features.1.weight and 5 more"),
     "another size": (("lenet5", 28), {}, "its classifier.0.weight is 120x400, not 120x256"),
@@ -422,6 +451,94 @@ def test_only_what_differs_is_new():
             weights.begin(model, path, "lenet5")
 
 
+class Branches(nn.Module):
+    """Two convolutions see the image, and one like them does not."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.stem = nn.ModuleList([nn.Conv2d(channels, 4, 3), nn.Conv2d(channels, 4, 1)])
+        self.inner, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, 3)
+
+
+def test_all_convolutions_that_see_the_image_are_new(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(Branches(3).state_dict(), path)
+    assert weights.begin(Branches(1), path, "it") == [
+        f"4 of 8 parameters and buffers are those of {path}",
+        "stem.0 is new: it is for 1 channels, not 3",
+        "stem.1 is new: it is for 1 channels, not 3",
+    ]
+
+
+def test_a_model_without_convolutions_begins_with_weights(tmp_path):
+    first, other = (nn.Sequential(nn.Flatten(), nn.Linear(12, n)) for n in (7, 3))
+    torch.save(first.state_dict(), tmp_path / "x.pt")
+    told = weights.begin(other, tmp_path / "x.pt", "it")
+    assert told[1:] == ["1 is new: it is for 3 classes, not 7"]
+
+
+def test_classifiers_that_only_help_to_train_are_left_out(tmp_path):
+    """Where the model has none. Where it has, and in anything else, all must fit."""
+    whole, path = googlenet(), tmp_path / "x.pt"
+    model = nn.ModuleDict({name: part for name, part in googlenet().items() if name != "aux1"})
+    torch.save(whole.state_dict(), path)
+    assert weights.begin(model, path, "it") == [
+        f"6 of 6 parameters and buffers are those of {path}",
+        "aux1.fc1.weight and 3 more are left out: of classifiers that only help to train",
+    ]
+    assert all(torch.equal(v, whole.state_dict()[n]) for n, v in model.state_dict().items())
+    torch.save(model.state_dict(), path)
+    with pytest.raises(Problem, match=r"it lacks aux1\.fc1\.weight and 3 more"):
+        weights.begin(whole, path, "it")
+
+
+HALF = (0.5,) * 3
+NORMALIZED = {
+    "timm's": ({"pretrained_cfg": {"mean": [0.5] * 3, "std": HALF}}, (HALF, HALF)),
+    "of one channel": ({"pretrained_cfg": {"mean": (0.5,), "std": (0.5,)}}, IMAGENET),
+    "untold": ({"pretrained_cfg": {"mean": None}}, IMAGENET),
+    "of another kind": ({"pretrained_cfg": "x"}, IMAGENET),
+    "torchvision's GoogLeNet": ({"transform_input": False}, (HALF, HALF)),
+    "which converts images": ({"transform_input": True}, IMAGENET),
+}
+
+
+@pytest.mark.parametrize("case", NORMALIZED)
+def test_photographs_are_normalized_as_a_network_is_used_to(case):
+    attributes, expected = NORMALIZED[case]
+    model, known = lenet(), data.Description(("a", "b"), 32, *IMAGENET)
+    vars(model).update(attributes)
+    found = networks.described(model, known)
+    assert (found.mean, found.std) == expected
+    assert replace(found, mean=known.mean, std=known.std) == known
+    measured = replace(known, mean=(0.1,) * 3)
+    assert networks.described(model, measured) is measured
+
+
+def test_a_run_keeps_how_its_photographs_are_normalized(cpu, photos, mine):
+    """From the first step to the prediction; and weights alone are tested alike."""
+    run, given = mine / "run", ("--model", "mine_too:told", "--data", f"folder:{photos}")
+    argv = ["train", *given, "--size", 32, "--epochs", 2, "--batch-size", 10, "--output", run]
+    here = {"PYTHONPATH": mine}
+    assert cpu.run(*argv, **here, SIGNAL_AFTER_SAVES=1)[0] == 130
+    code, _, err = cpu.run("train", "--resume", run, "--model", "mine_too:told", **here)
+    assert code == 0, err
+    sys.path.insert(0, str(mine))
+    from mine_too import Net  # type: ignore[import-not-found]
+
+    model, transform, _ = cnn.load(run, model=Net)
+    image = photos / "test" / "blue" / "0.png"
+    pixels = torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1) / 255
+    torch.testing.assert_close(transform(image), (pixels - 0.5) / 0.5)
+    torch.save(model.state_dict(), run / "bare.pt")
+    tested = []
+    for file, *more in (("best.pt",), ("bare.pt", "--size", 32)):
+        code, out, err = cpu.run("eval", run / file, *given, *more, **here)
+        assert code == 0, err
+        tested.append(re.findall(r"loss .*", out))
+    assert tested[0] == tested[1]
+
+
 def test_frozen_parameters_stay_what_they_are(cpu, photos, run, tmp_path):
     """And so does a frozen layer of batch normalisation, with its statistics; also when resumed."""
     argv = ["train", "--model", "normed", "--data", f"folder:{photos}", "--size", 32]
@@ -474,6 +591,11 @@ def broken(num_classes): raise OSError("no such\\nnet")
 def failing(num_classes): return Failing()
 def extra(num_classes): return Extra()
 def frozen(num_classes): return Net(num_classes).requires_grad_(False)
+def told(num_classes):
+    net = Net(num_classes)
+    net.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return net
+def ends(): raise SystemExit("usage: net")
 class Pair(Net):
     def __init__(self): super().__init__(3)
     def forward(self, x): return x, x
@@ -539,6 +661,7 @@ NO_MODEL = {
     "bare": "--model: mine_too:bare gives a Flatten without parameters",
     "thousand": "--model: mine_too:thousand gives [1, 1000] for an image, and not [1, 3]",
     "pair": "--model: mine_too:pair gives tuple for an image, and not [1, 3]",
+    "ends": "--model: mine_too:ends() fails: SystemExit: usage: net",
     "broken": "--model: mine_too:broken() fails: OSError: no such\\nnet",
     "failing": "--size: mine_too:failing does not take 32x32 pixels: KeyError: 'x'",
     "extra": "--model: mine_too:extra keeps _extra_state, which is no tensor: no file can hold it",
@@ -674,6 +797,21 @@ class Timm(nn.Module):
         self.head, self.body = nn.Conv2d(4, num_classes, 1), nn.Linear(3, num_classes)
 
 
+class Levit(nn.Module):
+    """Of timm's: its head is a module of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.after = nn.Linear(3, 4), nn.Linear(10, 10)
+        self.reset_classifier(10)
+
+    def get_classifier(self):
+        return self.head
+
+    def reset_classifier(self, num_classes):
+        self.head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, num_classes))
+
+
 CLASSIFIERS = {
     **{
         name: (lambda name=name: cnn.models.create(name, image_size=32), None)
@@ -682,7 +820,8 @@ CLASSIFIERS = {
     "squeezenet": (squeezenet, ["2"]),
     "converted": (lambda: cnn.convert(squeezenet()), ["2"]),
     "googlenet": (googlenet, ["aux1.fc2", "fc"]),
-    "timm": (Timm, ["body", "head"]),
+    "timm": (Timm, ["head", "body"]),
+    "levit": (Levit, ["head.1"]),
 }
 
 
@@ -696,18 +835,19 @@ def test_the_classifier_and_nothing_else_is_new(name):
     assert cnn.models.reset_classifier(model, 3) is model
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
-    new = {n for n in before if after[n] is not before[n]}
+    new = {n for n in before if after[n] is not before[n] and not n.startswith("head.0")}
     assert new == {n for n in before if n.rpartition(".")[0] in expected}
     for n in new:
         assert (after[n].shape, after[n].dtype) == ((3, *before[n].shape[1:]), torch.float64)
         assert after[n].requires_grad
         assert after[n].abs().max() > 0
-    for n in expected if name != "timm" else ():
+    for n in expected if name not in ("timm", "levit") else ():
         layer = model.get_submodule(n)
         assert layer is layers[n]
         assert not layer.training
         assert re.search("out_features=3|[0-9]+, 3,", layer.extra_repr())
     assert getattr(model, "num_classes", 3) == 3
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
 def test_what_has_no_classifier():

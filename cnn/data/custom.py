@@ -43,7 +43,7 @@ def call(flag: str, name: str, **options: Any) -> Any:
         if here not in sys.path and not sys.flags.safe_path:
             sys.path.insert(0, here)  # where python -m has it, but no installed command
         return fitting(resolve_name(name), options)
-    except Exception as error:  # someone else's code can raise anything
+    except (Exception, SystemExit) as error:  # someone else's code can raise anything
         raise Problem(f"--{flag}: {name}() fails: {type(error).__name__}: {error}") from None
 
 
@@ -94,7 +94,7 @@ class Samples(Dataset):
             with fixed_random(seed, epoch, index):
                 image, label = _pair(self.data[index])
             return as_pixels(image, self.description), self._label(label)
-        except Exception as error:  # someone else's code can raise anything
+        except (Exception, SystemExit) as error:  # someone else's code can raise anything
             raise unreadable(self.name(index), error) from None
 
     def _label(self, label: Any) -> int:
@@ -139,6 +139,8 @@ def as_pixels(image: Any, known: Description) -> Tensor:
         raise ValueError(f"it is of {pixels.dtype}, and not {wanted}")
     if len(pixels) != known.channels:
         raise ValueError(f"it has {len(pixels)} channels, and not {known.channels}")
+    if not known.pixels and not pixels.isfinite().all():
+        raise ValueError("it holds NaN or infinite numbers")
     return square(pixels if known.pixels else pixels.float(), known.size)
 
 
@@ -247,7 +249,7 @@ def _first(data: Any, name: str) -> Any:
         try:
             with fixed_random(0, 0, index):
                 return _pair(data[index])[0]
-        except Exception as raised:  # someone else's code can raise anything
+        except (Exception, SystemExit) as raised:  # someone else's code can raise anything
             error = error or raised
     if error is None:
         raise Problem(f"--data: {name} gives no image to train with")

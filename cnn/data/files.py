@@ -62,9 +62,10 @@ class ImageFiles(Dataset):
         return str(self.paths[index])
 
 
-def unreadable(name: object, error: Exception) -> Problem:
+def unreadable(name: object, error: BaseException) -> Problem:
     """The problem that reading the image ``name`` raised ``error``."""
     words = str(getattr(error, "strerror", None) or error)
+    words = "it ends the program" if isinstance(error, SystemExit) else words
     reason = words.replace(f" {str(name)!r}", "") or type(error).__name__
     return Problem(f"cannot read {name}: {reason}", FAILURE)
 

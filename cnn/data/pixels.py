@@ -26,6 +26,8 @@ DEEP = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 def fit(picture: Any, size: int, channels: int) -> Tensor:
     """A picture as uint8 [channels, size, size]: scaled, then its middle cut out."""
     image, ops = pillow()
+    if channels not in (1, 3):
+        raise ValueError(f"it is an image of Pillow's, and has no {channels} channels")
     picture.load()
     upright = turned(eight_bits(picture), orientation(picture))
     coloured = opaque(upright).convert("L" if channels == 1 else "RGB")

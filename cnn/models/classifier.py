@@ -14,9 +14,8 @@ def classifiers(model: nn.Module) -> dict[str, Any]:
     and those of auxiliary classifiers, as in GoogLeNet. timm's networks tell themselves.
     """
     layers: dict[str, Any] = dict(model.named_modules())
-    if callable(tell := getattr(model, "get_classifier", None)):
-        told = tell() if isinstance(tell(), tuple | list) else [tell()]
-        return {n: layer for n, layer in layers.items() if layer in told and hasattr(layer, "bias")}
+    if (told := _told(model)) is not None:
+        return dict(layer for head in told for layer in _last(head, layers))
     linear = {n: layer for n, layer in layers.items() if isinstance(layer, nn.Linear)}
     convolutions = {n: layer for n, layer in layers.items() if isinstance(layer, nn.Conv2d)}
     found = linear or {n: m for n, m in convolutions.items() if {*m.kernel_size} == {1}}
@@ -24,6 +23,21 @@ def classifiers(model: nn.Module) -> dict[str, Any]:
     count = len(found[last].weight) if last is not None else 0
     also = (n for n, layer in found.items() if auxiliary(n) and len(layer.weight) == count)
     return {n: found[n] for n in (*also, last) if n is not None}
+
+
+def _told(model: nn.Module) -> list[nn.Module] | None:
+    """The classifiers that a network tells, as timm's do: layers, or modules with one in them."""
+    if not callable(tell := getattr(model, "get_classifier", None)):
+        return None
+    told = tell()
+    return [*told] if isinstance(told, tuple | list) else [told]
+
+
+def _last(head: nn.Module, layers: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The last layer of a head that gives classes, with its name in ``layers``; none if none."""
+    inside = {id(module) for module in head.modules()}
+    kinds = nn.Linear, nn.Conv2d
+    return [(n, m) for n, m in layers.items() if id(m) in inside and isinstance(m, kinds)][-1:]
 
 
 def auxiliary(name: str) -> bool:
@@ -63,8 +77,8 @@ def reset_classifier(model: Model, num_classes: int) -> Model:
     if callable(reset := getattr(model, "reset_classifier", None)):
         like = next(model.parameters())
         reset(num_classes)
-        for layer in classifiers(model).values():
-            layer.to(like.device, like.dtype)
+        for head in _told(model) or ():
+            head.to(like.device, like.dtype)
         return model
     if not (found := classifiers(model)):
         kind = type(model).__name__
