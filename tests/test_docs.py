@@ -43,6 +43,7 @@ from cnn.train import Config
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+OTHERS = ROOT / "CONTRIBUTING.md", ROOT / "bench/README.md"
 KINDS = ("python", "sh", "sh runs", "text", "text output", "{eval-rst}")
 
 
@@ -71,8 +72,7 @@ def commands_within(page: Path) -> list[Block]:
 
 
 PAGES = {
-    str(path.relative_to(ROOT)): path
-    for path in (README, ROOT / "bench/README.md", *sorted(DOCS.rglob("*.md")))
+    str(path.relative_to(ROOT)): path for path in (README, *OTHERS, *sorted(DOCS.rglob("*.md")))
 }
 BLOCKS = {name: blocks_of(path) for name, path in PAGES.items()}
 

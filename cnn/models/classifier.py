@@ -29,7 +29,7 @@ def _told(model: nn.Module) -> list[nn.Module] | None:
     """The classifiers that a network tells, as timm's do: layers, or modules with one in them."""
     if not callable(tell := getattr(model, "get_classifier", None)):
         return None
-    told = tell()
+    told: Any = tell()
     return [*told] if isinstance(told, tuple | list) else [told]
 
 
