@@ -16,8 +16,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import descriptor_gemm, device, direct_conv, library, max_pool, planner
+from kernels import device, library, max_pool, planner
+from kernels.engine import Epilogue, Fprop
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.pair_conv import FEW
+from kernels.problem import Problem, layout_of
 
 from . import selection, suites
 from .measure import Dtype
@@ -104,7 +107,7 @@ def _convolution(g: Conv2dGeometry, dtype: Dtype, layout: str, every: bool) -> N
     library._channel_sum(y)
     for with_bias in (False, True):
         library._relu_backward(y, y, with_bias)
-    if g.groups == 1 and direct_conv.supports(g):
+    if g.groups == 1 and g.C <= FEW:
         _bytes(g, dtype, layout, arguments)
     if dtype.torch == torch.bfloat16:
         _eighths(g, layout, arguments)
@@ -128,16 +131,14 @@ def _eighths(g: Conv2dGeometry, layout: str, arguments: tuple) -> None:
     x, y = (
         _empty(shape, t, layout) for shape, t in ((g.x_shape, w.dtype), (g.y_shape, torch.bfloat16))
     )
-    known = planner.candidates(
-        *("fprop", g, w.dtype, "ieee", device.describe(w.device)),
-        planner.layout_of((x, y), (w,)),
-    )
-    known = [plan for plan in known if plan.engine is descriptor_gemm]
+    here, aligned = device.describe(w.device), layout_of((x, y), (w,))
+    known = planner.candidates(Problem("fprop", g, w.dtype, "ieee", here, aligned))
+    known = [plan for plan in known if plan.engine.takes("scale", "fprop")]
     vector = y.new_empty(g.K)
     for plan in known if device.is_warming_up() else known[:1]:
         for bias, added, relu in ((None, None, False), (vector, y, True)):
-            options = {"relu": relu, "precision": "ieee", "scale": vector.float()}
-            descriptor_gemm.fprop(x, w, bias, added, y, g, plan.tile, **options)
+            epilogue = Epilogue(bias, added, relu, scale=vector.float())
+            plan.engine.launch(Fprop(x, w, y, g, epilogue=epilogue), plan.tile)
 
 
 def _pooling(g: Pool2dGeometry, dtype: Dtype, layout: str) -> None:

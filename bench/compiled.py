@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from kernels import expansion, library, max_pool, planner
 from kernels.device import Device
+from kernels.engine import Call, Dgrad, Epilogue, Fprop, Plan, PooledConv, Wgrad
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
+from kernels.problem import Problem, layout_of
 from kernels.tile import Tile
 
 from . import assembly, dataflow, measure, selection, suites
@@ -130,7 +132,7 @@ def launch(
     direction: Direction,
     g: Conv2dGeometry,
     tensors: tuple[Tensor, Tensor, Tensor],
-    plan: planner.Plan,
+    plan: Plan,
     precision: str,
     *,
     bias: bool = False,
@@ -143,36 +145,32 @@ def launch(
     """
     x, w, y = tensors
     vector = x.new_zeros(g.K) if bias else None
-    engine, tile = plan.engine, plan.tile
-    if direction == "fprop":
-        added = y if residual else None
-        engine.fprop(x, w, vector, added, y, g, tile, relu=relu, precision=precision)
-    elif direction == "dgrad":
-        engine.dgrad(y, w, None, x, g, tile, precision=precision)
-    else:
-        engine.wgrad(x, y, w, vector, g, tile, precision=precision)
+    calls: dict[Direction, Call] = {
+        "fprop": Fprop(x, w, y, g, precision, Epilogue(vector, y if residual else None, relu)),
+        "dgrad": Dgrad(y, w, x, g, precision),
+        "wgrad": Wgrad(x, y, w, vector, g, precision),
+    }
+    plan.engine.launch(calls[direction], plan.tile)
 
 
-def launch_block(block: suites.Block, dtype: measure.Dtype, gpu: Device) -> tuple[Any, Tile]:
-    """Launch a fused block's forward pass as in training; returns its engine and tile."""
+def launch_block(block: suites.Block, dtype: measure.Dtype, gpu: Device) -> tuple[str, Tile]:
+    """Launch a fused block's forward pass as in training; returns its engine's name and tile."""
     g, pool = block
     x, w, _ = selection.operands(g, dtype.torch)
     y = selection.empty(pool.y_shape, dtype.torch)
     offsets = selection.empty(pool.y_shape, max_pool.offset_dtype(pool))
     precision = library.resolve_precision(dtype.precision, x)
-    layout = planner.layout_of((x, y), (w,))
-    engine, tile = planner.plan_pooled(g, pool, x.dtype, precision, gpu, layout)
-    engine.conv2d_relu_max_pool2d(
-        *(x, w, x.new_zeros(g.K), y, offsets, g, pool, tile), precision=precision
-    )
-    return engine, tile
+    problem = Problem("fprop", g, x.dtype, precision, gpu, layout_of((x, y), (w,)))
+    engine, tile = planner.plan_pooled(problem, pool)
+    engine.launch(PooledConv(x, w, x.new_zeros(g.K), y, offsets, g, pool, precision), tile)
+    return engine.name, tile
 
 
 def launch_block_backward(
     block: suites.Block, dtype: measure.Dtype, gpu: Device
-) -> tuple[Any, Tile]:
-    """Launch a fused block's gradients, of images without their own; returns the engine and tile
-    of the first kernel.
+) -> tuple[str, Tile]:
+    """Launch a fused block's gradients, of images without their own; returns the engine's name and
+    the tile of the first kernel.
     """
     g, pool = block
     x, w, z = selection.operands(g, dtype.torch)
@@ -187,16 +185,16 @@ def launch_block_backward(
     precision = library.resolve_precision(dtype.precision, x)
     directions: list[Direction] = ["dgrad"] * wanted[0] + ["wgrad"]
     plans = [
-        planner.plan_expanded(direction, g, pool, x.dtype, precision, gpu)
+        planner.plan_expanded(Problem(direction, g, x.dtype, precision, gpu), pool)
         for direction in directions
     ]
     if plans[0] is not None and all(plans):
-        return plans[0]
+        return plans[0].engine.name, plans[0].tile
     walk = expansion.walk_of(z, pool, True)
-    return expansion, Tile(walk.rows, walk.columns)
+    return "expansion", Tile(walk.rows, walk.columns)
 
 
-def launch_pool(op: str, g: Pool2dGeometry, dtype: torch.dtype, gpu: Device) -> tuple[Any, Tile]:
+def launch_pool(op: str, g: Pool2dGeometry, dtype: torch.dtype, gpu: Device) -> tuple[str, Tile]:
     """Launch a pooling, or its backward pass, with offsets."""
     x, y = selection.empty(g.x_shape, dtype), selection.empty(g.y_shape, dtype)
     offsets = selection.empty(g.y_shape, max_pool.offset_dtype(g))
@@ -206,7 +204,7 @@ def launch_pool(op: str, g: Pool2dGeometry, dtype: torch.dtype, gpu: Device) -> 
         max_pool.max_pool2d(x, g, y, offsets, None, tile)
     else:
         max_pool.max_pool2d_backward(y, offsets, x, g, tile)
-    return max_pool, tile
+    return "max_pool", tile
 
 
 @contextmanager
@@ -246,7 +244,8 @@ class Reader:
                 direction, epilogue = "fprop", {**epilogue, "bias": True, "relu": True}
             plan = selection.plan(direction, g, dtype.precision, *tensors)
             launch(direction, g, tensors, plan, dtype.precision, **epilogue)
-            engine, tile, kernel = plan.engine, plan.tile, principal(self._launched, g, plan)
+            engine, tile = plan.engine.name, plan.tile
+            kernel = principal(self._launched, g, plan)
         elif case.op == "conv_relu_max_pool":
             engine, tile = launch_block(g, dtype, self._gpu)
             kernel = self._launched[-1]  # the first may lay out filters
@@ -267,7 +266,7 @@ class Reader:
             "suite": case.layer.suite,
             "layer": case.layer.name,
             "dtype": case.dtype,
-            "engine": selection.engine_name(engine),
+            "engine": engine,
             "tile": selection.tile_text(tile),
             "box": tile.box,
             "splits": tile.splits,
@@ -279,12 +278,12 @@ class Reader:
         }
 
 
-def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: planner.Plan) -> Any:
+def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
     """The engine's kernel, of several for the parities of a stride the one with most taps.
 
     An engine may leave a convolution to another module's kernel.
     """
-    kernels = [k for k in launched if module_of(k) == plan.engine.__name__]
+    kernels = [k for k in launched if module_of(k) == f"kernels.{plan.engine.name}"]
     kernels = kernels or [k for k in launched if "tt.dot" in k.asm["ttir"]]
     if len(kernels) == 1:
         return kernels[0]

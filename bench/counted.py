@@ -17,8 +17,9 @@ import torch
 import triton
 from tqdm import tqdm
 
-from kernels import device, max_pool, model, planner
+from kernels import device, max_pool, model
 from kernels.device import Device
+from kernels.engine import Plan
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry, read_pixels
 from kernels.tile import Tile
 
@@ -115,12 +116,10 @@ def scaled(entry: dict[str, Any]) -> Launch:
     )
 
 
-def assumed(
-    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: planner.Plan
-) -> Assumed:
+def assumed(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: Plan) -> Assumed:
     """What the model takes for granted of a plan."""
     tile, size = plan.tile, dtype.itemsize
-    if selection.engine_name(plan.engine) not in ("descriptor_gemm", "implicit_gemm"):
+    if plan.engine.name not in ("descriptor_gemm", "implicit_gemm"):
         macs = model.macs(direction, g)
         return Assumed(
             1, None, None, macs, None, None, g.bytes(size, direction), plan.ms, plan.limit
@@ -158,8 +157,8 @@ def least_bytes(op: str, g: suites.Geometry, itemsize: int) -> int:
     return itemsize * (g.N * g.C * pixels + prod(g.w_shape) + prod(g.y_shape))
 
 
-def execute(case: suites.Case, gpu: Device) -> tuple[Any, Tile, Assumed | None]:
-    """Launch what the operator launches for one case; its engine, tile and the model's view."""
+def execute(case: suites.Case, gpu: Device) -> tuple[str, Tile, Assumed | None]:
+    """Launch what the operator launches for one case; its engine's name, tile, the model's view."""
     g, dtype = case.layer.geometry, DTYPES[case.dtype]
     if isinstance(g, Conv2dGeometry):
         relu = case.op == "conv_relu"
@@ -167,7 +166,7 @@ def execute(case: suites.Case, gpu: Device) -> tuple[Any, Tile, Assumed | None]:
         tensors = selection.operands(g, dtype.torch)
         plan = selection.plan(direction, g, dtype.precision, *tensors)
         compiled.launch(direction, g, tensors, plan, dtype.precision, bias=relu, relu=relu)
-        return plan.engine, plan.tile, assumed(direction, g, dtype.torch, plan)
+        return plan.engine.name, plan.tile, assumed(direction, g, dtype.torch, plan)
     if case.op == "conv_relu_max_pool":
         return *compiled.launch_block(g, dtype, gpu), None
     if isinstance(g, suites.Block):
@@ -192,7 +191,7 @@ def count(case: suites.Case, gpu: Device) -> Row:
         "layer": case.layer.name,
         "op": case.op,
         "dtype": case.dtype,
-        "engine": selection.engine_name(engine),
+        "engine": engine,
         "tile": selection.tile_text(tile),
         "box": tile.box,
         "splits": tile.splits,

@@ -19,6 +19,8 @@ from kernels import library, planner
 from kernels.device import describe
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.max_pool import offset_dtype
+from kernels.problem import Problem as Planned
+from kernels.problem import layout_of
 
 from ._private import inductors_pooling
 from .measure import DTYPES
@@ -98,11 +100,11 @@ class Convolution:
             return None
         y = torch.empty(self.g.y_shape, dtype=x.dtype, device="meta")
         images = (x, y.to(memory_format=torch.channels_last))
-        layout = planner.layout_of(images, () if self.op == "wgrad" else (w,))
+        layout = layout_of(images, () if self.op == "wgrad" else (w,))
         direction = "fprop" if self.op == "conv_relu" else self.op
         precision = library.resolve_precision(self.precision, x)
-        plan = planner.plan(direction, self.g, x.dtype, precision, describe(x.device), layout)
-        return plan.ms
+        here = describe(x.device)
+        return planner.plan(Planned(direction, self.g, x.dtype, precision, here, layout)).ms
 
     def ours(self) -> Contender:
         """One kernel, or wgrad's two passes."""

@@ -46,10 +46,19 @@ def lines(cases: Iterable[suites.Case]) -> Iterator[str]:
         sums[key] = sums.get(key, 0.0) + plan.ms * layer.count
         box = "x".join(map(str, plan.tile.box or "-"))
         tile = selection.tile_text(plan.tile)
-        engine = selection.engine_name(plan.engine)
         name = layer.name
         yield _line(
-            (name, op, dtype, engine, tile, box, plan.tile.splits, f"{plan.ms:.4f}", plan.limit)
+            (
+                name,
+                op,
+                dtype,
+                plan.engine.name,
+                tile,
+                box,
+                plan.tile.splits,
+                f"{plan.ms:.4f}",
+                plan.limit,
+            )
         )
     yield ""
     for (suite, op, dtype), total in sums.items():

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from kernels import device, library, planner
 from kernels._private import GPUTarget
+from kernels.engine import Plan
 from kernels.geometry import Conv2dGeometry, Direction, output_strides
+from kernels.problem import Problem, layout_of
 from kernels.tile import Tile
 
 from . import suites
@@ -156,16 +158,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = True
 
 def plan(
     direction: Direction, g: Conv2dGeometry, precision: str, x: Tensor, w: Tensor, y: Tensor
-) -> planner.Plan:
+) -> Plan:
     """What the operators choose for these operands, on the device that stands in."""
     precision = library.resolve_precision(precision, x)
-    layout = planner.layout_of((x, y), () if direction == "wgrad" else (w,))
-    return planner.plan(direction, g, x.dtype, precision, device.describe(x.device), layout)
-
-
-def engine_name(engine: Any) -> str:
-    """descriptor_gemm, implicit_gemm, direct_conv, ..."""
-    return engine.__name__.rpartition(".")[2]
+    here, layout = (
+        device.describe(x.device),
+        layout_of((x, y), () if direction == "wgrad" else (w,)),
+    )
+    return planner.plan(Problem(direction, g, x.dtype, precision, here, layout))
 
 
 def tile_text(tile: Tile) -> str:

@@ -24,6 +24,7 @@ import cnn.functional as F
 from cnn import data
 from kernels import device, model, pair_conv, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, full_padding, receptive_field
+from kernels.problem import Problem
 from kernels.tile import Tile, blocks_per_multiprocessor
 
 FOLDER = Path(__file__).parent / "figures"
@@ -536,8 +537,9 @@ def name_of(tile: Tile) -> str:
 def planner_model() -> Figure:
     """What the planner predicts of each tile of the family."""
     figure, (axes,) = new(7.6, 4.4, 1)
-    here, kind = hopper(), ("fprop", LAYER, torch.bfloat16, "ieee")
-    plans = planner.candidates(*kind, here, "aligned")
+    here = hopper()
+    problem = Problem("fprop", LAYER, torch.bfloat16, "ieee", here, "aligned")
+    plans = planner.candidates(problem)
     shown = [plan for plan in plans if plan.tile.box and plan.tile.box[0] < plan.tile.rows][:10]
     everywhere = here.multiprocessors * here.peaks.clock * 1e6
     parts: dict[str, list[float]] = {"tensor cores": [], "L2": [], "memory": []}
@@ -555,7 +557,7 @@ def planner_model() -> Figure:
     times = [1e3 * plan.ms for plan in shown]
     axes.plot(times, range(len(shown)), "D", color=ORANGE, label="predicted time")
     axes.axvline(
-        1e3 * model.roofline(*kind, here), color=GREY, linestyle="--", linewidth=1, label="roofline"
+        1e3 * model.roofline(problem), color=GREY, linestyle="--", linewidth=1, label="roofline"
     )
     for j, time in enumerate(times):
         beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
@@ -571,10 +573,10 @@ def planner_model() -> Figure:
 def wgrad_splits() -> Figure:
     """Predicted time of wgrad by the number of parts of its reduction."""
     figure, (axes,) = new(6.4, 2.7, 1)
-    here, kind = hopper(), ("wgrad", LAYER, torch.bfloat16, "ieee")
-    best = planner.plan(*kind, here, "aligned")
+    problem = Problem("wgrad", LAYER, torch.bfloat16, "ieee", hopper(), "aligned")
+    best = planner.plan(problem)
     splits = [*range(1, 33)]
-    times = [1e3 * model.predict(*kind, here, replace(best.tile, splits=n)).ms for n in splits]
+    times = [1e3 * model.predict(problem, replace(best.tile, splits=n)).ms for n in splits]
     axes.plot(splits, times, color=BLUE, marker=".")
     axes.plot(best.tile.splits, 1e3 * best.ms, "D", color=ORANGE, label="the planner's choice")
     axes.set(xlabel="parts of the sum over pixels", ylabel="predicted µs", ylim=(0, None))

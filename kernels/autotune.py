@@ -30,9 +30,10 @@ from triton.testing import do_bench
 
 from . import planner
 from ._private import FakeTensor, PTXASError
-from .device import Device, fork_safe_lock, is_emulated
-from .geometry import Conv2dGeometry, Direction, largest_offset
-from .planner import Layout, Plan
+from .device import fork_safe_lock, is_emulated
+from .engine import Plan
+from .geometry import Direction, largest_offset
+from .problem import Problem
 from .winners import Record, Store, cache_folder, versions_of
 
 FEW = 8
@@ -81,37 +82,19 @@ def _set(scope: object, on: bool | None) -> None:
 # What is tuned.
 
 
-class Problem(NamedTuple):
-    """What the planner is asked, and ``variant``: what else makes other binaries of its plans."""
+def class_of(problem: Problem, variant: str = "") -> str:
+    """The class of problems that one winner serves; ``variant`` is what else makes other binaries.
 
-    direction: Direction
-    g: Conv2dGeometry
-    dtype: torch.dtype
-    precision: str
-    device: Device
-    layout: Layout
-    variant: str
-
-    def candidates(self) -> list[Plan]:
-        return planner.candidates(*self[:-1])
-
-    def untuned(self) -> Plan:
-        return planner.plan(*self[:-1])
-
-    @property
-    def name(self) -> str:
-        """The class of problems that one winner serves.
-
-        Channels, taps and the like count as they are. The batch is rounded up to a power of two,
-        height and width to three significant bits: a new size is seldom a new class, while 7, 14,
-        28, 56, 112 and 224, where boxes of other shapes come out even, are never in one.
-        """
-        g = self.g
-        sizes = f"n{_round_up(g.N, 1)} c{g.C} h{_round_up(g.H, 3)} w{_round_up(g.W, 3)} k{g.K}"
-        window = f"{g.R}x{g.S} stride {g.stride} padding {g.padding} dilation {g.dilation}"
-        kind = f"{str(self.dtype).split('.')[-1]} {self.precision} {self.layout}"
-        words = f"{self.direction} {sizes} {window} groups {g.groups} {kind} {self.variant}"
-        return words.strip()
+    Channels, taps and the like count as they are. The batch is rounded up to a power of two,
+    height and width to three significant bits: a new size is seldom a new class, while 7, 14,
+    28, 56, 112 and 224, where boxes of other shapes come out even, are never in one.
+    """
+    direction, g, dtype, precision, _, layout, _ = problem
+    sizes = f"n{_round_up(g.N, 1)} c{g.C} h{_round_up(g.H, 3)} w{_round_up(g.W, 3)} k{g.K}"
+    window = f"{g.R}x{g.S} stride {g.stride} padding {g.padding} dilation {g.dilation}"
+    kind = f"{str(dtype).split('.')[-1]} {precision} {layout}"
+    words = f"{direction} {sizes} {window} groups {g.groups} {kind} {variant}"
+    return words.strip()
 
 
 def _round_up(size: int, bits: int) -> int:
@@ -134,8 +117,7 @@ def _order(direction: Direction, plan: Plan) -> tuple:
 
 
 def _record(plan: Plan) -> Record:
-    engine = plan.engine.__name__.rpartition(".")[2]
-    return json.loads(json.dumps({"engine": engine, **asdict(plan.tile)}))
+    return json.loads(json.dumps({"engine": plan.engine.name, **asdict(plan.tile)}))
 
 
 def _recall(records: list[Record], plans: list[Plan]) -> Plan | None:
@@ -301,20 +283,15 @@ class Tuner:
         self,
         folder: Path | None = None,
         measure: Callable[[Callable[[], Any], torch.device], float] = measure,
-        candidates: Callable[[Problem], list[Plan]] = Problem.candidates,
+        candidates: Callable[[Problem], list[Plan]] = planner.candidates,
     ):
         self._folder, self._measure, self._candidates = folder, measure, candidates
-        self._plans: dict[tuple[Problem, torch.device], Plan] = {}
+        self._plans: dict[tuple[Problem, str, torch.device], Plan] = {}
         self._stores: dict[torch.device, Store] = {}
 
     def choose(
         self,
-        direction: Direction,
-        g: Conv2dGeometry,
-        dtype: torch.dtype,
-        precision: str,
-        device: Device,
-        layout: Layout,
+        problem: Problem,
         tensors: Operands,
         run: Callable[..., Results],
         reference: Callable[..., Results],
@@ -332,27 +309,27 @@ class Tuner:
         measured, an unknown class takes the planner's own choice; so it does if there is no memory
         to measure in, at the price of a warning, and where nothing is launched or computed.
         """
-        problem = Problem(direction, g, dtype, precision, device, layout, variant)
         where = tensors[0].device  # type: ignore[union-attr]  the first operand is never None
-        plan = self._plans.get((problem, where))
+        plan = self._plans.get((problem, variant, where))
         if plan is not None:
             return plan
         if not _is_computed(problem, tensors):
-            return problem.untuned()
+            return planner.plan(problem)
         with _choosing:
-            plan = self._choose(problem, where, tensors, run, reference)
+            plan = self._choose(problem, variant, where, tensors, run, reference)
             if plan is None:
-                return problem.untuned()
+                return planner.plan(problem)
             if len(self._plans) >= 4096:
                 self._plans.clear()
-            self._plans[problem, where] = plan
+            self._plans[problem, variant, where] = plan
         return plan
 
-    def _choose(self, problem, where, tensors, run, reference) -> Plan | None:
+    def _choose(self, problem, variant, where, tensors, run, reference) -> Plan | None:
         """From the store, else by measuring; None during a capture."""
         plans = _competitors(problem.direction, self._candidates(problem))
         store = self._store(problem, where)
-        plan = _recall(store.get(problem.name), plans)
+        name = class_of(problem, variant)
+        plan = _recall(store.get(name), plans)
         if plan is not None:
             return plan
         if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -361,10 +338,10 @@ class Tuner:
             with torch.no_grad(), _no_cudnn_benchmark():
                 plan = self._quickest(problem, where, plans[:FEW], tensors, run, reference)
         except torch.OutOfMemoryError:
-            reason = f"no memory to tune {problem.name} in: the plan is the planner's"
+            reason = f"no memory to tune {name} in: the plan is the planner's"
             warnings.warn(reason, RuntimeWarning, stacklevel=3)
-            return problem.untuned()
-        store.put(problem.name, _record(plan))
+            return planner.plan(problem)
+        store.put(name, _record(plan))
         return plan
 
     def _quickest(self, problem, where, plans, tensors, run, reference) -> Plan:
@@ -381,7 +358,7 @@ class Tuner:
                 right.append(plan)
             else:
                 wrong.append(f"{_record(plan)}: {reason}")
-        message = f"rejected for {problem.direction} of {problem.g} ({problem.name}): {wrong}"
+        message = f"rejected for {problem.direction} of {problem.g} ({class_of(problem)}): {wrong}"
         if not right:
             raise RuntimeError(f"no plan is right; {message}")
         if wrong:

@@ -8,15 +8,17 @@ What is kept for backward is one offset a window: see ``expansion``. Sizes and s
 elements.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import device
 from .device import loop
-from .geometry import Conv2dGeometry, Pool2dGeometry
+from .engine import PooledConv, PoolingEngine
+from .geometry import Pool2dGeometry
 from .indexing import (
     cdiv,
     dot,
@@ -35,7 +37,9 @@ from .indexing import (
     widen,
     within,
 )
-from .tile import Block, Tile
+from .pointer_tiles import pointer_tiles
+from .problem import Problem
+from .tile import Block, Tile, block_for
 
 
 class _Window(NamedTuple):
@@ -145,23 +149,9 @@ def conv_pool_kernel(
         tl.store(offsets_ptr + at, offset, mask=mask)
 
 
-def conv2d_relu_max_pool2d(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    offsets: Tensor | None,
-    g: Conv2dGeometry,
-    pool: Pool2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-) -> None:
-    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)).
-
-    offsets[N,K,PP,PQ], of ``max_pool.offset_dtype(pool)``, are the taps that won, all bits set
-    where no gradient flows.
-    """
+def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
+    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)), and offsets."""
+    x, w, y, offsets, g, pool = call.x, call.w, call.y, call.offsets, call.g, call.pool
     K, C = g.K // g.groups, g.C // g.groups
     windows = g.N * pool.P * pool.Q
     window = _Window(*pool.kernel, *pool.stride, *pool.padding)
@@ -170,16 +160,38 @@ def conv2d_relu_max_pool2d(
         (cdiv(windows, tile.rows) * cdiv(K, tile.columns) * g.groups,),
         device=y.device,
         **operands(x=x, y=y),
-        **pointers(w=w, bias=bias, offsets=offsets),
+        **pointers(w=w, bias=call.bias, offsets=offsets),
         w_strides=w.stride(),
         offsets_strides=unspecialised_strides(y if offsets is None else offsets),
         sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
         POOL=window,
-        PRECISION=precision,
+        PRECISION=call.precision,
         WIDE=device.wide(windows, x, w, y),
         TILE=Block.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+def tiles(problem: Problem, pool: Pool2dGeometry) -> Iterator[Tile]:
+    """Of the tiles of engine 1 that leave registers for the largest values so far and their taps,
+    the one that wastes least.
+    """
+    g, device = problem.g, problem.device
+    known = list(pointer_tiles(problem))
+    if device.backend == "interpreter":
+        yield replace(known[0], rows=block_for(g.N * pool.P * pool.Q, known[0].rows))
+        return
+    known = [tile for tile in known if tile.rows * tile.columns <= 2**10 * tile.warps]
+    yield min(known, key=lambda tile: _waste(g.K // g.groups, tile))
+
+
+def _waste(channels: int, tile: Tile) -> tuple[float, int]:
+    """How much of a tile's columns is beyond the channels, then how small it is."""
+    taken = cdiv(channels, tile.columns) * tile.columns
+    return taken / channels, -tile.rows * tile.columns
+
+
+ENGINE = PoolingEngine("conv_pool", tiles=tiles, launch=conv2d_relu_max_pool2d)

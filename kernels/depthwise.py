@@ -8,17 +8,18 @@ at tap ``every * j - apart * i``. Under dilation neighbours are as far apart as 
 in dgrad, whose taps are flipped, ``every`` is the stride. Sizes and strides are in elements.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from math import gcd
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, replay
-from .device import Device, loop
+from . import device, model, replay
+from .device import loop
+from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
 from .epilogue import finish, results
 from .geometry import Conv2dGeometry, Direction, Pair, Taps
 from .indexing import (
@@ -35,13 +36,9 @@ from .indexing import (
     widen,
     within,
 )
+from .problem import Problem
 from .split_sum import gradients
 from .tile import INTERPRETER_ELEMENTS, Tile
-
-
-def supports(g: Conv2dGeometry) -> bool:
-    """Whether each group has one channel, of several; a single channel makes a matrix product."""
-    return g.groups == g.C > 1
 
 
 class _AxisWalk(NamedTuple):
@@ -503,13 +500,12 @@ def _convolve(
     direction: Direction,
     x: Tensor,
     w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    epilogue: Epilogue,
     y: Tensor,
     g: Conv2dGeometry,
     tile: Tile,
-    relu: bool,
 ) -> None:
+    residual = epilogue.residual
     N, K, P, Q = y.shape
     # Else the taps of neighbouring channels lie as far apart as a filter is large.
     taps = replay.derive(w, lambda w: w.reshape(g.K, g.R * g.S).t().contiguous())
@@ -524,7 +520,7 @@ def _convolve(
             device=x.device,
             **operands(x=x),
             w_ptr=taps,
-            **results(bias, residual, y, relu),
+            **results(epilogue, y),
             **walk.arguments,
             WIDE=wide,
             TILE=block,
@@ -533,58 +529,30 @@ def _convolve(
         )
 
 
-def fprop(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    relu: bool,
-    precision: str,
-) -> None:
+def fprop(call: Fprop, tile: Tile) -> None:
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual).
 
-    ``precision`` takes no part, here and below: products are formed outside the tensor cores.
+    The precision takes no part, here and below: products are formed outside the tensor cores.
     """
-    _convolve("fprop", x, w, bias, residual, y, g, tile, relu)
+    _convolve("fprop", call.x, call.w, call.epilogue, call.y, call.g, tile)
 
 
-def dgrad(
-    dy: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    dx: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-) -> None:
+def dgrad(call: Dgrad, tile: Tile) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C] (for a transposed convolution)."""
-    _convolve("dgrad", dy, w, bias, None, dx, g, tile, False)
+    _convolve("dgrad", call.dy, call.w, Epilogue(call.bias), call.dx, call.g, tile)
 
 
-def wgrad(
-    x: Tensor,
-    dy: Tensor,
-    dw: Tensor | None,
-    db: Tensor | None,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-) -> None:
+def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,1,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
     The strips are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
     """
+    x, dy, g = call.x, call.dy, call.g
     _, K, P, Q = dy.shape
     multiprocessors = device.describe(x.device).multiprocessors
     (walk,) = _walks("wgrad", g, tile, x.element_size(), multiprocessors)
-    tap_parts = 1 if dw is None else _tap_parts(g, walk)
-    with gradients(dw, db, tile.splits) as parts:
+    tap_parts = 1 if call.dw is None else _tap_parts(g, walk)
+    with gradients(call.dw, call.db, tile.splits) as parts:
         device.launch(
             depthwise_wgrad_kernel,
             (cdiv(K, tile.columns) * tap_parts * tile.splits,),
@@ -606,21 +574,24 @@ def _tap_parts(g: Conv2dGeometry, walk: _Walk) -> int:
     return g.R // walk.lines.rows.taps * (g.S // walk.lines.columns.taps)
 
 
-def choose_tile(
-    direction: Direction,
-    g: Conv2dGeometry,
-    dtype: torch.dtype,
-    device: Device,
-    channels_last: bool,
-) -> Tile:
-    """A tile that suits the convolution; fprop's and dgrad's order of summation is always one."""
+def tiles(problem: Problem) -> Iterator[Tile]:
+    """A tile that suits the convolution; fprop's and dgrad's order of summation is always one.
+
+    Each group has one channel, of several: a single channel makes a matrix product.
+    """
+    if problem.g.groups == problem.g.C > 1:
+        yield _tile(problem)
+
+
+def _tile(problem: Problem) -> Tile:
+    direction, g, dtype, _, device, layout, _ = problem
     channels = g.C if direction == "dgrad" else g.K
     if device.backend == "interpreter":
         # A program costs far more than an element: few, large tiles.
         columns = min(power_of_2(channels), 1024)
         pixels = g.N * (g.H * g.W if direction == "dgrad" else g.P * g.Q)
         return Tile(min(power_of_2(pixels), INTERPRETER_ELEMENTS // columns), columns)
-    tile = _tile(direction, g, dtype.itemsize, channels, channels_last)
+    tile = _gpu_tile(direction, g, dtype.itemsize, channels, layout != "scattered")
     if direction != "wgrad":
         return tile
     (walk,) = _walks("wgrad", g, tile, dtype.itemsize, device.multiprocessors)
@@ -630,7 +601,7 @@ def choose_tile(
     return replace(tile, splits=max(1, min(most, 4 * device.multiprocessors // programs)))
 
 
-def _tile(
+def _gpu_tile(
     direction: Direction, g: Conv2dGeometry, itemsize: int, channels: int, channels_last: bool
 ) -> Tile:
     """Each thread has one patch of 16 bytes of channels, or of one channel where they are apart.
@@ -657,3 +628,11 @@ def _tile(
     else:
         patch = (4 if g.R * g.S > 9 else 8, 1)
     return replace(tile, patch=patch)
+
+
+ENGINE = Engine(
+    "depthwise",
+    tiles=tiles,
+    launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
+    predict=model.predict_direct,
+)

@@ -11,23 +11,25 @@ the box stands right, and left the filters, whose unit axes fold away. With both
 the loop needs a third fewer registers and instructions than with pixels on the left.
 
 Operands need channels side by side, pixels in memory order and rows that start on 16 bytes
-(``planner.layout_of`` says "aligned"). Sizes and strides are in elements.
+(``layout_of`` says "aligned"). Sizes and strides are in elements.
 """
 
+from dataclasses import replace
 from itertools import zip_longest
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device, implicit_gemm
+from .descriptor_tiles import descriptor_tiles, read_parities
 from .descriptors import filters, image_pairs, images
 from .device import Device, loop
+from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
 from .epilogue import relu
-from .geometry import Conv2dGeometry, Direction, Taps
+from .geometry import Conv2dGeometry, Taps
 from .indexing import cdiv, dot, narrow, plain, program, unspecialised, widen
 from .split_sum import gradients
 from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of
@@ -233,40 +235,6 @@ def takes_pairs(g: Conv2dGeometry, depth: int) -> bool:
     return even and g.R * g.S > 1 and (g.C // g.groups) % depth == 0
 
 
-def keeps_places_apart(g: Conv2dGeometry, box: Box) -> bool:
-    """Whether no place of a box outside the result meets a pixel inside x, by any tap.
-
-    There dy counts as zero, but zero times an infinity or NaN of x would spread into dw.
-    """
-    if g.pointwise:
-        return True
-    _, height, width = box
-    rows, columns = zip(*g.dgrad(), strict=True)
-    return all(
-        places % length == 0 or all(places - taps.origin >= taps.count for taps in parities)
-        for places, length, parities in ((g.P, height, rows), (g.Q, width, columns))
-    )
-
-
-def read_parities(g: Conv2dGeometry) -> list[tuple[Taps, Taps]]:
-    """The parities of x that have taps."""
-    return [(row, column) for row, column in g.dgrad() if row.taps and column.taps]
-
-
-def supports(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str) -> bool:
-    """Whether this engine's launchers take the convolution, on aligned operands.
-
-    fprop and dgrad do not cut a group's channels short, and fprop reads at most four parities.
-    """
-    if min(g.x_shape) < 1 or min(g.y_shape) < 1 or g.C // g.groups < 1:
-        return False
-    if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
-        return False
-    if direction == "wgrad":  # a tap whose parity has no pixel would not be written
-        return g.H >= g.stride[0] and g.W >= g.stride[1]
-    return direction == "dgrad" or len(read_parities(g)) <= 4
-
-
 Descriptors = dict[str, TensorDescriptor | None]
 
 
@@ -295,13 +263,11 @@ def _multiply(
     xs: Descriptors,
     walks: list[Walk],
     w: TensorDescriptor,
-    bias: Tensor | None,
-    scale: Tensor | None,
+    epilogue: Epilogue,
     residual: TensorDescriptor | None,
     y: TensorDescriptor,
     g: Conv2dGeometry,
     tile: Tile,
-    relu: bool,
     precision: str,
     transposed: bool = False,
 ) -> None:
@@ -324,14 +290,14 @@ def _multiply(
         device=w.base.device,
         **xs,
         w_desc=w,
-        bias_ptr=bias,
-        scale_ptr=scale,
+        bias_ptr=epilogue.bias,
+        scale_ptr=epilogue.scale,
         residual_desc=residual,
         y_desc=y,
         tiles=tiles,
         sizes=unspecialised((boxes_p, boxes_q, column_tiles, groups, channels, depth)),
         walks=tuple([unspecialised(walk) for walk in walks]),
-        RELU=relu,
+        RELU=epilogue.relu,
         PRECISION=precision,
         TRANSPOSED=transposed,
         TILE=BoxBlock.of(tile),
@@ -340,47 +306,28 @@ def _multiply(
     )
 
 
-def fprop(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    relu: bool,
-    precision: str,
-    scale: Tensor | None = None,
-) -> None:
+def fprop(call: Fprop, tile: Tile) -> None:
     """y[N,K,P,Q] = relu?(scale[K] * conv(x, w) + bias + residual)."""
+    g, residual = call.g, call.epilogue.residual
     box, flat = box_of(tile), g.pointwise
     half = (*half_box(box), tile.columns)
-    xs, walks = reads(g, x, box, tile.depth, flat=flat)
+    xs, walks = reads(g, call.x, box, tile.depth, flat=flat)
     added = None if residual is None else images(residual, half, flat=flat)
-    stored = images(y, half, flat=flat)
-    w_desc = filters(w, (tile.columns, tile.depth))
-    _multiply(xs, walks, w_desc, bias, scale, added, stored, g, tile, relu, precision)
+    stored = images(call.y, half, flat=flat)
+    w_desc = filters(call.w, (tile.columns, tile.depth))
+    _multiply(xs, walks, w_desc, call.epilogue, added, stored, g, tile, call.precision)
 
 
-def dgrad(
-    dy: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    dx: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-) -> None:
+def dgrad(call: Dgrad, tile: Tile) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride."""
+    g, epilogue = call.g, Epilogue(call.bias)
     box, flat, blocks = box_of(tile), g.pointwise, cdiv(g.K // g.groups, tile.depth)
     half = (*half_box(box), tile.columns)
-    dys = x_descs(images(dy, (*box, tile.depth), flat=flat))
-    w_desc = filters(w, (tile.depth, tile.columns))
+    dys = x_descs(images(call.dy, (*box, tile.depth), flat=flat))
+    w_desc = filters(call.w, (tile.depth, tile.columns))
     for parity in g.dgrad():
-        stored, walks = images(dx, half, parity, flat=flat), [_walk(*parity, blocks, -1)]
-        _multiply(dys, walks, w_desc, bias, None, None, stored, g, tile, False, precision, True)
+        stored, walks = images(call.dx, half, parity, flat=flat), [_walk(*parity, blocks, -1)]
+        _multiply(dys, walks, w_desc, epilogue, None, stored, g, tile, call.precision, True)
 
 
 @triton.jit
@@ -467,24 +414,16 @@ def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
     return Tile(64, 64, 64, splits=splits)
 
 
-def wgrad(
-    x: Tensor,
-    dy: Tensor,
-    dw: Tensor | None,
-    db: Tensor | None,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-) -> None:
+def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
     One launch for each parity of the stride. The boxes are summed in ``tile.splits`` parts, which
     a second pass adds in a fixed order.
     """
-    if db is not None:
+    x, dy, dw, g = call.x, call.dy, call.dw, call.g
+    if call.db is not None:
         sums = _channel_sum_tile(g, device.describe(dy.device))
-        implicit_gemm.wgrad(x, dy, None, db, g, sums, precision=precision)
+        implicit_gemm.wgrad(replace(call, dw=None), sums)
     if dw is None:
         return
     n, p, q = box_of(tile)
@@ -513,9 +452,18 @@ def wgrad(
                 dw_strides=parts["dw_strides"],
                 sizes=unspecialised(sizes),
                 walk=unspecialised(_walk(row, column, 1, 1)),
-                PRECISION=precision,
+                PRECISION=call.precision,
                 WIDE=device.wide(0, parts["dw_ptr"]),
                 TILE=BoxBlock.of(tile),
                 num_warps=tile.warps,
                 num_stages=tile.stages,
             )
+
+
+ENGINE = Engine(
+    "descriptor_gemm",
+    tiles=descriptor_tiles,
+    launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
+    fuses={"fprop": frozenset({"scale"})},
+    is_final=lambda problem: not problem.any_size,  # wgrad's boxes do not fit some maps
+)

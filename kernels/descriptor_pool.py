@@ -15,19 +15,18 @@ Operands are those of ``descriptor_gemm``. Sizes and strides are in elements.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from . import descriptor_gemm, device, model
+from . import descriptor_tiles, device, model
 from .descriptor_gemm import add_products, reads
 from .descriptors import filters, rows_first
 from .device import INTERPRET, Device, loop
+from .engine import PooledConv, PoolingEngine
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from .indexing import (
@@ -42,6 +41,7 @@ from .indexing import (
     widen,
     within,
 )
+from .problem import Problem
 from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of, is_valid
 
 _INTERPRET = tl.constexpr(INTERPRET)
@@ -389,22 +389,16 @@ def _window(pool: Pool2dGeometry) -> _Window:
     return _Window(pool.kernel, pool.stride, pool.padding)
 
 
-def supports(
-    g: Conv2dGeometry,
-    pool: Pool2dGeometry,
-    dtype: torch.dtype,
-    device: Device,
-    layout: str,
-    precision: str = "ieee",
-) -> bool:
+def supports(problem: Problem, pool: Pool2dGeometry) -> bool:
     """Whether this kernel takes a convolution and the pooling of its result, and is worth it.
 
     Windows are of two or three pixels along each axis, every one or two, padded by one at most.
-    ``layout`` is the planner's. Float32 goes through tensor cores alone.
+    Float32 goes through tensor cores alone.
     """
+    _, g, dtype, precision, device, layout, _ = problem
     if layout != "aligned" or not (device.descriptors or device.backend == "interpreter"):
         return False
-    if dtype.itemsize not in _SHAPES or not descriptor_gemm.supports("fprop", g, dtype, precision):
+    if dtype.itemsize not in _SHAPES or not descriptor_tiles.supports("fprop", g, dtype, precision):
         return False
     sizes = {*pool.kernel}, {*pool.stride}, {*pool.padding}, {*pool.dilation}
     allowed = {2, 3}, {1, 2}, {0, 1}, {1}
@@ -416,24 +410,25 @@ def supports(
     return min(K, C) >= 16 if g.groups == 1 else K % 64 == C % 16 == 0
 
 
-def tiles(
-    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, precision: str, device: Device
-) -> list[Tile]:
-    """All tiles of the family that suit a layer, best first."""
+def tiles(problem: Problem, pool: Pool2dGeometry) -> list[Tile]:
+    """All tiles of the family that suit a layer, best first; none if the kernel does not take it.
+
+    In the interpreter, where its loads are slow, it takes none.
+    """
+    if problem.device.descriptors and supports(problem, pool):
+        return family(problem, pool)
+    return []
+
+
+def family(problem: Problem, pool: Pool2dGeometry) -> list[Tile]:
+    """The tiles of a layer that the kernel takes, in the interpreter, too; best first."""
+    _, g, dtype, precision, device, *_ = problem
     found = [
         tile
         for tile in _family(g, pool, dtype, device)
         if is_valid(tile, dtype.itemsize, device) and min(_window(pool).inside(box_of(tile))) > 0
     ]
     return sorted(found, key=lambda tile: _cycles(g, pool, tile, dtype, precision, device))
-
-
-@lru_cache(maxsize=4096)
-def choose_tile(
-    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, precision: str, device: Device
-) -> Tile:
-    """The best of ``tiles``."""
-    return tiles(g, pool, dtype, precision, device)[0]
 
 
 def _family(
@@ -505,23 +500,11 @@ def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, in
     return n, p, q, g.groups * cdiv(g.K // g.groups, tile.columns)
 
 
-def conv2d_relu_max_pool2d(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    offsets: Tensor | None,
-    g: Conv2dGeometry,
-    pool: Pool2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-) -> None:
-    """y[N,K,P,Q] = the maximum of each window of relu(conv(x, w) + bias).
-
-    uint8 offsets[N,K,P,Q], of y's strides, tell the tap that won, r * S + s of the window, or 255
-    where the maximum is zero: no gradient flows there. A NaN wins.
+def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
+    """y[N,K,P,Q] = the maximum of each window of relu(conv(x, w) + bias), and offsets, of y's
+    strides. A NaN wins.
     """
+    x, y, offsets, g, pool = call.x, call.y, call.offsets, call.g, call.pool
     assert offsets is None or offsets.stride() == y.stride(), (offsets.stride(), y.stride())
     here, itemsize = device.describe(x.device), x.element_size()
     C, K = g.C // g.groups, g.K // g.groups
@@ -537,17 +520,20 @@ def conv2d_relu_max_pool2d(
         (min(prod(counts), room),),
         device=x.device,
         **{name: x and rows_first(x) for name, x in xs.items()},
-        w_desc=filters(w, (tile.columns, tile.depth)),
-        **pointers(bias=bias, y=y, offsets=offsets),
+        w_desc=filters(call.w, (tile.columns, tile.depth)),
+        **pointers(bias=call.bias, y=y, offsets=offsets),
         strides=unspecialised_strides(y),
         K=K,
         tiles=prod(counts),
         sizes=unspecialised(sizes),
         walks=tuple([unspecialised(walk) for walk in walks]),
         WINDOW=_window(pool),
-        PRECISION=precision,
+        PRECISION=call.precision,
         WIDE=device.wide(0, y),
         TILE=BoxBlock.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
+
+
+ENGINE = PoolingEngine("descriptor_pool", tiles=tiles, launch=conv2d_relu_max_pool2d)

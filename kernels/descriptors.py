@@ -17,7 +17,7 @@ def _descriptor(
     block: Sequence[int],
     offset: int = 0,  # of its first element, from t's
 ) -> TensorDescriptor:
-    """``planner.layout_of`` has found t aligned. The stride of an axis of one element, which is
+    """``layout_of`` has found t aligned. The stride of an axis of one element, which is
     never taken, is made one that is allowed.
     """
     unit = 16 // t.element_size()

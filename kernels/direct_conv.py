@@ -6,19 +6,20 @@ cut into (c, s) once, outside the loop over the rows. dgrad runs on parts of dx 
 parity of the stride, as in engine 1. Sizes and strides are in elements.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, pair_conv
-from .device import Device, loop
+from . import device, model
+from .device import loop
+from .engine import Dgrad, Engine, Fprop, Wgrad
 from .epilogue import results, store_result
 from .expansion import load_expanded, pooled
-from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
+from .geometry import Conv2dGeometry, Direction
 from .indexing import (
     cdiv,
     dgrad_walk,
@@ -38,16 +39,10 @@ from .indexing import (
     widen,
     within,
 )
-from .pair_conv import Normalisation, load_normalisation, load_normalised
+from .pair_conv import FEW, load_normalisation, load_normalised
+from .problem import Problem
 from .split_sum import gradients
 from .tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
-
-_FEW = 4
-
-
-def supports(g: Conv2dGeometry) -> bool:
-    """Whether this engine's launchers take the convolution, in all three directions."""
-    return g.C // g.groups <= _FEW
 
 
 @triton.jit
@@ -401,27 +396,9 @@ def _segments(x: Tensor, g: Conv2dGeometry, tile: Tile, block: int) -> _Segments
     return _Segments(tile.rows, tile.columns, tile.depth, _segment(g, block), fastest)
 
 
-def fprop(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    relu: bool,
-    precision: str,
-    normalise: Normalisation | None = None,
-) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual).
-
-    ``normalise``: x has bytes, which are normalised as they are loaded.
-    """
-    if tile.packed:
-        options = {"relu": relu, "precision": precision, "normalise": normalise}
-        pair_conv.fprop(x, w, bias, residual, y, g, tile, **options)
-        return
+def fprop(call: Fprop, tile: Tile) -> None:
+    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual); x may have bytes."""
+    x, w, y, g = call.x, call.w, call.y, call.g
     K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
     device.launch(
         few_channel_fprop_kernel,
@@ -430,33 +407,25 @@ def fprop(
         **operands(x=x),
         w_ptr=w,
         w_strides=w.stride(),
-        **results(bias, residual, y, relu),
+        **results(call.epilogue, y),
         sizes=unspecialised((g.N, g.H, g.W, P, Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
-        normalise=normalise,
-        PRECISION=precision,
-        WIDE=device.wide(g.N * P * Q, x, w, residual, y),
+        normalise=call.normalization,
+        PRECISION=call.precision,
+        WIDE=device.wide(g.N * P * Q, x, w, call.epilogue.residual, y),
         TILE=_segments(x, g, tile, tile.depth),
         num_warps=tile.warps,
-        num_stages=overlapped(tile, computed=normalise is not None),
+        num_stages=overlapped(tile, computed=call.normalization is not None),
     )
 
 
-def dgrad(
-    dy: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    dx: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-) -> None:
+def dgrad(call: Dgrad, tile: Tile) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride.
 
-    ``precision`` takes no part: the products are formed outside the tensor cores, in float32.
+    The precision takes no part: the products are formed outside the tensor cores, in float32.
     """
+    dy, w, dx, g = call.dy, call.w, call.dx, call.g
     K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
     k, c, r, s = w.stride()
     for row, column in g.dgrad():
@@ -467,7 +436,7 @@ def dgrad(
             (cdiv(g.N * row.count * column.count, tile.rows) * g.groups,),
             device=dy.device,
             **operands(dy=dy, dx=dx),
-            **pointers(w=w, bias=bias),
+            **pointers(w=w, bias=call.bias),
             w_strides=(k, c, r * row.tap_step, s * column.tap_step, first),
             sizes=unspecialised((g.N, P, Q, row.count, column.count)),
             reduction=(g.groups, K, C, row.taps, column.taps),
@@ -480,32 +449,18 @@ def dgrad(
         )
 
 
-def wgrad(
-    x: Tensor,
-    dy: Tensor,
-    dw: Tensor | None,
-    db: Tensor | None,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-    pool: Pool2dGeometry | None = None,
-    offsets: Tensor | None = None,
-    normalise: Normalisation | None = None,
-) -> None:
+def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. With
-    ``pool`` and its ``offsets``, dy is the gradient of the pooled result: see ``expansion``.
-    ``normalise``: as in ``fprop``.
+    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. x may
+    have bytes, dy be the gradient of a pooled result: see ``expansion``.
     """
-    if tile.packed:
-        options = {"precision": precision, "pool": pool, "offsets": offsets, "normalise": normalise}
-        pair_conv.wgrad(x, dy, dw, db, g, tile, **options)
-        return
-    expansion, window = pooled(pool, offsets)
-    column_tiles = (0 if dw is None else _tap_tiles(g, tile)) + (0 if db is None else 1)
-    with gradients(dw, db, tile.splits) as parts:
+    x, dy, g = call.x, call.dy, call.g
+    computed = call.pooled is not None or call.normalization is not None
+    expansion, window = pooled(call.pooled)
+    offsets = call.pooled and call.pooled.offsets
+    column_tiles = (0 if call.dw is None else _tap_tiles(g, tile)) + (call.db is not None)
+    with gradients(call.dw, call.db, tile.splits) as parts:
         device.launch(
             few_channel_wgrad_kernel,
             (column_tiles * _filter_tiles(g, tile) * tile.splits,),
@@ -518,12 +473,12 @@ def wgrad(
             splits=tile.splits,
             pooled=expansion,
             POOL=window,
-            normalise=normalise,
-            PRECISION=precision,
+            normalise=call.normalization,
+            PRECISION=call.precision,
             WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
             TILE=_segments(x, g, tile, tile.columns),
             num_warps=tile.warps,
-            num_stages=overlapped(tile, computed=normalise is not None or pool is not None),
+            num_stages=overlapped(tile, computed),
         )
 
 
@@ -544,17 +499,14 @@ def _power(size: int, least: int, most: int) -> int:
     return max(least, min(most, power_of_2(size)))
 
 
-def choose_tile(
-    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, device: Device
-) -> Tile:
-    """A tile that suits the convolution; fprop's and dgrad's order of summation ignores N.
+def tiles(problem: Problem) -> Iterator[Tile]:
+    """A tile that suits the convolution; fprop's and dgrad's order of summation ignores N."""
+    if problem.g.C // problem.g.groups <= FEW:
+        yield _tile(problem)
 
-    fprop's and wgrad's are packed where neighbouring outputs are multiplied in pairs.
-    """
-    if direction != "dgrad" and pair_conv.supports(g, dtype):
-        if direction == "fprop":
-            return pair_conv.choose_tile(g, device)
-        return pair_conv.choose_wgrad_tile(g, device)
+
+def _tile(problem: Problem) -> Tile:
+    direction, g, dtype, _, device, *_ = problem
     if device.backend == "interpreter":
         return _interpreter_tile(direction, g)
     tile = _gpu_tile(direction, g, dtype.itemsize)
@@ -571,7 +523,7 @@ def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:
     K, C = g.K // g.groups, g.C // g.groups
     half = itemsize == 2
     if direction == "dgrad":
-        columns, depth = _power(C, 1, _FEW), _power(K, 1, 16)
+        columns, depth = _power(C, 1, FEW), _power(K, 1, 16)
         return Tile(_power((4096 if half else 2048) // (columns * depth), 1, 256), columns, depth)
     if direction == "wgrad":
         rows = _power(K, 16, 64 if half else 32)
@@ -595,7 +547,7 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
     if direction == "dgrad":
         pixels = g.N * cdiv(g.H, g.stride[0]) * cdiv(g.W, g.stride[1])
     if direction == "dgrad":
-        columns = _power(C, 1, _FEW)
+        columns = _power(C, 1, FEW)
         reduction = K * cdiv(g.R, g.stride[0]) * cdiv(g.S, g.stride[1])
         packed = reduction <= 256
         depth = _power(reduction if packed else K, 1, 256)
@@ -607,3 +559,12 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
     # A turn takes whole rows of the filter as long as it pays to pad their number.
     depth = max(16, min(taps, max(row, 256), 1024))
     return Tile(_power(pixels, 16, limit // max(columns, depth)), columns, depth)
+
+
+ENGINE = Engine(
+    "direct_conv",
+    tiles=tiles,
+    launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
+    fuses={"fprop": frozenset({"bytes"}), "wgrad": frozenset({"bytes", "pool_gradient"})},
+    predict=model.predict_direct,
+)

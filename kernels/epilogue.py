@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import device
 from .device import loop
+from .engine import Epilogue
 from .indexing import (
     narrow,
     operands,
@@ -84,10 +85,9 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
     tl.store(y_ptr + (offsets[:, None] + (k * y_strides.c)[None, :]), y, mask=mask)
 
 
-def results(
-    bias: Tensor | None, residual: Tensor | None, y: Tensor, relu: bool = False
-) -> dict[str, Any]:
+def results(epilogue: Epilogue, y: Tensor) -> dict[str, Any]:
     """A kernel's arguments, by name, for what ``store_result`` takes."""
+    bias, residual, relu, _ = epilogue
     strides = tuple([unspecialised_strides(t) for t in (y if residual is None else residual, y)])
     tensors = pointers(bias=bias, residual=residual, y=y)
     return {**tensors, "y_strides": strides, "RELU": relu}

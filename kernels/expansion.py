@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import device
 from .device import loop
+from .engine import PoolGradient
 from .geometry import Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
@@ -51,12 +52,11 @@ class Window(NamedTuple):
         return cls(pool.kernel, pool.stride, pool.padding, pool.dilation, pool.covering, few)
 
 
-def pooled(
-    pool: Pool2dGeometry | None, offsets: Tensor | None
-) -> tuple[tuple | None, Window | None]:
+def pooled(gradient: PoolGradient | None) -> tuple[tuple | None, Window | None]:
     """What kernels take of a pooling: offsets, their strides, pooled P and Q; and its Window."""
-    if pool is None or offsets is None:
+    if gradient is None:
         return None, None
+    pool, offsets = gradient
     sizes = unspecialised(offsets.shape[2:])
     return (offsets, unspecialised_strides(offsets), sizes), Window.of(pool)
 
@@ -194,7 +194,7 @@ def expand(
     N, K, P, Q = dz.shape
     blocks_p, blocks_q = map(_blocks, (P, Q), pool.padding, pool.stride)
     walk = walk_of(dz, pool, db is not None)
-    expansion, window = pooled(pool, offsets)
+    expansion, window = pooled(PoolGradient(pool, offsets))
     parts = parts_like(db, walk.parts)
     device.launch(
         expand_kernel,

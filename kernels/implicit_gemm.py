@@ -15,9 +15,10 @@ from torch import Tensor
 
 from . import device
 from .device import loop
+from .engine import Dgrad, Engine, Epilogue, Fprop, PoolGradient, Wgrad
 from .epilogue import results, store_result
 from .expansion import load_expanded, pooled
-from .geometry import Conv2dGeometry, Pool2dGeometry
+from .geometry import Conv2dGeometry
 from .indexing import (
     Placement,
     cdiv,
@@ -36,6 +37,7 @@ from .indexing import (
     widen,
     within,
 )
+from .pointer_tiles import pointer_tiles
 from .split_sum import gradients
 from .tile import Block, Tile, overlapped
 
@@ -134,19 +136,16 @@ class _Product(NamedTuple):
 def _multiply(
     x: Tensor,
     w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    epilogue: Epilogue,
     y: Tensor,
     products: Iterable[tuple[int, _Product]],  # with how many pixels each computes
     tile: Tile,
-    relu: bool,
     precision: str,
-    pool: Pool2dGeometry | None = None,
-    offsets: Tensor | None = None,
+    gradient: PoolGradient | None = None,
 ) -> None:
     N, _, P, Q = y.shape
-    wide = device.wide(N * P * Q, x, w, residual, y, offsets)
-    expansion, window = pooled(pool, offsets)
+    expansion, window = pooled(gradient)
+    wide = device.wide(N * P * Q, x, w, epilogue.residual, y, gradient and gradient.offsets)
     for pixels, product in products:
         groups, K, *_ = product.reduction
         device.launch(
@@ -155,7 +154,7 @@ def _multiply(
             device=x.device,
             **operands(x=x),
             w_ptr=w,
-            **results(bias, residual, y, relu),
+            **results(epilogue, y),
             **product._asdict(),
             pooled=expansion,
             POOL=window,
@@ -163,25 +162,15 @@ def _multiply(
             WIDE=wide,
             TILE=Block.of(tile),
             num_warps=tile.warps,
-            num_stages=overlapped(tile, computed=pool is not None),
+            num_stages=overlapped(tile, computed=gradient is not None),
         )
 
 
-def fprop(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    relu: bool,
-    precision: str,
-) -> None:
+def fprop(call: Fprop, tile: Tile) -> None:
     """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
+    g = call.g
     K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
-    k, c, r, s = w.stride()
+    k, c, r, s = call.w.stride()
     product = _Product(
         w_strides=(K * k, k, c, r, s, 0),
         sizes=unspecialised((g.N, g.H, g.W, P, Q)),
@@ -189,29 +178,20 @@ def fprop(
         walk=tuple(g.walk),
         placement=tuple(Placement()),
     )
-    _multiply(x, w, bias, residual, y, [(g.N * P * Q, product)], tile, relu, precision)
+    products = [(g.N * P * Q, product)]
+    _multiply(call.x, call.w, call.epilogue, call.y, products, tile, call.precision)
 
 
-def dgrad(
-    dy: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    dx: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-    pool: Pool2dGeometry | None = None,
-    offsets: Tensor | None = None,
-) -> None:
+def dgrad(call: Dgrad, tile: Tile) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C] (for a transposed convolution).
 
     Each parity of the stride is a stride-1 convolution of dy with its own taps of w, exchanged
-    K and C, that writes its own pixels of dx. With ``pool`` and its ``offsets``, dy is the gradient
-    of the pooled result: see ``expansion``.
+    K and C, that writes its own pixels of dx. dy may be the gradient of the pooled result: see
+    ``expansion``.
     """
-    products = _dgrad_products(g, w.stride())
-    _multiply(dy, w, bias, None, dx, products, tile, False, precision, pool, offsets)
+    products = _dgrad_products(call.g, call.w.stride())
+    added = Epilogue(call.bias)
+    _multiply(call.dy, call.w, added, call.dx, products, tile, call.precision, call.pooled)
 
 
 def _dgrad_products(
@@ -339,31 +319,22 @@ def wgrad_kernel(
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
 
-def wgrad(
-    x: Tensor,
-    dy: Tensor,
-    dw: Tensor | None,
-    db: Tensor | None,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-    pool: Pool2dGeometry | None = None,
-    offsets: Tensor | None = None,
-) -> None:
+def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. With
-    ``pool`` and its ``offsets``, dy is the gradient of the pooled result: see ``expansion``.
+    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. dy
+    may be the gradient of the pooled result: see ``expansion``.
     """
+    g, x, dy = call.g, call.x, call.dy
     K, C, R, S = g.K // g.groups, g.C // g.groups, g.R, g.S
     P, Q = g.P, g.Q
-    tiles = 0 if db is None else 1
-    if dw is not None:
+    tiles = 0 if call.db is None else 1
+    if call.dw is not None:
         depth = C * R * S
         tiles += cdiv(depth, tile.columns) if tile.packed else R * S * cdiv(C, tile.columns)
-    expansion, window = pooled(pool, offsets)
-    with gradients(dw, db, tile.splits) as parts:
+    expansion, window = pooled(call.pooled)
+    offsets = call.pooled and call.pooled.offsets
+    with gradients(call.dw, call.db, tile.splits) as parts:
         device.launch(
             wgrad_kernel,
             (tiles * cdiv(K, tile.rows) * g.groups * tile.splits,),
@@ -376,10 +347,18 @@ def wgrad(
             splits=tile.splits,
             pooled=expansion,
             POOL=window,
-            PRECISION=precision,
+            PRECISION=call.precision,
             WIDE=device.wide(g.N * P * Q, x, dy, parts["dw_ptr"], offsets),
             TILE=Block.of(tile),
             num_warps=tile.warps,
-            num_stages=overlapped(tile, computed=pool is not None),
-            **(device.all_registers(x.device) if pool else {}),
+            num_stages=overlapped(tile, computed=call.pooled is not None),
+            **(device.all_registers(x.device) if call.pooled else {}),
         )
+
+
+ENGINE = Engine(
+    "implicit_gemm",
+    tiles=pointer_tiles,
+    launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
+    fuses={"dgrad": frozenset({"pool_gradient"}), "wgrad": frozenset({"pool_gradient"})},
+)

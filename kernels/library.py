@@ -19,9 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import (
     aten,
     autotune,
-    descriptor_gemm,
     device,
-    direct_conv,
     epilogue,
     expansion,
     max_pool,
@@ -31,6 +29,17 @@ from . import (
 )
 from ._private import constant_while_traced, is_transformed, is_watched
 from .device import describe
+from .engine import (
+    Call,
+    Dgrad,
+    Epilogue,
+    Fprop,
+    Normalization,
+    Plan,
+    PooledConv,
+    PoolGradient,
+    Wgrad,
+)
 from .geometry import (
     Conv2dGeometry,
     Direction,
@@ -40,6 +49,7 @@ from .geometry import (
     is_channels_last,
     output_strides,
 )
+from .problem import Problem, layout_of
 
 _library = torch.library.Library("triton_cnn", "DEF")
 
@@ -287,43 +297,39 @@ def resolve_precision(precision: str | None, x: Tensor) -> str:
 
 
 def _run(
-    direction: Direction,
-    g: Conv2dGeometry,
-    operands: tuple[Tensor | None, ...],
-    results: tuple[Tensor | None, ...],
+    call: Call,
     images: tuple[Tensor | None, ...],
     filters: tuple[Tensor, ...],
     reference: Callable[..., tuple[Tensor, ...]],  # ATen's results from the operands
-    **options: Any,
 ) -> None:
     """Launch the planned plan, the one that measuring chooses, or to warm up the whole family.
 
     Of fprop and dgrad the result is the first of ``images``.
     """
-    like = next(t for t in results if t is not None)
-    layout, here = planner.layout_of(images, filters), describe(like.device)
-    problem = direction, g, like.dtype, options["precision"], here, layout
+    like = next(t for t in call.results if t is not None)
+    here, layout = describe(like.device), layout_of(images, filters)
+    problem = Problem(call.direction, call.g, like.dtype, call.precision, here, layout)
     if device.is_warming_up():
-        plans = planner.family(*problem)
+        plans = planner.family(problem)
     elif autotune.is_enabled():
-        plans = [_fastest(problem, operands, results, reference, options)]
+        plans = [_fastest(problem, call, reference)]
     else:
-        plans = [planner.plan(*problem)]
-    for engine, tile, *_ in plans:
-        getattr(engine, direction)(*operands, *results, g, tile, **options)
+        plans = [planner.plan(problem)]
+    for plan in plans:
+        plan.engine.launch(call, plan.tile)
 
 
-def _fastest(problem: Any, operands, results, reference, options: dict[str, Any]) -> planner.Plan:
-    direction, g = problem[:2]
-
-    def run(plan: planner.Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
-        fresh = [None if t is None else t.new_empty_strided(t.shape, t.stride()) for t in results]
-        getattr(plan.engine, direction)(*operands, *fresh, g, plan.tile, **options)
+def _fastest(problem: Problem, call: Call, reference: Callable[..., Any]) -> Plan:
+    def run(plan: Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        fresh = [
+            None if t is None else t.new_empty_strided(t.shape, t.stride()) for t in call.results
+        ]
+        plan.engine.launch(call.on(operands, fresh), plan.tile)
         return tuple(t for t in fresh if t is not None)
 
-    fused = options.get("relu", len(results) > 1 and results[1] is not None)
-    variant = "".join("01"[t is not None] for t in operands) + "-fused" * fused
-    return autotune.choose(*problem, operands, run, reference, variant)
+    fused = call.epilogue.relu if isinstance(call, Fprop) else len(call.results) > 1
+    variant = "".join("01"[t is not None] for t in call.operands) + "-fused" * fused
+    return autotune.choose(problem, call.operands, run, reference, variant)
 
 
 # Convolution: three walks over one geometry.
@@ -343,9 +349,9 @@ def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, 
         return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
 
     w = _packed(w, (y, x, residual), describe(x.device))
-    operands = x, w, None if bias is None else replay.contiguous(bias), residual
-    kind = {"relu": relu, "precision": resolve_precision(precision, x)}
-    _run("fprop", g, operands, (y,), (y, x, residual), (w,), reference, **kind)
+    after = Epilogue(None if bias is None else replay.contiguous(bias), residual, relu)
+    call = Fprop(x, w, y, g, resolve_precision(precision, x), after)
+    _run(call, (y, x, residual), (w,), reference)
     return y
 
 
@@ -359,9 +365,9 @@ def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, 
     y = _conv2d_fp8_empty(x, w, scale, bias, residual, stride, padding, dilation, groups, relu)
     if 0 in y.shape:
         return y
-    layout = planner.layout_of((x, y, residual), (w,))
-    plans = planner.candidates("fprop", g, x.dtype, "ieee", describe(x.device), layout)
-    if not plans or plans[0].engine is not descriptor_gemm:
+    here, layout = describe(x.device), layout_of((x, y, residual), (w,))
+    plan = planner.plan_fused("scale", Problem("fprop", g, x.dtype, "ieee", here, layout))
+    if plan is None:
         raise NotImplementedError(
             "float8 needs a GPU with tensor descriptors, groups that fill blocks of channels, and "
             "channels_last operands whose rows are multiples of 16 bytes, got input of "
@@ -369,8 +375,8 @@ def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, 
         )
     scale = replay.derive(scale, lambda scale: scale.expand(g.K).contiguous())
     bias = None if bias is None else replay.contiguous(bias)
-    options = {"relu": relu, "precision": "ieee", "scale": scale}
-    descriptor_gemm.fprop(x, w, bias, residual, y, g, plans[0].tile, **options)
+    call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu, scale))
+    plan.engine.launch(call, plan.tile)
     return y
 
 
@@ -385,12 +391,20 @@ def _conv2d_bytes(x, w, bias, scale, shift, stride, padding, dilation, groups, p
     arguments = stride, padding, dilation, groups
     y = _conv2d_bytes_empty(x, w, bias, scale, shift, *arguments, precision, relu)
     g = Conv2dGeometry.of(x.shape, w.shape, *arguments)
-    tile = direct_conv.choose_tile("fprop", g, w.dtype, describe(x.device))
     bias = None if bias is None else replay.contiguous(bias)
-    normalise = replay.contiguous(scale), replay.contiguous(shift)
-    options = {"precision": resolve_precision(precision, w), "normalise": normalise}
-    direct_conv.fprop(x, w, bias, None, y, g, tile, relu=relu, **options)
+    kind = resolve_precision(precision, w)
+    values = Normalization(replay.contiguous(scale), replay.contiguous(shift))
+    _launch_on_bytes(Fprop(x, w, y, g, kind, Epilogue(bias, relu=relu), values), w)
     return y
+
+
+def _launch_on_bytes(call: Fprop | Wgrad, like: Tensor) -> None:
+    """Launch a call whose x has bytes that count as values of like's dtype."""
+    here = describe(like.device)
+    problem = Problem(call.direction, call.g, like.dtype, call.precision, here)
+    plan = planner.plan_fused("bytes", problem)
+    assert plan is not None, call.g  # cnn.functional takes few channels only
+    plan.engine.launch(call, plan.tile)
 
 
 def _conv2d_bytes_wgrad_empty(
@@ -405,10 +419,9 @@ def _conv2d_bytes_wgrad(
     arguments = stride, padding, dilation, groups
     dw, db = _wgrad_empty(dy, dy, size, strides, *arguments, precision, bias)
     g = Conv2dGeometry.of(x.shape, size, *arguments)
-    tile = direct_conv.choose_tile("wgrad", g, dy.dtype, describe(x.device))
-    normalise = replay.contiguous(scale), replay.contiguous(shift)
-    options = {"precision": resolve_precision(precision, dy), "normalise": normalise}
-    direct_conv.wgrad(x, dy, dw, db if bias else None, g, tile, **options)
+    kind = resolve_precision(precision, dy)
+    values = Normalization(replay.contiguous(scale), replay.contiguous(shift))
+    _launch_on_bytes(Wgrad(x, dy, dw, db if bias else None, g, kind, values), dy)
     return dw, db
 
 
@@ -425,9 +438,9 @@ def _conv2d_dgrad(dy, w, bias, size, stride, padding, dilation, groups, precisio
         return (aten.conv2d_dgrad(dy, w, bias, size, *arguments, None, channels_last),)
 
     w = _packed(w, (dx, dy), describe(dy.device))
-    operands = dy, w, None if bias is None else replay.contiguous(bias)
-    kind = {"precision": resolve_precision(precision, dy)}
-    _run("dgrad", g, operands, (dx,), (dx, dy), (w,), reference, **kind)
+    bias = None if bias is None else replay.contiguous(bias)
+    call = Dgrad(dy, w, dx, g, resolve_precision(precision, dy), bias)
+    _run(call, (dx, dy), (w,), reference)
     return dx
 
 
@@ -446,9 +459,8 @@ def _conv2d_wgrad(x, dy, size, strides, stride, padding, dilation, groups, preci
         results = aten.conv2d_wgrad(x, dy, size, strides, *arguments, None, bias)
         return results if bias else results[:1]
 
-    results = dw, db if bias else None
-    kind = {"precision": resolve_precision(precision, x)}
-    _run("wgrad", g, (x, dy), results, (x, dy), (), reference, **kind)
+    call = Wgrad(x, dy, dw, db if bias else None, g, resolve_precision(precision, x))
+    _run(call, (x, dy), (), reference)
     return dw, db
 
 
@@ -460,9 +472,9 @@ def _channel_sum(dy: Tensor) -> Tensor:
     db = _channel_sum_empty(dy)
     K = dy.shape[1]
     g = Conv2dGeometry(*dy.shape, K, 1, 1)
-    layout = planner.layout_of((dy,), ())
-    engine, tile, *_ = planner.plan("wgrad", g, dy.dtype, "ieee", describe(dy.device), layout)
-    engine.wgrad(dy, dy, None, db, g, tile, precision="ieee")
+    here, layout = describe(dy.device), layout_of((dy,), ())
+    plan = planner.plan(Problem("wgrad", g, dy.dtype, "ieee", here, layout))
+    plan.engine.launch(Wgrad(dy, dy, None, db, g), plan.tile)
     return db
 
 
@@ -652,13 +664,12 @@ def _conv_pool(
         return y, kept
     w = _packed(w, (x,), here)
     bias = None if bias is None else replay.contiguous(bias)
-    problem = g, pool, x.dtype, precision, here, planner.layout_of((x, y), (w,))
+    call = PooledConv(x, w, bias, y, kept if offsets else None, g, pool, precision)
+    problem = Problem("fprop", g, x.dtype, precision, here, layout_of((x, y), (w,)))
     warm = device.is_warming_up()
-    plans = planner.pooled_family(*problem) if warm else [planner.plan_pooled(*problem)]
+    plans = planner.pooled_family(problem, pool) if warm else [planner.plan_pooled(problem, pool)]
     for engine, tile in plans:
-        engine.conv2d_relu_max_pool2d(
-            x, w, bias, y, kept if offsets else None, g, pool, tile, precision=precision
-        )
+        engine.launch(call, tile)
     return y, kept
 
 
@@ -686,18 +697,17 @@ def _conv_pool_backward(
     here, kind = describe(dy.device), resolve_precision(precision, dy)
     directions: list[Direction] = ["dgrad"] * need_dx + ["wgrad"] * (need_dw or need_db)
     plans = {
-        direction: planner.plan_expanded(direction, g, pool, dy.dtype, kind, here)
+        direction: planner.plan_expanded(Problem(direction, g, dy.dtype, kind, here), pool)
         for direction in directions
     }
     if 0 not in dy.shape and 0 not in x_shape and all(plans.values()):
-        options = {"precision": kind, "pool": pool, "offsets": offsets}
-        if need_dx:
-            engine, tile = plans["dgrad"]
-            engine.dgrad(dy, w, None, dx, g, tile, **options)
-        if need_dw or need_db:
-            engine, tile = plans["wgrad"]
+        won = PoolGradient(pool, offsets)
+        if (plan := plans.get("dgrad")) is not None:
+            plan.engine.launch(Dgrad(dy, w, dx, g, kind, pooled=won), plan.tile)
+        if (plan := plans.get("wgrad")) is not None:
             results = dw if need_dw else None, db if need_db else None
-            engine.wgrad(dy if x is None else x, dy, *results, g, tile, **options)
+            call = Wgrad(dy if x is None else x, dy, *results, g, kind, pooled=won)
+            plan.engine.launch(call, plan.tile)
         return dx, dw, db
     dz = _new(dy, g.y_shape, channels_last)
     expansion.expand(dy, offsets, dz, db if need_db else None, pool)

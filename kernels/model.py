@@ -8,6 +8,8 @@ rates. Times are in ms, sizes in elements.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil, prod
 from typing import Literal, NamedTuple
 
@@ -15,6 +17,7 @@ import torch
 
 from .device import Device
 from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
+from .problem import Problem
 from .tile import Tile, blocks_per_multiprocessor
 
 Limit = Literal["tensor cores", "memory", "L2", "launch"]
@@ -65,10 +68,9 @@ def macs(direction: Direction, g: Conv2dGeometry) -> int:
     return g.N * per_tap * sum(h.count * w.count * h.taps * w.taps for h, w in g.dgrad())
 
 
-def roofline(
-    direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str, device: Device
-) -> float:
+def roofline(problem: Problem) -> float:
     """Milliseconds that no plan goes below: every product at full rate, every byte moved once."""
+    direction, g, dtype, precision, device, *_ = problem
     per_second = rate(dtype, precision, device) * device.multiprocessors * device.peaks.clock * 1e9
     seconds = (
         macs(direction, g) / per_second,
@@ -77,27 +79,25 @@ def roofline(
     return 1e3 * max(seconds)
 
 
-def predict(
-    direction: Direction,
-    g: Conv2dGeometry,
-    dtype: torch.dtype,
-    precision: str,
-    device: Device,
-    tile: Tile,
-    *,
-    direct: bool = False,
-) -> Prediction:
-    """The time of one direction with one tile; ``direct``: it is engine 3's."""
+def predict_direct(problem: Problem, tile: Tile) -> Prediction:
+    """The time of engines that are fast if memory is, whatever their tile: 3 and 4."""
+    direction, g, dtype, precision, device, *_ = problem
+    everywhere = device.multiprocessors * device.peaks.clock * 1e6  # cycles of all in one ms
+    per_cycle = rate(dtype, precision, device)
+    times: Times = {
+        "tensor cores": macs(direction, g) / (_DIRECT * per_cycle) / everywhere,
+        "memory": g.bytes(dtype.itemsize, direction) / (device.peaks.memory * 1e6),
+    }
+    limit = max(times, key=lambda name: times[name])
+    return Prediction(times[limit] + _LAUNCH, limit)
+
+
+def predict(problem: Problem, tile: Tile) -> Prediction:
+    """The time of one direction as a matrix product with one tile."""
+    direction, g, dtype, precision, device, *_ = problem
     itemsize, per_cycle = dtype.itemsize, rate(dtype, precision, device)
     everywhere = device.multiprocessors * device.peaks.clock * 1e6  # cycles of all in one ms
     memory = g.bytes(itemsize, direction) / (device.peaks.memory * 1e6)
-    if direct:
-        times: Times = {
-            "tensor cores": macs(direction, g) / (_DIRECT * per_cycle) / everywhere,
-            "memory": memory,
-        }
-        limit = max(times, key=lambda name: times[name])
-        return Prediction(times[limit] + _LAUNCH, limit)
     works = launches(direction, g, tile)
     programs = max(1, sum(work.programs for work in works))  # none of an empty batch
     turn = turn_cycles(direction, tile, itemsize, per_cycle, device)
@@ -201,13 +201,7 @@ def wgrad_work(g: Conv2dGeometry, tile: Tile) -> Work:
     return Work(g.groups * ceil(K / tile.rows) * columns, turns)
 
 
-def expands_first(
-    direction: Direction,
-    g: Conv2dGeometry,
-    pool: Pool2dGeometry,
-    dtype: torch.dtype,
-    device: Device,
-) -> bool:
+def expands_first(problem: Problem, pool: Pool2dGeometry) -> bool:
     """Whether dgrad or wgrad of a map that was pooled had better read its gradient written out by
     ``expansion.expand`` than expand it in each of its loads. The batch takes no part.
 
@@ -215,6 +209,7 @@ def expands_first(
     schedulers' for each read of it, by dgrad for each tap. Engine 2 reads only what is written.
     Triton 3.6 does not compile a product of float64 whose operand is chosen by offsets of bytes.
     """
+    direction, g, dtype, _, device, *_ = problem
     C = g.C // g.groups
     if dtype.itemsize > 4 or (device.descriptors and C > 4):
         return True
@@ -226,3 +221,14 @@ def expands_first(
     issue = device.multiprocessors * 4 * 32 * device.peaks.clock  # instructions in one ns
     in_loads = reads * prod(pool.covering) * _EXPANDED / issue
     return in_loads > 2 * dtype.itemsize / device.peaks.memory
+
+
+def split(g: Conv2dGeometry, tile: Tile, device: Device) -> Iterator[Tile]:
+    """wgrad's reduction in one part, and in as many as fill the device once, twice and four times,
+    of at least eight turns each.
+    """
+    works = launches("wgrad", g, replace(tile, splits=1))
+    programs, turns = max(works)  # of the parity with most taps
+    room = blocks_per_multiprocessor(tile, 2, device) * device.multiprocessors
+    parts = {1} | {min(turns // 8, fill * room // max(1, programs)) for fill in (1, 2, 4)}
+    yield from (replace(tile, splits=splits) for splits in sorted(parts) if splits > 0)

@@ -7,6 +7,7 @@ one output alone would take. wgrad multiplies it by dy of both outputs, and find
 gradient twice, in parts for the second pass to add. Sizes and strides are in elements.
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,11 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, replay
+from . import device, model, replay
 from .device import Device, loop
+from .engine import Engine, Fprop, Wgrad
 from .epilogue import results, store_result
 from .expansion import load_expanded, pooled
-from .geometry import Conv2dGeometry, Pool2dGeometry, contiguous_strides
+from .geometry import Conv2dGeometry, contiguous_strides
 from .indexing import (
     cdiv,
     divisors,
@@ -37,11 +39,12 @@ from .indexing import (
     unspecialised,
     within,
 )
+from .problem import Problem
 from .split_sum import gradients
 from .tile import INTERPRETER_ELEMENTS, Block, Tile
 
-Normalisation = tuple[Tensor, Tensor]
-"""scale[C] and shift[C], float32, that make of a byte x the value x * scale[c] + shift[c]."""
+FEW = 4
+"""Channels of a group, at most, that count as few."""
 
 DEEPEST = 64
 """Elements of x in a row of the product, at most."""
@@ -116,22 +119,30 @@ class Filters(NamedTuple):
 
 def supports(g: Conv2dGeometry, dtype: torch.dtype) -> bool:
     """Whether ``fprop`` and ``wgrad`` take the convolution, in any layout."""
-    return dtype.itemsize == 2 and g.groups == 1 and g.C > 0 and segment(g) <= DEEPEST
+    few = g.groups == 1 and 0 < g.C <= FEW
+    return few and dtype.itemsize == 2 and segment(g) <= DEEPEST
 
 
-def choose_tile(g: Conv2dGeometry, device: Device) -> Tile:
-    """A tile of pixels by filters, packed; its depth holds whole runs."""
+def tiles(problem: Problem) -> Iterator[Tile]:
+    """A tile that suits the convolution; dgrad has none."""
+    if problem.direction != "dgrad" and supports(problem.g, problem.dtype):
+        chosen = _fprop_tile if problem.direction == "fprop" else _wgrad_tile
+        yield chosen(problem.g, problem.device)
+
+
+def _fprop_tile(g: Conv2dGeometry, device: Device) -> Tile:
+    """A tile of pixels by filters; its depth holds whole runs."""
     if device.backend == "interpreter":
         columns = max(16, min(1024, power_of_2(g.K)))
         depth = max(16, min(1024, power_of_2(g.R) * segment(g)))
         rows = min(power_of_2(2 * g.N * g.P * g.Q), INTERPRETER_ELEMENTS // max(columns, depth))
-        return Tile(max(32, rows), columns, depth, packed=True)
+        return Tile(max(32, rows), columns, depth)
     # Hopper multiplies 64 rows at once, the filters, each twice, and keeps less in registers.
     hopper = device.arch == 90
     columns = max(16, min(64 if hopper else 32, power_of_2(g.K)))
     depth = max(16, segment(g))
     rows = 256 if hopper or depth < DEEPEST else 128
-    return Tile(rows, columns, depth, packed=True, warps=8, stages=3)
+    return Tile(rows, columns, depth, warps=8, stages=3)
 
 
 @triton.jit
@@ -382,27 +393,13 @@ def pair_fprop_kernel(
     store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
 
 
-def fprop(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    relu: bool,
-    precision: str,
-    normalise: Normalisation | None = None,
-) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual), of one group.
-
-    ``normalise``: x has bytes, which are normalised as they are loaded.
-    """
+def fprop(call: Fprop, tile: Tile) -> None:
+    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual), of one group; x may have bytes."""
+    x, y, g = call.x, call.y, call.g
     run = run_of(x, g)
     if 0 in y.shape:
         return
-    packed = pack(w, g, tile, run)
+    packed = pack(call.w, g, tile, run)
     pairs = g.N * g.P * cdiv(g.Q, 2)
     for known in to_launch(run):
         device.launch(
@@ -411,28 +408,28 @@ def fprop(
             device=x.device,
             **operands(x=x),
             packed_ptr=packed,
-            **results(bias, residual, y, relu),
+            **results(call.epilogue, y),
             sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q)),
             origin=(g.walk.origin_h, g.walk.origin_w),
-            normalise=normalise,
+            normalise=call.normalization,
             FILTERS=Filters.of(g),
             RUN=known,
             TILE=Block.of(tile),
-            PRECISION=precision,
-            WIDE=device.wide(2 * pairs, x, residual, y),
+            PRECISION=call.precision,
+            WIDE=device.wide(2 * pairs, x, call.epilogue.residual, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
 
 
-def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
+def _wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
     """A tile of filters, each twice, by runs of x; its depth is a patch of pairs."""
     lines = power_of_2(g.R) * segment(g)
     if device.backend == "interpreter":
         rows, columns = 2 * max(8, min(512, power_of_2(g.K))), max(16, min(1024, lines))
         along = power_of_2(cdiv(g.Q, 2))
         depth = max(16, min(power_of_2(g.P) * along, INTERPRETER_ELEMENTS // max(rows, columns)))
-        return Tile(rows, columns, depth, packed=True, patch=(1, along))
+        return Tile(rows, columns, depth, patch=(1, along))
     rows = 2 * max(8, min(64, power_of_2(g.K)))
     widest = 256 if device.arch == 90 else 128
     if _run(g, 0, flat=True, itemsize=2).unit <= 2:
@@ -450,7 +447,6 @@ def choose_wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
         rows,
         columns,
         depth,
-        packed=True,
         splits=max(1, splits),
         warps=warps,
         stages=stages,
@@ -669,36 +665,27 @@ def _wgrad_walk(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Wal
     return _Walk(splits + singles, 2 * splits + singles, sizes, divisors(tall, wide, deep))
 
 
-def wgrad(
-    x: Tensor,
-    dy: Tensor,
-    dw: Tensor | None,
-    db: Tensor | None,
-    g: Conv2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-    pool: Pool2dGeometry | None = None,
-    offsets: Tensor | None = None,
-    normalise: Normalisation | None = None,
-) -> None:
-    """dw[K,C,R,S] and db[K], of one group, with the options of ``direct_conv.wgrad``.
+def wgrad(call: Wgrad, tile: Tile) -> None:
+    """dw[K,C,R,S] and db[K], of one group; x may have bytes, dy be a pooled gradient.
 
     The pairs are summed in ``tile.splits`` shares, whose parts a second pass adds in a fixed order.
     """
+    x, dy, g = call.x, call.dy, call.g
+    computed = call.pooled is not None or call.normalization is not None
     width = min(tile.patch[1], tile.depth)
     height = tile.depth // width
     walk = _wgrad_walk(g, tile.splits, height, width)
-    expansion, window = pooled(pool, offsets)
+    expansion, window = pooled(call.pooled)
+    offsets = call.pooled and call.pooled.offsets
     run = run_of(x, g)
-    with gradients(dw, db, walk.parts) as parts:
+    with gradients(call.dw, call.db, walk.parts) as parts:
         for known in to_launch(run):
             # Loads of four bytes go to shared memory on their own, narrower ones through registers.
-            copied = known.unit * x.element_size() >= 4 and pool is None and normalise is None
+            copied = known.unit * x.element_size() >= 4 and not computed
             columns, warps, stages = tile.columns, tile.warps, tile.stages
             if not copied and not device.INTERPRET:
                 columns, warps, stages = max(run.segment, min(64, columns)), 8, 1
-            lines = 1 if dw is None else cdiv(g.R, columns // run.segment)
+            lines = 1 if call.dw is None else cdiv(g.R, columns // run.segment)
             device.launch(
                 pair_wgrad_kernel,
                 (lines * cdiv(2 * g.K, tile.rows) * walk.shares,),
@@ -709,13 +696,22 @@ def wgrad(
                 origin=(g.walk.origin_h, g.walk.origin_w),
                 pooled=expansion,
                 POOL=window,
-                normalise=normalise,
+                normalise=call.normalization,
                 FILTERS=Filters.of(g),
                 RUN=known,
                 TILE=_Patch(tile.rows, columns, height, width),
-                PRECISION=precision,
+                PRECISION=call.precision,
                 WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
                 num_warps=warps,
                 num_stages=stages,
                 **device.all_registers(x.device),
             )
+
+
+ENGINE = Engine(
+    "pair_conv",
+    tiles=tiles,
+    launchers={Fprop: fprop, Wgrad: wgrad},
+    fuses={"fprop": frozenset({"bytes"}), "wgrad": frozenset({"bytes", "pool_gradient"})},
+    predict=model.predict_direct,
+)

@@ -12,15 +12,16 @@ first. A NaN, made positive, exceeds all numbers; what is negative loses to zero
 several NaNs the last has to win: a tile with a NaN is made again, with numbers of NaNs that rise.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import device
 from .device import INTERPRET, Device
+from .engine import PooledConv, PoolingEngine
 from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
@@ -36,10 +37,10 @@ from .indexing import (
     widen,
     within,
 )
-from .pair_conv import DEEPEST, Filters, convolve, halves, pack, run_of, segment, to_launch
+from .pair_conv import DEEPEST, FEW, Filters, convolve, halves, pack, run_of, segment, to_launch
+from .problem import Problem
 from .tile import INTERPRETER_ELEMENTS, Tile
 
-_FEW = 4  # channels
 _INTERPRET = tl.constexpr(INTERPRET)
 _LAST = tl.constexpr(15)  # what the first tap is numbered; the t-th has t less
 _GROUPS = tl.constexpr(4)  # of rows of the map, each in threads of its own
@@ -65,21 +66,23 @@ class _Block(NamedTuple):
     depth: int
 
 
-def supports(
-    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, device: Device, layout: str
-) -> bool:
+def supports(problem: Problem, pool: Pool2dGeometry) -> bool:
     """Whether the kernel takes a convolution and the pooling of its map, in any layout."""
-    if g.groups != 1 or g.C > _FEW or dtype == torch.float64 or device.backend == "hip":
+    g, dtype = problem.g, problem.dtype
+    if g.groups != 1 or g.C > FEW or dtype == torch.float64 or problem.device.backend == "hip":
         return False
     if pool.stride != (2, 2) or pool.dilation != (1, 1) or not {*pool.kernel} <= {2, 3}:
         return False
     return segment(g) <= DEEPEST
 
 
-def choose_tile(
-    g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, device: Device
-) -> Tile:
+def tiles(problem: Problem, pool: Pool2dGeometry) -> Iterator[Tile]:
     """A tile of pixels of the map by filters; ``box`` is how the pixels lie in n, p and q."""
+    if supports(problem, pool):
+        yield _tile(problem.g, pool, problem.dtype, problem.device)
+
+
+def _tile(g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, device: Device) -> Tile:
     depth = max(16, segment(g))
     if device.backend != "interpreter":
         # Hopper multiplies 64 rows at once, and keeps less in registers.
@@ -358,23 +361,9 @@ def stem_pool_kernel(
         tl.store(offsets_ptr + places, tap, mask=mask)
 
 
-def conv2d_relu_max_pool2d(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    offsets: Tensor | None,
-    g: Conv2dGeometry,
-    pool: Pool2dGeometry,
-    tile: Tile,
-    *,
-    precision: str,
-) -> None:
-    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)).
-
-    offsets[N,K,PP,PQ], uint8, are the taps that won, r * S + s in the pooling's window, and 255
-    where y is zero: there no gradient flows. None are not wanted.
-    """
+def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
+    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)), and offsets."""
+    x, y, offsets, g, pool = call.x, call.y, call.offsets, call.g, call.pool
     images, rows, columns = tile.box or (1, 0, 0)
     p_tiles, q_tiles = (
         cdiv(places, size // 2 - (kernel - 2))
@@ -383,14 +372,14 @@ def conv2d_relu_max_pool2d(
     programs = cdiv(g.N, images) * p_tiles * q_tiles * cdiv(g.K, tile.columns)
     window = _Window(*pool.kernel, *pool.padding)
     run = run_of(x, g, 2 - window.S - window.left)
-    packed = pack(w, g, tile, run)
+    packed = pack(call.w, g, tile, run)
     for known in to_launch(run):
         device.launch(
             stem_pool_kernel,
             (programs,),
             device=x.device,
             **operands(x=x, y=y),
-            **pointers(packed=packed, bias=bias, offsets=offsets),
+            **pointers(packed=packed, bias=call.bias, offsets=offsets),
             offsets_strides=unspecialised_strides(y if offsets is None else offsets),
             sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
             origin=(g.walk.origin_h, g.walk.origin_w),
@@ -398,8 +387,11 @@ def conv2d_relu_max_pool2d(
             POOL=window,
             RUN=known,
             TILE=_Block(images, rows, columns, tile.columns, tile.depth),
-            PRECISION=precision,
+            PRECISION=call.precision,
             WIDE=device.wide(g.N * g.P * g.Q, x, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
+
+
+ENGINE = PoolingEngine("stem_pool", tiles=tiles, launch=conv2d_relu_max_pool2d)

@@ -65,6 +65,11 @@ class BoxBlock(NamedTuple):
         return cls(*box_of(tile), tile.rows, tile.columns, tile.depth)
 
 
+def block_for(size: int, most: int) -> int:
+    """The power of two a block needs to hold ``size``, between 16 and ``most``."""
+    return max(16, min(most, 1 << (max(1, size) - 1).bit_length()))
+
+
 def box_of(tile: Tile) -> Box:
     """The box of a tile that has one."""
     assert tile.box is not None

@@ -33,8 +33,12 @@ from kernels import (
     implicit_gemm,
     library,
     max_pool,
+    pair_conv,
+    planner,
 )
+from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
+from kernels.problem import Problem
 from kernels.tile import Tile
 
 Binary = tuple[str, str, str]  # a kernel's module and name, and what Triton compiles it for
@@ -103,21 +107,20 @@ def launch_convolution(direction: str, g: Conv2dGeometry, channels_last: bool) -
         g.w_shape, output_strides(g.w_shape, channels_last), dtype=x.dtype, device="meta"
     )
     bias = torch.empty(g.K, dtype=x.dtype, device="meta")
-    engine, tile = implicit_gemm, Tile(64, 64, 32, packed=g.C // g.groups % 32 != 0)
-    if depthwise.supports(g):
-        engine, here = depthwise, device.describe(x.device)
-        tile = depthwise.choose_tile(direction, g, x.dtype, here, channels_last)
-    elif direct_conv.supports(g):
-        engine = direct_conv
-        tile = direct_conv.choose_tile(direction, g, x.dtype, device.describe(x.device))
+    engine, tile = implicit_gemm.ENGINE, Tile(64, 64, 32, packed=g.C // g.groups % 32 != 0)
+    layout = "channels_last" if channels_last else "scattered"
+    problem = Problem(direction, g, x.dtype, "ieee", device.describe(x.device), layout)
+    plan = planner.plan(problem)
+    if plan.engine in (depthwise.ENGINE, pair_conv.ENGINE, direct_conv.ENGINE):
+        engine, tile = plan.engine, plan.tile
     if direction == "fprop":
-        engine.fprop(x, w, bias, y, y, g, tile, relu=True, precision="ieee")
+        engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, y, relu=True)), tile)
     elif direction == "dgrad":
-        engine.dgrad(y, w, None, x, g, tile, precision="ieee")
+        engine.launch(Dgrad(y, w, x, g), tile)
     else:
         # One part needs no second pass, and so another binary.
         tile = replace(tile, splits=2 + g.N % 15)
-        engine.wgrad(x, y, w, bias, g, tile, precision="ieee")
+        engine.launch(Wgrad(x, y, w, bias, g), tile)
 
 
 def launch_pool(direction: str, g: Pool2dGeometry, channels_last: bool) -> None:
@@ -204,7 +207,8 @@ def compiled() -> Iterator[tuple[str, list[int]]]:
         g = replace(LAYERS["3x3"], N=3, H=57, W=45)
         x, w, y = (empty(shape, True) for shape in (g.x_shape, g.w_shape, g.y_shape))
         tile = Tile(64, 64, 32)
-        implicit_gemm.fprop(x, w, None, y, y, g, tile, relu=True, precision="ieee")
+        call = Fprop(x, w, y, g, epilogue=Epilogue(residual=y, relu=True))
+        implicit_gemm.fprop(call, tile)
         g = replace(POOLS["pool 3x3/2"], N=3, H=57, W=45)
         x, y = empty(g.x_shape, True), empty(g.y_shape, True)
         tile = max_pool.choose_tile("forward", g, True, device.describe(x.device))

@@ -14,7 +14,9 @@ import torch
 
 from bench import compiled, fences, selection
 from kernels import descriptor_pool, device, epilogue, expansion, max_pool, planner, stem_pool
+from kernels.engine import Dgrad, PooledConv, PoolGradient, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
+from kernels.problem import Problem
 
 ONE = ((1, 1), (1, 1))
 LAYERS = {
@@ -112,7 +114,7 @@ def convolutions(gpu: device.Device, launched: list[Any]) -> Kernels:
         g = LAYERS[layer]
         tensors = selection.operands(g, dtype, layout != "scattered")
         for direction in selection.DIRECTIONS:
-            plan = planner.plan(direction, g, dtype, precision, gpu, layout)
+            plan = planner.plan(Problem(direction, g, dtype, precision, gpu, layout))
             launched.clear()
             parts = {"bias": True, "relu": True, "residual": True}
             compiled.launch(direction, g, tensors, plan, precision, **parts)
@@ -126,15 +128,15 @@ def fused_poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
     for layer, dtype, precision, window in FUSED_POOLS[:: 1 if _comes_first(gpu) else 2]:
         g = LAYERS[layer]
         pool = Pool2dGeometry(*g.y_shape, *window)
-        if not descriptor_pool.supports(g, pool, dtype, gpu, "aligned", precision):
+        problem = Problem("fprop", g, dtype, precision, gpu, "aligned")
+        if not descriptor_pool.supports(problem, pool):
             continue
         x, w, _ = selection.operands(g, dtype)
         y, offsets = (_meta(pool.y_shape, t, channels_last=True) for t in (dtype, torch.uint8))
-        tile = descriptor_pool.choose_tile(g, pool, dtype, precision, gpu)
+        tile = descriptor_pool.family(problem, pool)[0]
         launched.clear()
-        descriptor_pool.conv2d_relu_max_pool2d(
-            x, w, x.new_empty(g.K), y, offsets, g, pool, tile, precision=precision
-        )
+        call = PooledConv(x, w, x.new_empty(g.K), y, offsets, g, pool, precision)
+        descriptor_pool.ENGINE.launch(call, tile)
         found = _found(f"{layer} {window}", dtype, launched) | found
     return found
 
@@ -186,12 +188,13 @@ def expansions(gpu: device.Device, launched: list[Any]) -> Kernels:
         x, w, _ = selection.operands(g, dtype, channels_last)
         dy = _meta(pool.y_shape, dtype, channels_last)
         offsets = _meta(pool.y_shape, torch.uint8, channels_last)
-        options = {"precision": "ieee", "pool": pool, "offsets": offsets}
-        engine, tile, *_ = planner.plan(direction, g, dtype, "ieee", gpu, layout)
+        won = PoolGradient(pool, offsets)
+        plan = planner.plan(Problem(direction, g, dtype, "ieee", gpu, layout))
         if direction == "dgrad":
-            engine.dgrad(dy, w, None, x, g, tile, **options)
+            call = Dgrad(dy, w, x, g, pooled=won)
         else:
-            engine.wgrad(x, dy, w, dy.new_empty(g.K), g, tile, **options)
+            call = Wgrad(x, dy, w, dy.new_empty(g.K), g, pooled=won)
+        plan.engine.launch(call, plan.tile)
         found = _found(f"{layer} {direction} {layout} pooled", dtype, launched) | found
     return found
 
@@ -210,7 +213,8 @@ def stems(gpu: device.Device, launched: list[Any]) -> Kernels:
         g = LAYERS[layer]
         pool = Pool2dGeometry(g.N, g.K, g.P, g.Q, kernel, (2, 2), padding)
         layout = "channels_last" if channels_last else "scattered"
-        if not stem_pool.supports(g, pool, dtype, gpu, layout):
+        tiles = list(stem_pool.tiles(Problem("fprop", g, dtype, precision, gpu, layout), pool))
+        if not tiles:
             continue
         x, w, y = (
             torch.empty_strided(
@@ -218,13 +222,10 @@ def stems(gpu: device.Device, launched: list[Any]) -> Kernels:
             )
             for shape in (g.x_shape, g.w_shape, pool.y_shape)
         )
-        tile = stem_pool.choose_tile(g, pool, dtype, gpu)
         launched.clear()
-        stem_pool.conv2d_relu_max_pool2d(
-            *(x, w, x.new_empty(g.K), y, torch.empty_like(y, dtype=torch.uint8)),
-            *(g, pool, tile),
-            precision=precision,
-        )
+        offsets = torch.empty_like(y, dtype=torch.uint8)
+        call = PooledConv(x, w, x.new_empty(g.K), y, offsets, g, pool, precision)
+        stem_pool.ENGINE.launch(call, *tiles)
         found = _found(f"{layer} pooled {layout}", dtype, launched) | found
     return found
 

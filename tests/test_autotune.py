@@ -21,18 +21,20 @@ from cases import GROUPED, PLAIN, STRIDED, operands, sliced
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import aten, autotune, direct_conv, implicit_gemm, planner, winners
-from kernels.autotune import Problem, Tuner
+from kernels.autotune import Tuner
 from kernels.device import Device, describe
+from kernels.engine import Dgrad, Epilogue, Fprop, Plan, Wgrad
 from kernels.geometry import Conv2dGeometry
+from kernels.problem import Problem
 from kernels.tile import Tile
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
-def plans(*rows: int, engine=implicit_gemm, **fields) -> list[planner.Plan]:
+def plans(*rows: int, engine=implicit_gemm.ENGINE, **fields) -> list[Plan]:
     """A fake plan for each number of rows, in this order of preference."""
-    some = planner.plan("fprop", PLAIN, torch.float32, "ieee", describe(CPU), "scattered")
+    some = planner.plan(Problem("fprop", PLAIN, torch.float32, "ieee", describe(CPU)))
     tiles = [Tile(size, 16, 16, packed=True, **fields) for size in rows]
     return [some._replace(engine=engine, tile=tile) for tile in tiles]
 
@@ -45,7 +47,7 @@ class Fake:
         folder: Path,
         ms: Mapping[int, float],
         wrong: Iterable[int] = (),
-        candidates: list[planner.Plan] | None = None,
+        candidates: list[Plan] | None = None,
         error: float = 1.0,
     ):
         self.ms, self.wrong, self.error = ms, set(wrong), error
@@ -96,8 +98,8 @@ class Fake:
                 "dgrad": (o.dy, o.w, None),
                 "wgrad": (o.x, o.dy),
             }[direction]
-        problem = (direction, g, dtype, precision, describe(CPU), layout)
-        plan = self.tuner.choose(*problem, tensors, self.run, self.reference, variant)
+        problem = Problem(direction, g, dtype, precision, describe(CPU), layout)
+        plan = self.tuner.choose(problem, tensors, self.run, self.reference, variant)
         return plan.tile.rows
 
 
@@ -167,7 +169,7 @@ def test_without_memory_the_planner_decides(tmp_path):
         raise torch.OutOfMemoryError("no")
 
     fake.reference = exhaust
-    untuned = planner.plan("fprop", PLAIN, torch.float32, "ieee", describe(CPU), "scattered")
+    untuned = planner.plan(problem_of(PLAIN, torch.float32))
     with pytest.warns(RuntimeWarning, match="no memory to tune"):
         assert fake.choose() == untuned.tile.rows
     assert fake.choose() == untuned.tile.rows  # and without a second warning
@@ -211,7 +213,9 @@ def test_all_that_compete_at_any_batch_add_in_the_same_order(direction, layout):
         for N in (1, 2, 5, 64, 1000)
         for plan in autotune._competitors(
             direction,
-            planner.candidates(direction, replace(layer, N=N), torch.bfloat16, "ieee", gpu, layout),
+            planner.candidates(
+                Problem(direction, replace(layer, N=N), torch.bfloat16, "ieee", gpu, layout)
+            ),
         )
     ]
     assert len({plan.tile for plan in competing}) > 1
@@ -222,7 +226,7 @@ def test_a_remembered_plan_that_adds_in_another_order_does_not_count(tmp_path):
     deep = plans(32)[0]
     deep = deep._replace(tile=replace(deep.tile, depth=32))
     store = winners.Store(tmp_path, winners.versions_of(CPU, describe(CPU)))
-    store.put(problem_of(PLAIN, torch.float32).name, autotune._record(deep))
+    store.put(autotune.class_of(problem_of(PLAIN, torch.float32)), autotune._record(deep))
     fake = Fake(tmp_path, {16: 1.0, 32: 1.0}, candidates=[*plans(16), deep])
     assert fake.choose() == 16
     assert fake.runs == [16]
@@ -238,7 +242,7 @@ def expected(problem, tensors):
 
 
 def problem_of(g, dtype, precision="ieee", direction="fprop") -> Problem:
-    return Problem(direction, g, dtype, precision, describe(CPU), "scattered", "")
+    return Problem(direction, g, dtype, precision, describe(CPU))
 
 
 @pytest.mark.parametrize(
@@ -407,7 +411,7 @@ def test_sizes_of_a_class():
     assert [autotune._round_up(n, 3) for n in (9, 13, 27, 55, 225)] == [10, 14, 28, 56, 256]
 
     def name(**sizes):
-        return problem_of(replace(PLAIN, **sizes), torch.float32).name
+        return autotune.class_of(problem_of(replace(PLAIN, **sizes), torch.float32))
 
     assert name(N=33, H=110, W=97) == name(N=64, H=97, W=112)
     assert name(N=32, H=110, W=97) != name(N=33, H=110, W=97)
@@ -438,7 +442,7 @@ def test_splits_follow_the_exact_size(tmp_path):
     store = winners.Store(tmp_path, winners.versions_of(CPU, describe(CPU)))
     assert store.path == path
     (name,) = json.loads(path.read_text())["winners"]
-    assert name == problem.name
+    assert name == autotune.class_of(problem)
     assert autotune._recall(store.get(name), both) is both[1]
 
 
@@ -724,7 +728,7 @@ def test_threads_measure_a_class_once(tmp_path):
 
 def test_neither_fake_nor_meta_nor_empty_tensors_are_measured(tmp_path):
     fake = Fake(tmp_path, {16: 2.0, 32: 1.0})
-    rows = planner.plan("fprop", PLAIN, torch.float32, "ieee", describe(CPU), "scattered").tile.rows
+    rows = planner.plan(problem_of(PLAIN, torch.float32)).tile.rows
     with FakeTensorMode():
         fakes = (torch.empty(PLAIN.x_shape), torch.empty(PLAIN.w_shape), None, None)
     assert fake.choose(tensors=fakes) == rows
@@ -737,7 +741,7 @@ def test_neither_fake_nor_meta_nor_empty_tensors_are_measured(tmp_path):
 def test_nothing_is_measured_while_a_graph_is_captured(tmp_path, monkeypatch):
     """On a GPU that is not there: only what a capture would forbid is missing."""
     device = replace(describe(CPU), backend="cuda", arch=90, multiprocessors=132)
-    problem = ("fprop", PLAIN, torch.float32, "ieee", device, "scattered")
+    problem = Problem("fprop", PLAIN, torch.float32, "ieee", device)
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     monkeypatch.setattr(autotune, "versions_of", lambda *_: {"device": "GPU"})
@@ -751,11 +755,11 @@ def test_nothing_is_measured_while_a_graph_is_captured(tmp_path, monkeypatch):
     def run(*_):
         raise AssertionError("it ran")
 
-    assert tuner.choose(*problem, tensors, run, run) == planner.plan(*problem)
+    assert tuner.choose(problem, tensors, run, run) == planner.plan(problem)
     winners.Store(tmp_path, {"device": "GPU"}).put(
-        Problem(*problem, "").name, autotune._record(plans(32)[0])
+        autotune.class_of(problem), autotune._record(plans(32)[0])
     )
-    assert tuner.choose(*problem, tensors, run, run).tile.rows == 32  # a known class
+    assert tuner.choose(problem, tensors, run, run).tile.rows == 32  # a known class
 
 
 # End to end.
@@ -775,17 +779,18 @@ def test_the_first_engine_passes_and_is_timed(tmp_path, device, g, dtype):
 
     def fprop(plan, x, w, bias, residual):
         y = torch.empty_like(o.dy)
-        plan.engine.fprop(x, w, bias, residual, y, g, plan.tile, relu=True, precision="ieee")
+        call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu=True))
+        plan.engine.launch(call, plan.tile)
         return (y,)
 
     def dgrad(plan, dy, w, bias):
         dx = torch.empty_like(o.x)
-        plan.engine.dgrad(dy, w, bias, dx, g, plan.tile, precision="ieee")
+        plan.engine.launch(Dgrad(dy, w, dx, g, bias=bias), plan.tile)
         return (dx,)
 
     def wgrad(plan, x, dy):
         dw, db = torch.empty_like(o.w), torch.empty_like(o.bias)
-        plan.engine.wgrad(x, dy, dw, db, g, plan.tile, precision="ieee")
+        plan.engine.launch(Wgrad(x, dy, dw, db, g), plan.tile)
         return dw, db
 
     calls = {
@@ -808,18 +813,18 @@ def test_the_first_engine_passes_and_is_timed(tmp_path, device, g, dtype):
         return timed[-1]
 
     def candidates(problem):
-        found = problem.candidates()
+        found = planner.candidates(problem)
         tile = found[0].tile
         return [*found, found[0]._replace(tile=replace(tile, rows=tile.rows // 2))]
 
     tuner = Tuner(tmp_path, measure, candidates)
     for direction, (tensors, run, reference) in calls.items():
-        problem = (direction, g, dtype, "ieee", describe(device), "channels_last")
-        plan = tuner.choose(*problem, tensors, run, reference)
-        assert plan.engine is implicit_gemm
+        problem = Problem(direction, g, dtype, "ieee", describe(device), "channels_last")
+        plan = tuner.choose(problem, tensors, run, reference)
+        assert plan.engine is implicit_gemm.ENGINE
         with pytest.raises(RuntimeError, match="no plan is right"):
             tuner.choose(
-                *problem, tensors, lambda *a, run=run: [t * 1.01 for t in run(*a)], reference, "off"
+                problem, tensors, lambda *a, run=run: [t * 1.01 for t in run(*a)], reference, "off"
             )
     assert len(timed) >= 6
     assert min(timed) > 0

@@ -21,6 +21,7 @@ from bench.campaign.summary import summary
 from bench.emulator.checks import Report, note
 from kernels import device, library, planner
 from kernels.geometry import Conv2dGeometry
+from kernels.problem import Problem
 
 ROOT = Path(__file__).parents[1]
 SCHEMA = json.loads((ROOT / "bench" / "campaign.schema.json").read_text())
@@ -29,15 +30,16 @@ HOPPER = device.typical(GPUTarget("cuda", 90, 32))
 # Faults, each in an engine or operator of its own, and a right one among them.
 PLANTED = """
 import os, sys
-from kernels import depthwise, device, direct_conv, epilogue, expansion
+from kernels import depthwise, device, epilogue, expansion, pair_conv
+from kernels.engine import Fprop
 from bench.__main__ import main
 
-depthwise_fprop, launch = depthwise.fprop, device.launch
+launch = device.launch
 pools = []
 
-def wrong(*args, **options):
-    depthwise_fprop(*args, **options)
-    args[4].mul_(1.01)
+def wrong(call, tile):
+    depthwise.fprop(call, tile)
+    call.y.mul_(1.01)
 
 def moody(kernel, grid, *args, **options):
     launch(kernel, grid, *args, **options)
@@ -47,12 +49,12 @@ def moody(kernel, grid, *args, **options):
             named = {**dict(zip(kernel.arg_names, args)), **options}
             named["y_ptr"].view(-1)[0] = 100.0
 
-def broken(*args, **options):
+def broken(call, tile):
     raise RuntimeError("no such engine\\nand more")
 
-depthwise.fprop = wrong
+depthwise.ENGINE.launchers[Fprop] = wrong
 device.launch = moody
-direct_conv.fprop = broken
+pair_conv.ENGINE.launchers[Fprop] = broken
 epilogue.relu_backward = lambda *args: None
 expansion.expand = lambda *args: os.abort()
 if __name__ == "__main__":
@@ -104,12 +106,12 @@ def engine_of(check: Check) -> str:
     layout = "aligned" if check.channels_last else "scattered"
     if conv.C % 8 or conv.K % 8:
         layout = "channels_last" if check.channels_last else "scattered"
-    problem = kind.torch, kind.precision, HOPPER, layout
+    direction = items.DIRECTIONS[check.operator] if g is conv else "fprop"
+    problem = Problem(direction, conv, kind.torch, kind.precision, HOPPER, layout)
     if g is conv:
-        engine = planner.plan(items.DIRECTIONS[check.operator], conv, *problem).engine
-    else:
-        engine, _ = planner.plan_pooled(conv, g.pool, *problem)
-    return engine.__name__.removeprefix("kernels.")
+        return planner.plan(problem).engine.name
+    engine, _ = planner.plan_pooled(problem, g.pool)
+    return engine.name
 
 
 # What there is to do.
@@ -138,6 +140,11 @@ def test_every_operator_and_engine_is_checked_and_wgrad_first():
         for direction in items.OPERATORS
         for dtype in ("bf16", "fp16", "tf32")
     }
+    expected |= {
+        ("pair_conv", direction, dtype)
+        for direction in ("fprop", "wgrad")
+        for dtype in ("bf16", "fp16")
+    }
     expected |= {("stem_pool", None, dtype) for dtype in items.CHECKED}
     expected |= {("conv_pool", None, dtype) for dtype in items.CHECKED}
     expected |= {("descriptor_pool", None, dtype) for dtype in ("bf16", "fp16", "tf32")}
@@ -154,7 +161,7 @@ def test_all_tiles_of_wgrad_are_checked():
     g = next(item.geometry for item in found if item.name == "conv2d_wgrad l2.1.conv2 bf16")
     assert isinstance(g, Conv2dGeometry)
     bf16 = measure.DTYPES["bf16"].torch
-    family = planner.family("wgrad", g, bf16, "ieee", HOPPER, "aligned")
+    family = planner.family(Problem("wgrad", g, bf16, "ieee", HOPPER, "aligned"))
     assert checked == {plan.tile for plan in family}
 
 

@@ -45,7 +45,9 @@ import cnn.functional as F
 from kernels import device as kernel_device
 from kernels import implicit_gemm, planner
 from kernels.device import Device
+from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
 from kernels.geometry import is_channels_last, output_strides
+from kernels.problem import Problem
 from kernels.tile import Tile
 
 ENGINES = (PLAIN, STRIDED, POINTWISE, FIRST_LAYER, GROUPED, DEPTHWISE)
@@ -396,18 +398,17 @@ def test_results_beyond_32_bits(g, device):
 
 def run_fprop(g, t, y, plan=None):
     engine, tile = plan or planned("fprop", g, t)
-    engine.fprop(t.x, t.w, t.bias, None, y, g, tile, relu=False, precision="ieee")
+    engine.launch(Fprop(t.x, t.w, y, g, epilogue=Epilogue(t.bias)), tile)
 
 
 def run_dgrad(g, t, dx, plan=None):
     engine, tile = plan or planned("dgrad", g, t)
-    engine.dgrad(t.dy, t.w, None, dx, g, tile, precision="ieee")
+    engine.launch(Dgrad(t.dy, t.w, dx, g), tile)
 
 
 def planned(direction, g, t):
-    return planner.plan(
-        direction, g, t.x.dtype, "ieee", kernel_device.describe(t.x.device), "channels_last"
-    )[:2]
+    here = kernel_device.describe(t.x.device)
+    return planner.plan(Problem(direction, g, t.x.dtype, "ieee", here, "channels_last"))[:2]
 
 
 def assert_engine(direction, g, dtype, device, plan):
@@ -435,7 +436,8 @@ def assert_engine(direction, g, dtype, device, plan):
             "dw": (dw, exact[1], same[1], bound[1]),
             "db": (db, exact[2], same[2], bound[2]),
         }
-        plan[0].wgrad(t.x, t.dy, dw, db, g, plan[1], precision="ieee")
+        engine, tile = plan
+        engine.launch(Wgrad(t.x, t.dy, dw, db, g), tile)
     for name, (ours, reference, same_dtype, magnitude) in results.items():
         assert_close(ours, reference, same_dtype, magnitude, name=name)
         if ours._base is not None:
@@ -467,14 +469,14 @@ def tile_id(tile):
     params(TILED, ("fprop", "dgrad", "wgrad"), (torch.float32, torch.bfloat16)),
 )
 def test_tiles(g, direction, dtype, tile, device):
-    assert_engine(direction, g, dtype, device, (implicit_gemm, tile))
+    assert_engine(direction, g, dtype, device, (implicit_gemm.ENGINE, tile))
 
 
 @pytest.mark.parametrize("tile", SPLIT_TILES, ids=tile_id)
 @pytest.mark.parametrize(("g", "dtype"), params(TILED, DTYPES))
 def test_split_tiles(g, dtype, tile, device):
     """Two parts, and more parts than there are turns, so that some are empty."""
-    assert_engine("wgrad", g, dtype, device, (implicit_gemm, tile))
+    assert_engine("wgrad", g, dtype, device, (implicit_gemm.ENGINE, tile))
 
 
 GPUS = (
@@ -492,10 +494,10 @@ def test_each_candidate_of_the_planner(g, direction, dtype, device):
     """Tiles planned for GPUs give the same numbers in the interpreter."""
     here = kernel_device.describe(device)
     plans = {
-        (engine.__name__, tile): (engine, tile)
+        (plan.engine.name, plan.tile): (plan.engine, plan.tile)
         for target in (GPUS if here.backend == "interpreter" else (here,))
-        for engine, tile, *_ in planner.candidates(
-            direction, g, dtype, "ieee", target, "channels_last"
+        for plan in planner.candidates(
+            Problem(direction, g, dtype, "ieee", target, "channels_last")
         )
     }
     assert plans

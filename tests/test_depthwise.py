@@ -21,7 +21,9 @@ from tolerance import (
 from kernels import depthwise
 from kernels import device as kernel_device
 from kernels.device import Device
+from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
 from kernels.geometry import output_strides
+from kernels.problem import Problem
 from kernels.tile import Tile, is_valid
 
 SAME = conv_case(2, 20, (5, 7), 20, (3, 3), padding=(1, 1, 1, 1), groups=20)
@@ -49,7 +51,13 @@ DIRECTIONS = ("fprop", "dgrad", "wgrad")
 def chosen(g, dtype, device, channels_last=True):
     """What the engine would launch, by direction."""
     here = kernel_device.describe(device)
-    return {name: depthwise.choose_tile(name, g, dtype, here, channels_last) for name in DIRECTIONS}
+    return {name: tile_of(name, g, dtype, here, channels_last) for name in DIRECTIONS}
+
+
+def tile_of(direction, g, dtype, here, channels_last):
+    layout = "channels_last" if channels_last else "scattered"
+    (tile,) = depthwise.tiles(Problem(direction, g, dtype, "ieee", here, layout))
+    return tile
 
 
 def patched(patch):
@@ -65,7 +73,8 @@ class Launch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, residual, g, tiles, relu):
         y = like(x.new_full(g.y_shape, torch.nan), x)
-        depthwise.fprop(x, w, bias, residual, y, g, tiles["fprop"], relu=relu, precision="ieee")
+        call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu))
+        depthwise.fprop(call, tiles["fprop"])
         ctx.save_for_backward(x, w, y)
         ctx.rest = g, tiles, relu
         return y
@@ -89,7 +98,7 @@ def like(result, operand):
 
 def dgrad(dy, w, bias, g, tiles):
     dx = like(dy.new_full(g.x_shape, torch.nan), dy)
-    depthwise.dgrad(dy, w, bias, dx, g, tiles["dgrad"], precision="ieee")
+    depthwise.dgrad(Dgrad(dy, w, dx, g, bias=bias), tiles["dgrad"])
     return dx
 
 
@@ -97,7 +106,7 @@ def wgrad(x, dy, w, g, tiles, dw=True, db=True):
     strides = output_strides(w.shape, w.stride(1) < w.stride(3))
     dw = w.new_empty_strided(w.shape, strides).fill_(torch.nan) if dw else None
     db = w.new_full((g.K,), torch.nan) if db else None
-    depthwise.wgrad(x, dy, dw, db, g, tiles["wgrad"], precision="ieee")
+    depthwise.wgrad(Wgrad(x, dy, dw, db, g), tiles["wgrad"])
     return dw, db
 
 
@@ -298,16 +307,19 @@ LAYERS = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_valid_and_their_patches_ignore_the_batch(dtype, target):
     for g, direction, channels_last in product(LAYERS, DIRECTIONS, (False, True)):
-        tile = depthwise.choose_tile(direction, g, dtype, target, channels_last)
+        tile = tile_of(direction, g, dtype, target, channels_last)
         assert is_valid(tile, dtype.itemsize, target), (g, direction, tile)
         assert direction != "wgrad" or tile.patch[0] == 1
         more = replace(g, N=7 * g.N + 1)
-        other = depthwise.choose_tile(direction, more, dtype, target, channels_last)
+        other = tile_of(direction, more, dtype, target, channels_last)
         assert replace(other, rows=tile.rows, splits=tile.splits) == tile, (g, direction)
 
 
 def test_what_is_supported():
+    def supports(g):
+        return any(depthwise.tiles(Problem("fprop", g, torch.float32, "ieee", DEVICES[0])))
+
     for g in CASES:
-        assert depthwise.supports(g)
-    assert not depthwise.supports(conv_case(1, 1, (3, 3), 4, (1, 1)))
-    assert not depthwise.supports(conv_case(1, 6, (3, 3), 6, (1, 1), groups=3))
+        assert supports(g)
+    assert not supports(conv_case(1, 1, (3, 3), 4, (1, 1)))
+    assert not supports(conv_case(1, 6, (3, 3), 6, (1, 1), groups=3))

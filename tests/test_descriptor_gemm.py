@@ -1,6 +1,6 @@
 """Engine 2, convolution through tensor descriptors, by itself: each direction, epilogue and box.
 
-Operands have channels side by side and rows on 16 bytes, which ``planner.layout_of`` calls
+Operands have channels side by side and rows on 16 bytes, which ``layout_of`` calls
 aligned; where channels do not come out even, NaN lies between the rows. Results are written into
 NaN. Torch's deterministic mode fills the workspace of a split reduction with NaN too.
 
@@ -39,8 +39,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import descriptor_gemm, library, planner
 from kernels import device as kernel_device
-from kernels.descriptor_gemm import keeps_places_apart, supports, takes_pairs
+from kernels.descriptor_gemm import takes_pairs
+from kernels.descriptor_tiles import keeps_places_apart, read_parities, supports
 from kernels.device import INTERPRET, Device
+from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
+from kernels.problem import Problem, layout_of
 from kernels.tile import Tile, is_valid
 
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
@@ -106,14 +109,14 @@ def launch(direction, g, t, tile, precision="tf32"):
     x, w, dy = (aligned(v) for v in (t.x, t.w, t.dy))
     if direction == "fprop":
         y = poisoned(g.y_shape, t.x)
-        descriptor_gemm.fprop(x, w, t.bias, None, y, g, tile, relu=False, precision=precision)
+        descriptor_gemm.fprop(Fprop(x, w, y, g, precision, Epilogue(t.bias)), tile)
         return {"y": y}
     if direction == "dgrad":
         dx = poisoned(g.x_shape, t.x)
-        descriptor_gemm.dgrad(dy, w, None, dx, g, tile, precision=precision)
+        descriptor_gemm.dgrad(Dgrad(dy, w, dx, g, precision), tile)
         return {"dx": dx}
     dw, db = poisoned_dense(g.w_shape, t.x), poisoned_dense((g.K,), t.x)
-    descriptor_gemm.wgrad(x, dy, dw, db, g, tile, precision=precision)
+    descriptor_gemm.wgrad(Wgrad(x, dy, dw, db, g, precision), tile)
     return {"dw": dw, "db": db}
 
 
@@ -194,15 +197,16 @@ def test_what_is_refused():
     }
     for arguments, why in refused.items():
         assert not supports(*arguments), why
-    assert len(descriptor_gemm.read_parities(SIX_PARITIES)) == 6
+    assert len(read_parities(SIX_PARITIES)) == 6
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("g", params([g for g in CONV_CASES if g.groups > 1]))
 def test_groups_that_fill_no_block_are_left_to_other_engines(g, direction):
-    plans = planner.candidates(direction, g, torch.bfloat16, "ieee", HOPPER, "aligned")
+    problem = Problem(direction, g, torch.bfloat16, "ieee", HOPPER, "aligned")
+    plans = planner.candidates(problem)
     assert plans
-    assert all(plan.engine is not descriptor_gemm for plan in plans)
+    assert all(plan.engine is not descriptor_gemm.ENGINE for plan in plans)
 
 
 # Epilogues.
@@ -217,12 +221,9 @@ def assert_epilogue(g, t, box, flags):
     bias = t.bias if "bias" in flags else None
     residual = aligned(t.residual, spare=2) if "residual" in flags else None
     depth = 32 if t.x.element_size() == 1 else 16  # the least that an instruction takes
-    descriptor_gemm.fprop(
-        *(aligned(t.x), aligned(t.w), bias, residual, y, g, blocks("fprop", box, depth=depth)),
-        relu="relu" in flags,
-        precision="tf32",
-        scale=scale,
-    )
+    epilogue = Epilogue(bias, residual, "relu" in flags, scale)
+    call = Fprop(aligned(t.x), aligned(t.w), y, g, "tf32", epilogue)
+    descriptor_gemm.fprop(call, blocks("fprop", box, depth=depth))
 
     def oracle(change):
         x, w, factor, offset, rest = (
@@ -289,7 +290,7 @@ def test_dgrad_with_a_bias(device):
     t, right = problem(g, torch.bfloat16, device)
     bias = random((g.C,), torch.bfloat16, device, seed=9)
     dx, tile = poisoned(g.x_shape, t.x), blocks("dgrad", (2, 4, 4))
-    descriptor_gemm.dgrad(aligned(t.dy), aligned(t.w), bias, dx, g, tile, precision="ieee")
+    descriptor_gemm.dgrad(Dgrad(aligned(t.dy), aligned(t.w), dx, g, bias=bias), tile)
     exact, _, magnitude = right["dx"]
     exact = exact + double(bias)[:, None, None]
     magnitude = magnitude + double(bias).abs()[:, None, None]
@@ -367,13 +368,10 @@ def test_pairs_of_pixels_give_what_parities_give(g, dtype, descriptors, device):
     """
     assert takes_pairs(g, 16)
     t, right = problem(g, dtype, device)
-    for spare, dimensions in ((0, [5]), (1, [4] * len(descriptor_gemm.read_parities(g)))):
+    for spare, dimensions in ((0, [5]), (1, [4] * len(read_parities(g)))):
         y = poisoned(g.y_shape, t.x)
-        descriptor_gemm.fprop(
-            *(aligned(t.x, spare), aligned(t.w), t.bias, None, y, g, blocks("fprop", (4, 4, 8))),
-            relu=False,
-            precision="tf32",
-        )
+        call = Fprop(aligned(t.x, spare), aligned(t.w), y, g, "tf32", Epilogue(t.bias))
+        descriptor_gemm.fprop(call, blocks("fprop", (4, 4, 8)))
         assert descriptors.pop() == [*dimensions, 4, 4]
         assert_right({"y": y}, right)
         assert_written_in_view_alone(y)
@@ -431,13 +429,13 @@ def test_pointwise(g, direction, spare, device):
     y, dx, dw = poisoned(g.y_shape, t.x), poisoned(g.x_shape, t.x), poisoned_dense(g.w_shape, t.x)
     tile = blocks(direction, (16, 1, 1))
     if direction == "fprop":
-        descriptor_gemm.fprop(x, w, t.bias, None, y, g, tile, relu=False, precision="ieee")
+        descriptor_gemm.fprop(Fprop(x, w, y, g, epilogue=Epilogue(t.bias)), tile)
         results = {"y": y}
     elif direction == "dgrad":
-        descriptor_gemm.dgrad(dy, w, None, dx, g, tile, precision="ieee")
+        descriptor_gemm.dgrad(Dgrad(dy, w, dx, g), tile)
         results = {"dx": dx}
     else:
-        descriptor_gemm.wgrad(x, dy, dw, None, g, tile, precision="ieee")
+        descriptor_gemm.wgrad(Wgrad(x, dy, dw, None, g), tile)
         results = {"dw": dw}
     assert_right(results, right)
     for name, result in results.items():
@@ -476,7 +474,7 @@ def test_weights_gradient_in_any_dense_strides(g, splits, device):
     for axes in ((0, 2, 3, 1), (1, 0, 3, 2)):
         shape = [g.w_shape[axis] for axis in axes]
         dw = poisoned_dense(shape, t.w).permute([axes.index(axis) for axis in range(4)])
-        descriptor_gemm.wgrad(aligned(t.x), aligned(t.dy), dw, None, g, tile, precision="tf32")
+        descriptor_gemm.wgrad(Wgrad(aligned(t.x), aligned(t.dy), dw, None, g, "tf32"), tile)
         assert torch.equal(dw, expected)
         assert_written_in_view_alone(dw)
 
@@ -753,7 +751,7 @@ def test_layout_of(device):
     }
     for layout, operands_of in expected.items():
         for i, (images_, filters) in enumerate(operands_of):
-            assert planner.layout_of(images_, filters) == layout, (layout, i)
+            assert layout_of(images_, filters) == layout, (layout, i)
 
 
 # What the planner may choose.
@@ -781,10 +779,9 @@ LONG_ROWS = conv_case(1, 64, (2, 64), 128, (1, 2), padding=(0, 0, 1, 0))
     ],
 )
 def test_each_candidate_of_the_planner(g, dtype, direction, device):
+    problem = Problem(direction, g, dtype, "tf32", TARGET, "aligned")
     tiles = [
-        plan.tile
-        for plan in planner.candidates(direction, g, dtype, "tf32", TARGET, "aligned")
-        if plan.engine is descriptor_gemm
+        plan.tile for plan in planner.candidates(problem) if plan.engine is descriptor_gemm.ENGINE
     ]
     assert tiles
     assert all(is_valid(tile, dtype.itemsize, TARGET) for tile in tiles)

@@ -14,9 +14,11 @@ from cases import conv_case, operands, params
 from test_descriptor_gemm import DTYPES, TARGET, TF32, aligned, assert_written_in_view_alone
 from tolerance import assert_close, double, float32_convolutions, torch_conv2d
 
-from kernels.descriptor_pool import choose_tile, conv2d_relu_max_pool2d, supports, tiles
+from kernels.descriptor_pool import conv2d_relu_max_pool2d, family, supports
 from kernels.device import INTERPRET, Device, describe
+from kernels.engine import PooledConv
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.problem import Problem
 from kernels.tile import Tile, is_valid
 
 HOPPER = Device("cuda", 90, multiprocessors=132, shared_memory=227 << 10)
@@ -59,7 +61,8 @@ def run(g, pool, x, w, bias, tile, *, offsets=True):
     y = aligned(x.new_full(pool.y_shape, torch.nan), spare=1)
     base = torch.full_like(y._base, UNTOUCHED, dtype=torch.uint8)
     taps = base.as_strided(y.shape, y.stride(), y.storage_offset()) if offsets else None
-    conv2d_relu_max_pool2d(aligned(x), aligned(w), bias, y, taps, g, pool, tile, precision="tf32")
+    call = PooledConv(aligned(x), aligned(w), bias, y, taps, g, pool, "tf32")
+    conv2d_relu_max_pool2d(call, tile)
     if taps is not None:
         assert (base != UNTOUCHED).sum() == taps.numel()
     return y, taps
@@ -133,10 +136,13 @@ def test_each_tile(window, device):
     """Those of a GPU, and what stands for them in the interpreter."""
     g = conv_case(2, 64, (5, 6), 128, (1, 2))
     inputs = integers(g, torch.float16, device)
-    arguments = g, pooling(g, *window), torch.float16, "ieee"
-    found = tiles(*arguments, TARGET)
+    pool = pooling(g, *window)
+    found, here = (
+        family(Problem("fprop", g, torch.float16, "ieee", where), pool)
+        for where in (TARGET, describe(device))
+    )
     assert len(found) >= 5
-    for tile in (*found, choose_tile(*arguments, describe(device))):
+    for tile in (*found, here[0]):
         assert_exact(g, window, inputs, tile)
 
 
@@ -264,32 +270,35 @@ def test_neither_neighbours_nor_boxes_nor_runs_change_bits(device):
 # What is taken.
 
 
+def problem(g, dtype=torch.bfloat16, precision="ieee", device=HOPPER, layout="aligned"):
+    return Problem("fprop", g, dtype, precision, device, layout)
+
+
 def test_what_is_refused():
     g = conv_case(2, 64, (14, 14), 64, (3, 3), padding=(1, 1, 1, 1))
     two = pooling(g, *TWO)
-    bf16 = torch.bfloat16
-    assert supports(g, two, bf16, HOPPER, "aligned")
-    assert supports(g, pooling(g, *PADDED), torch.float16, HOPPER, "aligned")
-    assert supports(g, two, torch.float32, HOPPER, "aligned", "tf32")
+    assert supports(problem(g), two)
+    assert supports(problem(g, torch.float16), pooling(g, *PADDED))
+    assert supports(problem(g, torch.float32, "tf32"), two)
     few = conv_case(2, 8, (14, 14), 64, (3, 3))
-    grouped = replace(g, groups=4)
     empty = replace(g, N=0)
+    ampere = Device("cuda", 80, 108, 163 << 10)
     refused = {
-        (g, two, bf16, HOPPER, "channels_last"): "rows that are not aligned",
-        (g, two, bf16, Device("cuda", 80, 108, 163 << 10), "aligned"): "no descriptors",
-        (g, two, torch.float32, HOPPER, "aligned", "ieee"): "no tensor core does it",
-        (g, two, torch.float64, HOPPER, "aligned"): "no tensor core does it",
-        (g, two, torch.float8_e4m3fn, HOPPER, "aligned"): "results of 8 bits",
-        (g, replace(two, ceil_mode=True), bf16, HOPPER, "aligned"): "windows half outside",
-        (g, replace(two, dilation=(1, 2)), bf16, HOPPER, "aligned"): "windows with gaps",
-        (g, pooling(g, (4, 2), (2, 2)), bf16, HOPPER, "aligned"): "large windows",
-        (g, pooling(g, (3, 3), (3, 2)), bf16, HOPPER, "aligned"): "large strides",
-        (g, replace(two, H=13), bf16, HOPPER, "aligned"): "another map",
-        (few, pooling(few, *TWO), bf16, HOPPER, "aligned"): "few channels",
-        (grouped, two, bf16, HOPPER, "aligned"): "groups that fill no block",
-        (empty, pooling(empty, *TWO), bf16, HOPPER, "aligned"): "no pixel",
+        "rows that are not aligned": (problem(g, layout="channels_last"), two),
+        "no descriptors": (problem(g, device=ampere), two),
+        "no tensor core does it": (problem(g, torch.float32), two),
+        "nor this": (problem(g, torch.float64), two),
+        "results of 8 bits": (problem(g, torch.float8_e4m3fn), two),
+        "windows half outside": (problem(g), replace(two, ceil_mode=True)),
+        "windows with gaps": (problem(g), replace(two, dilation=(1, 2))),
+        "large windows": (problem(g), pooling(g, (4, 2), (2, 2))),
+        "large strides": (problem(g), pooling(g, (3, 3), (3, 2))),
+        "another map": (problem(g), replace(two, H=13)),
+        "few channels": (problem(few), pooling(few, *TWO)),
+        "groups that fill no block": (problem(replace(g, groups=4)), two),
+        "no pixel": (problem(empty), pooling(empty, *TWO)),
     }
-    for arguments, why in refused.items():
+    for why, arguments in refused.items():
         assert not supports(*arguments), why
 
 
@@ -297,12 +306,12 @@ def test_what_is_refused():
 def test_tiles_are_valid_and_the_best_wastes_little(window):
     for dtype in DTYPES:
         for g in (LAYER, conv_case(64, 64, (14, 14), 256, (3, 3), padding=(1, 1, 1, 1))):
-            found = tiles(g, pooling(g, *window), dtype, "tf32", HOPPER)
+            found = family(problem(g, dtype, "tf32"), pooling(g, *window))
             assert found
             assert all(is_valid(tile, dtype.itemsize, HOPPER) for tile in found)
     vgg = Conv2dGeometry(256, 512, 14, 14, 512, 3, 3, padding=((1, 1), (1, 1)))
-    best = choose_tile(vgg, pooling(vgg, *TWO), torch.bfloat16, "ieee", HOPPER)
+    best = family(problem(vgg), pooling(vgg, *TWO))[0]
     assert best.box[1:] == (2, 2)
     alexnet = Conv2dGeometry(256, 64, 27, 27, 192, 5, 5, padding=((2, 2), (2, 2)))
-    best = choose_tile(alexnet, pooling(alexnet, *THREE), torch.bfloat16, "ieee", HOPPER)
+    best = family(problem(alexnet), pooling(alexnet, *THREE))[0]
     assert best.box == (1, 16, 16)

@@ -21,7 +21,9 @@ from tolerance import (
 from kernels import device as kernel_device
 from kernels import direct_conv, expansion, pair_conv
 from kernels.device import Device
+from kernels.engine import Dgrad, Epilogue, Fprop, Normalization, PoolGradient, Wgrad
 from kernels.geometry import Pool2dGeometry, output_strides
+from kernels.problem import Problem
 from kernels.tile import INTERPRETER_ELEMENTS, Tile, is_valid
 
 STEM = conv_case(2, 3, (9, 8), 8, (7, 7), stride=(2, 2), padding=(3, 3, 3, 3))
@@ -55,16 +57,28 @@ DIRECTIONS = ("fprop", "dgrad", "wgrad")
 
 
 def chosen(g, dtype, device):
-    """What the engine would launch, by direction."""
+    """The engine and tile that are launched, by direction."""
     here = kernel_device.describe(device)
-    return {name: direct_conv.choose_tile(name, g, dtype, here) for name in DIRECTIONS}
+    return {name: plan_of(name, g, dtype, here) for name in DIRECTIONS}
+
+
+def plan_of(direction, g, dtype, here):
+    """The engine for few channels, or that for pairs of outputs, with its tile."""
+    problem = Problem(direction, g, dtype, "ieee", here)
+    engines = pair_conv.ENGINE, direct_conv.ENGINE
+    return next((engine, tile) for engine in engines for tile in engine.tiles(problem))
+
+
+def changed(plan, **fields):
+    engine, tile = plan
+    return engine, replace(tile, **fields)
 
 
 TINY = {
     # Several programs along each axis, rows of the filter in parts, several turns.
-    "fprop": Tile(64, 16, 16),
-    "dgrad": Tile(64, 4, 8),
-    "wgrad": Tile(16, 16, 64, splits=3),
+    "fprop": (direct_conv.ENGINE, Tile(64, 16, 16)),
+    "dgrad": (direct_conv.ENGINE, Tile(64, 4, 8)),
+    "wgrad": (direct_conv.ENGINE, Tile(16, 16, 64, splits=3)),
 }
 
 
@@ -74,7 +88,8 @@ class Launch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, residual, g, tiles, relu):
         y = sliced(x.new_full(g.y_shape, torch.nan))
-        direct_conv.fprop(x, w, bias, residual, y, g, tiles["fprop"], relu=relu, precision="ieee")
+        engine, tile = tiles["fprop"]
+        engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu)), tile)
         ctx.save_for_backward(x, w, y)
         ctx.rest = g, tiles, relu
         return y
@@ -91,7 +106,8 @@ class Launch(torch.autograd.Function):
 
 def dgrad(dy, w, bias, g, tiles):
     dx = sliced(dy.new_full(g.x_shape, torch.nan))
-    direct_conv.dgrad(dy, w, bias, dx, g, tiles["dgrad"], precision="ieee")
+    engine, tile = tiles["dgrad"]
+    engine.launch(Dgrad(dy, w, dx, g, bias=bias), tile)
     return dx
 
 
@@ -99,7 +115,8 @@ def wgrad(x, dy, w, g, tiles, dw=True, db=True):
     strides = output_strides(w.shape, w.stride(1) < w.stride(3))
     dw = w.new_empty_strided(w.shape, strides).fill_(torch.nan) if dw else None
     db = w.new_full((g.K,), torch.nan) if db else None
-    direct_conv.wgrad(x, dy, dw, db, g, tiles["wgrad"], precision="ieee")
+    engine, tile = tiles["wgrad"]
+    engine.launch(Wgrad(x, dy, dw, db, g), tile)
     return dw, db
 
 
@@ -154,14 +171,14 @@ TILES = (
 )
 def test_tiles(g, direction, tile, device):
     t = operands(g, torch.float16, device, "x_channels_last")
-    check(g, t, chosen(g, torch.float16, device) | {direction: tile})
+    check(g, t, chosen(g, torch.float16, device) | {direction: (direct_conv.ENGINE, tile)})
 
 
 @pytest.mark.parametrize(("g", "dtype", "splits"), params(TYPICAL, (torch.float16,), (1, 2, 9)))
 def test_splits(g, dtype, splits, device):
     """One part, parts of several turns, and more parts than turns, so that some are empty."""
     tiles = chosen(g, dtype, device)
-    tiles["wgrad"] = replace(tiles["wgrad"], depth=16, splits=splits)
+    tiles["wgrad"] = changed(tiles["wgrad"], depth=16, splits=splits)
     check(g, operands(g, dtype, device), tiles)
 
 
@@ -190,7 +207,7 @@ def test_dgrad_adds_the_bias_of_a_transposed_convolution(g, dtype, device):
 @pytest.mark.parametrize(("g", "splits"), params(TYPICAL, (1, 3)))
 def test_a_gradient_alone_is_the_same(g, splits, device):
     t = operands(g, torch.float32, device)
-    tiles = {"wgrad": replace(TINY["wgrad"], splits=splits)}
+    tiles = {"wgrad": changed(TINY["wgrad"], splits=splits)}
     both = wgrad(t.x, t.dy, t.w, g, tiles)
     only_dw, nothing = wgrad(t.x, t.dy, t.w, g, tiles, db=False)
     assert nothing is None
@@ -267,7 +284,7 @@ def test_no_images(g, splits, device):
     empty = replace(g, N=0)
     t = operands(empty, torch.float32, device)
     tiles = chosen(empty, torch.float32, device)
-    tiles["wgrad"] = replace(tiles["wgrad"], splits=splits)
+    tiles["wgrad"] = changed(tiles["wgrad"], splits=splits)
     y, dx, dw, db, _ = results(empty, t, tiles)
     assert (y.shape, dx.shape) == (empty.y_shape, empty.x_shape)
     assert torch.equal(dw, torch.zeros_like(t.w))
@@ -302,21 +319,24 @@ LAYERS = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tiles_are_valid_and_their_order_of_summation_ignores_the_batch(dtype, target):
     for g, direction in product(LAYERS, DIRECTIONS):
-        tile = direct_conv.choose_tile(direction, g, dtype, target)
+        _, tile = plan_of(direction, g, dtype, target)
         assert is_valid(tile, dtype.itemsize, target), (g, direction, tile)
         if direction == "dgrad":
             block = tile.rows * tile.columns * tile.depth
             assert block <= INTERPRETER_ELEMENTS, (g, direction, tile)
         if direction != "wgrad":
-            other = direct_conv.choose_tile(direction, replace(g, N=7 * g.N + 1), dtype, target)
+            _, other = plan_of(direction, replace(g, N=7 * g.N + 1), dtype, target)
             assert replace(other, rows=tile.rows) == tile, (g, direction)
 
 
 def test_what_is_supported():
+    def supports(g):
+        return any(direct_conv.tiles(Problem("fprop", g, torch.float32, "ieee", DEVICES[0])))
+
     for g in CASES:
-        assert direct_conv.supports(g)
-    assert not direct_conv.supports(conv_case(1, 5, (3, 3), 4, (1, 1)))
-    assert not direct_conv.supports(conv_case(1, 10, (3, 3), 4, (1, 1), groups=2))
+        assert supports(g)
+    assert not supports(conv_case(1, 5, (3, 3), 4, (1, 1)))
+    assert not supports(conv_case(1, 10, (3, 3), 4, (1, 1), groups=2))
 
 
 @pytest.mark.parametrize(
@@ -340,15 +360,14 @@ def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
         values = (x * scale[:, None, None] + shift[:, None, None]).to(dtype)
         y, plain_y = (sliced(t.w.new_full(g.y_shape, torch.nan)) for _ in range(2))
         dw, plain_dw = (torch.full_like(t.w, torch.nan) for _ in range(2))
-        options = {"precision": "ieee", "relu": False}
-        direct_conv.fprop(values, t.w, None, None, plain_y, g, tiles["fprop"], **options)
-        options["normalise"] = scale, shift
-        direct_conv.fprop(x, t.w, None, None, y, g, tiles["fprop"], **options)
+        factors = Normalization(scale, shift)
+        engine, tile = tiles["fprop"]
+        engine.launch(Fprop(values, t.w, plain_y, g), tile)
+        engine.launch(Fprop(x, t.w, y, g, normalization=factors), tile)
         assert torch.equal(y, plain_y)
-        direct_conv.wgrad(values, t.dy, plain_dw, None, g, tiles["wgrad"], precision="ieee")
-        direct_conv.wgrad(
-            *(x, t.dy, dw, None, g, tiles["wgrad"]), precision="ieee", normalise=(scale, shift)
-        )
+        engine, tile = tiles["wgrad"]
+        engine.launch(Wgrad(values, t.dy, plain_dw, None, g), tile)
+        engine.launch(Wgrad(x, t.dy, dw, None, g, normalization=factors), tile)
         assert torch.equal(dw, plain_dw)
         assert y.isfinite().all()
 
@@ -367,9 +386,11 @@ def integers(g, dtype, device, layout, value=None):
     return x if layout != "sliced" else sliced(x), w, bias.contiguous(), residual
 
 
-def fprop(g, inputs, tile):
-    y = sliced(inputs[1].new_full(g.y_shape, torch.nan))
-    direct_conv.fprop(*inputs, y, g, tile, relu=True, precision="ieee")
+def fprop(g, inputs, plan):
+    x, w, bias, residual = inputs
+    engine, tile = plan
+    y = sliced(w.new_full(g.y_shape, torch.nan))
+    engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu=True)), tile)
     return y
 
 
@@ -381,9 +402,10 @@ def test_pairs_of_outputs(g, device):
         inputs = integers(g, torch.float16, device, layout)
         alone = fprop(g, inputs, TINY["fprop"])
         assert alone.isfinite().all()
-        for tile in (chosen(g, torch.float16, device)["fprop"], Tile(64, 16, depth, packed=True)):
-            assert tile.packed
-            assert torch.equal(fprop(g, inputs, tile), alone)
+        tiny = pair_conv.ENGINE, Tile(64, 16, depth)
+        for plan in (chosen(g, torch.float16, device)["fprop"], tiny):
+            assert plan[0] is pair_conv.ENGINE
+            assert torch.equal(fprop(g, inputs, plan), alone)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -397,11 +419,11 @@ def test_what_is_not_finite_does_not_spread_within_a_pair(g, value, device):
         assert paired.equal(alone) or torch.allclose(paired, alone, 0, 0, equal_nan=True)
 
 
-def paired_wgrad_tiles(g, dtype, device):
+def paired_wgrad_plans(g, dtype, device):
     """The chosen tile, and one of several programs, shares and patches; some shares are empty."""
-    tile = chosen(g, dtype, device)["wgrad"]
+    plan = chosen(g, dtype, device)["wgrad"]
     columns = max(16, pair_conv.segment(g))
-    return tile, Tile(16, columns, 16, packed=True, splits=3, patch=(4, 4))
+    return plan, (pair_conv.ENGINE, Tile(16, columns, 16, splits=3, patch=(4, 4)))
 
 
 def exact_wgrad(g, x, w, dy):
@@ -422,9 +444,9 @@ def test_gradients_of_pairs(g, layout, device):
     """Exactly, as all sums are of integers; dw, db, or both at once."""
     x, w, _, dy = integers(g, torch.float16, device, layout)
     right = exact_wgrad(g, x, w, dy)
-    for tile in paired_wgrad_tiles(g, x.dtype, device):
-        assert tile.packed
-        tiles = {"wgrad": tile}
+    for plan in paired_wgrad_plans(g, x.dtype, device):
+        assert plan[0] is pair_conv.ENGINE
+        tiles = {"wgrad": plan}
         assert all(map(torch.equal, wgrad(x, dy, w, g, tiles), right))
     assert torch.equal(wgrad(x, dy, w, g, tiles, db=False)[0], right[0])
     assert torch.equal(wgrad(x, dy, w, g, tiles, dw=False)[1], right[1])
@@ -436,8 +458,8 @@ def test_what_is_not_finite_does_not_spread_within_a_pairs_gradient(g, value, de
     x, w, _, dy = integers(g, torch.bfloat16, device, "channels_last", value)
     dy[0, 0, 0, 0] = dy[-1, 0, -1, -1] = value
     right = exact_wgrad(g, x, w, dy)
-    for tile in paired_wgrad_tiles(g, x.dtype, device):
-        for result, expected in zip(wgrad(x, dy, w, g, {"wgrad": tile}), right, strict=True):
+    for plan in paired_wgrad_plans(g, x.dtype, device):
+        for result, expected in zip(wgrad(x, dy, w, g, {"wgrad": plan}), right, strict=True):
             assert torch.allclose(result, expected, 0, 0, equal_nan=True)
 
 
@@ -449,20 +471,19 @@ def test_gradients_of_pairs_expand_a_pooled_one(g, device):
     offsets = torch.randint(0, 9, pool.y_shape, dtype=torch.uint8, device=device)
     dz, db = x.new_empty(g.y_shape), x.new_full((g.K,), torch.nan)
     expansion.expand(dy, offsets, dz, None, pool)
-    for tile in paired_wgrad_tiles(g, x.dtype, device):
+    for engine, tile in paired_wgrad_plans(g, x.dtype, device):
         dw = torch.full_like(w, torch.nan)
-        options = {"precision": "ieee", "pool": pool, "offsets": offsets}
-        direct_conv.wgrad(x, dy, dw, db, g, tile, **options)
+        engine.launch(Wgrad(x, dy, dw, db, g, pooled=PoolGradient(pool, offsets)), tile)
         assert all(map(torch.equal, (dw, db), exact_wgrad(g, x, w, dz)))
 
 
 def test_gradients_of_pairs_with_64_bit_offsets(device, monkeypatch):
     x, w, _, dy = operands(STEM, torch.float16, device, "channels_last").inputs
-    for tile in paired_wgrad_tiles(STEM, x.dtype, device):
+    for plan in paired_wgrad_plans(STEM, x.dtype, device):
         monkeypatch.undo()
-        narrow = wgrad(x, dy, w, STEM, {"wgrad": tile})
+        narrow = wgrad(x, dy, w, STEM, {"wgrad": plan})
         monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
-        assert all(map(torch.equal, narrow, wgrad(x, dy, w, STEM, {"wgrad": tile})))
+        assert all(map(torch.equal, narrow, wgrad(x, dy, w, STEM, {"wgrad": plan})))
 
 
 def test_pairs_with_64_bit_offsets(device, monkeypatch):

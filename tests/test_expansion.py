@@ -14,8 +14,10 @@ from torch import Tensor
 
 from kernels import epilogue, expansion, implicit_gemm, max_pool, planner
 from kernels.device import Device, describe
+from kernels.engine import Dgrad, PoolGradient, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.model import expands_first
+from kernels.problem import Problem
 from kernels.tile import Tile
 
 ONE = (1, 1)
@@ -95,7 +97,7 @@ def problem(g: Conv2dGeometry, pool: Pool2dGeometry):
 
 
 def planned(direction, g, dtype, device):
-    return planner.plan(direction, g, dtype, "ieee", describe(device), "scattered")[:2]
+    return planner.plan(Problem(direction, g, dtype, "ieee", describe(device)))[:2]
 
 
 def case_and_run(value) -> str:
@@ -111,16 +113,16 @@ def test_gradients_of_a_convolution_that_was_pooled(g, window, dtype, layout, de
     (x, w, dy, offsets), right = problem(g, pool)
     x, w, dy = (laid_out(t.to(device, dtype), layout) for t in (x, w, dy))
     offsets = in_strides(offsets.to(device), layout == "channels_last")
-    expanded = {"precision": "ieee", "pool": pool, "offsets": offsets}
+    won = PoolGradient(pool, offsets)
 
     if g.C > 4:
         dx = poisoned(g.x_shape, dtype, device, layout)
         engine, tile = planned("dgrad", g, dtype, device)
-        engine.dgrad(dy, w, None, dx, g, tile, **expanded)
+        engine.launch(Dgrad(dy, w, dx, g, pooled=won), tile)
         assert torch.equal(dx.cpu(), right[0].to(dtype))
     dw, db = poisoned(g.w_shape, dtype, device), poisoned((g.K,), dtype, device)
     engine, tile = planned("wgrad", g, dtype, device)
-    engine.wgrad(x, dy, dw, db, g, tile, **expanded)
+    engine.launch(Wgrad(x, dy, dw, db, g, pooled=won), tile)
     for ours, expected in zip((dw, db), right[1:], strict=True):
         assert torch.equal(ours.cpu(), expected.to(dtype))
 
@@ -169,11 +171,11 @@ def test_gradients_are_those_of_the_expanded_map_bit_for_bit(window, dtype, devi
     offsets, dz = winners(z, pool), poisoned(g.y_shape, dtype, device)
     expansion.expand(dy, offsets, dz, None, pool)
     results = []
-    for gradient, options in ((dz, {}), (dy, {"pool": pool, "offsets": offsets})):
+    for gradient, won in ((dz, None), (dy, PoolGradient(pool, offsets))):
         dx, dw = poisoned(g.x_shape, dtype, device), poisoned(g.w_shape, dtype, device)
         db = poisoned((g.K,), dtype, device)
-        implicit_gemm.dgrad(gradient, w, None, dx, g, tile, precision="ieee", **options)
-        implicit_gemm.wgrad(x, gradient, dw, db, g, tile, precision="ieee", **options)
+        implicit_gemm.dgrad(Dgrad(gradient, w, dx, g, pooled=won), tile)
+        implicit_gemm.wgrad(Wgrad(x, gradient, dw, db, g, pooled=won), tile)
         results.append((dx, dw, db))
     assert all(map(torch.equal, *results))
 
@@ -199,7 +201,7 @@ def test_a_window_of_more_than_255_taps(device):
     assert offsets.max() > 255
     dx = poisoned(g.x_shape, dy.dtype, device)
     engine, tile = planned("dgrad", g, dy.dtype, device)
-    engine.dgrad(dy, w, None, dx, g, tile, precision="ieee", pool=pool, offsets=offsets)
+    engine.launch(Dgrad(dy, w, dx, g, pooled=PoolGradient(pool, offsets)), tile)
     assert torch.equal(dx.cpu(), right[0].float())
 
 
@@ -268,4 +270,5 @@ STEM = conv_case(8, 3, (224, 224), 64, (7, 7), (2, 2), (3, 3, 3, 3))
 def test_what_is_expanded_first_does_not_follow_the_batch(direction, g, window, gpu, first):
     for n in (1, 8, 1000):
         g = replace(g, N=n)
-        assert expands_first(direction, g, pool_of(g, window), torch.bfloat16, gpu) == first
+        problem = Problem(direction, g, torch.bfloat16, "ieee", gpu)
+        assert expands_first(problem, pool_of(g, window)) == first

@@ -74,6 +74,7 @@ import torch
 
 from bench import compiled, dataflow, selection
 from kernels import descriptor_gemm
+from kernels.engine import Wgrad
 from kernels.geometry import Conv2dGeometry
 from kernels.tile import Tile
 
@@ -84,7 +85,7 @@ with selection.compiling("sm_90") as (_, launched):
     for box in ((2, 8, 8), (128, 1, 1)):
         tile = Tile(64, 64, 128, warps=4, stages=3, box=box)
         launched.clear()
-        descriptor_gemm.wgrad(x, y, w, None, g, tile, precision="ieee")
+        descriptor_gemm.wgrad(Wgrad(x, y, w, None, g), tile)
         (kernel,) = launched
         code = compiled.instructions(kernel, encoded=True)
         found[str(box)] = dataflow.find(code, kernel.metadata.name)
@@ -108,6 +109,7 @@ import torch
 
 from bench import compiled, dataflow, selection
 from kernels import direct_conv, implicit_gemm
+from kernels.engine import Fprop, Normalization, PoolGradient, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.tile import Tile
 
@@ -119,13 +121,13 @@ first = Conv2dGeometry(8, 3, 56, 56, 64, 7, 7, padding=pads)
 
 def expanded(x, w, y):
     dy = selection.empty(pool.y_shape, x.dtype, False)
-    tile, options = Tile(128, 64, 32, warps=8, stages=3), {"pool": pool, "offsets": dy.byte()}
-    implicit_gemm.wgrad(x, dy, w, None, layer, tile, precision="tf32", **options)
+    call = Wgrad(x, dy, w, None, layer, "tf32", pooled=PoolGradient(pool, dy.byte()))
+    implicit_gemm.wgrad(call, Tile(128, 64, 32, warps=8, stages=3))
 
 
 def widened(x, w, y):
-    options = {"relu": False, "precision": "tf32", "normalise": (w.new_empty(3), w.new_empty(3))}
-    direct_conv.fprop(x.byte(), w, None, None, y, first, Tile(64, 32, 16), **options)
+    values = Normalization(w.new_empty(3), w.new_empty(3))
+    direct_conv.fprop(Fprop(x.byte(), w, y, first, "tf32", normalization=values), Tile(64, 32, 16))
 
 
 found = {}

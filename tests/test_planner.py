@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,21 @@ from cases import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import suites
-from kernels import depthwise, descriptor_gemm, direct_conv, implicit_gemm, model, planner
+from bench import plan as bench_plan
+from bench import selection, suites
+from kernels import (
+    depthwise,
+    descriptor_gemm,
+    direct_conv,
+    implicit_gemm,
+    model,
+    pair_conv,
+    planner,
+)
+from kernels import device as devices
 from kernels.device import Device
 from kernels.geometry import Conv2dGeometry
+from kernels.problem import Problem
 from kernels.tile import Tile, is_valid
 
 H100 = Device("cuda", 90, multiprocessors=132, shared_memory=227 << 10)
@@ -20,12 +32,14 @@ MI300 = Device("hip", "gfx942", multiprocessors=304, shared_memory=64 << 10)
 INTERPRETER = Device("interpreter", "numpy", multiprocessors=1, shared_memory=1 << 40)
 LAYERS = {
     "stem": Conv2dGeometry(8, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3))),
+    "few": Conv2dGeometry(8, 8, 56, 56, 64, 3, 3, groups=2),
     "3x3": Conv2dGeometry(8, 64, 56, 56, 64, 3, 3, (1, 1), ((1, 1), (1, 1))),
     "odd": Conv2dGeometry(8, 37, 19, 23, 41, 3, 5, (2, 1), ((0, 1), (2, 3)), (2, 1)),
     "grouped": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 4),
     "depthwise": Conv2dGeometry(8, 96, 28, 28, 96, 3, 3, (1, 1), ((1, 1), (1, 1)), (1, 1), 96),
 }
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
+DATA = Path(__file__).parent / "data"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,7 +51,7 @@ def test_each_candidate_is_valid_and_its_order_does_not_depend_on_the_batch(
     direction, name, dtype, device
 ):
     g = LAYERS[name]
-    candidates = planner.candidates(direction, g, dtype, "ieee", device, "channels_last")
+    candidates = planner.candidates(Problem(direction, g, dtype, "ieee", device, "channels_last"))
     assert candidates
     assert all(is_valid(tile, dtype.itemsize, device) for _, tile, *_ in candidates)
     if direction == "wgrad":
@@ -45,7 +59,7 @@ def test_each_candidate_is_valid_and_its_order_does_not_depend_on_the_batch(
     orders = set()
     for N in (1, 3, 64, 1000):
         engine, tile, *_ = planner.plan(
-            direction, replace(g, N=N), dtype, "ieee", device, "channels_last"
+            Problem(direction, replace(g, N=N), dtype, "ieee", device, "channels_last")
         )
         orders.add((engine, tile.depth, tile.packed))
     assert len(orders) == 1
@@ -54,29 +68,35 @@ def test_each_candidate_is_valid_and_its_order_does_not_depend_on_the_batch(
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        ("stem", direct_conv),
-        ("3x3", implicit_gemm),
-        ("odd", implicit_gemm),
-        ("grouped", implicit_gemm),
-        ("depthwise", depthwise),
+        ("stem", pair_conv.ENGINE),
+        ("few", direct_conv.ENGINE),
+        ("3x3", implicit_gemm.ENGINE),
+        ("odd", implicit_gemm.ENGINE),
+        ("grouped", implicit_gemm.ENGINE),
+        ("depthwise", depthwise.ENGINE),
     ],
 )
 def test_engine(name, engine):
     assert (
-        planner.plan("fprop", LAYERS[name], torch.bfloat16, "ieee", H100, "channels_last").engine
+        planner.plan(
+            Problem("fprop", LAYERS[name], torch.bfloat16, "ieee", H100, "channels_last")
+        ).engine
         is engine
     )
 
 
 def test_wgrad_splits_its_pixels_until_the_device_is_full():
     g = LAYERS["3x3"]
-    tile = planner.plan("wgrad", g, torch.bfloat16, "ieee", H100, "channels_last").tile
+    tile = planner.plan(Problem("wgrad", g, torch.bfloat16, "ieee", H100, "channels_last")).tile
     programs, turns = model.wgrad_work(g, tile)
     assert programs * tile.splits >= H100.multiprocessors
     assert turns // tile.splits >= 8
     tiny = replace(g, N=1, H=4, W=4)
     assert (
-        planner.plan("wgrad", tiny, torch.bfloat16, "ieee", H100, "channels_last").tile.splits == 1
+        planner.plan(
+            Problem("wgrad", tiny, torch.bfloat16, "ieee", H100, "channels_last")
+        ).tile.splits
+        == 1
     )
 
 
@@ -124,10 +144,10 @@ def test_the_plan_of_each_layer_of_each_suite(suite, device):
             continue
         for direction, (dtype, precision) in product(DIRECTIONS, MODES):
             problem = (direction, layer.geometry, dtype, precision, device)
-            best = planner.plan(*problem, "aligned")
+            best = planner.plan(Problem(*problem, "aligned"))
             assert is_valid(best.tile, dtype.itemsize, device)
-            assert best.ms >= model.roofline(*problem)
-            others = planner.candidates(*problem, "aligned")
+            assert best.ms >= model.roofline(Problem(*problem))
+            others = planner.candidates(Problem(*problem, "aligned"))
             assert best in others
             same_engine = [other.ms for other in others if other.engine is best.engine]
             assert best.ms == min(same_engine)
@@ -142,7 +162,9 @@ def test_engine_and_order_do_not_depend_on_the_batch(suite, direction):
             continue
         plans = [
             planner.plan(
-                direction, replace(layer.geometry, N=N), torch.bfloat16, "ieee", H100, "aligned"
+                Problem(
+                    direction, replace(layer.geometry, N=N), torch.bfloat16, "ieee", H100, "aligned"
+                )
             )
             for N in (1, 2, 7, 64, 513)
         ]
@@ -177,25 +199,25 @@ def test_wgrad_has_boxes_of_one_long_axis_and_one_engine(problem, batch, size):
     rest = (dtype, precision, H100, "aligned")
     family = {
         (plan.engine, replace(plan.tile, splits=min(2, plan.tile.splits)))
-        for plan in planner.family("wgrad", g, *rest)
+        for plan in planner.family(Problem("wgrad", g, *rest))
     }
     for tile in [tile for _, tile in family if tile.box]:
         assert sum(length > 1 for length in tile.box) == 1
-    chosen = planner.plan("wgrad", g, *rest)
-    (engine,) = {plan.engine for plan in planner.candidates("wgrad", g, *rest)}
-    other = planner.plan("wgrad", replace(g, N=batch), *rest)
+    chosen = planner.plan(Problem("wgrad", g, *rest))
+    (engine,) = {plan.engine for plan in planner.candidates(Problem("wgrad", g, *rest))}
+    other = planner.plan(Problem("wgrad", replace(g, N=batch), *rest))
     assert chosen.engine is other.engine is engine
-    resized = planner.plan("wgrad", replace(g, N=batch, H=size[0], W=size[1]), *rest)
+    resized = planner.plan(Problem("wgrad", replace(g, N=batch, H=size[0], W=size[1]), *rest))
     for plan in (chosen, other, resized):
         assert (plan.engine, replace(plan.tile, splits=min(2, plan.tile.splits))) in family
 
 
 MAPS = (
-    ((7, 7), descriptor_gemm, "a batch has images for a box"),
-    ((128, 128), descriptor_gemm, "rows are whole boxes"),
-    ((75, 75), descriptor_gemm, "a batch has images for a box"),
-    ((200, 333), implicit_gemm, "few images, and no box divides a row"),
-    ((333, 208), descriptor_gemm, "13 boxes of 16 pixels are a row"),
+    ((7, 7), descriptor_gemm.ENGINE, "a batch has images for a box"),
+    ((128, 128), descriptor_gemm.ENGINE, "rows are whole boxes"),
+    ((75, 75), descriptor_gemm.ENGINE, "a batch has images for a box"),
+    ((200, 333), implicit_gemm.ENGINE, "few images, and no box divides a row"),
+    ((333, 208), descriptor_gemm.ENGINE, "13 boxes of 16 pixels are a row"),
 )
 
 
@@ -203,7 +225,9 @@ MAPS = (
 def test_the_map_decides_which_engine_sums_the_weights_gradient(size, engine, why):
     g = Conv2dGeometry(4, 64, *size, 64, 3, 3, (1, 1), ((1, 1), (1, 1)))
     for N in (1, 4, 256):
-        plan = planner.plan("wgrad", replace(g, N=N), torch.bfloat16, "ieee", H100, "aligned")
+        plan = planner.plan(
+            Problem("wgrad", replace(g, N=N), torch.bfloat16, "ieee", H100, "aligned")
+        )
         assert plan.engine is engine, why
 
 
@@ -221,7 +245,7 @@ def test_the_map_decides_which_engine_sums_the_weights_gradient(size, engine, wh
 )
 def test_the_box_follows_the_batch_and_the_rows(N, size, box):
     g = Conv2dGeometry(N, 256, size, size, 256, 3, 3, (1, 1), ((1, 1), (1, 1)))
-    plan = planner.plan("wgrad", g, torch.bfloat16, "ieee", H100, "aligned")
+    plan = planner.plan(Problem("wgrad", g, torch.bfloat16, "ieee", H100, "aligned"))
     assert plan.tile.box == box
 
 
@@ -231,19 +255,21 @@ def test_the_model_counts_what_a_box_wastes():
     tile = Tile(128, 256, 64, warps=8, stages=4, box=(64, 1, 1))
     full, alone = (model.wgrad_work(replace(g, N=N), tile) for N in (64, 1))
     assert full == alone == (18, 14 * 14)
-    rest = (torch.bfloat16, "ieee", H100, tile)
-    per_image = model.predict("wgrad", g, *rest).ms / 64
-    assert model.predict("wgrad", replace(g, N=1), *rest).ms > 32 * per_image
+    rest = (torch.bfloat16, "ieee", H100)
+    per_image = model.predict(Problem("wgrad", g, *rest), tile).ms / 64
+    assert model.predict(Problem("wgrad", replace(g, N=1), *rest), tile).ms > 32 * per_image
 
 
 def test_descriptors_serve_most_of_resnet50():
     engines = [
-        planner.plan(direction, layer.geometry, torch.bfloat16, "ieee", H100, "aligned").engine
+        planner.plan(
+            Problem(direction, layer.geometry, torch.bfloat16, "ieee", H100, "aligned")
+        ).engine
         for layer in CONVOLUTIONS
         if layer.suite == "resnet50_v1.5"
         for direction in DIRECTIONS
     ]
-    assert engines.count(descriptor_gemm) == len(engines) - 3  # all but the stem
+    assert engines.count(descriptor_gemm.ENGINE) == len(engines) - 3  # all but the stem
 
 
 @pytest.mark.parametrize(
@@ -259,8 +285,8 @@ def test_descriptors_serve_most_of_resnet50():
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
 def test_what_descriptors_do_not_take(g, layout, why):
-    engine = planner.plan("fprop", g, torch.bfloat16, "ieee", H100, layout).engine
-    assert engine is implicit_gemm, why
+    engine = planner.plan(Problem("fprop", g, torch.bfloat16, "ieee", H100, layout)).engine
+    assert engine is implicit_gemm.ENGINE, why
 
 
 @pytest.mark.parametrize("C", [16, 32, 48, 96])
@@ -268,10 +294,26 @@ def test_a_block_of_float8_is_as_deep_as_a_product_instruction(C):
     """32 channels: Triton compiles no product of fewer. A group's neighbours are not read."""
     for taps in (1, 3):
         g = Conv2dGeometry(8, C, 28, 28, 64, taps, taps)
-        plans = planner.candidates("fprop", g, torch.float8_e4m3fn, "ieee", H100, "aligned")
+        plans = planner.candidates(
+            Problem("fprop", g, torch.float8_e4m3fn, "ieee", H100, "aligned")
+        )
         assert plans
         assert all(plan.tile.depth >= 32 for plan in plans)
         grouped = replace(g, C=2 * C, K=128, groups=2)
-        plans = planner.candidates("fprop", grouped, torch.float8_e4m3fn, "ieee", H100, "aligned")
+        plans = planner.candidates(
+            Problem("fprop", grouped, torch.float8_e4m3fn, "ieee", H100, "aligned")
+        )
         assert all(plan.tile.depth >= 32 and C % plan.tile.depth == 0 for plan in plans)
         assert bool(plans) == (C % 32 == 0)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_plans_of_all_suites_are_those_recorded(arch):
+    """A change of the planner or of its model of time shows what it changes.
+
+    The tables are what ``python -m bench plan --arch ARCH --dtype bf16 tf32 --suite ...`` prints.
+    """
+    cases = suites.cases(CONVOLUTIONS, DIRECTIONS, ["bf16", "tf32"])
+    with devices.launch_nothing(selection.target(arch)):
+        found = list(bench_plan.lines(cases))
+    assert found == (DATA / f"plans-{arch}.txt").read_text().splitlines()

@@ -12,7 +12,9 @@ from torch import Tensor
 import cnn.functional as F
 from kernels import autotune, descriptor_gemm, descriptor_pool, device, library, planner, replay
 from kernels.device import Device, launches
+from kernels.engine import Dgrad, Fprop, PooledConv, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.problem import Problem
 
 pytestmark = pytest.mark.skipif(
     not (device.takes_cpu() or torch.cuda.is_available()), reason="calls are kept on kernels alone"
@@ -203,37 +205,33 @@ DESCRIBED = Conv2dGeometry.of((2, 64, 16, 16), (64, 64, 3, 3), (2, 2), (1, 1, 1,
 def test_descriptors_are_made_over_the_new_tensors(direction):
     g, dtype = DESCRIBED, torch.float16
     x_shape, w_shape, y_shape = g.x_shape, g.w_shape, g.y_shape
-    problem = g, dtype, "ieee", HOPPER, "aligned"
+
+    def launch(call):
+        plan = planner.plan(Problem(call.direction, g, dtype, "ieee", HOPPER, "aligned"))
+        assert plan.engine is descriptor_gemm.ENGINE
+        plan.engine.launch(call, plan.tile)
 
     def fprop(x, w):
         y = replay.new(x, y_shape, random(*y_shape).stride())
-        engine, tile, *_ = planner.plan("fprop", *problem)
-        assert engine is descriptor_gemm
-        engine.fprop(x, w, None, None, y, g, tile, relu=False, precision="ieee")
+        launch(Fprop(x, w, y, g))
         return y
 
     def dgrad(dy, w):
         dx = replay.new(dy, x_shape, random(*x_shape).stride())
-        engine, tile, *_ = planner.plan("dgrad", *problem)
-        assert engine is descriptor_gemm
-        engine.dgrad(dy, w, None, dx, g, tile, precision="ieee")
+        launch(Dgrad(dy, w, dx, g))
         return dx
 
     def wgrad(x, dy):
         dw, db = replay.new(x, w_shape, random(*w_shape).stride()), replay.new(x, (64,), (1,))
-        engine, tile, *_ = planner.plan("wgrad", *problem)
-        assert engine is descriptor_gemm
-        engine.wgrad(x, dy, dw, db, g, tile, precision="ieee")
+        launch(Wgrad(x, dy, dw, db, g))
         return dw, db
 
     def pooled(x, w):
         pool = Pool2dGeometry(*y_shape, (2, 2), (2, 2), (0, 0))
         y = replay.new(x, pool.y_shape, random(*pool.y_shape).stride())
         offsets = replay.new(y, y.shape, y.stride(), torch.uint8)
-        tile = descriptor_pool.choose_tile(g, pool, dtype, "ieee", HOPPER)
-        descriptor_pool.conv2d_relu_max_pool2d(
-            x, w, None, y, offsets, g, pool, tile, precision="ieee"
-        )
+        tile = descriptor_pool.tiles(Problem("fprop", g, dtype, "ieee", HOPPER, "aligned"), pool)[0]
+        descriptor_pool.ENGINE.launch(PooledConv(x, w, None, y, offsets, g, pool), tile)
         return y, offsets
 
     function = {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad, "pooled": pooled}[direction]

@@ -14,7 +14,9 @@ from tolerance import assert_close
 
 from kernels import device as kernel_device
 from kernels import pair_conv, stem_pool
+from kernels.engine import PooledConv
 from kernels.geometry import Pool2dGeometry
+from kernels.problem import Problem
 
 
 def pool_of(g, kernel, padding=(0, 0), ceil_mode=False):
@@ -63,7 +65,8 @@ def operands(g, dtype, device, layout="channels_last"):
 
 def tiles(g, pool, dtype, device):
     """The chosen tile, and one that takes several programs, turns and tiles of filters."""
-    chosen = stem_pool.choose_tile(g, pool, dtype, kernel_device.describe(device))
+    here = kernel_device.describe(device)
+    (chosen,) = stem_pool.tiles(Problem("fprop", g, dtype, "ieee", here), pool)
     turn = max(16, pair_conv.segment(g))  # the least that holds a run
     return chosen, replace(chosen, rows=256, columns=16, depth=turn, box=(1, 16, 16))
 
@@ -71,7 +74,7 @@ def tiles(g, pool, dtype, device):
 def run(x, w, bias, g, pool, tile, layout="channels_last", offsets=True):
     y = LAYOUTS[layout](x.new_full(pool.y_shape, torch.nan))
     taps = torch.full_like(y, 77, dtype=torch.uint8) if offsets else None
-    stem_pool.conv2d_relu_max_pool2d(x, w, bias, y, taps, g, pool, tile, precision="ieee")
+    stem_pool.conv2d_relu_max_pool2d(PooledConv(x, w, bias, y, taps, g, pool), tile)
     return y, taps
 
 
@@ -225,7 +228,7 @@ def test_what_is_supported(device):
     here = kernel_device.describe(device)
 
     def supports(g, pool, dtype=torch.float16):
-        return stem_pool.supports(g, pool, dtype, here, "channels_last")
+        return stem_pool.supports(Problem("fprop", g, dtype, "ieee", here), pool)
 
     assert supports(RESNET, pool_of(RESNET, (3, 3), (1, 1)))
     assert not supports(RESNET, pool_of(RESNET, (3, 3)), torch.float64)

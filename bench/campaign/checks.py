@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels import device, library, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.problem import Problem, layout_of
 
 from .. import measure, suites
 from ..measure import DTYPES
@@ -74,10 +75,10 @@ def chosen(check: Check, call: Call) -> Forced | None:
     precision = library.resolve_precision(DTYPES[check.dtype].precision, first)
     source = Source(check, torch.device("meta"))
     x, w, y = (source.images(shape) for shape in (g.x_shape, g.w_shape, g.y_shape))
-    layout = planner.layout_of((x, y), () if direction == "wgrad" else (w,))
+    layout = layout_of((x, y), () if direction == "wgrad" else (w,))
     here = device.describe(first.device)
-    plan = planner.plan(direction, g, first.dtype, precision, here, layout)
-    return Forced(plan.engine.__name__.rpartition(".")[2], plan.tile)
+    plan = planner.plan(Problem(direction, g, first.dtype, precision, here, layout))
+    return Forced(plan.engine.name, plan.tile)
 
 
 # What is right.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from kernels import planner
 from kernels.device import Device
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
+from kernels.problem import Problem
 from kernels.tile import Tile
 
 from .. import selection, suites
@@ -39,7 +40,7 @@ _SMALL = 16  # channels on a CPU: the fewest that tensor cores take
 
 
 class Forced(NamedTuple):
-    """An engine, by its module's name, and the tile that it is told to use."""
+    """An engine, by its name, and the tile that it is told to use."""
 
     engine: str
     tile: Tile
@@ -153,9 +154,10 @@ def _family(
     """Every tile that some batch and image size of a layer may get, of one number of splits."""
     assert isinstance(g, Conv2dGeometry)
     kind = DTYPES[dtype]
-    for plan in planner.family(direction, g, kind.torch, kind.precision, here, "aligned"):
+    problem = Problem(direction, g, kind.torch, kind.precision, here, "aligned")
+    for plan in planner.family(problem):
         if plan.tile.splits == splits:
-            forced = Forced(selection.engine_name(plan.engine), plan.tile)
+            forced = Forced(plan.engine.name, plan.tile)
             yield Check(name, OPERATORS[direction], g, dtype, forced=forced)
 
 
@@ -166,7 +168,8 @@ def _others(layers: dict[str, suites.Geometry], dtype: str) -> Iterator[Check]:
     yield Check("l3.1.conv2", "conv2d_wgrad", layers["l3.1.conv2"], dtype, parts=("bias",))
     yield Check("transposed", "conv2d_dgrad", layers["transposed"], dtype, parts=("bias",))
     three = tuple(OPERATORS)
-    for name in ("grouped", "odd", "stem", "one channel", "depthwise", "depthwise/2"):
+    others = "grouped", "groups of 4", "odd", "stem", "one channel", "depthwise", "depthwise/2"
+    for name in others:
         yield from _directions(three, (name,), (dtype,), layers)
     for operator in OPERATORS.values():
         yield Check("l3.1.conv2", operator, layers["l3.1.conv2"], dtype, channels_last=False)
@@ -217,6 +220,9 @@ def _layers(images: int, small: bool) -> dict[str, suites.Geometry]:
         # A generator's: its dgrad doubles 16x16 pixels.
         "transposed": Conv2dGeometry(images, 128, 32, 32, 256, 4, 4, (2, 2), ((1, 1), (1, 1))),
         "grouped": Conv2dGeometry(images, 256, 28, 28, 256, 3, 3, padding=((1, 1),) * 2, groups=4),
+        "groups of 4": Conv2dGeometry(
+            images, 64, 28, 28, 64, 3, 3, padding=((1, 1),) * 2, groups=16
+        ),
         "odd": odd,
         "odd+pool": suites.Block(odd, Pool2dGeometry(*odd.y_shape, (2, 2), (2, 2), (0, 0))),
         "one channel": Conv2dGeometry(images, 1, 28, 28, 32, 5, 5, padding=((2, 2),) * 2),
@@ -279,8 +285,9 @@ def _best_tiles(direction: Direction, g: Conv2dGeometry, here: Device) -> list[F
     kind = DTYPES["bf16"]
     best: dict[tuple, Forced] = {}
     others: list[Forced] = []
-    for plan in planner.candidates(direction, g, kind.torch, kind.precision, here, "aligned"):
-        tile = Forced(selection.engine_name(plan.engine), plan.tile)
+    problem = Problem(direction, g, kind.torch, kind.precision, here, "aligned")
+    for plan in planner.candidates(problem):
+        tile = Forced(plan.engine.name, plan.tile)
         if best.setdefault((tile.engine, plan.tile.rows, plan.tile.columns), tile) is not tile:
             others.append(tile)
     return [*best.values(), *others][:RANKS]

@@ -1,11 +1,10 @@
 """One direction of a convolution by an engine and a tile that are named."""
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
 from kernels import planner
+from kernels.engine import Plan
 from kernels.geometry import Conv2dGeometry, Direction
 
 from .. import compiled
@@ -29,7 +28,7 @@ def launch(
         "dgrad": (result, second, first),
         "wgrad": (first, result, second),
     }[direction]
-    engine = import_module(f"kernels.{forced.engine}")
-    plan = planner.Plan(engine, forced.tile, 0.0, "launch")
+    (engine,) = (engine for engine in planner.ENGINES if engine.name == forced.engine)
+    plan = Plan(engine, forced.tile, 0.0, "launch")
     compiled.launch(direction, g, (x, w, y), plan, precision)
     return result

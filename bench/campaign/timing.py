@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels import device, model
 from kernels.device import loop
 from kernels.geometry import Direction
+from kernels.problem import Problem
 
 from .. import measure, peers
 from ..measure import DTYPES
@@ -177,7 +178,8 @@ def run_timing(item: Timing, where: torch.device) -> dict[str, Any]:
         ms = _milliseconds(_launcher(item, item.forced), sets, where)
         if where.type == "cuda":
             here, tile = device.describe(where), item.forced.tile
-            predicted = model.predict(item.direction, g, kind.torch, kind.precision, here, tile)
+            problem = Problem(item.direction, g, kind.torch, kind.precision, here)
+            predicted = model.predict(problem, tile)
     return {
         "ok": True,
         "reason": None,

@@ -14,7 +14,9 @@ from tolerance import assert_close, double, evaluate_torch, torch_conv2d
 from bench import emulator
 from kernels import device as devices
 from kernels import planner
+from kernels.engine import Dgrad, Epilogue, Fprop, Plan, Wgrad
 from kernels.geometry import Conv2dGeometry, Direction
+from kernels.problem import Layout, Problem
 
 TALL, WIDE = (1, 1, 0, 0), (0, 0, 1, 1)
 PLAIN = conv_case(2, 256, (8, 9), 256, (3, 1), padding=TALL)
@@ -34,7 +36,7 @@ PROBLEMS = (
 )
 # The relative error of one product, where operands are rounded or split before it.
 PRODUCT_EPS = {"tf32": 2**-9, "bf16x3": 2**-15, "tf32x3": 2**-21, "bf16x6": 2**-23, "ieee": 0.0}
-LAYOUTS: tuple[planner.Layout, ...] = ("aligned", "channels_last", "scattered")
+LAYOUTS: tuple[Layout, ...] = ("aligned", "channels_last", "scattered")
 
 
 class Run(NamedTuple):
@@ -44,12 +46,12 @@ class Run(NamedTuple):
     g: Conv2dGeometry
     dtype: torch.dtype
     precision: str
-    layout: planner.Layout
-    plan: planner.Plan
+    layout: Layout
+    plan: Plan
 
     @property
     def name(self) -> str:
-        tile, engine = self.plan.tile, self.plan.engine.__name__.rpartition(".")[2]
+        tile, engine = self.plan.tile, self.plan.engine.name
         kind = str(self.dtype).rpartition(".")[2]
         block = f"{tile.rows}x{tile.columns}x{tile.depth}-w{tile.warps}-s{tile.stages}"
         box = "" if tile.box is None else "-box" + "x".join(map(str, tile.box))
@@ -65,7 +67,7 @@ def runs(direction: Direction) -> list[Any]:
     for g, dtype, precision in PROBLEMS:
         seen = set()
         for layout in LAYOUTS:
-            for plan in planner.family(direction, g, dtype, precision, here, layout):
+            for plan in planner.family(Problem(direction, g, dtype, precision, here, layout)):
                 key = plan.engine, plan.tile, layout == "scattered"
                 if key not in seen:
                     seen.add(key)
@@ -95,15 +97,15 @@ def check(run: Run, device: torch.device) -> None:
     (same_y, same), (y, exact), (bound_y, bound) = references(g, t)
     if run.direction == "fprop":
         ours = [fresh(t.dy)]
-        engine.fprop(t.x, t.w, t.bias, None, *ours, g, tile, relu=False, precision=precision)
+        engine.launch(Fprop(t.x, t.w, *ours, g, precision, Epilogue(t.bias)), tile)
         right = [(y, same_y, bound_y)]
     elif run.direction == "dgrad":
         ours = [fresh(t.x)]
-        engine.dgrad(t.dy, t.w, None, *ours, g, tile, precision=precision)
+        engine.launch(Dgrad(t.dy, t.w, *ours, g, precision), tile)
         right = [(exact[0], same[0], bound[0])]
     else:
         ours = [fresh(t.w), fresh(t.bias)]
-        engine.wgrad(t.x, t.dy, *ours, g, tile, precision=precision)
+        engine.launch(Wgrad(t.x, t.dy, *ours, g, precision), tile)
         right = list(zip(exact[1:3], same[1:3], bound[1:3], strict=True))
     eps = PRODUCT_EPS[precision] if run.dtype == torch.float32 else 0.0
     for result, (reference, same_dtype, magnitude) in zip(ours, right, strict=True):
