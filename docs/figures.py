@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 import cnn.__main__
 import cnn.functional as F
 from cnn import data
-from kernels import device, model, pair_conv, planner
+from kernels import cost_model, device, pair_conv, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, full_padding, receptive_field
 from kernels.problem import Problem
 from kernels.tile import Tile, blocks_per_multiprocessor
@@ -539,13 +539,13 @@ def planner_model() -> Figure:
     figure, (axes,) = new(7.6, 4.4, 1)
     here = hopper()
     problem = Problem("fprop", LAYER, torch.bfloat16, "ieee", here, "aligned")
-    plans = planner.candidates(problem)
+    plans, rate = planner.candidates(problem), cost_model.rate(torch.bfloat16, "ieee", here)
     shown = [plan for plan in plans if plan.tile.box and plan.tile.box[0] < plan.tile.rows][:10]
     everywhere = here.multiprocessors * here.peaks.clock * 1e6
     parts: dict[str, list[float]] = {"tensor cores": [], "L2": [], "memory": []}
     for _, tile, *_ in shown:
-        (work,) = model.launches("fprop", LAYER, tile)
-        turn = model.turn_cycles("fprop", tile, 2, model.rate(torch.bfloat16, "ieee", here), here)
+        (work,) = cost_model.launches("fprop", LAYER, tile)
+        turn = cost_model.turn_cycles("fprop", tile, 2, rate, here)
         together = here.multiprocessors * blocks_per_multiprocessor(tile, 2, here)
         in_waves = -(-work.programs // together) * together
         for name, programs in (("tensor cores", in_waves), ("L2", work.programs)):
@@ -557,7 +557,11 @@ def planner_model() -> Figure:
     times = [1e3 * plan.ms for plan in shown]
     axes.plot(times, range(len(shown)), "D", color=ORANGE, label="predicted time")
     axes.axvline(
-        1e3 * model.roofline(problem), color=GREY, linestyle="--", linewidth=1, label="roofline"
+        1e3 * cost_model.roofline(problem),
+        color=GREY,
+        linestyle="--",
+        linewidth=1,
+        label="roofline",
     )
     for j, time in enumerate(times):
         beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
@@ -576,7 +580,7 @@ def wgrad_splits() -> Figure:
     problem = Problem("wgrad", LAYER, torch.bfloat16, "ieee", hopper(), "aligned")
     best = planner.plan(problem)
     splits = [*range(1, 33)]
-    times = [1e3 * model.predict(problem, replace(best.tile, splits=n)).ms for n in splits]
+    times = [1e3 * cost_model.predict(problem, replace(best.tile, splits=n)).ms for n in splits]
     axes.plot(splits, times, color=BLUE, marker=".")
     axes.plot(best.tile.splits, 1e3 * best.ms, "D", color=ORANGE, label="the planner's choice")
     axes.set(xlabel="parts of the sum over pixels", ylabel="predicted µs", ylim=(0, None))

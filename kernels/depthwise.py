@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, model, replay
+from . import cost_model, device, replay
 from .device import loop
 from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
 from .epilogue import finish, results
@@ -634,5 +634,5 @@ ENGINE = Engine(
     "depthwise",
     tiles=tiles,
     launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
-    predict=model.predict_direct,
+    predict=cost_model.predict_direct,
 )

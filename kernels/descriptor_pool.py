@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import descriptor_tiles, device, model
+from . import cost_model, descriptor_tiles, device
 from .descriptor_gemm import add_products, reads
 from .descriptors import filters, rows_first
 from .device import INTERPRET, Device, loop
@@ -484,12 +484,12 @@ def _cycles(
     device: Device,
 ) -> float:
     """What all tiles take by the planner's model, in which pooling counts as any epilogue."""
-    rate = model.rate(dtype, precision, device)
+    rate = cost_model.rate(dtype, precision, device)
     turns = g.R * g.S * cdiv(g.C // g.groups, tile.depth)
-    turn = model.turn_cycles("fprop", tile, dtype.itemsize, rate, device)
-    busy: model.Times = {limit: turns * cycles for limit, cycles in turn.items()}
+    turn = cost_model.turn_cycles("fprop", tile, dtype.itemsize, rate, device)
+    busy: cost_model.Times = {limit: turns * cycles for limit, cycles in turn.items()}
     programs = prod(_tiles(g, pool, tile))
-    return model.cycles(programs, busy, _without_stores(tile), dtype.itemsize, device)[1]
+    return cost_model.cycles(programs, busy, _without_stores(tile), dtype.itemsize, device)[1]
 
 
 def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, int, int, int]:

@@ -6,9 +6,9 @@ from math import ceil, inf, prod
 
 import torch
 
+from .cost_model import split
 from .device import Device
 from .geometry import Conv2dGeometry, Direction, Taps
-from .model import split
 from .problem import Problem
 from .tile import Box, Tile, block_for, blocks_per_multiprocessor, is_valid
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, model
+from . import cost_model, device
 from .device import loop
 from .engine import Dgrad, Engine, Fprop, Wgrad
 from .epilogue import results, store_result
@@ -566,5 +566,5 @@ ENGINE = Engine(
     tiles=tiles,
     launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
     fuses={"fprop": frozenset({"bytes"}), "wgrad": frozenset({"bytes", "pool_gradient"})},
-    predict=model.predict_direct,
+    predict=cost_model.predict_direct,
 )

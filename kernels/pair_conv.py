@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, model, replay
+from . import cost_model, device, replay
 from .device import Device, loop
 from .engine import Engine, Fprop, Wgrad
 from .epilogue import results, store_result
@@ -713,5 +713,5 @@ ENGINE = Engine(
     tiles=tiles,
     launchers={Fprop: fprop, Wgrad: wgrad},
     fuses={"fprop": frozenset({"bytes"}), "wgrad": frozenset({"bytes", "pool_gradient"})},
-    predict=model.predict_direct,
+    predict=cost_model.predict_direct,
 )
