@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 import cnn.__main__
 import cnn.functional as F
 from cnn import data
-from kernels import cost_model, device, pair_conv, planner
+from kernels import cost_model, device, paired_columns, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, full_padding, receptive_field
 from kernels.problem import Problem
 from kernels.tile import Tile, blocks_per_multiprocessor
@@ -593,7 +593,7 @@ def wgrad_splits() -> Figure:
 def pairs() -> Figure:
     """The run of a first layer that two neighbouring outputs share."""
     g = Conv2dGeometry(1, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3)))
-    run = pair_conv._run(g, 0, True, 2)
+    run = paired_columns._run(g, 0, True, 2)
     figure, (axes,) = new(8, 1.5, 1)
     tints = "#f6c9c4", "#cfe8d2", "#cbdcf4"
     used = range(run.lead, run.lead + run.columns * g.C)

@@ -15,9 +15,9 @@ from . import (
     depthwise,
     descriptor_gemm,
     descriptor_pool,
-    direct_conv,
+    few_channels,
     implicit_gemm,
-    pair_conv,
+    paired_columns,
     stem_pool,
 )
 from .engine import Engine, Fusion, Plan, PoolingEngine
@@ -27,8 +27,8 @@ from .tile import Tile
 
 ENGINES: list[Engine] = [
     depthwise.ENGINE,
-    pair_conv.ENGINE,
-    direct_conv.ENGINE,
+    paired_columns.ENGINE,
+    few_channels.ENGINE,
     descriptor_gemm.ENGINE,
     implicit_gemm.ENGINE,
 ]

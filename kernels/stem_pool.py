@@ -2,9 +2,9 @@
 
 The map between convolution and pooling is never written. Sizes and strides are in elements.
 
-*Pairs.* Two neighbouring outputs are one row of the product, as in ``pair_conv``. So even and odd
-columns of the map come apart in the accumulator, even and odd rows by the order of its rows, and a
-window of two by two is four numbers of one thread.
+*Pairs.* Two neighbouring outputs are one row of the product, as in ``paired_columns``. So even and
+odd columns of the map come apart in the accumulator, even and odd rows by the order of its rows,
+and a window of two by two is four numbers of one thread.
 
 *Keys.* Each value, rounded to the result's dtype, becomes an integer: its bits, above a number that
 falls from tap to tap. One integer maximum then keeps value and switch, and of equal values the
@@ -37,7 +37,17 @@ from .indexing import (
     widen,
     within,
 )
-from .pair_conv import DEEPEST, FEW, Filters, convolve, halves, pack, run_of, segment, to_launch
+from .paired_columns import (
+    DEEPEST,
+    FEW,
+    Filters,
+    convolve,
+    halves,
+    pack,
+    run_of,
+    segment,
+    to_launch,
+)
 from .problem import Problem
 from .tile import INTERPRETER_ELEMENTS, Tile
 

@@ -20,7 +20,7 @@ import torch
 from cases import GROUPED, PLAIN, STRIDED, operands, sliced
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import aten, autotune, direct_conv, implicit_gemm, planner, tuning_cache
+from kernels import aten, autotune, few_channels, implicit_gemm, planner, tuning_cache
 from kernels.autotune import Tuner
 from kernels.device import Device, describe
 from kernels.engine import Dgrad, Epilogue, Fprop, Plan, Wgrad
@@ -193,7 +193,7 @@ def test_only_plans_that_add_as_the_first_does_compete(tmp_path, direction, quic
         *plans(16),
         *[plan._replace(tile=replace(plan.tile, depth=32)) for plan in plans(64)],
         *[plan._replace(tile=replace(plan.tile, packed=False)) for plan in plans(128)],
-        *plans(256, engine=direct_conv),
+        *plans(256, engine=few_channels),
         *plans(512, splits=2),
         *plans(32),
     ]

@@ -23,8 +23,8 @@ kernels.tile kernels.problem kernels.indexing kernels.replay
 kernels.split_sum kernels.cost_model kernels.descriptors
 kernels.engine kernels.pointer_tiles kernels.descriptor_tiles
 kernels.epilogue kernels.expansion
-kernels.implicit_gemm kernels.pair_conv kernels.depthwise kernels.max_pool kernels.conv_pool
-kernels.direct_conv kernels.stem_pool kernels.descriptor_gemm
+kernels.implicit_gemm kernels.paired_columns kernels.depthwise kernels.max_pool kernels.conv_pool
+kernels.few_channels kernels.stem_pool kernels.descriptor_gemm
 kernels.descriptor_pool
 kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.tuning_cache
 kernels.autotune

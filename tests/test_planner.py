@@ -16,9 +16,9 @@ from kernels import (
     cost_model,
     depthwise,
     descriptor_gemm,
-    direct_conv,
+    few_channels,
     implicit_gemm,
-    pair_conv,
+    paired_columns,
     planner,
 )
 from kernels import device as devices
@@ -68,8 +68,8 @@ def test_each_candidate_is_valid_and_its_order_does_not_depend_on_the_batch(
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        ("stem", pair_conv.ENGINE),
-        ("few", direct_conv.ENGINE),
+        ("stem", paired_columns.ENGINE),
+        ("few", few_channels.ENGINE),
         ("3x3", implicit_gemm.ENGINE),
         ("odd", implicit_gemm.ENGINE),
         ("grouped", implicit_gemm.ENGINE),

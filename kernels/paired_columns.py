@@ -709,7 +709,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
 
 
 ENGINE = Engine(
-    "pair_conv",
+    "paired_columns",
     tiles=tiles,
     launchers={Fprop: fprop, Wgrad: wgrad},
     fuses={"fprop": frozenset({"bytes"}), "wgrad": frozenset({"bytes", "pool_gradient"})},

@@ -39,7 +39,7 @@ from .indexing import (
     widen,
     within,
 )
-from .pair_conv import FEW, load_normalisation, load_normalised
+from .paired_columns import FEW, load_normalisation, load_normalised
 from .problem import Problem
 from .split_sum import gradients
 from .tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
@@ -562,7 +562,7 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
 
 
 ENGINE = Engine(
-    "direct_conv",
+    "few_channels",
     tiles=tiles,
     launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
     fuses={"fprop": frozenset({"bytes"}), "wgrad": frozenset({"bytes", "pool_gradient"})},
