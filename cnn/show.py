@@ -92,7 +92,7 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
         model, name, known, trained = _loaded(args, checkpoint)
     if not trained:
         check_size(model.eval(), name, known)
-    visualize.normalise_first(model.eval(), known.mean, known.std)
+    visualize.normalize_first(model.eval(), known.mean, known.std)
     data, seed = (trained["data"], trained["seed"]) if trained else (None, 0)
     return Subject(model.to(args.device), known, data, args.device, seed)
 

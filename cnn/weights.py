@@ -168,7 +168,7 @@ def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: P
 def _of_this_version(parameters: dict[str, Tensor], own: dict[str, Any]) -> dict[str, Tensor]:
     """Parameters with the versions of a model's layers, which few files tell and some layers want.
 
-    Layers of batch normalisation of before torch 0.4.1 do not count their batches.
+    Layers of batch normalization of before torch 0.4.1 do not count their batches.
     """
     counters = [name for name in own if name.endswith("num_batches_tracked")]
     found = OrderedDict({name: own[name] for name in counters} | parameters)

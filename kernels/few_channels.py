@@ -39,7 +39,7 @@ from .indexing import (
     widen,
     within,
 )
-from .paired_columns import FEW, load_normalisation, load_normalised
+from .paired_columns import FEW, load_normalization, load_normalized
 from .problem import Problem
 from .split_sum import gradients
 from .tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
@@ -126,7 +126,7 @@ def few_channel_fprop_kernel(
     sizes,  # N, H, W, P, Q, unspecialised
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
-    normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
+    normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -169,7 +169,7 @@ def few_channel_fprop_kernel(
     for part in loop(tl.cdiv(S * C, SEGMENT)):
         c, s, inside = row_element(part * SEGMENT + place, C, S, TILE.channels_fastest)
         w = w0[:, None] + s * step_w
-        scale, shift = load_normalisation(normalise, group * C + c, inside)
+        scale, shift = load_normalization(normalize, group * C + c, inside)
         # [ROWS, DEPTH]
         along = (n * x_strides.n)[:, None] + (c * x_strides.c)[None, :] + w * x_strides.w
         along_mask = (row_mask[:, None] & inside[None, :]) & within(w, W)
@@ -183,7 +183,7 @@ def few_channel_fprop_kernel(
                 x_mask &= (r < R)[None, :]
                 w_mask &= r < R
             x_offsets = along + h * x_strides.h
-            x_tile = load_normalised(x_ptr, x_offsets, x_mask, normalise, scale, shift, DTYPE)
+            x_tile = load_normalized(x_ptr, x_offsets, x_mask, normalize, scale, shift, DTYPE)
             # [DEPTH, COLUMNS]
             w_mask = w_mask[:, None] & k_mask[None, :]
             w_offsets = (w_along + r * w_r)[:, None] + (k * w_k)[None, :]
@@ -283,7 +283,7 @@ def few_channel_wgrad_kernel(
     splits,
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
-    normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
+    normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     TILE: tl.constexpr,  # a _Segments
@@ -340,7 +340,7 @@ def few_channel_wgrad_kernel(
         r = tile // parts * (COLUMNS // SEGMENT) + line
         if COLUMNS > SEGMENT:
             inside &= r < R
-        scale, shift = load_normalisation(normalise, group * C + c, inside)
+        scale, shift = load_normalization(normalize, group * C + c, inside)
         x_columns = (group * C + c) * x_strides.c
         x_columns += r * step_h * x_strides.h + s * step_w * x_strides.w
         acc = tl.zeros((ROWS, COLUMNS), ACC)
@@ -365,7 +365,7 @@ def few_channel_wgrad_kernel(
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
             offsets = n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
             offsets = offsets[:, None] + x_columns[None, :]
-            x = load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE)
+            x = load_normalized(x_ptr, offsets, mask, normalize, scale, shift, DTYPE)
             fence_copies()
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
@@ -411,7 +411,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
         sizes=unspecialised((g.N, g.H, g.W, P, Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
-        normalise=call.normalization,
+        normalize=call.normalization,
         PRECISION=call.precision,
         WIDE=device.wide(g.N * P * Q, x, w, call.epilogue.residual, y),
         TILE=_segments(x, g, tile, tile.depth),
@@ -473,7 +473,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             splits=tile.splits,
             pooled=expansion,
             POOL=window,
-            normalise=call.normalization,
+            normalize=call.normalization,
             PRECISION=call.precision,
             WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
             TILE=_segments(x, g, tile, tile.columns),

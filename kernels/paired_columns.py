@@ -146,26 +146,26 @@ def _fprop_tile(g: Conv2dGeometry, device: Device) -> Tile:
 
 
 @triton.jit
-def load_normalisation(normalise, c, mask):
-    """(scale, shift) of channels c; of no normalisation, anything."""
-    if normalise is None:
+def load_normalization(normalize, c, mask):
+    """(scale, shift) of channels c; of no normalization, anything."""
+    if normalize is None:
         scale = c
         shift = c
     else:
-        scale_ptr, shift_ptr = normalise
+        scale_ptr, shift_ptr = normalize
         scale = tl.load(scale_ptr + c, mask=mask, other=0.0)
         shift = tl.load(shift_ptr + c, mask=mask, other=0.0)
     return scale, shift
 
 
 @triton.jit
-def load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE: tl.constexpr):
+def load_normalized(x_ptr, offsets, mask, normalize, scale, shift, DTYPE: tl.constexpr):
     """x, or of bytes x * scale + shift in DTYPE; zero where masked, as padding comes after it.
 
     scale and shift are those of the offsets' last axis, in float32.
     """
     x = tl.load(x_ptr + offsets, mask=mask, other=0)
-    if normalise is not None:
+    if normalize is not None:
         x = narrow(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
         x = tl.where(mask, x, 0.0)
     return x
@@ -258,7 +258,7 @@ def halves(tile):
 def convolve(
     x_ptr,
     packed_ptr,
-    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    normalize,  # scale and shift[C], float32, of x in bytes, or None
     at,  # n_mask, h, w of each pair's first output and tap, that row's place in x, the next tap's
     x_strides,
     sizes,  # H, W
@@ -299,7 +299,7 @@ def convolve(
         x_offsets = (x_rows + w0 * x_strides.w)[:, None]
         x_offsets += (c * x_strides.c + column * x_strides.w)[None, :]
     x_mask &= n_mask[:, None]
-    scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
+    scale, shift = load_normalization(normalize, c, (j >= 0) & (c < C))
     line = depth // SEGMENT
     if LINES > 1:
         x_offsets += (line * x_step)[None, :]
@@ -319,7 +319,7 @@ def convolve(
                 x_mask & within(h0[:, None] + (r * FILTERS.step_h)[None, :], H) & (r < R)[None, :]
             )
         x_at = x_offsets + tl.multiple_of(i * (LINES * x_step), UNIT)
-        x = load_normalised(x_ptr, x_at, mask, normalise, scale, shift, DTYPE)
+        x = load_normalized(x_ptr, x_at, mask, normalize, scale, shift, DTYPE)
         if HALF is not None:
             x = tl.where(seen[None, :], x, 0.0)
         w_at = i * (2 * COLUMNS * DEPTH) + (m * DEPTH)[:, None] + depth[None, :]
@@ -340,7 +340,7 @@ def pair_fprop_kernel(
     y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
     sizes,  # N, H, W, P, Q, unspecialised
     origin,  # of the walk along the height and the width
-    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    normalize,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # a Block
@@ -371,17 +371,17 @@ def pair_fprop_kernel(
     x_sizes = (H, W)
     packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
     both = convolve(
-        x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, None, PRECISION
+        x_ptr, packed_ptr, normalize, at, x_strides, x_sizes, FILTERS, RUN, TILE, None, PRECISION
     )
     even, odd = halves(both)
     total = tl.sum(both)
     if total != total:
         # A NaN, perhaps of what a neighbour alone sees.
         even = convolve(
-            x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, 0, PRECISION
+            x_ptr, packed_ptr, normalize, at, x_strides, x_sizes, FILTERS, RUN, TILE, 0, PRECISION
         )
         odd = convolve(
-            x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, 1, PRECISION
+            x_ptr, packed_ptr, normalize, at, x_strides, x_sizes, FILTERS, RUN, TILE, 1, PRECISION
         )
 
     acc = tl.join(even, odd).reshape(COLUMNS, 2 * PAIRS).trans()
@@ -411,7 +411,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
             **results(call.epilogue, y),
             sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q)),
             origin=(g.walk.origin_h, g.walk.origin_w),
-            normalise=call.normalization,
+            normalize=call.normalization,
             FILTERS=Filters.of(g),
             RUN=known,
             TILE=Block.of(tile),
@@ -482,7 +482,7 @@ def pair_wgrad_kernel(
     origin,  # of the walk along the height and the width
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
-    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    normalize,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # a _Patch
@@ -553,7 +553,7 @@ def pair_wgrad_kernel(
     place = column % RUN.segment + zero
     j = place - RUN.lead
     c, column = run_element(j, C, RUN.columns, RUN.flat)
-    scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
+    scale, shift = load_normalization(normalize, c, (j >= 0) & (c < C))
     if RUN.flat:
         # Along the width, x is one axis of W * C elements, and a run goes its C-th part as far.
         width = W * C // UNIT * UNIT  # a multiple of the unit, as is the start of a run
@@ -608,7 +608,7 @@ def pair_wgrad_kernel(
             w = tl.multiple_of(tl.where(across_in < across - first, w, width), UNIT)
             x_mask = within(h[:, None] + h_in[None, :], H)
             x_mask &= within(w[:, None] + w_in[None, :], width)
-            x = load_normalised(x_ptr + x_at, x_in, x_mask, normalise, scale, shift, DTYPE)
+            x = load_normalized(x_ptr + x_at, x_in, x_mask, normalize, scale, shift, DTYPE)
             fence_copies()
             dw = dot(dy, x, dw, PRECISION)
         if db_ptr is not None:
@@ -696,7 +696,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 origin=(g.walk.origin_h, g.walk.origin_w),
                 pooled=expansion,
                 POOL=window,
-                normalise=call.normalization,
+                normalize=call.normalization,
                 FILTERS=Filters.of(g),
                 RUN=known,
                 TILE=_Patch(tile.rows, columns, height, width),

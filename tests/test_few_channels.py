@@ -343,7 +343,7 @@ def test_what_is_supported():
     ("dtype", "layout"),
     list(zip(DTYPES, ("contiguous", "channels_last", "sliced", "x_channels_last"), strict=True)),
 )
-def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
+def test_bytes_are_normalized_as_they_are_loaded(dtype, layout, device):
     """As if x * scale + shift, rounded, had been padded with zeros.
 
     The other operands are small integers, whose sums are exact in any order.

@@ -248,7 +248,7 @@ def test_buffers_and_other_models_are_found_as_well(name, tmp_path):
     assert same(loaded.state_dict(), state)
 
 
-def test_batch_normalisation_of_before_it_counted(tmp_path):
+def test_batch_normalization_of_before_it_counted(tmp_path):
     """Files of torch 0.4 and before lack num_batches_tracked."""
     path = tmp_path / "x.pt"
     state = cnn.models.resnet18(3).state_dict()
@@ -540,7 +540,7 @@ def test_a_run_keeps_how_its_photographs_are_normalized(cpu, photos, mine):
 
 
 def test_frozen_parameters_stay_what_they_are(cpu, photos, run, tmp_path):
-    """And so does a frozen layer of batch normalisation, with its statistics; also when resumed."""
+    """And so does a frozen layer of batch normalization, with its statistics; also when resumed."""
     argv = ["train", "--model", "normed", "--data", f"folder:{photos}", "--size", 32]
     argv += ["--batch-size", 10, "--epochs", 2, "--output", tmp_path / "run"]
     freeze = "--freeze", "0.weight,1", "--freeze", "4.b*"
@@ -560,7 +560,7 @@ def test_frozen_parameters_stay_what_they_are(cpu, photos, run, tmp_path):
     assert len(last["training"]["optimizer"]["param_groups"][0]["params"]) == 2
 
 
-def test_of_a_layer_of_batch_normalisation_all_must_be_frozen():
+def test_of_a_layer_of_batch_normalization_all_must_be_frozen():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False))
     weights.freeze(model, ("1.weight",))
     weights.training(model.eval())
