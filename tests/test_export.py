@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 import cnn
 import cnn.functional as F
+from cnn.errors import UsageError
 from cnn.models import resnet
-from cnn.problem import Problem
 from tests import hand_made
 from tests.test_models import narrow_vgg
 
@@ -220,7 +220,7 @@ def test_bad_arguments(monkeypatch):
     here = sys.modules["cnn.export"]  # cnn.export itself is the function
     monkeypatch.setattr(here, "find_spec", lambda name: None if name == "onnxscript" else name)
     text = r"^exporting to ONNX needs onnxscript: pip install 'triton-cnn\[export\]'$"
-    with pytest.raises(Problem, match=text):
+    with pytest.raises(UsageError, match=text):
         cnn.export_onnx(layer, x)
 
 

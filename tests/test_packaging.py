@@ -30,7 +30,7 @@ kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.tuning_cache
 kernels.autotune
 kernels.library
 kernels.functions
-cnn.arguments cnn.autocast cnn.problem cnn.text
+cnn.arguments cnn.autocast cnn.errors cnn.text
 cnn.composed
 cnn.functional
 cnn.layers

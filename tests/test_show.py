@@ -15,9 +15,9 @@ from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
 from cnn import data, show
 from cnn.data import photograph
+from cnn.errors import UsageError
 from cnn.models import hed
 from cnn.models.vgg import D
-from cnn.problem import Problem
 from cnn.train import Config
 
 
@@ -273,7 +273,7 @@ def test_photographs(tmp_path):
     assert photograph("skimage:camera", 30, channels=1).shape == (1, 30, 30)
     assert photograph("skimage:camera", 30).shape == (3, 30, 30)
     assert photograph("sklearn:flower", 30).shape == (3, 30, 30)
-    with pytest.raises(Problem, match="'skimage:nobody' is none of skimage:astronaut, "):
+    with pytest.raises(UsageError, match="'skimage:nobody' is none of skimage:astronaut, "):
         photograph("skimage:nobody", 40)
 
 
