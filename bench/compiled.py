@@ -32,6 +32,7 @@ from kernels.tile import Tile
 
 from . import assembly, dataflow, measure, selection, suites
 from ._private import Compilation, listen, module_of
+from .errors import UsageError
 from .measure import DTYPES
 
 Row = dict[str, Any]
@@ -325,10 +326,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         cases = selection.cases(args)
         if args.json and not args.json.absolute().parent.is_dir():
-            raise selection.Refusal(f"no folder for {args.json}")
+            raise UsageError(f"no folder for {args.json}")
         with selection.compiling(args.arch) as (gpu, launched), timing() as seconds:
             rows, failures = _compile(cases, Reader(gpu, launched, seconds), args)
-    except selection.Refusal as error:
+    except UsageError as error:
         _say(str(error))
         return 2
     report = {

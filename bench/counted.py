@@ -27,6 +27,7 @@ from . import compiled, emulator, measure, record, selection, suites
 from .emulator.checks import FINDINGS
 from .emulator.counters import Counts
 from .emulator.launch import LAUNCHES
+from .errors import UsageError
 from .measure import DTYPES
 
 Row = dict[str, Any]
@@ -232,12 +233,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         cases = selection.cases(args)
         if args.json and not args.json.absolute().parent.is_dir():
-            raise selection.Refusal(f"no folder for {args.json}")
+            raise UsageError(f"no folder for {args.json}")
         if args.arch not in _ARCHS:
-            raise selection.Refusal(f"{args.arch} is not emulated; {', '.join(_ARCHS)} are")
+            raise UsageError(f"{args.arch} is not emulated; {', '.join(_ARCHS)} are")
         if device.INTERPRET:
-            raise selection.Refusal("TRITON_INTERPRET is set: kernels would run in the interpreter")
-    except selection.Refusal as error:
+            raise UsageError("TRITON_INTERPRET is set: kernels would run in the interpreter")
+    except UsageError as error:
         _say(str(error))
         return 2
     gpu = emulator.install(args.arch, count=True, ctas=args.programs, races=False)
