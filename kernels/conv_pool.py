@@ -22,8 +22,8 @@ from .geometry import Pool2dGeometry
 from .indexing import (
     cdiv,
     dot,
+    downcast,
     fence_copies,
-    narrow,
     operands,
     pixel,
     plain,
@@ -34,7 +34,7 @@ from .indexing import (
     reduction_turns,
     unspecialised,
     unspecialised_strides,
-    widen,
+    upcast,
     within,
 )
 from .pointer_tiles import pointer_tiles
@@ -101,7 +101,7 @@ def conv_pool_kernel(
     k += group * K
     bias = tl.zeros((COLUMNS,), ACC)
     if bias_ptr is not None:
-        bias = widen(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
+        bias = upcast(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
 
     best = tl.full((ROWS, COLUMNS), float("-inf"), ACC)
     winner = tl.full((ROWS, COLUMNS), -1, tl.int32)
@@ -130,7 +130,7 @@ def conv_pool_kernel(
             filters = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
             fence_copies()
             acc = dot(x, filters, acc, PRECISION)
-        value = widen(narrow(acc + bias[None, :], DTYPE), ACC)
+        value = upcast(downcast(acc + bias[None, :], DTYPE), ACC)
         wins = row_mask[:, None] & ((value > best) | (value != value))
         best = tl.where(wins, value, best)
         winner = tl.where(wins, tap, winner)
@@ -140,7 +140,7 @@ def conv_pool_kernel(
     y_strides = plain_strides(y_strides)
     at = n * y_strides.n + pp * y_strides.h + pq * y_strides.w
     at = at[:, None] + (k * y_strides.c)[None, :]
-    tl.store(y_ptr + at, narrow(tl.where(masked, 0.0, best), DTYPE), mask=mask)
+    tl.store(y_ptr + at, downcast(tl.where(masked, 0.0, best), DTYPE), mask=mask)
     if offsets_ptr is not None:
         offsets_strides = plain_strides(offsets_strides)
         at = n * offsets_strides.n + pp * offsets_strides.h + pq * offsets_strides.w

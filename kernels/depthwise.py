@@ -25,7 +25,7 @@ from .geometry import Conv2dGeometry, Direction, Pair, Taps
 from .indexing import (
     Strides,
     cdiv,
-    narrow,
+    downcast,
     operands,
     pixel,
     plain,
@@ -33,7 +33,7 @@ from .indexing import (
     power_of_2,
     program,
     unspecialised,
-    widen,
+    upcast,
     within,
 )
 from .problem import Problem
@@ -119,7 +119,7 @@ def load_taps(w_ptr, first, steps, filters, mask, LINES: tl.constexpr, ACC: tl.c
     taps = ()
     for i in tl.static_range(R * S):
         tap = first + (i // S * r_step + i % S * s_step)
-        taps += (widen(tl.load(w_ptr + (tap * tap_size + filters), mask=mask, other=0.0), ACC),)
+        taps += (upcast(tl.load(w_ptr + (tap * tap_size + filters), mask=mask, other=0.0), ACC),)
     return taps
 
 
@@ -149,7 +149,7 @@ def add_products(
                 w = w0 + j * w_step
                 offsets = h * x_strides.h + w * x_strides.w
                 x = tl.load(x_ptr + offsets, mask=row_mask & within(w, W), other=0.0)
-                x = widen(x, ACC)
+                x = upcast(x, ACC)
                 for place in tl.static_range(PLACES):
                     if tap_at(LINES, place, i, j) >= 0:
                         added = sums[place] + x * taps[tap_at(LINES, place, i, j)]
@@ -218,7 +218,7 @@ def depthwise_kernel(
 
     start = tl.zeros((ROWS, COLUMNS), ACC)
     if bias_ptr is not None:
-        start += widen(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
+        start += upcast(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
     for turn in loop(turns):
         p0 = strip * turns + turn
         p0 = p0 // spacing_p * (spacing_p * ROW_PLACES) + p0 % spacing_p - shift_p
@@ -331,7 +331,7 @@ def depthwise_wgrad_kernel(
                 q = q0 + i * spacing
                 offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
                 dy = tl.load(dy_ptr + offsets, mask=mask & (q < Q), other=0.0)
-                dys += (widen(dy, ACC),)
+                dys += (upcast(dy, ACC),)
                 db += dys[i]
             if dw_ptr is not None:
                 for i in tl.static_range(pixels_of(LINES.rows)):
@@ -341,7 +341,7 @@ def depthwise_wgrad_kernel(
                             w = w0 + j * step_w
                             offsets = n * x_strides.n + h * x_strides.h + w * x_strides.w
                             x_mask = mask & within(h, H) & within(w, W)
-                            x = widen(tl.load(x_ptr + offsets, mask=x_mask, other=0.0), ACC)
+                            x = upcast(tl.load(x_ptr + offsets, mask=x_mask, other=0.0), ACC)
                             for place in tl.static_range(PLACES):
                                 if tap_at(LINES, place, i, j) >= 0:
                                     valid = q0 + place * spacing < Q
@@ -356,13 +356,13 @@ def depthwise_wgrad_kernel(
 
     if db_ptr is not None:
         if part == 0:
-            total = narrow(sum_rows(db, ROWS, COLUMNS), db_ptr.dtype.element_ty)
+            total = downcast(sum_rows(db, ROWS, COLUMNS), db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * K + k, total, mask=k_mask)
     if dw_ptr is not None:
         dw_split, dw_k, _, dw_r, dw_s = dw_strides
         dw_ptr += split * dw_split + k * dw_k
         for tap in tl.static_range(TAPS):
-            total = narrow(sum_rows(dw[tap], ROWS, COLUMNS), dw_ptr.dtype.element_ty)
+            total = downcast(sum_rows(dw[tap], ROWS, COLUMNS), dw_ptr.dtype.element_ty)
             offset = (r0 + tap // S_TAPS) * dw_r + (s0 + tap % S_TAPS) * dw_s
             tl.store(dw_ptr + offset, total, mask=k_mask)
 

@@ -30,7 +30,7 @@ from .device import Device, loop
 from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Taps
-from .indexing import cdiv, dot, narrow, plain, program, unspecialised, widen
+from .indexing import cdiv, dot, downcast, plain, program, unspecialised, upcast
 from .split_sum import gradients
 from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of
 
@@ -105,10 +105,10 @@ def store_half(half, box, k, residual_desc, y_desc, RELU: tl.constexpr):
     n, p, q = box
     if residual_desc is not None:
         residual = residual_desc.load([n, p, q, k]).reshape(PIXELS, COLUMNS).T
-        half += widen(residual, half.dtype)
+        half += upcast(residual, half.dtype)
     if RELU:
         half = relu(half)
-    y_desc.store([n, p, q, k], narrow(half, y_desc.dtype).T.reshape(y_desc.block_shape))
+    y_desc.store([n, p, q, k], downcast(half, y_desc.dtype).T.reshape(y_desc.block_shape))
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -159,7 +159,7 @@ def product_kernel(
         acc = tl.zeros((COLUMNS, ROWS), tl.float32)
         bias = tl.zeros((COLUMNS, 1), tl.float32)
         if bias_ptr is not None:
-            bias = widen(tl.load(bias_ptr + channels, mask=mask, other=0.0), tl.float32)[:, None]
+            bias = upcast(tl.load(bias_ptr + channels, mask=mask, other=0.0), tl.float32)[:, None]
             if scale_ptr is None:
                 acc += bias
         if TRANSPOSED:
@@ -400,7 +400,7 @@ def wgrad_kernel(
     dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
     dw_ptr += split * dw_split + tap_r * dw_r + tap_s * dw_s
     offsets = ((group * K + rows) * dw_k)[:, None] + (columns * dw_c)[None, :]
-    tl.store(dw_ptr + offsets, narrow(acc, dw_ptr.dtype.element_ty), mask=mask)
+    tl.store(dw_ptr + offsets, downcast(acc, dw_ptr.dtype.element_ty), mask=mask)
 
 
 def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:

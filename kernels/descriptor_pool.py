@@ -31,14 +31,14 @@ from .epilogue import relu
 from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
-    narrow,
+    downcast,
     plain,
     plain_strides,
     pointers,
     power_of_2,
     unspecialised,
     unspecialised_strides,
-    widen,
+    upcast,
     within,
 )
 from .problem import Problem
@@ -175,7 +175,7 @@ def _keys(
         bits = tl.where(tile == tile, relu(tile).to(tl.int32, bitcast=True), nan)
         key = bits.to(tl.int64) << 32
     elif _INTERPRET:
-        bits = narrow(relu(tile), DTYPE).to(tl.int16, bitcast=True)
+        bits = downcast(relu(tile), DTYPE).to(tl.int16, bitcast=True)
         key = tl.where(tile == tile, bits.to(tl.int32), nan) << 16
     else:
         # One conversion for two values, which LLVM would convert one by one, ReLU included. It
@@ -352,7 +352,7 @@ def pooled_product_kernel(
         if bias_ptr is not None:
             channels = k + tl.arange(0, COLUMNS)
             bias = tl.load(bias_ptr + channels, mask=channels < groups * K, other=0.0)
-            acc += widen(bias, tl.float32)[:, None]
+            acc += upcast(bias, tl.float32)[:, None]
         for i in tl.static_range(len(walks)):
             x = x_descs[i]
             first = (group * C, 0, k)

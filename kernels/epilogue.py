@@ -14,7 +14,7 @@ from . import device
 from .device import loop
 from .engine import Epilogue
 from .indexing import (
-    narrow,
+    downcast,
     operands,
     pixel,
     plain,
@@ -23,7 +23,7 @@ from .indexing import (
     program,
     unspecialised,
     unspecialised_strides,
-    widen,
+    upcast,
 )
 from .split_sum import channel_walk, parts_like, split_sum
 
@@ -53,13 +53,13 @@ def finish(
     """
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns_mask, other=0.0)
-        tile += widen(bias, tile.dtype)[None, :]
+        tile += upcast(bias, tile.dtype)[None, :]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0)
-        tile += widen(residual, tile.dtype)
+        tile += upcast(residual, tile.dtype)
     if RELU:
         tile = relu(tile)
-    return narrow(tile, DTYPE)
+    return downcast(tile, DTYPE)
 
 
 @triton.jit
@@ -132,12 +132,12 @@ def relu_backward_kernel(
         dy = tl.load(dy_ptr + (at[:, None] + (k * dy_strides.c)[None, :]), mask=mask, other=0.0)
         at = n * y_strides.n + p * y_strides.h + q * y_strides.w
         y = tl.load(y_ptr + (at[:, None] + (k * y_strides.c)[None, :]), mask=mask, other=0.0)
-        dz = tl.where(widen(y, ACC) <= 0, 0.0, dy)
+        dz = tl.where(upcast(y, ACC) <= 0, 0.0, dy)
         at = n * dz_strides.n + p * dz_strides.h + q * dz_strides.w
         tl.store(dz_ptr + (at[:, None] + (k * dz_strides.c)[None, :]), dz, mask=mask)
-        db += widen(dz, ACC)
+        db += upcast(dz, ACC)
     if db_ptr is not None:
-        db = narrow(tl.sum(db, axis=0), db_ptr.dtype.element_ty)
+        db = downcast(tl.sum(db, axis=0), db_ptr.dtype.element_ty)
         tl.store(db_ptr + part * K + k, db, mask=k < K)
 
 

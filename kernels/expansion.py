@@ -20,7 +20,7 @@ from .engine import PoolGradient
 from .geometry import Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
-    narrow,
+    downcast,
     operands,
     pixel,
     plain,
@@ -28,7 +28,7 @@ from .indexing import (
     program,
     unspecialised,
     unspecialised_strides,
-    widen,
+    upcast,
     within,
 )
 from .split_sum import ChannelWalk, channel_walk, parts_like, split_sum
@@ -100,9 +100,9 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
             if ONE:
                 total = tl.where(offset == tap, dy, 0.0)
             else:
-                total = tl.where(offset == tap, total + widen(dy, ACC), total)
+                total = tl.where(offset == tap, total + upcast(dy, ACC), total)
     if not ONE:
-        total = narrow(total, DTYPE)
+        total = downcast(total, DTYPE)
     return total
 
 
@@ -171,9 +171,9 @@ def expand_kernel(
                 w = tl.full((1, 1), s, tl.int32)
                 dz = sum_won(dy_ptr, dy_strides, pooled, window, h, w, inside, WINDOW)
                 tl.store(dz_planes + (p * dz_strides.h + q * dz_strides.w), dz, mask=inside)
-                db += widen(dz, ACC)
+                db += upcast(dz, ACC)
     if db_ptr is not None:
-        db = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
+        db = downcast(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
         tl.store(db_ptr + part * K + k, db, mask=k < K)
 
 

@@ -24,8 +24,8 @@ from .indexing import (
     cdiv,
     dgrad_walk,
     dot,
+    downcast,
     fence_copies,
-    narrow,
     operands,
     pixel,
     plain,
@@ -36,7 +36,7 @@ from .indexing import (
     reduction_block,
     reduction_turns,
     unspecialised,
-    widen,
+    upcast,
     within,
 )
 from .paired_columns import FEW, load_normalization, load_normalized
@@ -109,7 +109,7 @@ def sum_pixels(
         else:
             where = n[None, :], k[:, None], p[None, :], q[None, :]
             dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
-        acc += widen(dy, ACC)
+        acc += upcast(dy, ACC)
     return tl.sum(acc, axis=1)
 
 
@@ -258,7 +258,7 @@ def few_channel_dgrad_kernel(
         w_offsets = k * w_k + (r * w_r + s * w_s)
         w_offsets = w_columns[:, None] + w_offsets[None, :]
         w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
-        acc += widen(dy, ACC)[:, None, :] * widen(w_tile, ACC)[None, :, :]
+        acc += upcast(dy, ACC)[:, None, :] * upcast(w_tile, ACC)[None, :, :]
 
     acc = tl.sum(acc, axis=2)
     h = h * dx_step_h + dx_first_h
@@ -332,7 +332,7 @@ def few_channel_wgrad_kernel(
             db = sum_pixels(
                 dy_ptr, dy_strides, places, k, k_mask, at, turns, DEPTH, ACC, pooled, POOL
             )
-            db = narrow(db, db_ptr.dtype.element_ty)
+            db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
         line, place = lines(COLUMNS, SEGMENT, WIDE)
@@ -371,7 +371,7 @@ def few_channel_wgrad_kernel(
         dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
         offsets = c * dw_c + (r * dw_r + s * dw_s)
         offsets = split * dw_split + (k * dw_k)[:, None] + offsets[None, :]
-        dw = narrow(acc, dw_ptr.dtype.element_ty)
+        dw = downcast(acc, dw_ptr.dtype.element_ty)
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
 

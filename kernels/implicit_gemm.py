@@ -24,8 +24,8 @@ from .indexing import (
     cdiv,
     dgrad_walk,
     dot,
+    downcast,
     fence_copies,
-    narrow,
     operands,
     pixel,
     plain,
@@ -34,7 +34,7 @@ from .indexing import (
     reduction_block,
     reduction_turns,
     unspecialised,
-    widen,
+    upcast,
     within,
 )
 from .pointer_tiles import pointer_tiles
@@ -281,8 +281,8 @@ def wgrad_kernel(
                 else:
                     where = n[None, :], k[:, None], p[None, :], q[None, :]
                     dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
-                db += tl.sum(widen(dy, ACC), axis=1)
-            db = narrow(db, db_ptr.dtype.element_ty)
+                db += tl.sum(upcast(dy, ACC), axis=1)
+            db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
         c, r, s, inside = reduction_block(tile, C, R, S, COLUMNS, PACKED)
@@ -315,7 +315,7 @@ def wgrad_kernel(
         dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
         offsets = c * dw_c + (r * dw_r + s * dw_s)
         offsets = split * dw_split + (k * dw_k)[:, None] + offsets[None, :]
-        dw = narrow(acc, dw_ptr.dtype.element_ty)
+        dw = downcast(acc, dw_ptr.dtype.element_ty)
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
 

@@ -235,7 +235,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     shape and on the processor: there it is given float64, of which the sum is rounded once.
     """
     if _INTERPRET:
-        wide = tl.dot(widen(a, tl.float64), widen(b, tl.float64), out_dtype=tl.float64)
+        wide = tl.dot(upcast(a, tl.float64), upcast(b, tl.float64), out_dtype=tl.float64)
         return (acc + wide).to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
@@ -261,7 +261,7 @@ def fence_copies():
 
 
 @triton.jit
-def widen(tile, DTYPE: tl.constexpr):
+def upcast(tile, DTYPE: tl.constexpr):
     """The tile as float32 or float64, exactly."""
     if _INTERPRET and tile.dtype == tl.bfloat16:
         tile = (tile.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -271,7 +271,7 @@ def widen(tile, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def narrow(tile, DTYPE: tl.constexpr):
+def downcast(tile, DTYPE: tl.constexpr):
     """The tile of float32 or float64 in a result's dtype, rounded to nearest even."""
     if _INTERPRET and DTYPE == tl.bfloat16:
         bits = tile.to(tl.float32).to(tl.int32, bitcast=True)

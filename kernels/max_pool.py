@@ -29,7 +29,7 @@ from .indexing import (
     Strides,
     cdiv,
     divisors,
-    narrow,
+    downcast,
     operands,
     plain,
     plain_strides,
@@ -38,7 +38,7 @@ from .indexing import (
     program,
     quotient,
     unspecialised,
-    widen,
+    upcast,
     within,
 )
 from .tile import Tile
@@ -349,14 +349,14 @@ def max_pool2d_kernel(
         h = h0 + r * WINDOW.dilation[0]
         w = w0 + s * WINDOW.dilation[1]
         x = tl.load(x_planes + h * x_strides.h + w * x_strides.w, mask=found, other=OTHER)
-        x = widen(x, COMPARED)
+        x = upcast(x, COMPARED)
         # Not the larger one: of equal zeros the first keeps its sign.
         greater = x > best
         winner = tl.where(greater | (x != x), (r * S + s).to(tl.int32), winner)
         best = tl.where(x != x, x, tl.where(greater, x, best))
 
     at = _at(n, c, p, q, _strides(y_strides, TILE))
-    tl.store(y_ptr + at, narrow(best, DTYPE), mask=mask)
+    tl.store(y_ptr + at, downcast(best, DTYPE), mask=mask)
     if offsets_ptr is not None:
         at = _at(n, c, p, q, _strides(offsets_strides, TILE))
         tl.store(offsets_ptr + at, winner.to(offsets_ptr.dtype.element_ty), mask=mask)
@@ -434,13 +434,13 @@ def max_pool2d_backward_kernel(
         dx = tl.zeros(mask.shape, ACC)
         for j in tl.static_range(len(CELL.pixels[i])):
             won = offsets[CELL.pixels[i][j].window] == CELL.pixels[i][j].tap
-            dx += tl.where(won, widen(dys[CELL.pixels[i][j].window], ACC), 0.0)
+            dx += tl.where(won, upcast(dys[CELL.pixels[i][j].window], ACC), 0.0)
         # As wide as u and v, as a stride's multiple may not fit into 32 bits.
         row = u * 0 + (CELL.first[0] + i // CELL.size[1])
         column = v * 0 + (CELL.first[1] + i % CELL.size[1])
         inside = mask & within(u * CELL.size[0] + row, H) & within(v * CELL.size[1] + column, W)
         dx_at = dx_cells + (row * dx_strides.h + column * dx_strides.w)
-        tl.store(dx_at, narrow(dx, DTYPE), mask=inside)
+        tl.store(dx_at, downcast(dx, DTYPE), mask=inside)
 
 
 @triton.jit
@@ -490,9 +490,9 @@ def max_pool2d_far_backward_kernel(
             offset = tl.load(offsets_rows + q * offsets_strides.w, mask=covers, other=-1)
             dy = tl.load(dy_rows + q * dy_strides.w, mask=covers, other=0.0)
             tap = r // WINDOW.dilation[0] * S + s // WINDOW.dilation[1]
-            dx += tl.where(covers & (offset == tap), widen(dy, ACC), 0.0)
+            dx += tl.where(covers & (offset == tap), upcast(dy, ACC), 0.0)
     at = _at(n, c, h, w, _strides(dx_strides, TILE))
-    tl.store(dx_ptr + at, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + at, downcast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 def max_pool2d_backward(

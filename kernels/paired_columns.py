@@ -26,8 +26,8 @@ from .indexing import (
     cdiv,
     divisors,
     dot,
+    downcast,
     fence_copies,
-    narrow,
     operands,
     pixel,
     plain,
@@ -166,7 +166,7 @@ def load_normalized(x_ptr, offsets, mask, normalize, scale, shift, DTYPE: tl.con
     """
     x = tl.load(x_ptr + offsets, mask=mask, other=0)
     if normalize is not None:
-        x = narrow(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
+        x = downcast(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
         x = tl.where(mask, x, 0.0)
     return x
 
@@ -573,7 +573,7 @@ def pair_wgrad_kernel(
 
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
     db = tl.zeros((ROWS, 16), tl.float32)
-    ones = narrow(tl.full((HEIGHT * WIDTH, 16), 1.0, tl.float32), DTYPE)
+    ones = downcast(tl.full((HEIGHT * WIDTH, 16), 1.0, tl.float32), DTYPE)
     for patch in loop(split * turns, tl.minimum((split + 1) * turns, patches)):
         row = quotient(patch, wide, by_wide, wide_shift)
         n = quotient(row, tall, by_tall, tall_shift)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import device, replay
 from .device import loop
-from .indexing import cdiv, narrow, power_of_2, program
+from .indexing import cdiv, downcast, power_of_2, program
 
 
 # The elements are a layer's weights: their number, unlike that of the parts, knows no batch.
@@ -37,7 +37,7 @@ def split_sum_kernel(
         mask = (part < splits) & (i < numel)
         total += tl.load(parts_ptr + part * numel + i, mask=mask, other=0.0)
     total = tl.sum(total, axis=0, keep_dims=True)
-    tl.store(out_ptr + i, narrow(total, out_ptr.dtype.element_ty), mask=i < numel)
+    tl.store(out_ptr + i, downcast(total, out_ptr.dtype.element_ty), mask=i < numel)
 
 
 class ChannelWalk(NamedTuple):

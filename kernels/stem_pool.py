@@ -25,7 +25,7 @@ from .engine import PooledConv, PoolingEngine
 from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
-    narrow,
+    downcast,
     operands,
     plain,
     plain_strides,
@@ -34,7 +34,7 @@ from .indexing import (
     program,
     unspecialised,
     unspecialised_strides,
-    widen,
+    upcast,
     within,
 )
 from .paired_columns import (
@@ -118,7 +118,7 @@ def keys(values, bias, inside, TAP: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl
     if DTYPE == tl.float32 or _INTERPRET:
         # A GPU's conversion to 16 bits gives NaN without a sign; what sums give is unspecified.
         values = tl.where(values != values, float("nan"), values)
-    rounded = narrow(values, DTYPE)
+    rounded = downcast(values, DTYPE)
     if DTYPE == tl.float32:
         bits = rounded.to(tl.int32, bitcast=True).to(tl.int64) << 32
     else:
@@ -312,7 +312,7 @@ def tile_keys(
     bias = tl.zeros((COLUMNS,), tl.float32)
     if bias_ptr is not None:
         k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
-        bias = widen(tl.load(bias_ptr + k, mask=k < FILTERS.K, other=0.0), tl.float32)
+        bias = upcast(tl.load(bias_ptr + k, mask=k < FILTERS.K, other=0.0), tl.float32)
     DOWN: tl.constexpr = TILE.height // (2 * _GROUPS)
     return pooled(even, odd, bias, (p, q), (P, Q), POOL, DOWN, EXACT, DTYPE)
 
