@@ -21,19 +21,19 @@ from .engine import PooledConv, PoolingEngine
 from .geometry import Pool2dGeometry
 from .indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     dot,
     downcast,
+    encode_ints,
+    encode_strides,
     fence_copies,
     operands,
     pixel,
-    plain,
-    plain_strides,
     pointers,
     program,
     reduction_block,
     reduction_turns,
-    unspecialised,
-    unspecialised_strides,
     upcast,
     within,
 )
@@ -60,11 +60,11 @@ def conv_pool_kernel(
     bias_ptr,  # [groups * K] or None
     y_ptr,  # [N, groups * K, PP, PQ]
     offsets_ptr,  # like y, or None
-    x_strides,  # n, c, h, w, unspecialised
+    x_strides,  # n, c, h, w, encoded
     w_strides,  # k, c, r, s
-    y_strides,  # n, k, pp, pq, unspecialised; so are those of offsets
+    y_strides,  # n, k, pp, pq, encoded; so are those of offsets
     offsets_strides,
-    sizes,  # N, H, W, P, Q, PP, PQ, unspecialised
+    sizes,  # N, H, W, P, Q, PP, PQ, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     POOL: tl.constexpr,  # a _Window
@@ -85,9 +85,9 @@ def conv_pool_kernel(
     TAPS: tl.constexpr = POOL.R * POOL.S
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    N, H, W, P, Q, PP, PQ = plain(sizes)
+    N, H, W, P, Q, PP, PQ = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
+    x_strides = decode_strides(x_strides)
     w_k, w_c, w_r, w_s = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
@@ -137,12 +137,12 @@ def conv_pool_kernel(
 
     masked = best <= 0
     mask = (n < N)[:, None] & k_mask[None, :]
-    y_strides = plain_strides(y_strides)
+    y_strides = decode_strides(y_strides)
     at = n * y_strides.n + pp * y_strides.h + pq * y_strides.w
     at = at[:, None] + (k * y_strides.c)[None, :]
     tl.store(y_ptr + at, downcast(tl.where(masked, 0.0, best), DTYPE), mask=mask)
     if offsets_ptr is not None:
-        offsets_strides = plain_strides(offsets_strides)
+        offsets_strides = decode_strides(offsets_strides)
         at = n * offsets_strides.n + pp * offsets_strides.h + pq * offsets_strides.w
         at = at[:, None] + (k * offsets_strides.c)[None, :]
         offset = tl.where(masked, -1, winner).to(offsets_ptr.dtype.element_ty)
@@ -162,8 +162,8 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         **operands(x=x, y=y),
         **pointers(w=w, bias=call.bias, offsets=offsets),
         w_strides=w.stride(),
-        offsets_strides=unspecialised_strides(y if offsets is None else offsets),
-        sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
+        offsets_strides=encode_strides(y if offsets is None else offsets),
+        sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
         POOL=window,

@@ -25,14 +25,14 @@ from .geometry import Conv2dGeometry, Direction, Pair, Taps
 from .indexing import (
     Strides,
     cdiv,
+    decode_ints,
+    decode_strides,
     downcast,
+    encode_ints,
     operands,
     pixel,
-    plain,
-    plain_strides,
     power_of_2,
     program,
-    unspecialised,
     upcast,
     within,
 )
@@ -105,8 +105,8 @@ def is_met(lines, places, h, w):
 
 @triton.jit
 def aligned_strides(strides, UNIT: tl.constexpr):
-    """The Strides that were unspecialised; the compiler sees those that are multiples of UNIT."""
-    n, c, h, w = plain_strides(strides)
+    """The Strides that were encoded; the compiler sees those that are multiples of UNIT."""
+    n, c, h, w = decode_strides(strides)
     return Strides(n // UNIT * UNIT, c, h // UNIT * UNIT, w // UNIT * UNIT)
 
 
@@ -164,9 +164,9 @@ def depthwise_kernel(
     bias_ptr,  # [K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; unspecialised
+    x_strides,  # n, c, h, w, encoded
+    y_strides,  # the residual's, then y's: n, k, p, q, encoded
+    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; encoded
     reduction,  # K, REPEAT, R, S; the first tap, and the steps between rows and columns
     down,  # the _AxisWalk of p
     across,  # of q
@@ -191,7 +191,7 @@ def depthwise_kernel(
     COLUMN_PLACES: tl.constexpr = LINES.columns.places
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q, column_strips, row_strips, turns = plain(sizes)
+    N, H, W, P, Q, column_strips, row_strips, turns = decode_ints(sizes)
     K, REPEAT, R, S, first, r_step, s_step = reduction
     K = K // UNIT * UNIT
     spacing_p, shift_p, stride_h, origin_h, step_h, step_p, first_p = down
@@ -264,10 +264,10 @@ def depthwise_wgrad_kernel(
     dy_ptr,  # [N, K, P, Q]
     dw_ptr,  # [splits, K, 1, R, S] or None
     db_ptr,  # [splits, K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, 1, r, s
-    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; unspecialised
+    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; encoded
     reduction,  # K, REPEAT, R, S and what depthwise_kernel takes besides
     down,  # the _AxisWalk of p
     across,  # of q
@@ -290,7 +290,7 @@ def depthwise_wgrad_kernel(
     PLACES: tl.constexpr = LINES.columns.places
     TAPS: tl.constexpr = R_TAPS * S_TAPS if dw_ptr is not None else 0
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q, column_strips, row_strips, turns = plain(sizes)
+    N, H, W, P, Q, column_strips, row_strips, turns = decode_ints(sizes)
     K, REPEAT, R, S, _, _, _ = reduction
     K = K // UNIT * UNIT
     _, _, stride_h, origin_h, step_h, _, _ = down
@@ -467,7 +467,7 @@ def _walks(
             columns=_Line(width, S, column.apart, column.every),
         )
         arguments = {
-            "sizes": unspecialised((*sizes, column_strips, row_strips, turns)),
+            "sizes": encode_ints((*sizes, column_strips, row_strips, turns)),
             "reduction": (K, repeat, row.taps, column.taps, first_tap, *tap_steps),
             "down": tuple(row.walk),
             "across": tuple(column.walk),

@@ -30,7 +30,7 @@ from .device import Device, loop
 from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Taps
-from .indexing import cdiv, dot, downcast, plain, program, unspecialised, upcast
+from .indexing import cdiv, decode_ints, dot, downcast, encode_ints, program, upcast
 from .split_sum import gradients
 from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of
 
@@ -67,7 +67,9 @@ def add_products(
     """
     COLUMNS: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[1]
-    turns, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
+    turns, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = (
+        decode_ints(walk)
+    )
     n, p, q = box
     x_first, w_first, column = first
     c, r, s = 0, 0, 0
@@ -143,7 +145,7 @@ def product_kernel(
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
-    boxes_p, boxes_q, column_tiles, groups, K, C = plain(sizes)
+    boxes_p, boxes_q, column_tiles, groups, K, C = decode_ints(sizes)
 
     for tile in loop(tl.program_id(0), tiles, tl.num_programs(0)):
         group = tile // column_tiles % groups
@@ -295,8 +297,8 @@ def _multiply(
         residual_desc=residual,
         y_desc=y,
         tiles=tiles,
-        sizes=unspecialised((boxes_p, boxes_q, column_tiles, groups, channels, depth)),
-        walks=tuple([unspecialised(walk) for walk in walks]),
+        sizes=encode_ints((boxes_p, boxes_q, column_tiles, groups, channels, depth)),
+        walks=tuple([encode_ints(walk) for walk in walks]),
         RELU=epilogue.relu,
         PRECISION=precision,
         TRANSPOSED=transposed,
@@ -355,8 +357,10 @@ def wgrad_kernel(
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
-    P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, groups, K, C = plain(sizes)
-    _, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
+    P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, groups, K, C = decode_ints(sizes)
+    _, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = decode_ints(
+        walk
+    )
 
     pid = program(WIDE)
     c = (pid % column_tiles * COLUMNS).to(tl.int32)
@@ -450,8 +454,8 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 dy_desc=dy_desc,
                 dw_ptr=parts["dw_ptr"],
                 dw_strides=parts["dw_strides"],
-                sizes=unspecialised(sizes),
-                walk=unspecialised(_walk(row, column, 1, 1)),
+                sizes=encode_ints(sizes),
+                walk=encode_ints(_walk(row, column, 1, 1)),
                 PRECISION=call.precision,
                 WIDE=device.wide(0, parts["dw_ptr"]),
                 TILE=BoxBlock.of(tile),

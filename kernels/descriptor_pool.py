@@ -31,13 +31,13 @@ from .epilogue import relu
 from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     downcast,
-    plain,
-    plain_strides,
+    encode_ints,
+    encode_strides,
     pointers,
     power_of_2,
-    unspecialised,
-    unspecialised_strides,
     upcast,
     within,
 )
@@ -311,7 +311,7 @@ def pooled_product_kernel(
     bias_ptr,  # [filters] or None
     y_ptr,
     offsets_ptr,  # uint8, or None
-    strides,  # of y and of offsets, unspecialised
+    strides,  # of y and of offsets, encoded
     K,  # filters of a group
     tiles,
     sizes,  # N, P, Q; pooled P, Q; tiles along them; column tiles of a group, groups, C of one
@@ -335,8 +335,8 @@ def pooled_product_kernel(
     WINDOWS_P: tl.constexpr = (BOX_P - WINDOW.kernel[0]) // WINDOW.stride[0] + 1
     WINDOWS_Q: tl.constexpr = (BOX_Q - WINDOW.kernel[1]) // WINDOW.stride[1] + 1
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
-    N, P, Q, pooled_P, pooled_Q, tiles_p, tiles_q, column_tiles, groups, C = plain(sizes)
-    strides = plain_strides(strides)
+    N, P, Q, pooled_P, pooled_Q, tiles_p, tiles_q, column_tiles, groups, C = decode_ints(sizes)
+    strides = decode_strides(strides)
 
     for tile in loop(tl.program_id(0), tiles, tl.num_programs(0)):
         group = tile // column_tiles % groups
@@ -522,11 +522,11 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         **{name: x and rows_first(x) for name, x in xs.items()},
         w_desc=filters(call.w, (tile.columns, tile.depth)),
         **pointers(bias=call.bias, y=y, offsets=offsets),
-        strides=unspecialised_strides(y),
+        strides=encode_strides(y),
         K=K,
         tiles=prod(counts),
-        sizes=unspecialised(sizes),
-        walks=tuple([unspecialised(walk) for walk in walks]),
+        sizes=encode_ints(sizes),
+        walks=tuple([encode_ints(walk) for walk in walks]),
         WINDOW=_window(pool),
         PRECISION=call.precision,
         WIDE=device.wide(0, y),

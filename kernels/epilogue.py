@@ -14,15 +14,15 @@ from . import device
 from .device import loop
 from .engine import Epilogue
 from .indexing import (
+    decode_ints,
+    decode_strides,
     downcast,
+    encode_ints,
+    encode_strides,
     operands,
     pixel,
-    plain,
-    plain_strides,
     pointers,
     program,
-    unspecialised,
-    unspecialised_strides,
     upcast,
 )
 from .split_sum import channel_walk, parts_like, split_sum
@@ -67,7 +67,7 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
     """Finish the accumulators of pixels at = (n, p, q) and channels k, and store them to y.
 
     ``masks`` are those of the pixels and of the channels; ``strides``, those of the residual and
-    of y, are unspecialised.
+    of y, are encoded.
     """
     n, p, q = at
     pixel_mask, k_mask = masks
@@ -75,12 +75,12 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
     mask = pixel_mask[:, None] & k_mask[None, :]
     residual_offsets = 0
     if residual_ptr is not None:
-        residual_strides = plain_strides(residual_strides)
+        residual_strides = decode_strides(residual_strides)
         offsets = n * residual_strides.n + p * residual_strides.h + q * residual_strides.w
         residual_offsets = offsets[:, None] + (k * residual_strides.c)[None, :]
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     y = finish(acc, bias_ptr, k, k_mask, residual_ptr, residual_offsets, mask, RELU, DTYPE)
-    y_strides = plain_strides(y_strides)
+    y_strides = decode_strides(y_strides)
     offsets = n * y_strides.n + p * y_strides.h + q * y_strides.w
     tl.store(y_ptr + (offsets[:, None] + (k * y_strides.c)[None, :]), y, mask=mask)
 
@@ -88,7 +88,7 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
 def results(epilogue: Epilogue, y: Tensor) -> dict[str, Any]:
     """A kernel's arguments, by name, for what ``store_result`` takes."""
     bias, residual, relu, _ = epilogue
-    strides = tuple([unspecialised_strides(t) for t in (y if residual is None else residual, y)])
+    strides = tuple([encode_strides(t) for t in (y if residual is None else residual, y)])
     tensors = pointers(bias=bias, residual=residual, y=y)
     return {**tensors, "y_strides": strides, "RELU": relu}
 
@@ -100,10 +100,10 @@ def relu_backward_kernel(
     y_ptr,
     dz_ptr,
     db_ptr,  # [parts, K] or None
-    dy_strides,  # n, k, p, q, unspecialised; so are the others
+    dy_strides,  # n, k, p, q, encoded; so are the others
     y_strides,
     dz_strides,
-    sizes,  # N, P, Q, unspecialised
+    sizes,  # N, P, Q, encoded
     K,
     turns,
     WIDE: tl.constexpr,
@@ -115,10 +115,10 @@ def relu_backward_kernel(
     A NaN in y passes dy on, and a masked infinity gives 0. One program writes ``turns`` tiles of
     ROWS pixels by COLUMNS channels, and their part of db.
     """
-    N, P, Q = plain(sizes)
-    dy_strides = plain_strides(dy_strides)
-    y_strides = plain_strides(y_strides)
-    dz_strides = plain_strides(dz_strides)
+    N, P, Q = decode_ints(sizes)
+    dy_strides = decode_strides(dy_strides)
+    y_strides = decode_strides(y_strides)
+    dz_strides = decode_strides(dz_strides)
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, COLUMNS)
     part = pid // column_tiles
@@ -155,7 +155,7 @@ def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -
         device=y.device,
         **operands(dy=dy, y=y, dz=dz),
         db_ptr=parts,
-        sizes=unspecialised((N, P, Q)),
+        sizes=encode_ints((N, P, Q)),
         K=K,
         turns=walk.turns,
         WIDE=device.wide(N * P * Q, dy, y, dz),

@@ -22,20 +22,20 @@ from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, Direction
 from .indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     dgrad_walk,
     dot,
     downcast,
+    encode_ints,
     fence_copies,
     operands,
     pixel,
-    plain,
-    plain_strides,
     pointers,
     power_of_2,
     program,
     reduction_block,
     reduction_turns,
-    unspecialised,
     upcast,
     within,
 )
@@ -120,10 +120,10 @@ def few_channel_fprop_kernel(
     bias_ptr,  # [groups * K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, groups * K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
+    x_strides,  # n, c, h, w, encoded
     w_strides,  # k, c, r, s
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, unspecialised
+    y_strides,  # the residual's, then y's: n, k, p, q, encoded
+    sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
@@ -145,9 +145,9 @@ def few_channel_fprop_kernel(
     SEGMENT: tl.constexpr = TILE.segment
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
+    N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
+    x_strides = decode_strides(x_strides)
     w_k, w_c, w_r, w_s = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
@@ -201,10 +201,10 @@ def few_channel_dgrad_kernel(
     w_ptr,  # [groups * K, C, R, S]
     bias_ptr,  # [groups * C] or None
     dx_ptr,  # [N, groups * C, H, W]
-    dy_strides,  # n, k, p, q, unspecialised
+    dy_strides,  # n, k, p, q, encoded
     w_strides,  # k, c, r, s; then where the first tap is
-    dx_strides,  # n, c, h, w, unspecialised
-    sizes,  # N, P, Q, H, W, unspecialised
+    dx_strides,  # n, c, h, w, encoded
+    sizes,  # N, P, Q, H, W, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     placement,  # a Placement
@@ -223,9 +223,9 @@ def few_channel_dgrad_kernel(
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, P, Q, H, W = plain(sizes)
+    N, P, Q, H, W = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    dy_strides = plain_strides(dy_strides)
+    dy_strides = decode_strides(dy_strides)
     w_k, w_c, w_r, w_s, w_first = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
     dx_step_h, dx_first_h, dx_step_w, dx_first_w = placement
@@ -274,10 +274,10 @@ def few_channel_wgrad_kernel(
     dy_ptr,  # [N, groups * K, P, Q]
     dw_ptr,  # [splits, groups * K, C, R, S] or None
     db_ptr,  # [splits, groups * K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, c, r, s
-    sizes,  # N, H, W, P, Q, unspecialised
+    sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     splits,
@@ -301,10 +301,10 @@ def few_channel_wgrad_kernel(
     SEGMENT: tl.constexpr = TILE.segment
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
+    N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
-    dy_strides = plain_strides(dy_strides)
+    x_strides = decode_strides(x_strides)
+    dy_strides = decode_strides(dy_strides)
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
     pid = program(WIDE)
@@ -408,7 +408,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
         w_ptr=w,
         w_strides=w.stride(),
         **results(call.epilogue, y),
-        sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+        sizes=encode_ints((g.N, g.H, g.W, P, Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
         normalize=call.normalization,
@@ -438,7 +438,7 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
             **operands(dy=dy, dx=dx),
             **pointers(w=w, bias=call.bias),
             w_strides=(k, c, r * row.tap_step, s * column.tap_step, first),
-            sizes=unspecialised((g.N, P, Q, row.count, column.count)),
+            sizes=encode_ints((g.N, P, Q, row.count, column.count)),
             reduction=(g.groups, K, C, row.taps, column.taps),
             walk=tuple(walk),
             placement=tuple(placement),
@@ -467,7 +467,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             device=x.device,
             **operands(x=x, dy=dy),
             **parts,
-            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q)),
+            sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q)),
             reduction=(g.groups, g.K // g.groups, g.C // g.groups, g.R, g.S),
             walk=tuple(g.walk),
             splits=tile.splits,

@@ -22,18 +22,18 @@ from .geometry import Conv2dGeometry
 from .indexing import (
     Placement,
     cdiv,
+    decode_ints,
+    decode_strides,
     dgrad_walk,
     dot,
     downcast,
+    encode_ints,
     fence_copies,
     operands,
     pixel,
-    plain,
-    plain_strides,
     program,
     reduction_block,
     reduction_turns,
-    unspecialised,
     upcast,
     within,
 )
@@ -49,10 +49,10 @@ def fprop_kernel(
     bias_ptr,  # [groups * K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, groups * K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
+    x_strides,  # n, c, h, w, encoded
     w_strides,  # group, k, c, r, s; then where the first tap is
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, unspecialised
+    y_strides,  # the residual's, then y's: n, k, p, q, encoded
+    sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     placement,  # a Placement
@@ -74,9 +74,9 @@ def fprop_kernel(
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
+    N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
+    x_strides = decode_strides(x_strides)
     w_group, w_k, w_c, w_r, w_s, w_first = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
     step_p, first_p, step_q, first_q = placement
@@ -173,7 +173,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
     k, c, r, s = call.w.stride()
     product = _Product(
         w_strides=(K * k, k, c, r, s, 0),
-        sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+        sizes=encode_ints((g.N, g.H, g.W, P, Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
         placement=tuple(Placement()),
@@ -206,7 +206,7 @@ def _dgrad_products(
             g.N * row.count * column.count,
             _Product(
                 w_strides=(K * k, c, k, r * row.tap_step, s * column.tap_step, first),
-                sizes=unspecialised((g.N, P, Q, row.count, column.count)),
+                sizes=encode_ints((g.N, P, Q, row.count, column.count)),
                 reduction=(g.groups, C, K, row.taps, column.taps),
                 walk=tuple(walk),
                 placement=tuple(placement),
@@ -220,10 +220,10 @@ def wgrad_kernel(
     dy_ptr,  # [N, groups * K, P, Q]
     dw_ptr,  # [splits, groups * K, C, R, S] or None
     db_ptr,  # [splits, groups * K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, c, r, s
-    sizes,  # N, H, W, P, Q, unspecialised
+    sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     splits,
@@ -243,10 +243,10 @@ def wgrad_kernel(
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
+    N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
-    dy_strides = plain_strides(dy_strides)
+    x_strides = decode_strides(x_strides)
+    dy_strides = decode_strides(dy_strides)
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
     pid = program(WIDE)
@@ -341,7 +341,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             device=x.device,
             **operands(x=x, dy=dy),
             **parts,
-            sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+            sizes=encode_ints((g.N, g.H, g.W, P, Q)),
             reduction=(g.groups, K, C, R, S),
             walk=tuple(g.walk),
             splits=tile.splits,

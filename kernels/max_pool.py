@@ -28,16 +28,16 @@ from .geometry import Pair, Pool2dGeometry
 from .indexing import (
     Strides,
     cdiv,
+    decode_ints,
+    decode_strides,
     divisors,
     downcast,
+    encode_ints,
     operands,
-    plain,
-    plain_strides,
     pointers,
     power_of_2,
     program,
     quotient,
-    unspecialised,
     upcast,
     within,
 )
@@ -240,7 +240,7 @@ def _launch(
         vector = _VECTOR // tensors[0].element_size()
         unit = gcd(vector, C, *(stride for strides in rows for stride in strides))
     column_tiles = cdiv(C, tile.columns)
-    walk = unspecialised((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
+    walk = encode_ints((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
     wide = device.wide(N * P * Q, *tensors)
     strides = tuple(
         (2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
@@ -260,7 +260,7 @@ def _row_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int
 @triton.jit
 def _strides(strides, TILE: tl.constexpr):
     """A tensor's Strides, all but that of c multiples of the unit."""
-    n, c, h, w = plain_strides(strides)
+    n, c, h, w = decode_strides(strides)
     return Strides(n * TILE.unit, c, h * TILE.unit, w * TILE.unit)
 
 
@@ -270,7 +270,9 @@ def _places_and_channels(walk, TILE: tl.constexpr):
 
     Places are [rows, 1] and channels [1, columns], or channels come first; the mask has both.
     """
-    N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = plain(walk)
+    N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = decode_ints(
+        walk
+    )
     pid = program(TILE.wide)
     row_tile = quotient(pid, column_tiles, by_tiles, shift_tiles)
     place = row_tile * TILE.rows + tl.arange(0, TILE.rows)
@@ -311,7 +313,7 @@ def max_pool2d_kernel(
     indices_ptr,  # or None
     strides,  # of each of these, see _strides
     walk,  # over y, see _places_and_channels
-    sizes,  # H, W, unspecialised
+    sizes,  # H, W, encoded
     WINDOW: tl.constexpr,  # a _Window
     TAPS: tl.constexpr,  # the _Taps to take
     TILE: tl.constexpr,  # a _Tile
@@ -322,7 +324,7 @@ def max_pool2d_kernel(
     tap wins if it is greater or NaN: of equal values the first does, of several NaNs the last.
     One program writes a tile of pixels by channels; values are compared in their own dtype.
     """
-    H, W = plain(sizes)
+    H, W = decode_ints(sizes)
     n, p, q, c, mask = _places_and_channels(walk, TILE)
     x_strides, y_strides, offsets_strides, indices_strides = strides
     x_strides = _strides(x_strides, TILE)
@@ -382,7 +384,7 @@ def max_pool2d(
     came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
     """
     results = [y if t is None else t for t in (y, offsets, indices)]
-    own = {"sizes": unspecialised((g.H, g.W)), "WINDOW": _Window.of(g), "TAPS": _Taps.of(g)}
+    own = {"sizes": encode_ints((g.H, g.W)), "WINDOW": _Window.of(g), "TAPS": _Taps.of(g)}
     launch = _launch((g.N, g.P, g.Q), g.C, tile, (x, *results), **own)
     device.launch(
         max_pool2d_kernel,
@@ -401,7 +403,7 @@ def max_pool2d_backward_kernel(
     dx_ptr,
     strides,  # of each of these, see _strides
     walk,  # over cells, see _places_and_channels
-    sizes,  # H, W, P, Q, unspecialised
+    sizes,  # H, W, P, Q, encoded
     CELL: tl.constexpr,  # a _Cell
     TILE: tl.constexpr,  # a _Tile
 ):
@@ -411,7 +413,7 @@ def max_pool2d_backward_kernel(
     and knows of each pixel which tap of theirs it is. Windows are added in the order of p and q,
     in float32 (float64 for float64).
     """
-    H, W, P, Q = plain(sizes)
+    H, W, P, Q = decode_ints(sizes)
     n, u, v, c, mask = _places_and_channels(walk, TILE)
     dy_strides, offsets_strides, dx_strides = strides
     dy_strides = _strides(dy_strides, TILE)
@@ -450,7 +452,7 @@ def max_pool2d_far_backward_kernel(
     dx_ptr,
     strides,  # of each of these, see _strides
     walk,  # over dx, see _places_and_channels
-    sizes,  # P, Q, unspecialised
+    sizes,  # P, Q, encoded
     WINDOW: tl.constexpr,  # a _Window
     WINDOWS: tl.constexpr,  # how many may cover a pixel, along each axis
     TILE: tl.constexpr,  # a _Tile
@@ -459,7 +461,7 @@ def max_pool2d_far_backward_kernel(
 
     One program writes a tile of pixels by channels.
     """
-    P, Q = plain(sizes)
+    P, Q = decode_ints(sizes)
     dy_strides, offsets_strides, dx_strides = strides
     dy_strides = _strides(dy_strides, TILE)
     offsets_strides = _strides(offsets_strides, TILE)
@@ -501,10 +503,10 @@ def max_pool2d_backward(
     """dx[N,C,H,W] from dy[N,C,P,Q] and the offsets[N,C,P,Q] of the forward pass."""
     kernel: Any = max_pool2d_far_backward_kernel
     own: dict[str, Any] = {"WINDOW": _Window.of(g), "WINDOWS": g.covering}
-    own["sizes"] = unspecialised((g.P, g.Q))
+    own["sizes"] = encode_ints((g.P, g.Q))
     if _by_cells(g):
         kernel = max_pool2d_backward_kernel
-        own = {"sizes": unspecialised((g.H, g.W, g.P, g.Q)), "CELL": _Cell.of(g)}
+        own = {"sizes": encode_ints((g.H, g.W, g.P, g.Q)), "CELL": _Cell.of(g)}
     launch = _launch((g.N, *_cells(g)), g.C, tile, (dy, offsets, dx), **own)
     device.launch(
         kernel,
@@ -564,10 +566,10 @@ def max_unpool2d_kernel(
     x_ptr,
     indices_ptr,
     y_ptr,
-    x_strides,  # n, c, p, q, unspecialised; so are those of indices
+    x_strides,  # n, c, p, q, encoded; so are those of indices
     indices_strides,
-    y_strides,  # n, c, h, w, unspecialised
-    sizes,  # N, H * W, W, P * Q, Q, unspecialised
+    y_strides,  # n, c, h, w, encoded
+    sizes,  # N, H * W, W, P * Q, Q, encoded
     C,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -578,10 +580,10 @@ def max_unpool2d_kernel(
     One program writes PLANES planes (n, c): zeros first, then x in blocks of BLOCK elements.
     Barriers order the blocks; within one, an element yields to a later one of the same index.
     """
-    N, HW, W, PQ, Q = plain(sizes)
-    x_strides = plain_strides(x_strides)
-    indices_strides = plain_strides(indices_strides)
-    y_strides = plain_strides(y_strides)
+    N, HW, W, PQ, Q = decode_ints(sizes)
+    x_strides = decode_strides(x_strides)
+    indices_strides = decode_strides(indices_strides)
+    y_strides = decode_strides(y_strides)
     plane = (program(WIDE) * PLANES + tl.arange(0, PLANES))[:, None]
     n = plane // C
     c = plane % C
@@ -627,7 +629,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
         (cdiv(N * C, tile.columns),),
         device=x.device,
         **operands(x=x, indices=indices, y=y),
-        sizes=unspecialised((N, H * W, W, P * Q, Q)),
+        sizes=encode_ints((N, H * W, W, P * Q, Q)),
         C=C,
         WIDE=device.wide(max(N * C, H * W, P * Q), x, indices, y),
         BLOCK=tile.rows,
@@ -665,14 +667,14 @@ def max_unpool2d_backward_kernel(
     dx_ptr,
     strides,  # of each of these, see _strides
     walk,  # over dx, see _places_and_channels
-    sizes,  # H * W, W, unspecialised
+    sizes,  # H * W, W, encoded
     TILE: tl.constexpr,  # a _Tile
 ):
     """dx[n,c,p,q] = dy[n,c,h,w] where indices[n,c,p,q] = h * W + w; 0 for an index outside.
 
     One program writes a tile of pixels by channels.
     """
-    HW, W = plain(sizes)
+    HW, W = decode_ints(sizes)
     n, p, q, c, mask = _places_and_channels(walk, TILE)
     dy_strides, indices_strides, dx_strides = strides
     at = _at(n, c, p, q, _strides(indices_strides, TILE))
@@ -689,7 +691,7 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     N, C, H, W = dy.shape
     P, Q = dx.shape[2:]
     tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
-    sizes = unspecialised((H * W, W))
+    sizes = encode_ints((H * W, W))
     launch = _launch((N, P, Q), C, tile, (dy, indices, dx), sizes=sizes)
     device.launch(
         max_unpool2d_backward_kernel,

@@ -24,19 +24,19 @@ from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, contiguous_strides
 from .indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     divisors,
     dot,
     downcast,
+    encode_ints,
     fence_copies,
     operands,
     pixel,
-    plain,
-    plain_strides,
     pointers,
     power_of_2,
     program,
     quotient,
-    unspecialised,
     within,
 )
 from .problem import Problem
@@ -336,9 +336,9 @@ def pair_fprop_kernel(
     bias_ptr,  # [K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    y_strides,  # the residual's, then y's: n, k, p, q, encoded
+    sizes,  # N, H, W, P, Q, encoded
     origin,  # of the walk along the height and the width
     normalize,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # the Filters
@@ -358,8 +358,8 @@ def pair_fprop_kernel(
     K: tl.constexpr = FILTERS.K
     K_TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     TURNS: tl.constexpr = (FILTERS.R * RUN.segment + DEPTH - 1) // DEPTH
-    N, H, W, P, Q = plain(sizes)
-    x_strides = plain_strides(x_strides)
+    N, H, W, P, Q = decode_ints(sizes)
+    x_strides = decode_strides(x_strides)
     origin_h, origin_w = origin
     pid = program(WIDE)
     k_tile = pid % K_TILES
@@ -409,7 +409,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
             **operands(x=x),
             packed_ptr=packed,
             **results(call.epilogue, y),
-            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q)),
+            sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q)),
             origin=(g.walk.origin_h, g.walk.origin_w),
             normalize=call.normalization,
             FILTERS=Filters.of(g),
@@ -475,8 +475,8 @@ def pair_wgrad_kernel(
     dy_ptr,  # [N, K, P, Q]
     dw_ptr,  # [parts, K, C, R, S] or None
     db_ptr,  # [parts, K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    dy_strides,  # n, k, p, q, encoded
     dw_strides,  # part, k, c, r, s
     walk,  # as _wgrad_walk gives it
     origin,  # of the walk along the height and the width
@@ -514,11 +514,11 @@ def pair_wgrad_kernel(
     K_TILES: tl.constexpr = (2 * K + ROWS - 1) // ROWS
     LINES: tl.constexpr = COLUMNS // RUN.segment
     LINE_TILES: tl.constexpr = 1 if dw_ptr is None else (R + LINES - 1) // LINES
-    x_strides = plain_strides(x_strides)
-    dy_strides = plain_strides(dy_strides)
+    x_strides = decode_strides(x_strides)
+    dy_strides = decode_strides(dy_strides)
     sizes, divisors = walk
-    N, H, W, P, Q, splits, singles, tall, wide, wide_single = plain(sizes)
-    by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = plain(divisors)
+    N, H, W, P, Q, splits, singles, tall, wide, wide_single = decode_ints(sizes)
+    by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = decode_ints(divisors)
     origin_h, origin_w = origin
 
     pid = program(WIDE)
@@ -661,7 +661,7 @@ def _wgrad_walk(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Wal
         single = cdiv(shares * deep, max(1, deep + g.N * wide))
         singles = max(1, min(single, shares - 1))
         splits = max(1, shares - singles)
-    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, splits, singles, tall, wide, deep))
+    sizes = encode_ints((g.N, g.H, g.W, g.P, g.Q, splits, singles, tall, wide, deep))
     return _Walk(splits + singles, 2 * splits + singles, sizes, divisors(tall, wide, deep))
 
 

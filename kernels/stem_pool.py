@@ -25,15 +25,15 @@ from .engine import PooledConv, PoolingEngine
 from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     downcast,
+    encode_ints,
+    encode_strides,
     operands,
-    plain,
-    plain_strides,
     pointers,
     power_of_2,
     program,
-    unspecialised,
-    unspecialised_strides,
     upcast,
     within,
 )
@@ -279,8 +279,8 @@ def tile_keys(
     DEPTH: tl.constexpr = TILE.depth
     TURNS: tl.constexpr = (FILTERS.R * RUN.segment + DEPTH - 1) // DEPTH
     x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin = inputs
-    N, H, W, P, Q, PP, PQ = plain(sizes)
-    x_strides = plain_strides(x_strides)
+    N, H, W, P, Q, PP, PQ = decode_ints(sizes)
+    x_strides = decode_strides(x_strides)
     origin_h, origin_w = origin
     k_tile, n, p, q, _ = windows(pid, (PP, PQ), FILTERS.K, POOL, TILE)
     # Where in the map the last two rows and columns of each window start.
@@ -324,10 +324,10 @@ def stem_pool_kernel(
     bias_ptr,  # [K] or None
     y_ptr,  # [N, K, PP, PQ]
     offsets_ptr,  # like y, or None
-    x_strides,  # n, c, h, w, unspecialised
-    y_strides,  # n, k, p, q, unspecialised; so are those of offsets
+    x_strides,  # n, c, h, w, encoded
+    y_strides,  # n, k, p, q, encoded; so are those of offsets
     offsets_strides,
-    sizes,  # N, H, W, P, Q, PP, PQ, unspecialised
+    sizes,  # N, H, W, P, Q, PP, PQ, encoded
     origin,  # of the walk along the height and the width
     FILTERS: tl.constexpr,  # the Filters
     POOL: tl.constexpr,  # a _Window
@@ -354,18 +354,18 @@ def stem_pool_kernel(
         same = pid + (largest >> (2 * BITS - 1))
         key = tile_keys(same, inputs, FILTERS, POOL, RUN, TILE, True, PRECISION, DTYPE)
 
-    N, _, _, _, _, PP, PQ = plain(sizes)
+    N, _, _, _, _, PP, PQ = decode_ints(sizes)
     k_tile, n, p, q, owned = windows(pid, (PP, PQ), FILTERS.K, POOL, TILE)
     k = k_tile * TILE.columns + tl.arange(0, TILE.columns)
     mask = (k < FILTERS.K)[:, None] & (owned & (n < N) & (p < PP) & (q < PQ))[None, :]
     INTEGER: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
     y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
-    y_strides = plain_strides(y_strides)
+    y_strides = decode_strides(y_strides)
     places = n * y_strides.n + p * y_strides.h + q * y_strides.w
     tl.store(y_ptr + ((k * y_strides.c)[:, None] + places[None, :]), y, mask=mask)
     if offsets_ptr is not None:
         tap = tl.where(key >> BITS > 0, _LAST - (key & _LAST), 255).to(tl.uint8)
-        offsets_strides = plain_strides(offsets_strides)
+        offsets_strides = decode_strides(offsets_strides)
         places = n * offsets_strides.n + p * offsets_strides.h + q * offsets_strides.w
         places = (k * offsets_strides.c)[:, None] + places[None, :]
         tl.store(offsets_ptr + places, tap, mask=mask)
@@ -390,8 +390,8 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
             device=x.device,
             **operands(x=x, y=y),
             **pointers(packed=packed, bias=call.bias, offsets=offsets),
-            offsets_strides=unspecialised_strides(y if offsets is None else offsets),
-            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
+            offsets_strides=encode_strides(y if offsets is None else offsets),
+            sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
             origin=(g.walk.origin_h, g.walk.origin_w),
             FILTERS=Filters.of(g),
             POOL=window,

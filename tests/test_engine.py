@@ -18,12 +18,12 @@ from kernels.epilogue import results, store_result
 from kernels.geometry import Conv2dGeometry
 from kernels.indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     dot,
+    encode_ints,
     pixel,
-    plain,
-    plain_strides,
     program,
-    unspecialised,
 )
 from kernels.indexing import (
     operands as arguments,
@@ -39,10 +39,10 @@ def pointwise_kernel(
     bias_ptr,  # [K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, K, P, Q]
-    x_strides,  # n, c, p, q, unspecialised
+    x_strides,  # n, c, p, q, encoded
     w_strides,  # k, c
     y_strides,  # the residual's, then y's
-    sizes,  # N, P, Q, unspecialised
+    sizes,  # N, P, Q, encoded
     K,
     C,
     RELU: tl.constexpr,
@@ -52,8 +52,8 @@ def pointwise_kernel(
 ):
     """y[n,k,p,q] = relu?(sum over c of x[n,c,p,q] * w[k,c] + bias[k] + residual[n,k,p,q])."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, P, Q = plain(sizes)
-    x_strides = plain_strides(x_strides)
+    N, P, Q = decode_ints(sizes)
+    x_strides = decode_strides(x_strides)
     w_k, w_c = w_strides
     pid = program(WIDE)
     column_tiles = tl.cdiv(K, TILE.columns)
@@ -89,7 +89,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
         w_ptr=w,
         w_strides=w.stride()[:2],
         **results(call.epilogue, y),
-        sizes=unspecialised((g.N, g.P, g.Q)),
+        sizes=encode_ints((g.N, g.P, g.Q)),
         K=g.K,
         C=g.C,
         PRECISION=call.precision,
