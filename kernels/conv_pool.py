@@ -69,7 +69,7 @@ def conv_pool_kernel(
     walk,  # an IndexMap
     POOL: tl.constexpr,  # a _Window
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """y = max over a window of relu(conv(x, w) + bias), rounded to y's dtype before it is compared;
@@ -91,7 +91,7 @@ def conv_pool_kernel(
     w_k, w_c, w_r, w_s = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     group = pid // column_tiles % groups
     row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
@@ -168,7 +168,7 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         walk=tuple(g.walk),
         POOL=window,
         PRECISION=call.precision,
-        WIDE=device.wide(windows, x, w, y),
+        INT64_INDEX=device.int64_index(windows, x, w, y),
         TILE=Block.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,

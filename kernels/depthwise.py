@@ -171,7 +171,7 @@ def depthwise_kernel(
     down,  # the _AxisWalk of p
     across,  # of q
     RELU: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Block
     LINES: tl.constexpr,  # the _Lines of a turn
 ):
@@ -201,7 +201,7 @@ def depthwise_kernel(
     added = aligned_strides(added, UNIT)
     y_strides = aligned_strides(y_strides, UNIT)
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     k_mask = k < K
@@ -272,7 +272,7 @@ def depthwise_wgrad_kernel(
     down,  # the _AxisWalk of p
     across,  # of q
     splits,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Block
     LINES: tl.constexpr,  # the _Lines of a program
 ):
@@ -298,7 +298,7 @@ def depthwise_wgrad_kernel(
     x_strides = aligned_strides(x_strides, UNIT)
     dy_strides = aligned_strides(dy_strides, UNIT)
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     parts = R // R_TAPS * (S // S_TAPS)
     if dw_ptr is None:
@@ -509,7 +509,7 @@ def _convolve(
     N, K, P, Q = y.shape
     # Else the taps of neighbouring channels lie as far apart as a filter is large.
     taps = replay.derive(w, lambda w: w.reshape(g.K, g.R * g.S).t().contiguous())
-    wide = device.wide(N * P * Q, x, w, residual, y)
+    wide = device.int64_index(N * P * Q, x, w, residual, y)
     fold = g.K // g.C if direction == "dgrad" else 1
     block = _Block(tile.rows, tile.columns, _unit(K, x, residual, y), fold)
     multiprocessors = device.describe(x.device).multiprocessors
@@ -522,7 +522,7 @@ def _convolve(
             w_ptr=taps,
             **results(epilogue, y),
             **walk.arguments,
-            WIDE=wide,
+            INT64_INDEX=wide,
             TILE=block,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -561,7 +561,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             **parts,
             **walk.arguments,
             splits=tile.splits,
-            WIDE=device.wide(g.N * P * Q, x, dy, parts["dw_ptr"]),
+            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"]),
             TILE=_Block(tile.rows, tile.columns, _unit(K, x, dy), fold=1),
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -341,7 +341,7 @@ def wgrad_kernel(
     sizes,  # P, Q, boxes along p and q, turns, column and row tiles, taps, groups, K, C
     walk,  # see Walk
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a BoxBlock
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], over one part of the boxes.
@@ -362,7 +362,7 @@ def wgrad_kernel(
         walk
     )
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     c = (pid % column_tiles * COLUMNS).to(tl.int32)
     k = (pid // column_tiles % row_tiles * ROWS).to(tl.int32)
     tap = (pid // (column_tiles * row_tiles) % taps).to(tl.int32)
@@ -399,7 +399,7 @@ def wgrad_kernel(
     mask = (rows < K)[:, None] & (columns < C)[None, :]
     tap_r = tap_h + r * tap_step_h
     tap_s = tap_w + s * tap_step_w
-    if WIDE:
+    if INT64_INDEX:
         rows = rows.to(tl.int64)
     dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
     dw_ptr += split * dw_split + tap_r * dw_r + tap_s * dw_s
@@ -457,7 +457,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 sizes=encode_ints(sizes),
                 walk=encode_ints(_walk(row, column, 1, 1)),
                 PRECISION=call.precision,
-                WIDE=device.wide(0, parts["dw_ptr"]),
+                INT64_INDEX=device.int64_index(0, parts["dw_ptr"]),
                 TILE=BoxBlock.of(tile),
                 num_warps=tile.warps,
                 num_stages=tile.stages,

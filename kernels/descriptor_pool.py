@@ -266,7 +266,7 @@ def _store(
     sizes,  # N, P, Q, K of y
     WINDOWS: tl.constexpr,  # rows and columns of keys that are of windows
     TAPS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """Store the values of keys to y, and the taps that won."""
     FILTERS: tl.constexpr = key.shape[0]
@@ -285,7 +285,7 @@ def _store(
     k += tl.arange(0, FILTERS)
     mask = (row < windows_p) & (column < windows_q) & (n < N)
     mask = (mask & (p < P) & (q < Q))[:, None] & (k < K)[None, :]
-    if WIDE:
+    if INT64_INDEX:
         n, p, k = n.to(tl.int64), p.to(tl.int64), k.to(tl.int64)
     places = (n * strides.n + p * strides.h + q * strides.w)[:, None]
     places = places + (k * strides.c)[None, :]
@@ -318,7 +318,7 @@ def pooled_product_kernel(
     walks,  # a Walk for each parity
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a BoxBlock
 ):
     """y = max of each window of relu(conv(x, w) + bias), and the tap that won; 255 where y <= 0.
@@ -365,7 +365,7 @@ def pooled_product_kernel(
         first = (n, top, left, k)
         limits = (N, pooled_P, pooled_Q, groups * K)
         windows: tl.constexpr = (WINDOWS_P, WINDOWS_Q)
-        _store(key, y_ptr, offsets_ptr, strides, first, limits, windows, TAPS, WIDE)
+        _store(key, y_ptr, offsets_ptr, strides, first, limits, windows, TAPS, INT64_INDEX)
 
 
 class _Window(NamedTuple):
@@ -529,7 +529,7 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         walks=tuple([encode_ints(walk) for walk in walks]),
         WINDOW=_window(pool),
         PRECISION=call.precision,
-        WIDE=device.wide(0, y),
+        INT64_INDEX=device.int64_index(0, y),
         TILE=BoxBlock.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,

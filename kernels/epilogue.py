@@ -106,7 +106,7 @@ def relu_backward_kernel(
     sizes,  # N, P, Q, encoded
     K,
     turns,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -119,7 +119,7 @@ def relu_backward_kernel(
     dy_strides = decode_strides(dy_strides)
     y_strides = decode_strides(y_strides)
     dz_strides = decode_strides(dz_strides)
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     part = pid // column_tiles
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -158,7 +158,7 @@ def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -
         sizes=encode_ints((N, P, Q)),
         K=K,
         turns=walk.turns,
-        WIDE=device.wide(N * P * Q, dy, y, dz),
+        INT64_INDEX=device.int64_index(N * P * Q, dy, y, dz),
         ROWS=walk.rows,
         COLUMNS=walk.columns,
         num_warps=walk.warps,

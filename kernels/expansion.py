@@ -135,7 +135,7 @@ def expand_kernel(
     K,
     turns,
     WINDOW: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -148,7 +148,7 @@ def expand_kernel(
     N, P, Q, blocks_p, blocks_q = decode_ints(sizes)
     dy_strides = decode_strides(dy_strides)
     dz_strides = decode_strides(dz_strides)
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     part = pid // column_tiles
     k = (pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -207,7 +207,7 @@ def expand(
         K=K,
         turns=walk.turns,
         WINDOW=window,
-        WIDE=device.wide(N * blocks_p * blocks_q, dy, offsets, dz),
+        INT64_INDEX=device.int64_index(N * blocks_p * blocks_q, dy, offsets, dz),
         ROWS=walk.rows,
         COLUMNS=walk.columns,
         num_warps=walk.warps,

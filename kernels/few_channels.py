@@ -46,20 +46,20 @@ from .tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
 
 
 @triton.jit
-def indices(COUNT: tl.constexpr, WIDE: tl.constexpr):
+def indices(COUNT: tl.constexpr, INT64_INDEX: tl.constexpr):
     """0 .. COUNT - 1, as wide as the offsets that are computed from them."""
     i = tl.arange(0, COUNT)
-    if WIDE:
+    if INT64_INDEX:
         i = i.to(tl.int64)
     return i
 
 
 @triton.jit
-def lines(BLOCK: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr):
+def lines(BLOCK: tl.constexpr, SEGMENT: tl.constexpr, INT64_INDEX: tl.constexpr):
     """(line, place) of a block's elements, laid in lines of SEGMENT; of one line, the scalar 0."""
-    place = indices(BLOCK, WIDE)
+    place = indices(BLOCK, INT64_INDEX)
     if BLOCK == SEGMENT:
-        line = program(WIDE) * 0
+        line = program(INT64_INDEX) * 0
     else:
         line = place // SEGMENT
         place = place % SEGMENT
@@ -129,7 +129,7 @@ def few_channel_fprop_kernel(
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Segments
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
@@ -151,7 +151,7 @@ def few_channel_fprop_kernel(
     w_k, w_c, w_r, w_s = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     group = pid // column_tiles % groups
     row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
@@ -164,7 +164,7 @@ def few_channel_fprop_kernel(
     h0 = p * stride_h + origin_h
     w0 = q * stride_w + origin_w
     x_ptr += group * C * x_strides.c
-    line, place = lines(DEPTH, SEGMENT, WIDE)
+    line, place = lines(DEPTH, SEGMENT, INT64_INDEX)
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for part in loop(tl.cdiv(S * C, SEGMENT)):
         c, s, inside = row_element(part * SEGMENT + place, C, S, TILE.channels_fastest)
@@ -208,7 +208,7 @@ def few_channel_dgrad_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     placement,  # a Placement
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * w[k,c,r,s] + bias[c].
@@ -230,12 +230,12 @@ def few_channel_dgrad_kernel(
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
     dx_step_h, dx_first_h, dx_step_w, dx_first_w = placement
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     group = pid % groups
     row = pid // groups * ROWS + tl.arange(0, ROWS)
     n, h, w = pixel(row, H, W)
     row_mask = n < N
-    c = indices(COLUMNS, WIDE)
+    c = indices(COLUMNS, INT64_INDEX)
     c_mask = c < C
 
     p0 = h * stride_h + origin_h
@@ -285,7 +285,7 @@ def few_channel_wgrad_kernel(
     POOL: tl.constexpr,  # its Window, or None
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Segments
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
@@ -307,7 +307,7 @@ def few_channel_wgrad_kernel(
     dy_strides = decode_strides(dy_strides)
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     parts = tl.cdiv(S * C, SEGMENT)
     column_tiles = 0
     if dw_ptr is not None:
@@ -335,7 +335,7 @@ def few_channel_wgrad_kernel(
             db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
-        line, place = lines(COLUMNS, SEGMENT, WIDE)
+        line, place = lines(COLUMNS, SEGMENT, INT64_INDEX)
         c, s, inside = row_element(tile % parts * SEGMENT + place, C, S, TILE.channels_fastest)
         r = tile // parts * (COLUMNS // SEGMENT) + line
         if COLUMNS > SEGMENT:
@@ -413,7 +413,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
         walk=tuple(g.walk),
         normalize=call.normalization,
         PRECISION=call.precision,
-        WIDE=device.wide(g.N * P * Q, x, w, call.epilogue.residual, y),
+        INT64_INDEX=device.int64_index(g.N * P * Q, x, w, call.epilogue.residual, y),
         TILE=_segments(x, g, tile, tile.depth),
         num_warps=tile.warps,
         num_stages=overlapped(tile, computed=call.normalization is not None),
@@ -442,7 +442,7 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
             reduction=(g.groups, K, C, row.taps, column.taps),
             walk=tuple(walk),
             placement=tuple(placement),
-            WIDE=device.wide(g.N * g.H * g.W, dy, w, dx),
+            INT64_INDEX=device.int64_index(g.N * g.H * g.W, dy, w, dx),
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -475,7 +475,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             POOL=window,
             normalize=call.normalization,
             PRECISION=call.precision,
-            WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
+            INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
             TILE=_segments(x, g, tile, tile.columns),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed),

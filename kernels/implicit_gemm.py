@@ -60,7 +60,7 @@ def fprop_kernel(
     POOL: tl.constexpr,  # its Window, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
@@ -81,7 +81,7 @@ def fprop_kernel(
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
     step_p, first_p, step_q, first_q = placement
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     group = pid // column_tiles % groups
     row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
@@ -145,7 +145,7 @@ def _multiply(
 ) -> None:
     N, _, P, Q = y.shape
     expansion, window = pooled(gradient)
-    wide = device.wide(N * P * Q, x, w, epilogue.residual, y, gradient and gradient.offsets)
+    wide = device.int64_index(N * P * Q, x, w, epilogue.residual, y, gradient and gradient.offsets)
     for pixels, product in products:
         groups, K, *_ = product.reduction
         device.launch(
@@ -159,7 +159,7 @@ def _multiply(
             pooled=expansion,
             POOL=window,
             PRECISION=precision,
-            WIDE=wide,
+            INT64_INDEX=wide,
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=gradient is not None),
@@ -230,7 +230,7 @@ def wgrad_kernel(
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
@@ -249,7 +249,7 @@ def wgrad_kernel(
     dy_strides = decode_strides(dy_strides)
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = 0
     if dw_ptr is not None:
         column_tiles = reduction_turns(C, R, S, COLUMNS, PACKED)
@@ -348,7 +348,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             pooled=expansion,
             POOL=window,
             PRECISION=call.precision,
-            WIDE=device.wide(g.N * P * Q, x, dy, parts["dw_ptr"], offsets),
+            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"], offsets),
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=call.pooled is not None),

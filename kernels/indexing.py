@@ -179,10 +179,10 @@ def dgrad_walk(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
 
 
 @triton.jit
-def program(WIDE: tl.constexpr):
+def program(INT64_INDEX: tl.constexpr):
     """This program's number, as wide as the offsets that are computed from it."""
     pid = tl.program_id(0)
-    if WIDE:
+    if INT64_INDEX:
         pid = pid.to(tl.int64)
     return pid
 

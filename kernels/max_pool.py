@@ -208,7 +208,7 @@ class _Tile(NamedTuple):
     rows: int  # places
     columns: int  # channels
     unit: int  # that divides C and all strides but that of channels
-    wide: bool  # whether offsets need 64 bits
+    int64_index: bool  # whether offsets need 64 bits
     channels_inside: bool  # whether neighbouring threads have neighbouring channels, else places
 
 
@@ -241,12 +241,12 @@ def _launch(
         unit = gcd(vector, C, *(stride for strides in rows for stride in strides))
     column_tiles = cdiv(C, tile.columns)
     walk = encode_ints((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
-    wide = device.wide(N * P * Q, *tensors)
+    int64_index = device.int64_index(N * P * Q, *tensors)
     strides = tuple(
         (2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
         for (n, h, w), c in zip(rows, channels, strict=True)
     )
-    block = _Tile(tile.rows, tile.columns, unit, wide, channels[-1] == 1)
+    block = _Tile(tile.rows, tile.columns, unit, int64_index, channels[-1] == 1)
     arguments = {"strides": strides, "walk": walk, **own, "TILE": block}
     return _Launch((cdiv(N * P * Q, tile.rows) * column_tiles,), arguments)
 
@@ -273,7 +273,7 @@ def _places_and_channels(walk, TILE: tl.constexpr):
     N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = decode_ints(
         walk
     )
-    pid = program(TILE.wide)
+    pid = program(TILE.int64_index)
     row_tile = quotient(pid, column_tiles, by_tiles, shift_tiles)
     place = row_tile * TILE.rows + tl.arange(0, TILE.rows)
     c = (pid - row_tile * column_tiles) * TILE.columns + tl.arange(0, TILE.columns)
@@ -571,7 +571,7 @@ def max_unpool2d_kernel(
     y_strides,  # n, c, h, w, encoded
     sizes,  # N, H * W, W, P * Q, Q, encoded
     C,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
 ):
@@ -584,7 +584,7 @@ def max_unpool2d_kernel(
     x_strides = decode_strides(x_strides)
     indices_strides = decode_strides(indices_strides)
     y_strides = decode_strides(y_strides)
-    plane = (program(WIDE) * PLANES + tl.arange(0, PLANES))[:, None]
+    plane = (program(INT64_INDEX) * PLANES + tl.arange(0, PLANES))[:, None]
     n = plane // C
     c = plane % C
 
@@ -631,7 +631,7 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
         **operands(x=x, indices=indices, y=y),
         sizes=encode_ints((N, H * W, W, P * Q, Q)),
         C=C,
-        WIDE=device.wide(max(N * C, H * W, P * Q), x, indices, y),
+        INT64_INDEX=device.int64_index(max(N * C, H * W, P * Q), x, indices, y),
         BLOCK=tile.rows,
         PLANES=tile.columns,
         num_warps=tile.warps,

@@ -226,7 +226,7 @@ def pack_kernel(
 
 def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
     """The filters as ``convolve`` takes them."""
-    w = replay.contiguous(w) if device.wide(0, w) else w
+    w = replay.contiguous(w) if device.int64_index(0, w) else w
     k_tiles, turns = cdiv(g.K, tile.columns), cdiv(g.R * run.segment, tile.depth)
     shape = k_tiles, turns, 2 * tile.columns, tile.depth
     packed = replay.new(w, shape, contiguous_strides(shape))
@@ -346,7 +346,7 @@ def pair_fprop_kernel(
     TILE: tl.constexpr,  # a Block
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
@@ -361,7 +361,7 @@ def pair_fprop_kernel(
     N, H, W, P, Q = decode_ints(sizes)
     x_strides = decode_strides(x_strides)
     origin_h, origin_w = origin
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     k_tile = pid % K_TILES
     n, p, q = pixel(pid // K_TILES * PAIRS + tl.arange(0, PAIRS), P, (Q + 1) // 2)
     h = p * FILTERS.stride_h + origin_h
@@ -416,7 +416,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
             RUN=known,
             TILE=Block.of(tile),
             PRECISION=call.precision,
-            WIDE=device.wide(2 * pairs, x, call.epilogue.residual, y),
+            INT64_INDEX=device.int64_index(2 * pairs, x, call.epilogue.residual, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -487,7 +487,7 @@ def pair_wgrad_kernel(
     RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # a _Patch
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
 
@@ -521,7 +521,7 @@ def pair_wgrad_kernel(
     by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = decode_ints(divisors)
     origin_h, origin_w = origin
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     line_tile = pid % LINE_TILES
     k_tile = pid // LINE_TILES % K_TILES
     split = pid // (LINE_TILES * K_TILES)
@@ -701,7 +701,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 RUN=known,
                 TILE=_Patch(tile.rows, columns, height, width),
                 PRECISION=call.precision,
-                WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
+                INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
                 num_warps=warps,
                 num_stages=stages,
                 **device.all_registers(x.device),

@@ -21,7 +21,7 @@ def split_sum_kernel(
     out_ptr,  # [numel]
     numel,
     splits,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -29,8 +29,8 @@ def split_sum_kernel(
 
     Every LANES-th part is added first to last, then these sums: so many loads wait at once.
     """
-    i = (program(WIDE) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    lane = (program(WIDE) * 0 + tl.arange(0, LANES))[:, None]
+    i = (program(INT64_INDEX) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    lane = (program(INT64_INDEX) * 0 + tl.arange(0, LANES))[:, None]
     total = tl.zeros((LANES, BLOCK), parts_ptr.dtype.element_ty)
     for first in loop(0, splits, LANES):
         part = first + lane
@@ -116,7 +116,7 @@ def split_sum(parts: Tensor | None, out: Tensor | None) -> None:
         out_ptr=out,
         numel=numel,
         splits=splits,
-        WIDE=device.wide(0, parts),
+        INT64_INDEX=device.int64_index(0, parts),
         BLOCK=block,
         LANES=lanes,
     )

@@ -334,7 +334,7 @@ def stem_pool_kernel(
     RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # a _Block
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """y[n,k,p,q] = max over a window of relu(conv(x, w) + bias), and the tap that won.
 
@@ -344,7 +344,7 @@ def stem_pool_kernel(
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     BITS: tl.constexpr = 32 if DTYPE == tl.float32 else 16
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     inputs = (x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin)
     key = tile_keys(pid, inputs, FILTERS, POOL, RUN, TILE, False, PRECISION, DTYPE)
     largest = key.max()
@@ -398,7 +398,7 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
             RUN=known,
             TILE=_Block(images, rows, columns, tile.columns, tile.depth),
             PRECISION=call.precision,
-            WIDE=device.wide(g.N * g.P * g.Q, x, y),
+            INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -147,7 +147,7 @@ def test_each_tile(window, device):
 
 
 def test_wide_offsets(monkeypatch, device):
-    monkeypatch.setattr("kernels.device.wide", lambda *arguments: True)
+    monkeypatch.setattr("kernels.device.int64_index", lambda *arguments: True)
     assert_exact(SMALL, PADDED, integers(SMALL, torch.bfloat16, device), boxed(2, 8, 8))
 
 

@@ -47,7 +47,7 @@ def pointwise_kernel(
     C,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """y[n,k,p,q] = relu?(sum over c of x[n,c,p,q] * w[k,c] + bias[k] + residual[n,k,p,q])."""
@@ -55,7 +55,7 @@ def pointwise_kernel(
     N, P, Q = decode_ints(sizes)
     x_strides = decode_strides(x_strides)
     w_k, w_c = w_strides
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, TILE.columns)
     n, p, q = pixel(pid // column_tiles * TILE.rows + tl.arange(0, TILE.rows), P, Q)
     k = pid % column_tiles * TILE.columns + tl.arange(0, TILE.columns)
@@ -93,7 +93,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
         K=g.K,
         C=g.C,
         PRECISION=call.precision,
-        WIDE=kernel_device.wide(pixels, x, w, call.epilogue.residual, y),
+        INT64_INDEX=kernel_device.int64_index(pixels, x, w, call.epilogue.residual, y),
         TILE=Block.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -274,7 +274,7 @@ def test_64_bit_offsets_change_nothing(g, device, monkeypatch):
     for tiles in (chosen(g, torch.float32, device), TINY):
         monkeypatch.undo()
         narrow = results(g, t, tiles)
-        monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+        monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
         assert all(map(torch.equal, narrow, results(g, t, tiles)))
 
 
@@ -482,7 +482,7 @@ def test_gradients_of_pairs_with_64_bit_offsets(device, monkeypatch):
     for plan in paired_wgrad_plans(STEM, x.dtype, device):
         monkeypatch.undo()
         narrow = wgrad(x, dy, w, STEM, {"wgrad": plan})
-        monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+        monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
         assert all(map(torch.equal, narrow, wgrad(x, dy, w, STEM, {"wgrad": plan})))
 
 
@@ -490,7 +490,7 @@ def test_pairs_with_64_bit_offsets(device, monkeypatch):
     inputs = integers(STEM, torch.float16, device, "channels_last")
     tile = chosen(STEM, torch.float16, device)["fprop"]
     narrow = fprop(STEM, inputs, tile)
-    monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+    monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
     assert torch.equal(fprop(STEM, inputs, tile), narrow)
 
 

@@ -212,7 +212,7 @@ def test_64_bit_offsets_change_nothing(device, monkeypatch):
     x, w, bias = operands(g, torch.bfloat16, device)
     tile = tiles(g, pool, x.dtype, device)[1]
     narrow = run(x, w, bias, g, pool, tile)
-    monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+    monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
     assert all(map(torch.equal, narrow, run(x, w, bias, g, pool, tile)))
 
 
