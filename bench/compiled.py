@@ -280,7 +280,7 @@ class Reader:
 
 
 def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
-    """The engine's kernel, of several for the parities of a stride the one with most taps.
+    """The engine's kernel, of several for the phases of a stride the one with most taps.
 
     An engine may leave a convolution to another module's kernel.
     """
@@ -289,7 +289,7 @@ def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
     if len(kernels) == 1:
         return kernels[0]
     work = [row.count * row.taps * column.count * column.taps for row, column in g.dgrad()]
-    if len(kernels) < len(work):  # parities without taps may have nothing to launch
+    if len(kernels) < len(work):  # phases without taps may have nothing to launch
         work = [products for products in work if products]
     return max(zip(work, kernels, strict=True), key=lambda pair: pair[0])[1]
 

@@ -390,7 +390,7 @@ def implicit_gemm() -> Figure:
 
 
 def descriptor_box() -> Figure:
-    """Boxes that a descriptor loads: shifted by a tap, and of one parity under a stride of two."""
+    """Boxes that a descriptor loads: shifted by a tap, and of one phase under a stride of two."""
     figure, (left, right) = new(7.6, 3.7, 2)
     g = Conv2dGeometry(1, 1, 8, 8, 1, 3, 3, padding=((1, 1), (1, 1)))
     _, top, step_h, _, start, step_w = g.walk
@@ -417,7 +417,7 @@ def descriptor_box() -> Figure:
         options = {"linestyle": "", "marker": marker, "color": colour, "markersize": 6}
         right.plot(*zip(*points, strict=True), **options, label=f"tap ({r}, {s})")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
-    plain(right, "stride 2: four parities, each a view of its own", (-1.3, 9.3, 9.3, -1.3))
+    plain(right, "stride 2: four phases, each a view of its own", (-1.3, 9.3, 9.3, -1.3))
     return figure
 
 
@@ -436,7 +436,7 @@ def boxes() -> Figure:
     return figure
 
 
-def parities() -> Figure:
+def phases() -> Figure:
     """dgrad of stride 2: which taps serve which pixels."""
     g = Conv2dGeometry(1, 1, 7, 7, 1, 3, 3, stride=(2, 2), padding=((1, 1), (1, 1)))
     figure, (axes,) = new(7.4, 2.7, 1)
@@ -624,7 +624,7 @@ FIGURES = {
     "implicit_gemm": implicit_gemm,
     "descriptor_box": descriptor_box,
     "boxes": boxes,
-    "parities": parities,
+    "phases": phases,
     "fused_pool": fused_pool,
     "planner_model": planner_model,
     "wgrad_splits": wgrad_splits,

@@ -368,7 +368,7 @@ def depthwise_wgrad_kernel(
 
 
 class _Axis(NamedTuple):
-    """One axis of a launch: of a convolution of x into y, or of dy into (a parity of) dx."""
+    """One axis of a launch: of a convolution of x into y, or of dy into (a phase of) dx."""
 
     size: int  # of what is read
     places: int  # of what is written
@@ -389,7 +389,7 @@ def _forward_axis(g: Conv2dGeometry, axis: int) -> _Axis:
 
 
 def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
-    """All parities of dx together: place h meets p at the flipped tap stride * p - h - origin.
+    """All phases of dx together: place h meets p at the flipped tap stride * p - h - origin.
 
     Patches start where origin + h is a multiple of the stride, the first of them before dx.
     """
@@ -400,8 +400,8 @@ def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
     return _Axis(size, places, taps, taps - 1, -1, 1, stride, walk)
 
 
-def _parity_axis(taps: Taps, size: int) -> _Axis:
-    """One parity of dx: a convolution of stride 1 with taps of its own, flipped."""
+def _phase_axis(taps: Taps, size: int) -> _Axis:
+    """One phase of dx: a convolution of stride 1 with taps of its own, flipped."""
     last = taps.taps - 1
     origin = taps.origin - last * taps.step
     walk = _AxisWalk(taps.step, 0, 1, origin, taps.step, taps.stride, taps.first)
@@ -425,14 +425,14 @@ def _turn_taps(R: int, S: int, tile: Tile, itemsize: int) -> Pair:
 def _axes(
     direction: Direction, g: Conv2dGeometry, tile: Tile, itemsize: int
 ) -> list[tuple[_Axis, _Axis]]:
-    """The launches of a direction, by height and width; dgrad's parities together if they can."""
+    """The launches of a direction, by height and width; dgrad's phases together if they can."""
     if direction != "dgrad":
         return [(_forward_axis(g, 0), _forward_axis(g, 1))]
     whole = g.K == g.C and _turn_taps(*g.kernel, tile, itemsize) == g.kernel
     even = all(places % stride == 0 for places, stride in zip(tile.patch, g.stride, strict=True))
     if whole and even and g.dilation == (1, 1):
         return [(_gathered_axis(g, 0), _gathered_axis(g, 1))]
-    return [(_parity_axis(row, g.P), _parity_axis(column, g.Q)) for row, column in g.dgrad()]
+    return [(_phase_axis(row, g.P), _phase_axis(column, g.Q)) for row, column in g.dgrad()]
 
 
 class _Walk(NamedTuple):

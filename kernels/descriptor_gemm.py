@@ -2,8 +2,8 @@
 
 A descriptor over NHWC memory loads a box of pixels from any offset and gives zero outside, which
 is the padding: no addresses, no masks. Each tap of the filter is one shifted load of the same box.
-A stride cuts x into parities, each a descriptor of its own and a stride-1 problem with its own
-taps; dgrad writes dx one parity at a time by the same rule.
+A stride cuts x into phases, each a descriptor of its own and a stride-1 problem with its own
+taps; dgrad writes dx one phase at a time by the same rule.
 
 The product is formed as channels x pixels, the transpose of what is stored: Triton feeds tensor
 cores from shared memory on the left only what was loaded as a matrix, on the right anything, so
@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device, implicit_gemm
-from .descriptor_tiles import descriptor_tiles, read_parities
+from .descriptor_tiles import descriptor_tiles, read_phases
 from .descriptors import filters, image_pairs, images
 from .device import Device, loop
 from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
@@ -62,7 +62,7 @@ def add_products(
     DEPTH: tl.constexpr,
     ROWS_FIRST: tl.constexpr = False,
 ):
-    """acc + the products of one parity's taps with a box of pixels, which come in the order of
+    """acc + the products of one phase's taps with a box of pixels, which come in the order of
     x_desc's axes: by images, rows and columns, or with ROWS_FIRST by rows, images and columns.
     """
     COLUMNS: tl.constexpr = acc.shape[0]
@@ -115,8 +115,8 @@ def store_half(half, box, k, residual_desc, y_desc, RELU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles"])
 def product_kernel(
-    x_desc,  # [N, H, W, C] of one parity, or [N, H/2, 2, W/2, 2C] of four
-    x1_desc,  # the other parities that have taps, or None
+    x_desc,  # [N, H, W, C] of one phase, or [N, H/2, 2, W/2, 2C] of four
+    x1_desc,  # the other phases that have taps, or None
     x2_desc,
     x3_desc,
     w_desc,  # [R, S, K, C]
@@ -126,7 +126,7 @@ def product_kernel(
     y_desc,  # [N, P, Q, channels]
     tiles,
     sizes,  # boxes along p and q, column tiles of a group, groups, columns and depth of a group
-    walks,  # a Walk for each parity
+    walks,  # a Walk for each phase
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # whether w's channels are the columns
@@ -188,7 +188,7 @@ def product_kernel(
 
 
 class Walk(NamedTuple):
-    """How one parity's taps meet the pixels. For place p, its r-th row of taps reads the parity's
+    """How one phase's taps meet the pixels. For place p, its r-th row of taps reads the phase's
     row p + origin + r * step and is the filter's row tap + r * tap_step; likewise q and s.
     """
 
@@ -229,7 +229,7 @@ def half_box(box: Box) -> Box:
 
 
 def takes_pairs(g: Conv2dGeometry, depth: int) -> bool:
-    """Whether one descriptor of five dimensions serves all parities of a convolution's stride.
+    """Whether one descriptor of five dimensions serves all phases of a convolution's stride.
 
     A block of channels must not run into those of the pair's second pixel.
     """
@@ -248,7 +248,7 @@ def x_descs(*xs: TensorDescriptor) -> Descriptors:
 def reads(
     g: Conv2dGeometry, x: Tensor, box: Box, depth: int, *, flat: bool = False
 ) -> tuple[Descriptors, list[Walk]]:
-    """How fprop's boxes read x: a descriptor and the walk of its taps for each parity, or one of
+    """How fprop's boxes read x: a descriptor and the walk of its taps for each phase, or one of
     both for all. ``flat``: the pixels count as images of one.
     """
     blocks = cdiv(g.C // g.groups, depth)
@@ -256,9 +256,9 @@ def reads(
         (top, _), (left, _) = g.padding
         walk = Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)
         return x_descs(image_pairs(x, box, depth)), [walk]
-    parities = read_parities(g)
-    xs = [images(x, (*box, depth), parity, flat=flat) for parity in parities]
-    return x_descs(*xs), [_walk(*parity, blocks, 1) for parity in parities]
+    phases = read_phases(g)
+    xs = [images(x, (*box, depth), phase, flat=flat) for phase in phases]
+    return x_descs(*xs), [_walk(*phase, blocks, 1) for phase in phases]
 
 
 def _multiply(
@@ -321,20 +321,20 @@ def fprop(call: Fprop, tile: Tile) -> None:
 
 
 def dgrad(call: Dgrad, tile: Tile) -> None:
-    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride."""
+    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each phase of the stride."""
     g, epilogue = call.g, Epilogue(call.bias)
     box, flat, blocks = box_of(tile), g.pointwise, cdiv(g.K // g.groups, tile.depth)
     half = (*half_box(box), tile.columns)
     dys = x_descs(images(call.dy, (*box, tile.depth), flat=flat))
     w_desc = filters(call.w, (tile.depth, tile.columns))
-    for parity in g.dgrad():
-        stored, walks = images(call.dx, half, parity, flat=flat), [_walk(*parity, blocks, -1)]
+    for phase in g.dgrad():
+        stored, walks = images(call.dx, half, phase, flat=flat), [_walk(*phase, blocks, -1)]
         _multiply(dys, walks, w_desc, epilogue, None, stored, g, tile, call.precision, True)
 
 
 @triton.jit
 def wgrad_kernel(
-    x_desc,  # of one parity, [H, W, N, C], or [N, H, W, C] where the box is pixels of a row
+    x_desc,  # of one phase, [H, W, N, C], or [N, H, W, C] where the box is pixels of a row
     dy_desc,  # [P, Q, N, K], or [N, P, Q, K]
     dw_ptr,  # [splits, groups * K, C, R, S]
     dw_strides,  # split, k, c, r, s
@@ -421,7 +421,7 @@ def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
 def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    One launch for each parity of the stride. The boxes are summed in ``tile.splits`` parts, which
+    One launch for each phase of the stride. The boxes are summed in ``tile.splits`` parts, which
     a second pass adds in a fixed order.
     """
     x, dy, dw, g = call.x, call.dy, call.dw, call.g
@@ -440,11 +440,11 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
     box = (p, q, n) if images_last else (n, p, q)
     dy_desc = images(dy, (*box, tile.rows), flat=flat, images_last=images_last)
     with gradients(dw, None, tile.splits) as parts:
-        for parity in read_parities(g):
-            row, column = parity
+        for phase in read_phases(g):
+            row, column = phase
             taps = row.taps * column.taps
             block = (*box, tile.columns)
-            x_desc = images(x, block, parity, flat=flat, images_last=images_last)
+            x_desc = images(x, block, phase, flat=flat, images_last=images_last)
             sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
             device.launch(
                 wgrad_kernel,

@@ -303,8 +303,8 @@ def _store(
 
 @triton.jit(do_not_specialize=["tiles"])
 def pooled_product_kernel(
-    x_desc,  # [H, N, W, C] of one parity, or [H/2, 2, N, W/2, 2C] of four
-    x1_desc,  # the other parities that have taps, or None
+    x_desc,  # [H, N, W, C] of one phase, or [H/2, 2, N, W/2, 2C] of four
+    x1_desc,  # the other phases that have taps, or None
     x2_desc,
     x3_desc,
     w_desc,  # [R, S, K, C]
@@ -315,7 +315,7 @@ def pooled_product_kernel(
     K,  # filters of a group
     tiles,
     sizes,  # N, P, Q; pooled P, Q; tiles along them; column tiles of a group, groups, C of one
-    walks,  # a Walk for each parity
+    walks,  # a Walk for each phase
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,

@@ -3,7 +3,7 @@
 With few channels, a row of the filter is one run of S x C elements that lie together in x as well,
 c fastest in channels_last and s fastest in NCHW: it becomes one segment of the product's depth,
 cut into (c, s) once, outside the loop over the rows. dgrad runs on parts of dx and w, one for each
-parity of the stride, as in engine 1. Sizes and strides are in elements.
+phase of the stride, as in engine 1. Sizes and strides are in elements.
 """
 
 from collections.abc import Iterator
@@ -421,7 +421,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
 
 
 def dgrad(call: Dgrad, tile: Tile) -> None:
-    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride.
+    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each phase of the stride.
 
     The precision takes no part: the products are formed outside the tensor cores, in float32.
     """

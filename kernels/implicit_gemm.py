@@ -2,7 +2,7 @@
 
 Rows are pixels, columns are channels of the result, the depth runs over channels and taps. The
 operands are gathered by pointers, so any strides do: NCHW, channels_last, views, expanded
-tensors. dgrad is the same product on parts of dx and w, one for each parity of the stride. Sizes
+tensors. dgrad is the same product on parts of dx and w, one for each phase of the stride. Sizes
 and strides are in elements.
 """
 
@@ -185,7 +185,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
 def dgrad(call: Dgrad, tile: Tile) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C] (for a transposed convolution).
 
-    Each parity of the stride is a stride-1 convolution of dy with its own taps of w, exchanged
+    Each phase of the stride is a stride-1 convolution of dy with its own taps of w, exchanged
     K and C, that writes its own pixels of dx. dy may be the gradient of the pooled result: see
     ``expansion``.
     """

@@ -173,7 +173,7 @@ class Placement(NamedTuple):
 
 
 def dgrad_walk(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
-    """How one parity of dx, at its place, is a convolution of dy."""
+    """How one phase of dx, at its place, is a convolution of dy."""
     walk = IndexMap(1, row.origin, -row.step, 1, column.origin, -column.step)
     return walk, Placement(row.stride, row.first, column.stride, column.first)
 

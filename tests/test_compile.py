@@ -314,14 +314,14 @@ def test_an_epilogue_is_launched_where_it_is_asked_for():
 @pytest.mark.parametrize(
     ("kernel", "padding", "launches", "chosen"),
     [
-        (3, 1, 4, 3),  # parities of 1, 2, 2 and 4 taps
+        (3, 1, 4, 3),  # phases of 1, 2, 2 and 4 taps
         (3, 0, 4, 0),  # of 4, 2, 2 and 1
-        (1, 0, 4, 0),  # one parity has the tap, the others are set to zero
+        (1, 0, 4, 0),  # one phase has the tap, the others are set to zero
         (1, 0, 1, 0),  # and need no launch
         (2, 0, 4, 0),  # all the same
     ],
 )
-def test_the_row_is_of_the_parity_with_most_taps(kernel, padding, launches, chosen):
+def test_the_row_is_of_the_phase_with_most_taps(kernel, padding, launches, chosen):
     pads = (padding, padding)
     g = Conv2dGeometry(2, 8, 8, 8, 8, kernel, kernel, (2, 2), (pads, pads))
 

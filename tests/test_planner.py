@@ -280,7 +280,7 @@ def test_descriptors_serve_most_of_resnet50():
         (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3, groups=4), "aligned", "16 filters fill no block"),
         (Conv2dGeometry(8, 40, 9, 9, 128, 3, 3, groups=2), "aligned", "20 channels fill no block"),
         (Conv2dGeometry(8, 8, 9, 9, 64, 3, 3), "aligned", "8 channels fill no block"),
-        (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3, (3, 3)), "aligned", "nine parities"),
+        (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3, (3, 3)), "aligned", "nine phases"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
