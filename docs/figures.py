@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 import cnn.__main__
 import cnn.functional as F
 from cnn import data
-from kernels import cost_model, device, paired_columns, planner
+from kernels import cost_model, descriptor_tiles, device, paired_columns, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, full_padding, receptive_field
 from kernels.problem import Problem
 from kernels.tile import Tile, blocks_per_multiprocessor
@@ -423,7 +423,7 @@ def descriptor_box() -> Figure:
 
 def boxes() -> Figure:
     """How the planner's boxes of 128 pixels cover a map of 28x28."""
-    family = planner._BOXES[128][:4]
+    family = descriptor_tiles._BOXES[128][:4]
     figure, panels = new(7.6, 2.5, len(family))
     for axes, (n, p, q) in zip(panels, family, strict=True):
         rows, columns = -(-28 // p), -(-28 // q)
