@@ -40,7 +40,7 @@ demo: $(READY)
 	$(PY) -m cnn eval $(VENV)/lenet5-digits
 
 # Style and types, and a case of each test of the operators and their kernels, in the interpreter.
-CHECKED := conv depthwise direct_conv descriptor_gemm conv_pool descriptor_pool stem_pool max_pool \
+CHECKED := conv depthwise few_channels descriptor_gemm conv_pool descriptor_pool stem_pool max_pool \
 	expansion layers
 
 check: lint

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import device, library, max_pool, planner
 from kernels.engine import Epilogue, Fprop
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
-from kernels.pair_conv import FEW
+from kernels.paired_columns import FEW
 from kernels.problem import Problem, layout_of
 
 from . import selection, suites

@@ -32,6 +32,7 @@ from kernels.tile import Tile
 
 from . import assembly, dataflow, measure, selection, suites
 from ._private import Compilation, listen, module_of
+from .errors import UsageError
 from .measure import DTYPES
 
 Row = dict[str, Any]
@@ -279,7 +280,7 @@ class Reader:
 
 
 def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
-    """The engine's kernel, of several for the parities of a stride the one with most taps.
+    """The engine's kernel, of several for the phases of a stride the one with most taps.
 
     An engine may leave a convolution to another module's kernel.
     """
@@ -288,7 +289,7 @@ def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
     if len(kernels) == 1:
         return kernels[0]
     work = [row.count * row.taps * column.count * column.taps for row, column in g.dgrad()]
-    if len(kernels) < len(work):  # parities without taps may have nothing to launch
+    if len(kernels) < len(work):  # phases without taps may have nothing to launch
         work = [products for products in work if products]
     return max(zip(work, kernels, strict=True), key=lambda pair: pair[0])[1]
 
@@ -325,10 +326,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         cases = selection.cases(args)
         if args.json and not args.json.absolute().parent.is_dir():
-            raise selection.Refusal(f"no folder for {args.json}")
+            raise UsageError(f"no folder for {args.json}")
         with selection.compiling(args.arch) as (gpu, launched), timing() as seconds:
             rows, failures = _compile(cases, Reader(gpu, launched, seconds), args)
-    except selection.Refusal as error:
+    except UsageError as error:
         _say(str(error))
         return 2
     report = {

@@ -17,7 +17,7 @@ import torch
 import triton
 from tqdm import tqdm
 
-from kernels import device, max_pool, model
+from kernels import cost_model, device, max_pool
 from kernels.device import Device
 from kernels.engine import Plan
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry, read_pixels
@@ -27,6 +27,7 @@ from . import compiled, emulator, measure, record, selection, suites
 from .emulator.checks import FINDINGS
 from .emulator.counters import Counts
 from .emulator.launch import LAUNCHES
+from .errors import UsageError
 from .measure import DTYPES
 
 Row = dict[str, Any]
@@ -120,18 +121,18 @@ def assumed(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: P
     """What the model takes for granted of a plan."""
     tile, size = plan.tile, dtype.itemsize
     if plan.engine.name not in ("descriptor_gemm", "implicit_gemm"):
-        macs = model.macs(direction, g)
+        macs = cost_model.macs(direction, g)
         return Assumed(
             1, None, None, macs, None, None, g.bytes(size, direction), plan.ms, plan.limit
         )
-    works = model.launches(direction, g, tile)
+    works = cost_model.launches(direction, g, tile)
     turns = sum(work.programs * work.turns for work in works)
     return Assumed(
         launches=len(works) + (tile.splits > 1),
         programs=sum(work.programs for work in works),
         turns=turns,
         macs=turns * tile.rows * tile.columns * tile.depth,
-        turn_instructions=model.turn_instructions(direction, tile),
+        turn_instructions=cost_model.turn_instructions(direction, tile),
         l2_bytes=turns * (tile.rows + tile.columns) * tile.depth * size,
         bytes=g.bytes(size, direction),
         ms=plan.ms,
@@ -232,12 +233,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         cases = selection.cases(args)
         if args.json and not args.json.absolute().parent.is_dir():
-            raise selection.Refusal(f"no folder for {args.json}")
+            raise UsageError(f"no folder for {args.json}")
         if args.arch not in _ARCHS:
-            raise selection.Refusal(f"{args.arch} is not emulated; {', '.join(_ARCHS)} are")
+            raise UsageError(f"{args.arch} is not emulated; {', '.join(_ARCHS)} are")
         if device.INTERPRET:
-            raise selection.Refusal("TRITON_INTERPRET is set: kernels would run in the interpreter")
-    except selection.Refusal as error:
+            raise UsageError("TRITON_INTERPRET is set: kernels would run in the interpreter")
+    except UsageError as error:
         _say(str(error))
         return 2
     gpu = emulator.install(args.arch, count=True, ctas=args.programs, races=False)

@@ -23,7 +23,8 @@ import cnn
 from kernels import device
 
 from . import measure
-from .record import Refusal, keep, rounded
+from .errors import UsageError
+from .record import keep, rounded
 from .train import eager
 
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     results: dict[str, Any] = {**_identity(), "command": args.command, "rows": []}
     try:
         if device.takes_cpu():
-            raise Refusal("TRITON_INTERPRET is set: the kernels would run in the interpreter")
+            raise UsageError("TRITON_INTERPRET is set: the kernels would run in the interpreter")
         keep(results, args.json)
         print(line(HEAD))
         cases = [case for case in CASES if case.model in args.model]
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             results["rows"].append(row)
             keep(results, args.json)
             print(line(_cells(row)), flush=True)
-    except Refusal as error:
+    except UsageError as error:
         print(f"python -m bench cpu: {error}", file=sys.stderr)
         return 2
     over = [row for row in results["rows"] if max(row["ratio"].values()) > row["limit"]]

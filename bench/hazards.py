@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from . import assembly, binaries, compiled, dataflow, measure, sass, selection, suites
 from ._private import intercepted, module_of, unspecialized
+from .errors import UsageError
 
 _CACHE = Path("build") / "hazards"
 
@@ -143,13 +144,13 @@ def run(args: argparse.Namespace) -> int:
     failures: list[str] = []
     try:
         if args.arch != "sm_90":
-            raise selection.Refusal(f"hazards are known of sm_90, not of {args.arch}")
+            raise UsageError(f"hazards are known of sm_90, not of {args.arch}")
         if args.json and not args.json.absolute().parent.is_dir():
-            raise selection.Refusal(f"no folder for {args.json}")
+            raise UsageError(f"no folder for {args.json}")
         layers = selection.layers(args)
         with selection.compiling(args.arch) as (_, launched), compiled.timing():
             found = dict(_check(layers, args, launched, failures))
-    except selection.Refusal as error:
+    except UsageError as error:
         _say(str(error))
         return 2
     rows = [_row(*key, verdicts) for key, verdicts in found.items()]

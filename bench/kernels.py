@@ -19,8 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import measure, peers, suites
+from .errors import UsageError
 from .measure import DTYPES
-from .record import Refusal, device_named, keep, noted, opened, rounded
+from .record import device_named, keep, noted, opened, rounded
 from .report import Row, line, row_key, summary
 
 
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure what was asked for. Returns the exit code."""
     try:
         return _run(args)
-    except Refusal as error:
+    except UsageError as error:
         _say(str(error))
         return 2
 
@@ -192,20 +193,20 @@ def _cases(args: argparse.Namespace) -> list[suites.Case]:
         layers = suites.layers(args.shapes)
         usual = suites.read(args.shapes) if args.shapes else layers
     except OSError as error:
-        raise Refusal(f"cannot read {args.shapes}: {error.strerror}") from None
+        raise UsageError(f"cannot read {args.shapes}: {error.strerror}") from None
     except ValueError as error:
-        raise Refusal(str(error)) from None
+        raise UsageError(str(error)) from None
     known = list(dict.fromkeys(layer.suite for layer in layers))
     chosen = (
         _flat(args.suite) if args.suite else list(dict.fromkeys(layer.suite for layer in usual))
     )
     for name in chosen:
         if name not in known:
-            raise Refusal(f"no suite {name!r}; there are {', '.join(known)}")
+            raise UsageError(f"no suite {name!r}; there are {', '.join(known)}")
     layers = [layer for name in chosen for layer in layers if layer.suite == name]
     found = suites.cases(layers, _flat(args.op), _flat(args.dtype))
     if not found:
-        raise Refusal(f"no layer of {', '.join(chosen)} has {', '.join(_flat(args.op))}")
+        raise UsageError(f"no layer of {', '.join(chosen)} has {', '.join(_flat(args.op))}")
     if args.device == "cpu":
         return [case._replace(layer=suites.shrink(case.layer)) for case in found]
     return found

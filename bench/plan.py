@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from kernels import device
 
 from . import selection, suites
+from .errors import UsageError
 from .measure import DTYPES
 
 _HEAD = ("layer", "op", "dtype", "engine", "tile", "box", "splits", "ms", "limit")
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         with device.launch_nothing(selection.target(args.arch)):
             for text in lines(cases):
                 print(text)
-    except selection.Refusal as error:
+    except UsageError as error:
         print(f"python -m bench plan: {error}", file=sys.stderr)
         return 2
     return 0

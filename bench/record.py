@@ -13,21 +13,18 @@ import torch
 from kernels.device import INTERPRET
 
 from . import measure
+from .errors import UsageError
 from .report import load
 
 
-class Refusal(Exception):
-    """Why a run cannot start, in one line."""
-
-
 def device_named(name: str) -> torch.device:
-    """The CPU or the GPU that a run measures. Raises Refusal where there is none."""
+    """The CPU or the GPU that a run measures. Raises UsageError where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise Refusal(
+        raise UsageError(
             "no GPU here; --device cpu runs all of it on tiny layers but measures nothing"
         )
     if name == "cuda" and INTERPRET:
-        raise Refusal("TRITON_INTERPRET is set: the kernels would run in the interpreter")
+        raise UsageError("TRITON_INTERPRET is set: the kernels would run in the interpreter")
     return torch.device(name, 0 if name == "cuda" else None)
 
 
@@ -40,24 +37,24 @@ def opened(args: argparse.Namespace, identity: dict[str, str], **more: Any) -> d
     new = {**identity, "command": args.command, **more, "rows": []}
     if args.json is None:
         if args.resume:
-            raise Refusal("--resume needs --json FILE")
+            raise UsageError("--resume needs --json FILE")
         return new
     try:
         old = load(args.json) if args.json.exists() and args.json.stat().st_size else None
     except OSError as error:
-        raise Refusal(f"cannot read {args.json}: {error.strerror}") from None
+        raise UsageError(f"cannot read {args.json}: {error.strerror}") from None
     except ValueError as error:
-        raise Refusal(str(error)) from None
+        raise UsageError(str(error)) from None
     if old is None or not (args.resume or old["rows"]):
         return new
     if not args.resume:
-        raise Refusal(f"{args.json} has rows: --resume goes on with it")
+        raise UsageError(f"{args.json} has rows: --resume goes on with it")
     differ = [name for name, now in identity.items() if old.get(name) != now]
     if "commit" in differ and measure.is_same_code(str(old.get("commit")), identity["commit"]):
         differ.remove("commit")
     if differ:
         others = "; ".join(f"{name} {old.get(name)}, not {identity[name]}" for name in differ)
-        raise Refusal(f"{args.json} was measured with {others}")
+        raise UsageError(f"{args.json} was measured with {others}")
     if args.command not in old["command"].split(" && "):
         old["command"] += f" && {args.command}"
     return old
@@ -79,7 +76,7 @@ def keep(results: dict[str, Any], path: Path | None) -> None:
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
-        raise Refusal(f"cannot write {path}: {error.strerror}") from None
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
 

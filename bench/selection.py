@@ -1,8 +1,7 @@
 """What the commands that need no GPU look at: layers and directions, on an architecture.
 
 ``add_arguments`` adds the options they share, ``cases`` and ``compiling`` turn them into problems
-and into a stand-in for the GPU, ``plan`` asks the planner. What cannot be used is a Refusal of one
-line.
+and into a stand-in for the GPU, ``plan`` asks the planner. What cannot be used is a UsageError.
 """
 
 import argparse
@@ -26,13 +25,10 @@ from kernels.problem import Problem, layout_of
 from kernels.tile import Tile
 
 from . import suites
+from .errors import UsageError
 from .measure import DTYPES
 
 DIRECTIONS: tuple[Direction, ...] = ("fprop", "dgrad", "wgrad")
-
-
-class Refusal(Exception):
-    """Why a command cannot start, in one line."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
@@ -92,9 +88,9 @@ def layers(args: argparse.Namespace) -> list[suites.Layer]:
     try:
         known = suites.layers(args.shapes)
     except OSError as error:
-        raise Refusal(f"cannot read {args.shapes}: {error.strerror}") from None
+        raise UsageError(f"cannot read {args.shapes}: {error.strerror}") from None
     except ValueError as error:
-        raise Refusal(str(error)) from None
+        raise UsageError(str(error)) from None
     _all_known("suite", args.suite, [layer.suite for layer in known])
     chosen = [layer for suite in args.suite for layer in known if layer.suite == suite]
     if args.layer:
@@ -116,7 +112,7 @@ def _with_images(geometry: suites.Geometry, N: int) -> suites.Geometry:
 def _all_known(what: str, names: list[str], known: list[str]) -> None:
     for name in names:
         if name not in known:
-            raise Refusal(f"no {what} {name!r}; there are {', '.join(dict.fromkeys(known))}")
+            raise UsageError(f"no {what} {name!r}; there are {', '.join(dict.fromkeys(known))}")
 
 
 def target(arch: str) -> GPUTarget:
@@ -125,14 +121,14 @@ def target(arch: str) -> GPUTarget:
         return GPUTarget("cuda", int(found[1]), 32)
     if re.fullmatch(r"gfx[0-9a-f]+", arch):
         return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-    raise Refusal(f"no architecture {arch!r}; there are sm_80, sm_90, sm_100, gfx942 and others")
+    raise UsageError(f"no architecture {arch!r}; there are sm_80, sm_90, sm_100, gfx942 and others")
 
 
 @contextmanager
 def compiling(arch: str) -> Iterator[tuple[device.Device, list[Any]]]:
     """A typical device of the architecture, and the list of what launches on it compile to."""
     if device.INTERPRET:
-        raise Refusal("TRITON_INTERPRET is set: kernels would run in the interpreter")
+        raise UsageError("TRITON_INTERPRET is set: kernels would run in the interpreter")
     with device.compile_only(target(arch)) as compiled:
         yield device.describe(torch.device("meta")), compiled
 

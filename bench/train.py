@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import cnn
 
 from . import measure
-from .record import Refusal, device_named, keep, noted, opened, rounded
+from .errors import UsageError
+from .record import device_named, keep, noted, opened, rounded
 from .report import Row
 
 PEERS = {
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             args.batch_size, args.image_size = 2, 32
         results = opened(args, measure.identity(device, args.commit))
         rows = [_row(name, args, results, device) for name in args.model]
-    except Refusal as error:
+    except UsageError as error:
         print(f"python -m bench train: {error}", file=sys.stderr)
         return 2
     return int(any("ours" in row.get("errors", {}) for row in rows))

@@ -28,6 +28,7 @@ from . import checkpoint as checkpoints
 from .config import OPTIMIZERS, SCHEDULES, Config, Setting
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
 from .data import load as load_data
+from .errors import FAILURE, UsageError
 from .evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
 from .group import Group
 from .interruption import Interrupted, Interruption
@@ -52,7 +53,6 @@ from .options import (
     share,
     whole,
 )
-from .problem import FAILURE, Problem
 from .text import plain
 from .train import Run
 
@@ -256,11 +256,11 @@ def _command(args: argparse.Namespace, config: Config, folder: Path, processes: 
 
 
 def _check_free(folder: Path, source: Path | None, overwrite: bool) -> None:
-    """Raise Problem if a folder holds a run that is neither continued nor to be replaced."""
+    """Raise UsageError if a folder holds a run that is neither continued nor to be replaced."""
     last = folder / "last.pt"
     continued = source and last.exists() and source.samefile(last)
     if not continued and not overwrite and checkpoints.results(folder):
-        raise Problem(
+        raise UsageError(
             f"{folder} holds a run: --resume it, --overwrite it, or name another --output"
         )
 
@@ -294,7 +294,7 @@ def evaluate(args: argparse.Namespace) -> None:
     try:
         draw_confusion(found, known.classes, picture)
         print(f"confusion matrix: {plain(picture)}")
-    except (OSError, Problem) as error:  # in a folder of someone else's, or without matplotlib
+    except (OSError, UsageError) as error:  # in a folder of someone else's, or without matplotlib
         if args.confusion and isinstance(error, OSError):
             raise
         tell(explain(error)[1])
@@ -316,7 +316,7 @@ def _trained(
     else:
         for name, use in (("model", "what it is of"), ("data", "what to test on")):
             if not vars(args)[name]:
-                raise Problem(f"{args.checkpoint} holds parameters alone: say by --{name} {use}")
+                raise UsageError(f"{args.checkpoint} holds parameters alone: say by --{name} {use}")
         trained, known = Config(model=args.model, data=args.data, size=args.size), None
     size = known.size if known else trained.size
     name = chosen_data(args.data, trained.data, args.checkpoint)
@@ -335,7 +335,7 @@ def predict(args: argparse.Namespace) -> None:
     """Print a line an image: its path, then the likeliest classes with their probabilities."""
     parameters, checkpoint = weights.read(args.checkpoint)
     if checkpoint is None:
-        raise Problem(f"{args.checkpoint} holds parameters alone, without the names of classes")
+        raise UsageError(f"{args.checkpoint} holds parameters alone, without the names of classes")
     trained = Config.of(checkpoint, args.checkpoint)
     known = checkpoints.description(checkpoint, args.checkpoint)
     check_pixels(known, args.checkpoint)
@@ -345,7 +345,7 @@ def predict(args: argparse.Namespace) -> None:
     folders = (image_files(given) if given.is_dir() else [given] for given in args.images)
     paths = [path for files in folders for path in files]
     if not paths:
-        raise Problem(f"{args.images[0]} holds no image")
+        raise UsageError(f"{args.images[0]} holds no image")
     images = ImageFiles(paths, [0] * len(paths), known.size, known.channels)
     unread: list[str] = []
     watch = Watch(images, "skip", unread.append)
@@ -408,7 +408,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def explain(error: Exception) -> tuple[int, str]:
     """The exit code and the one line that an error ends in."""
-    if isinstance(error, Problem):
+    if isinstance(error, UsageError):
         return error.code, str(error)
     if isinstance(error, OSError) and error.filename:
         return FAILURE, f"{error.filename}: {error.strerror}"

@@ -101,7 +101,7 @@ def remember(calls: dict[tuple, Callable], key: tuple, call: Callable) -> None:
 
 
 class Convolution(NamedTuple):
-    """A convolution's numbers, normalised, with (P, Q) = ``size`` of its result."""
+    """A convolution's numbers, normalized, with (P, Q) = ``size`` of its result."""
 
     stride: Pair
     padding: tuple[int, int, int, int]  # top, bottom, left, right
@@ -304,20 +304,20 @@ def check_dtypes(input: Tensor, **others: Tensor | None) -> None:
 
 
 def check_bytes(
-    input: Tensor, weight: Tensor, groups: int, normalise: Any
+    input: Tensor, weight: Tensor, groups: int, normalize: Any
 ) -> tuple[Tensor, Tensor]:
     """scale[C] and shift[C] of an input of bytes."""
-    if not isinstance(normalise, tuple) or len(normalise) != 2:
-        raise TypeError(f"normalise must be (scale, shift), got normalise={normalise!r:.80}")
+    if not isinstance(normalize, tuple) or len(normalize) != 2:
+        raise TypeError(f"normalize must be (scale, shift), got normalize={normalize!r:.80}")
     if input.dtype != torch.uint8:
-        raise RuntimeError(f"with normalise, input must be torch.uint8, got {input.dtype}")
+        raise RuntimeError(f"with normalize, input must be torch.uint8, got {input.dtype}")
     C = input.shape[-3]
     if not 1 <= C // groups <= 4:
         raise NotImplementedError(
             "an input of bytes must have 1 to 4 channels to a group, got input of "
             f"{shape(input)} and groups={groups}"
         )
-    scale, shift = (_constant(value, C, input.device) for value in normalise)
+    scale, shift = (_constant(value, C, input.device) for value in normalize)
     return scale, shift
 
 
@@ -328,13 +328,13 @@ def _constant(value: Any, channels: int, where: torch.device) -> Tensor:
         value = (_new_on_device if _is_watched() else _on_device)(value, where)
     if value.device != where or not value.is_floating_point():
         raise RuntimeError(
-            f"normalise must hold floats on {where}, got {value.dtype} on {value.device}"
+            f"normalize must hold floats on {where}, got {value.dtype} on {value.device}"
         )
     if value.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("normalise gets no gradient, got a tensor that requires one")
+        raise RuntimeError("normalize gets no gradient, got a tensor that requires one")
     if value.shape not in ((), (1,), (channels,)):
         raise RuntimeError(
-            f"normalise must hold scalars or [{channels}], got one of {shape(value)}"
+            f"normalize must hold scalars or [{channels}], got one of {shape(value)}"
         )
     return value.to(torch.float32).expand(channels)
 
@@ -348,7 +348,7 @@ def _new_on_device(value: float | tuple[float, ...], where: torch.device) -> Ten
     try:
         return torch.tensor(value, dtype=torch.float32, device=where)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"normalise must hold numbers, got {value!r:.80}") from None
+        raise TypeError(f"normalize must hold numbers, got {value!r:.80}") from None
 
 
 @lru_cache(maxsize=256)

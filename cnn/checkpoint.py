@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import __version__
 from .data import Description
-from .problem import Problem
+from .errors import UsageError
 
 T = TypeVar("T")
 
@@ -103,13 +103,13 @@ def claimed(folder: Path) -> Iterator[bool]:
     """Make the folder of a run, and keep other processes out of it; the lock ends with this one.
 
     Gives whether the file system has locks, without which nobody is kept out. Removes what a killed
-    run was writing. Raises Problem if another run has the folder, or if nothing can be written.
+    run was writing. Raises UsageError if another run has the folder, or if nothing can be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
     except OSError as error:
-        raise Problem(f"cannot write {folder}: {error.strerror}") from None
+        raise UsageError(f"cannot write {folder}: {error.strerror}") from None
     with file:
         locked = _lock(file.fileno(), folder)
         try:
@@ -119,7 +119,7 @@ def claimed(folder: Path) -> Iterator[bool]:
             write(folder / "last.pt.try", b"")
             (folder / "last.pt.try").unlink(missing_ok=True)
         except OSError as error:
-            raise Problem(f"cannot write {folder}: {error.strerror}") from None
+            raise UsageError(f"cannot write {folder}: {error.strerror}") from None
         yield locked
 
 
@@ -128,10 +128,10 @@ def _lock(file: int, folder: Path) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a loader's workers do not inherit
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise Problem(f"{folder} is in use by another run: name another --output") from None
+            raise UsageError(f"{folder} is in use by another run: name another --output") from None
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             return False
-        raise Problem(f"cannot lock {folder}: {error.strerror}") from None
+        raise UsageError(f"cannot lock {folder}: {error.strerror}") from None
     return True
 
 
@@ -152,9 +152,9 @@ def of_run(path: Path, name: str = "best.pt") -> Path:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote, on the CPU. Raises Problem if ``path`` holds something else."""
+    """Read what ``save`` wrote, on the CPU. Raises UsageError if ``path`` holds something else."""
     if path.suffix == ".safetensors":
-        raise Problem(f"{path} holds weights alone: a run goes on from its last.pt")
+        raise UsageError(f"{path} holds weights alone: a run goes on from its last.pt")
     return checked(*unpacked(contents(path), path), path)
 
 
@@ -163,18 +163,18 @@ def checked(
 ) -> dict[str, Any]:
     """What was read of ``path`` if it is a checkpoint with ``keys``, and as it was written."""
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
-        raise Problem(f"{path} is not a checkpoint of python -m cnn train")
+        raise UsageError(f"{path} is not a checkpoint of python -m cnn train")
     if checkpoint["format"] != FORMAT:
-        raise Problem(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}")
+        raise UsageError(f"{path} has format {checkpoint['format']}, this version reads {FORMAT}")
     if not sealed:
-        raise Problem(f"{path} is damaged: it lacks the digest at its end")
+        raise UsageError(f"{path} is damaged: it lacks the digest at its end")
     if not checkpoint.keys() >= keys:
-        raise Problem(f"{path} lacks {', '.join(sorted(keys - checkpoint.keys()))}")
+        raise UsageError(f"{path} lacks {', '.join(sorted(keys - checkpoint.keys()))}")
     for name in sorted(keys - {"format"}):
         _check_type(checkpoint[name], name, dict, str(path))
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise Problem(f"{path} has a parameter {name}={value!r:.50}, which is no tensor")
+            raise UsageError(f"{path} has a parameter {name}={value!r:.50}, which is no tensor")
     return checkpoint
 
 
@@ -182,7 +182,7 @@ def description(checkpoint: dict[str, Any], path: Path) -> Description:
     """What the data was on which the model of the checkpoint ``path`` was trained."""
     known = record(Description, checkpoint["description"], f"the description in {path}")
     if not 0 < len(known.mean) == len(known.std):
-        raise Problem(
+        raise UsageError(
             f"the description in {path} has {len(known.mean)} means and {len(known.std)} deviations"
         )
     return known
@@ -197,39 +197,39 @@ def configuration(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def record(kind: type[T], values: dict[str, Any], known_as: str) -> T:
-    """A dataclass of ``values``. Raises Problem that names what it lacks or does not know."""
+    """A dataclass of ``values``. Raises UsageError that names what it lacks or does not know."""
     hints = get_type_hints(kind)
     if unknown := sorted(map(str, values.keys() - hints.keys())):
-        raise Problem(f"{known_as} holds {unknown[0]}, which this version does not know")
+        raise UsageError(f"{known_as} holds {unknown[0]}, which this version does not know")
     for name, value in values.items():
         _check_type(value, name, hints[name], known_as)
     try:
         return kind(**values)
     except TypeError:
         lacking = next(name for name in hints if name not in values)
-        raise Problem(f"{known_as} lacks {lacking}") from None
+        raise UsageError(f"{known_as} lacks {lacking}") from None
 
 
 def _check_type(value: Any, name: str, hint: Any, known_as: str) -> None:
     plain = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
     if not isinstance(value, plain | int if float in (hint, *get_args(hint)) else plain):
         wanted = hint.__name__ if isinstance(hint, type) else hint
-        raise Problem(f"{known_as} has {name}={value!r:.50}, which is no {wanted}")
+        raise UsageError(f"{known_as} has {name}={value!r:.50}, which is no {wanted}")
 
 
 def contents(path: Path) -> bytes:
-    """A file as it is. Raises Problem if it cannot be read."""
+    """A file as it is. Raises UsageError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Problem(f"cannot read {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def unpacked(whole: bytes, path: Path) -> tuple[Any, bool]:
     """What a file of torch.save holds, and whether it ends in a digest, which is then right."""
     sealed = whole.endswith(MARK, 0, -DIGITS)
     if sealed and digest(memoryview(whole)[:-DIGITS]) != whole[-DIGITS:]:
-        raise Problem(f"{path} is damaged: its digest is not that of its contents")
+        raise UsageError(f"{path} is damaged: its digest is not that of its contents")
     damaged = None
     try:
         damaged = None if sealed else _wrong_crc(BytesIO(whole))
@@ -239,10 +239,10 @@ def unpacked(whole: bytes, path: Path) -> tuple[Any, bool]:
         code = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
         if code and not damaged:
             what = f"{path} holds {code[1]}, and to read that could run code"
-            raise Problem(f"{what}: save its state_dict") from None
-        raise Problem(f"{path} is damaged or not a checkpoint") from None
+            raise UsageError(f"{what}: save its state_dict") from None
+        raise UsageError(f"{path} is damaged or not a checkpoint") from None
     if damaged:
-        raise Problem(f"{path} is damaged: the CRC of {damaged} in it is wrong")
+        raise UsageError(f"{path} is damaged: the CRC of {damaged} in it is wrong")
     return found, sealed
 
 

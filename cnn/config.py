@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 
 from . import checkpoint as checkpoints
 from .data import same_set
+from .errors import UsageError
 from .options import AMP
-from .problem import Problem
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
     "adamw": (AdamW, 1e-3, 1e-2),
@@ -58,7 +58,7 @@ class Config:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> "Config":
-        """The configuration in the checkpoint ``path``. Raises Problem if it is none."""
+        """The configuration in the checkpoint ``path``. Raises UsageError if it is none."""
         values, known_as = (
             checkpoints.configuration(checkpoint, path),
             f"the configuration in {path}",
@@ -66,7 +66,7 @@ class Config:
         config = checkpoints.record(cls, values, known_as)
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("amp", AMP)):
             if (value := vars(config)[name]) not in known:
-                raise Problem(f"{known_as} has {name}={value!r}, none of {', '.join(known)}")
+                raise UsageError(f"{known_as} has {name}={value!r}, none of {', '.join(known)}")
         return config
 
     def resumed(self, given: dict[str, Any], path: Path) -> "Config":
@@ -79,7 +79,7 @@ class Config:
             same = same_set if name == "data" else eq
             if not same(value, known[name]):
                 flag = f"--{name.replace('_', '-')}"
-                raise Problem(f"{flag}: {value} contradicts {known[name]} of {path}")
+                raise UsageError(f"{flag}: {value} contradicts {known[name]} of {path}")
         return Config(**{**known, **given})
 
 

@@ -74,7 +74,7 @@ def revert(model: nn.Module) -> nn.Module:
     """Undo ``convert``, in place: torch's own classes again, with the same parameters.
 
     Layers that do what none of torch's does stay what they are: ConvReLU2d, ConvReLUMaxPool2d, and
-    a Conv2d that normalises. Returns the model.
+    a Conv2d that normalizes. Returns the model.
     """
     _check(model)
     theirs = {ours: base for base, ours in SWAPS.items()}
@@ -83,7 +83,7 @@ def revert(model: nn.Module) -> nn.Module:
         if module.__dict__.get("cls_to_become") in theirs:
             del module.cls_to_become
         own = kind.__bases__[0] if _is_mixed(kind) else theirs.get(kind)
-        if own is not None and getattr(module, "normalise", None) is None:
+        if own is not None and getattr(module, "normalize", None) is None:
             _become(module, own)
     return model
 

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, Subset
 
 from .checkpoint import write
 from .data import UNCOUNTED, Preparation, Watch
+from .errors import FAILURE, UsageError
 from .group import Group
 from .interruption import ignore_in_worker
 from .journal import Progress, new_figure, png
-from .problem import FAILURE, Problem
 from .text import caption, plain
 
 BATCH = 256
@@ -101,7 +101,7 @@ def answers(
 
 def _check_any(count: float, use: str) -> None:
     if not count:
-        raise Problem(f"no image to {use} with can be read", FAILURE)
+        raise UsageError(f"no image to {use} with can be read", FAILURE)
 
 
 class Evaluator:

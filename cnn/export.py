@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from kernels._private import pytree
 
 from .composed import exported_operators
-from .problem import missing
+from .errors import missing
 
 
 def export(

@@ -125,7 +125,7 @@ def conv2d(
     residual: Tensor | None = None,
     precision: Literal["ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"] | None = None,
     scale: Tensor | None = None,
-    normalise: tuple[Any, Any] | None = None,
+    normalize: tuple[Any, Any] | None = None,
 ) -> Tensor:
     """activation(scale * convolution + bias + residual), in one kernel.
 
@@ -143,7 +143,7 @@ def conv2d(
         scale: a float32 scalar or [K], for input and weight in float8_e4m3fn, which need it: what
             one of their products stands for. The result, bias and residual are then bfloat16; there
             is no gradient. Hopper's tensor cores sum such products with about 14 bits.
-        normalise: (scale, shift) of the channels, for an input of bytes (uint8) with at most four
+        normalize: (scale, shift) of the channels, for an input of bytes (uint8) with at most four
             channels to a group: what is convolved is input * scale + shift in weight's dtype, which
             is never stored; padding is zero after that. Each is a float32 tensor [C], or a number
             or sequence of C; they get no gradient.
@@ -153,7 +153,7 @@ def conv2d(
     """
     tensors = (input, weight, bias, residual)
     arguments = (stride, padding, dilation, groups, activation, precision)
-    beyond = scale is not None or normalise is not None
+    beyond = scale is not None or normalize is not None
     key = None if beyond else call_key("conv2d", tensors, arguments)
     if key is not None and (known := _calls.get(key)) is not None:
         return known(input, weight, bias, residual)
@@ -163,9 +163,9 @@ def conv2d(
         "residual": residual,
         "precision": precision,
         "scale": scale,
-        "normalise": normalise,
+        "normalize": normalize,
     }
-    others = normalise if isinstance(normalise, tuple) else ()
+    others = normalize if isinstance(normalize, tuple) else ()
     values = (*given, *options.values(), *others)
     if has_torch_function(values):
         return _handed_on(conv2d, values, *given, **options)
@@ -189,10 +189,10 @@ def conv2d(
     constants = ()
     if scale is not None:
         check_scale(scale, weight.shape[0], input, weight, bias, residual)
-    elif normalise is not None:
+    elif normalize is not None:
         if residual is not None:
             raise NotImplementedError("a convolution of bytes takes no residual, got one")
-        constants = check_bytes(input, weight, groups, normalise)
+        constants = check_bytes(input, weight, groups, normalize)
     if is_torchs:
         geometry = stride, (pads[0], pads[2]) if is_full else padding, dilation, groups
         y = composed.conv2d(input, weight, bias, geometry, residual, scale, constants)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .problem import Problem
+from .errors import UsageError
 
 
 class Group:
@@ -27,7 +27,7 @@ class Group:
         if device.type == "cuda":
             local = int(os.environ["LOCAL_RANK"])
             if local >= torch.cuda.device_count():
-                raise Problem(f"process {local} of this machine has no GPU of its own")
+                raise UsageError(f"process {local} of this machine has no GPU of its own")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         # What is exchanged on the CPU, as who was interrupted, does not wait for the GPU.

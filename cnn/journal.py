@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .checkpoint import write
-from .problem import Problem, missing
+from .errors import UsageError, missing
 from .text import plain
 
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ class Journal:
         if last or time.monotonic() - self._drawn > 30:  # drawing takes its time
             try:
                 write(self.folder / "curves.png", curves(rows))
-            except Problem as problem:
+            except UsageError as problem:
                 if last:
                     tell(str(problem))
             self._drawn = time.monotonic()

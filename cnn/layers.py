@@ -40,11 +40,11 @@ class Conv2d(_Layer, nn.Conv2d):
 
     Under a padding_mode other than "zeros" the input is padded first, as in torch.
 
-    ``normalise``, None or (scale, shift), is a first layer's that takes images in bytes: see
+    ``normalize``, None or (scale, shift), is a first layer's that takes images in bytes: see
     ``functional.conv2d``. It may be set at any time, and is no part of ``state_dict``.
     """
 
-    normalise: tuple[Any, Any] | None = None
+    normalize: tuple[Any, Any] | None = None
 
     _activation: ClassVar[Literal["relu"] | None] = None
 
@@ -77,7 +77,7 @@ class Conv2d(_Layer, nn.Conv2d):
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
         geometry = self.stride, padding, self.dilation, self.groups
-        options: Any = {"activation": self._activation, "normalise": self.normalise}
+        options: Any = {"activation": self._activation, "normalize": self.normalize}
         return F.conv2d(input, weight, bias, *geometry, **options)
 
 
@@ -117,8 +117,8 @@ class ConvReLUMaxPool2d(Conv2d):
         )
 
     def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
-        if self.normalise is not None:
-            raise NotImplementedError("ConvReLUMaxPool2d takes no bytes, got normalise")
+        if self.normalize is not None:
+            raise NotImplementedError("ConvReLUMaxPool2d takes no bytes, got normalize")
         return F.conv2d_relu_max_pool2d(
             *(input, weight, bias, self.stride, padding, self.dilation, self.groups),
             pool_kernel_size=self.pool_kernel_size,

@@ -11,8 +11,8 @@ from torch import nn
 
 from . import data, models
 from .convert import convert
+from .errors import UsageError
 from .models.classifier import renew
-from .problem import Problem
 from .text import meant
 
 LIBRARIES = ("timm", "torchvision")
@@ -39,14 +39,14 @@ def create(source: Source, **options: Any) -> nn.Module:
     """A network, newly initialised unless it is given itself, of this library's layers.
 
     ``options`` are num_classes, in_channels and image_size. A function gets those that it has
-    parameters for. Raises Problem if there is no such network.
+    parameters for. Raises UsageError if there is no such network.
     """
     if isinstance(source, str) and source in models.list():
         with warnings.catch_warnings(action="ignore"):  # of an empty layer
             return models.create(source, **options)
     if isinstance(source, str):
         if unknown := known_as(source):
-            raise Problem(f"--model: {source!r} is {unknown}")
+            raise UsageError(f"--model: {source!r} is {unknown}")
         library, _, name = source.partition(":")
         if library in LIBRARIES:
             model = _of_library(library, name, options)
@@ -56,11 +56,13 @@ def create(source: Source, **options: Any) -> nn.Module:
         model = source if isinstance(source, nn.Module) else data.fitting(source, options)
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
-        raise Problem(f"--model: {source} gives a {kind}, and no torch.nn.Module")
+        raise UsageError(f"--model: {source} gives a {kind}, and no torch.nn.Module")
     if not any(True for _ in model.parameters()):
-        raise Problem(f"--model: {source} gives a {type(model).__name__} without parameters")
+        raise UsageError(f"--model: {source} gives a {type(model).__name__} without parameters")
     if odd := [name for name, value in model.state_dict().items() if not torch.is_tensor(value)]:
-        raise Problem(f"--model: {source} keeps {odd[0]}, which is no tensor: no file can hold it")
+        raise UsageError(
+            f"--model: {source} keeps {odd[0]}, which is no tensor: no file can hold it"
+        )
     return convert(model)
 
 
@@ -69,11 +71,11 @@ def _of_library(library: str, name: str, options: dict[str, Any]) -> nn.Module:
     try:
         package: Any = import_module(library)
     except Exception as error:  # one that was built for another torch raises anything
-        raise Problem(f"--model: cannot import {library}: {error}") from None
+        raise UsageError(f"--model: cannot import {library}: {error}") from None
     timm, zoo = library == "timm", package if library == "timm" else package.models
     known = zoo.list_models() if timm else zoo.list_models(module=zoo)
     if (name.partition(".")[0] if timm else name) not in known:  # timm's may tell a tag of weights
-        raise Problem(f"--model: {library} has no {name!r}{meant(name, known)}")
+        raise UsageError(f"--model: {library} has no {name!r}{meant(name, known)}")
     taken = {key: value for key, value in options.items() if key == "num_classes"}
     channels = options.get("in_channels", 3)
     if timm:
@@ -83,7 +85,7 @@ def _of_library(library: str, name: str, options: dict[str, Any]) -> nn.Module:
     model = zoo.get_model(name, weights=None, **taken)
     if channels != 3:
         if not (first := first_convolution(model)):
-            raise Problem(f"--model: {name} has no convolution, and takes 3 channels alone")
+            raise UsageError(f"--model: {name} has no convolution, and takes 3 channels alone")
         renew(first[1], 1, channels)
     return model
 

@@ -15,7 +15,7 @@ from kernels.device import INTERPRET
 
 from . import data, networks
 from .checkpoint import of_run
-from .problem import Problem
+from .errors import UsageError
 from .summary import summary
 from .text import meant, plain
 
@@ -112,40 +112,40 @@ def add_common(command: argparse.ArgumentParser) -> None:
 
 
 def check_agreed(args: argparse.Namespace, name: str, known: object) -> None:
-    """Raise Problem if an argument is given that contradicts what the checkpoint holds."""
+    """Raise UsageError if an argument is given that contradicts what the checkpoint holds."""
     value = vars(args)[name]
     if value not in (None, known):
-        raise Problem(f"--{name}: {value} contradicts {known} of {args.checkpoint}")
+        raise UsageError(f"--{name}: {value} contradicts {known} of {args.checkpoint}")
 
 
 def chosen_data(given: str | None, known: str, path: object) -> str:
     """The data set that is given, else the one that the checkpoint ``path`` names.
 
-    Raises Problem if the checkpoint names code: whoever made the file does not choose what runs.
+    Raises UsageError if the checkpoint names code: whoever made the file does not choose what runs.
     """
     if not given and data.runs_code(known):
-        raise Problem(f"{path} names data that is code: to run it, give --data {known}")
+        raise UsageError(f"{path} names data that is code: to run it, give --data {known}")
     return given or known
 
 
 def chosen_model(given: str | None, known: str, path: object) -> str:
     """The same of a model, which may also be one of timm or torchvision: these are installed."""
     if not given and networks.runs_code(known):
-        raise Problem(f"{path} names a model that is code: to run it, give --model {known}")
+        raise UsageError(f"{path} names a model that is code: to run it, give --model {known}")
     return given or known
 
 
 def check_pixels(known: data.Description, path: object) -> None:
-    """Raise Problem unless a model was trained on pixels, so that it can take image files."""
+    """Raise UsageError unless a model was trained on pixels, so that it can take image files."""
     if not known.pixels:
-        raise Problem(f"{path} was trained on images of floating point, which no file holds")
+        raise UsageError(f"{path} was trained on images of floating point, which no file holds")
     if known.channels not in (1, 3):
         count = known.channels
-        raise Problem(f"{path} was trained on images of {count} channels: a file has 1 or 3")
+        raise UsageError(f"{path} was trained on images of {count} channels: a file has 1 or 3")
 
 
 def check_size(model: nn.Module, name: str, known: data.Description) -> None:
-    """Raise Problem unless the model gives a number for each class, for images as are ``known``."""
+    """Raise UsageError unless the model gives a number per class, for images as are ``known``."""
     shape, given = (1, known.channels, known.size, known.size), []
     hook = model.register_forward_hook(lambda *call: given.append(call[-1]))
     try:
@@ -157,23 +157,23 @@ def check_size(model: nn.Module, name: str, known: data.Description) -> None:
     except Exception as error:  # someone else's code can raise anything
         why = f"{type(error).__name__}: {error}"
         size = f"{known.size}x{known.size} pixels"
-        raise Problem(f"--size: {name} does not take {size}: {why}") from None
+        raise UsageError(f"--size: {name} does not take {size}: {why}") from None
     finally:
         hook.remove()
     count, size = len(known.classes), getattr(given[0], "shape", None)
     if count and size != (1, count):
         gives = type(given[0]).__name__ if size is None else [*size]
-        raise Problem(f"--model: {name} gives {gives} for an image, and not [1, {count}]")
+        raise UsageError(f"--model: {name} gives {gives} for an image, and not [1, {count}]")
 
 
 def check_fit(known: data.Description, found: data.Description, args: argparse.Namespace) -> None:
-    """Raise Problem unless the data ``found`` has the classes and channels that are ``known``."""
+    """Raise UsageError unless the data ``found`` has the classes and channels of ``known``."""
     if found.classes != known.classes:
         differ = sorted({*found.classes} ^ {*known.classes})
         which = f": {differ[0]} is one of the two alone" if differ else ""
-        raise Problem(f"--data: its classes are not those of {args.checkpoint}{which}")
+        raise UsageError(f"--data: its classes are not those of {args.checkpoint}{which}")
     if found.pixels != known.pixels:
-        raise Problem(f"--data: its images are not of the type that {args.checkpoint} is for")
+        raise UsageError(f"--data: its images are not of the type that {args.checkpoint} is for")
     if found.channels != known.channels:
         count = f"{known.channels} channels, not {found.channels}"
-        raise Problem(f"--data: {args.checkpoint} is for images of {count}")
+        raise UsageError(f"--data: {args.checkpoint} is for images of {count}")

@@ -16,6 +16,7 @@ from . import checkpoint as checkpoints
 from . import data, models, networks, visualize, weights
 from .checkpoint import write
 from .data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
+from .errors import FAILURE, UsageError
 from .journal import png, tell
 from .models import hed
 from .options import (
@@ -32,7 +33,6 @@ from .options import (
     run_or_file,
     whole,
 )
-from .problem import FAILURE, Problem
 from .text import lines, plain
 from .visualize.layers import map_layers
 from .visualize.page import page
@@ -76,7 +76,7 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
     trained = None
     if checkpoint is None:
         if not args.model:
-            raise Problem("say what to look at, by --checkpoint or --model")
+            raise UsageError("say what to look at, by --checkpoint or --model")
         torch.manual_seed(args.seed)
         size = args.size or _usual_size(args.model)
         model = networks.create(args.model, image_size=size)
@@ -87,12 +87,12 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
         try:
             model = models.vgg16_hed()
         except (ImportError, OSError, KeyError) as error:
-            raise Problem(f"--checkpoint {HED}: {error}") from None
+            raise UsageError(f"--checkpoint {HED}: {error}") from None
     else:
         model, name, known, trained = _loaded(args, checkpoint)
     if not trained:
         check_size(model.eval(), name, known)
-    visualize.normalise_first(model.eval(), known.mean, known.std)
+    visualize.normalize_first(model.eval(), known.mean, known.std)
     data, seed = (trained["data"], trained["seed"]) if trained else (None, 0)
     return Subject(model.to(args.device), known, data, args.device, seed)
 
@@ -110,7 +110,7 @@ def _loaded(
         name = chosen_model(args.model, config["model"], checkpoint)
         return weights.build(name, parameters, known.size, checkpoint, known), name, known, config
     if not args.model:
-        raise Problem(f"{checkpoint} holds parameters alone: say by --model what it is of")
+        raise UsageError(f"{checkpoint} holds parameters alone: say by --model what it is of")
     size = args.size or _usual_size(args.model)
     model = weights.build(args.model, parameters, size, checkpoint)
     return model, args.model, _description(model, size), None
@@ -124,7 +124,7 @@ def _usual_size(name: str) -> int:
 def _description(model: nn.Module, size: int) -> Description:
     """What is taken for granted of images where nothing tells: ImageNet's colours."""
     if not (first := networks.first_convolution(model)):
-        raise Problem(f"--model: {type(model).__name__} has no convolution")
+        raise UsageError(f"--model: {type(model).__name__} has no convolution")
     mean, std = (values[: first[1].in_channels] for values in IMAGENET)
     return networks.described(model, Description((), size, mean, std))
 
@@ -146,7 +146,7 @@ class Images:
     def one(self) -> Tensor:
         """The only one, or the first of a data set, [C, H, W]."""
         if len(self.names) > 1:
-            raise Problem(f"--image: one image can be looked at, got {len(self.names)}")
+            raise UsageError(f"--image: one image can be looked at, got {len(self.names)}")
         return next(self.without_labels())[0]
 
     def all(self) -> Tensor:
@@ -169,11 +169,11 @@ class Images:
                 yield self.subject.pixels(image), torch.tensor([UNCOUNTED])
             return
         if not self.data and not self.subject.data:
-            raise Problem("say which images to look at, by --image or --data")
+            raise UsageError("say which images to look at, by --image or --data")
         name = chosen_data(self.data, self.subject.data or "", "the checkpoint")
         sets = data.load(name, known.size, self.subject.seed)
         if sets.description.pixels != known.pixels:
-            raise Problem("--data: its images are not of the type that the model is for")
+            raise UsageError("--data: its images are not of the type that the model is for")
         chosen = self._chosen(sets)
         alike = known.classes in ((), sets.description.classes)
         watch, count = Watch(sets.test, "skip", tell), 0
@@ -185,19 +185,21 @@ class Images:
                 labels = labels[counted] if alike else torch.full_like(labels[counted], UNCOUNTED)
                 yield self.subject.pixels(images), labels
         if not count:
-            raise Problem("no image to look at can be read", FAILURE)
+            raise UsageError("no image to look at can be read", FAILURE)
 
     def _chosen(self, sets: Data) -> list[int]:
         """The first of the test set, or of one class in it."""
         classes, channels = sets.description.classes, sets.description.channels
         if channels not in (1, self.subject.description.channels):
-            raise Problem(f"--data: its images have {channels} channels, which the model does not")
+            raise UsageError(
+                f"--data: its images have {channels} channels, which the model does not"
+            )
         every = range(len(sets.test))
         if self.only is None:
             return [*every[: self.limit]]
         only = data.class_name(self.only)
         if only not in classes:
-            raise Problem(f"--only: {self.only} is none of {', '.join(classes)}")
+            raise UsageError(f"--only: {self.only} is none of {', '.join(classes)}")
         label = classes.index(only)
         return [i for i in every if int(sets.test[i][1]) == label][: self.limit]
 
@@ -300,10 +302,10 @@ def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> An
 def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     kept = checkpoints.kept(args.checkpoint.parent) if args.checkpoint else {}
     if not kept:
-        raise Problem("--checkpoint: it lies beside none of a run with train --keep-every")
+        raise UsageError("--checkpoint: it lies beside none of a run with train --keep-every")
     chosen = args.epochs or [*kept]
     if missing := [epoch for epoch in chosen if epoch not in kept]:
-        raise Problem(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
+        raise UsageError(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
     stages = {epoch: look_up(args, kept[epoch]).model for epoch in chosen}
     options, layer = {"count": args.count, "guided": args.guided}, subject.layer(args)
     return visualize.evolution(stages, images.without_labels, layer, args.map, **options)
@@ -332,7 +334,7 @@ def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) 
     x = images.all()
     parts = {name: torch.tensor(box).expand(len(x), 4) for name, box in args.part}
     if len(parts) < len(args.part):
-        raise Problem("--part: two have the same name")
+        raise UsageError("--part: two have the same name")
     layers = args.layers or map_layers(subject.model, subject.example)
     options = {"random": args.random, "seed": args.seed}
     return visualize.correspondence(subject.model, x, parts, layers, **options)
@@ -341,10 +343,10 @@ def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) 
 @_tool("what a model is worth without its layers", _LAYERS, _HOW)
 def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     if args.image:
-        raise Problem("--image: ablation needs labels, give --data")
+        raise UsageError("--image: ablation needs labels, give --data")
     batches = [*images.batches()]
     if all(labels.eq(UNCOUNTED).all() for _, labels in batches):
-        raise Problem(f"--data: its classes are not those of {args.checkpoint}")
+        raise UsageError(f"--data: its classes are not those of {args.checkpoint}")
     return visualize.ablation(subject.model, batches, args.layers, args.how)
 
 
@@ -393,10 +395,10 @@ def show(args: argparse.Namespace) -> None:
     paths = [args.output.with_name(args.output.name + suffix) for suffix in (".png", ".html")]
     for path in paths:
         if path.is_dir():
-            raise Problem(f"--output: {path} is a folder")
+            raise UsageError(f"--output: {path} is a folder")
     for name in ("data", "only"):
         if args.image and vars(args)[name]:
-            raise Problem(f"--{name}: it goes without --image")
+            raise UsageError(f"--{name}: it goes without --image")
     try:
         subject = look_up(args, args.checkpoint)
         images = Images(subject, args.image, args.data, args.limit, args.only)
@@ -405,7 +407,7 @@ def show(args: argparse.Namespace) -> None:
     except ValueError as error:
         if args.debug:
             raise
-        raise Problem(str(error)) from None
+        raise UsageError(str(error)) from None
     table = str(result) if type(result).__str__ is not object.__str__ else ""
     if table:
         print(lines(table))

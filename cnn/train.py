@@ -20,12 +20,12 @@ from . import checkpoint as checkpoints
 from . import networks, weights
 from .config import OPTIMIZERS, SCHEDULES, Config, Setting
 from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
+from .errors import FAILURE, UsageError
 from .evaluate import Evaluator, autocast, in_workers, tally
 from .group import Group
 from .interruption import Interrupted, Interruption
 from .journal import Journal, Progress, Row, tell
 from .options import check_size
-from .problem import FAILURE, Problem
 
 
 @dataclass
@@ -38,12 +38,12 @@ class Position:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> "Position":
-        """The position in the checkpoint ``path``. Raises Problem if it is none."""
+        """The position in the checkpoint ``path``. Raises UsageError if it is none."""
         known_as = f"the position in {path}"
         position = checkpoints.record(cls, checkpoint["position"], known_as)
         epochs = range(1, len(position.rows) + 1)
         if position.epoch != len(epochs) or not all(map(_is_row, position.rows, epochs)):
-            raise Problem(f"{known_as} lacks what was measured of its {position.epoch} epochs")
+            raise UsageError(f"{known_as} lacks what was measured of its {position.epoch} epochs")
         return position
 
     @property
@@ -99,7 +99,7 @@ class Run:
         self.prepare = Preparation(description, self.group.device, layout)
         if config.sync_bn:
             if self.group.device.type == "cpu":
-                raise Problem("--sync-bn: torch's SyncBatchNorm needs GPUs")
+                raise UsageError("--sync-bn: torch's SyncBatchNorm needs GPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(self.group.device, memory_format=layout)  # type: ignore[call-overload]
         self.average = None
@@ -113,9 +113,9 @@ class Run:
         config, setting, group, data = self.config, self.setting, self.group, self.data
         count, size = len(data.train), config.batch_size
         if size > count:
-            raise Problem(f"--batch-size: {size} is more than the {count} images to train with")
+            raise UsageError(f"--batch-size: {size} is more than the {count} images to train with")
         if size % group.world:
-            raise Problem(f"--batch-size: {size} is not a multiple of {group.world} processes")
+            raise UsageError(f"--batch-size: {size} is not a multiple of {group.world} processes")
         self.batches = Batches(count, size, config.seed, group.rank, group.world)
         images = Augmented(data.train, config.seed, shift=config.augment, mirror=data.mirrors)
         pinned = group.device.type == "cuda"
@@ -259,7 +259,7 @@ class Run:
         self.save(*(name for name, wanted in names.items() if wanted))
 
     def _check_finite(self) -> None:
-        """Raise Problem in all processes if one has diverged: what is saved stays what it is."""
+        """Raise UsageError in all processes if one has diverged: what is saved stays what it is."""
         self._check_loss("loss", self.group.sum(self.totals)[0].item())
         if self.group.highest(not all(map(_sound, self._state())))[0]:
             raise self._diverged("not all parameters", "are finite")
@@ -268,9 +268,9 @@ class Run:
         if not math.isfinite(loss):
             raise self._diverged(f"the {name}", f"is {loss}")
 
-    def _diverged(self, what: str, how: str) -> Problem:
+    def _diverged(self, what: str, how: str) -> UsageError:
         where = f"{what} of epoch {self.position.epoch + 1}"
-        return Problem(f"{where} {how}: lower --lr; {self._kept}", FAILURE)
+        return UsageError(f"{where} {how}: lower --lr; {self._kept}", FAILURE)
 
     def _state(self) -> Iterator[Tensor]:
         """What is learnt, and what the optimizer keeps of it."""
@@ -283,7 +283,7 @@ class Run:
         """Clear the folder of another run, and give it the best of the run of ``source``."""
         best, past, folder = None, self.position.best, self.setting.folder
         if source and past and (path := source.with_name("best.pt")).exists():
-            with suppress(Problem):
+            with suppress(UsageError):
                 found = checkpoints.load(path)
                 if found["position"].get("rows") == self.position.rows[: past["epoch"]]:
                     best = found, path.read_bytes()
@@ -365,12 +365,12 @@ class Run:
         training = checkpoint["training"]
         known, found = checkpoints.description(checkpoint, path), self.data.description
         if replace(known, identity="") != replace(found, identity=""):
-            raise Problem(f"--data: {self.config.data} is not what {path} was trained on")
+            raise UsageError(f"--data: {self.config.data} is not what {path} was trained on")
         if (count := training.get("images")) != len(self.data.train):
             counts = f"{len(self.data.train)} images to train with, {count}"
-            raise Problem(f"--data: {self.config.data} holds {counts} when {path} was saved")
+            raise UsageError(f"--data: {self.config.data} holds {counts} when {path} was saved")
         if known.identity not in ("", found.identity):
-            raise Problem(
+            raise UsageError(
                 f"--data: {self.config.data} holds other images than when {path} was saved"
             )
         self.position = Position.of(checkpoint, path)
@@ -378,7 +378,9 @@ class Run:
             self._load(training)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise Problem(f"{path} does not hold what this run goes on from: {reason}") from error
+            raise UsageError(
+                f"{path} does not hold what this run goes on from: {reason}"
+            ) from error
         self._kept = f"{path} holds {self.place}"
 
     def _load(self, training: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import checkpoint as checkpoints
 from . import networks, weights
 from .data import Description, Preparation, as_pixels, photograph
-from .problem import Problem
+from .errors import UsageError
 
 
 class Transform:
@@ -21,7 +21,7 @@ class Transform:
     model's ``size``, and the middle is cut out.
 
     Returns float32 [C, size, size], or with N in front for a batch, on the model's device. Raises
-    ValueError or TypeError for what is no such image, and Problem if a file cannot be read.
+    ValueError or TypeError for what is no such image, and UsageError if a file cannot be read.
     """
 
     def __init__(self, description: Description, device: torch.device):
@@ -59,18 +59,20 @@ def load(
     ``model`` must be that function, or a module as it returns.
 
     Returns ``model, transform, classes``, also by these names: see ``Trained`` and ``Transform``.
-    Raises cnn.problem.Problem if the file cannot be read, is damaged, or holds no such thing.
+    Raises cnn.errors.UsageError if the file cannot be read, is damaged, or holds no such thing.
     """
     names = ("best.pt", "best.safetensors", "last.pt")
     files = [checkpoints.of_run(Path(path), name) for name in names]
     file = next(filter(Path.exists, files), files[-1])
     parameters, checkpoint = weights.read(file)
     if checkpoint is None:
-        raise Problem(f"{file} holds weights alone, without the model and the classes")
+        raise UsageError(f"{file} holds weights alone, without the model and the classes")
     known = checkpoints.description(checkpoint, file)
     config = checkpoints.configuration(checkpoint, file)
     if model is None and networks.runs_code(config["model"]):
-        raise Problem(f"{file} is of a model that is code: give model=, {config['model']} itself")
+        raise UsageError(
+            f"{file} is of a model that is code: give model=, {config['model']} itself"
+        )
     built = weights.build(config["model"], parameters, known.size, file, known, model)
     layout = torch.channels_last if config.get("channels_last") else torch.contiguous_format
     built = built.to(device, memory_format=layout).eval()  # type: ignore[call-overload]

@@ -15,8 +15,8 @@ from . import checkpoint as checkpoints
 from . import networks
 from .checkpoint import DIGITS, FORMAT, MARK, digest
 from .data import Description
+from .errors import UsageError
 from .models.classifier import auxiliary, classifiers, renew
-from .problem import Problem
 
 KEYS = {"format", "versions", "config", "description", "state_dict"}
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
@@ -34,8 +34,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The weights in a file, and the checkpoint that it is, None if it holds weights alone.
 
     It is a checkpoint or a safetensors file that train wrote, or another's: safetensors, or of
-    torch.save, with only the weights or with other things beside them. Raises Problem if there are
-    none.
+    torch.save, with only the weights or with other things beside them. Raises UsageError if there
+    are none.
     """
     whole = checkpoints.contents(path)
     if is_safetensors(whole) or path.suffix == ".safetensors":
@@ -47,10 +47,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         return checkpoint["state_dict"], checkpoint
     parameters = _within(found)
     if parameters is None:
-        raise Problem(f"{path} is not a checkpoint of python -m cnn train, and holds no weights")
+        raise UsageError(f"{path} is not a checkpoint of python -m cnn train, and holds no weights")
     for name, value in parameters.items():
         if not _is_dense(value):
-            raise Problem(f"{path}: its {name} is no tensor of numbers one after another")
+            raise UsageError(f"{path}: its {name} is no tensor of numbers one after another")
     return parameters, None
 
 
@@ -99,13 +99,13 @@ def _unpacked_safetensors(whole: bytes, path: Path) -> tuple[dict[str, Any], boo
         length = int.from_bytes(whole[:8], "little")
         about = json.loads(whole[8 : 8 + length]).get("__metadata__", {}).get(OWN)
     except Exception:  # a damaged file can raise anything
-        raise Problem(f"{path} is damaged or no safetensors file") from None
+        raise UsageError(f"{path} is damaged or no safetensors file") from None
     at = whole.find(MARK, 0, 8 + length) + len(MARK)
     if about is None and at < len(MARK):
         return parameters, False
     zeroed = whole[:at] + b"0" * DIGITS + whole[at + DIGITS :]
     if about is None or digest(zeroed) != whole[at : at + DIGITS]:
-        raise Problem(f"{path} is damaged: its digest is not that of its contents")
+        raise UsageError(f"{path} is damaged: its digest is not that of its contents")
     return {**json.loads(about, object_hook=_tuples), "state_dict": parameters}, True
 
 
@@ -124,11 +124,11 @@ def build(
 ) -> nn.Module:
     """The model ``name`` with the parameters of ``path``, as ``source`` makes it if that is given.
 
-    Its classes and channels are ``known``, or else what the parameters tell. Raises Problem if they
-    do not fit together.
+    Its classes and channels are ``known``, or else what the parameters tell. Raises UsageError if
+    they do not fit together.
     """
     if unknown := networks.known_as(name):
-        raise Problem(f"{path} is of a model {name}, which is {unknown}")
+        raise UsageError(f"{path} is of a model {name}, which is {unknown}")
     options = {"image_size": image_size}
     if known and known.classes:
         options |= {"num_classes": len(known.classes), "in_channels": known.channels}
@@ -141,7 +141,7 @@ def build(
 
 
 def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: Path) -> None:
-    """Give a model the parameters of ``path``. Raises Problem if they are not its own."""
+    """Give a model the parameters of ``path``. Raises UsageError if they are not its own."""
     own = model.state_dict()
     parameters = _of_this_version(named(parameters, model), own)
     reason, lacking = "load_state_dict refuses them", [n for n in own if n not in parameters]
@@ -162,13 +162,13 @@ def fill(model: nn.Module, parameters: dict[str, Tensor], known_as: str, path: P
         if sizes[0] == sizes[1]:
             sizes = [str(value.dtype) for value in values]
         reason = f"its {differ[0]} is {sizes[0]}, not {sizes[1]}"
-    raise Problem(f"{path} does not hold the parameters of {known_as}: {reason}")
+    raise UsageError(f"{path} does not hold the parameters of {known_as}: {reason}")
 
 
 def _of_this_version(parameters: dict[str, Tensor], own: dict[str, Any]) -> dict[str, Tensor]:
     """Parameters with the versions of a model's layers, which few files tell and some layers want.
 
-    Layers of batch normalisation of before torch 0.4.1 do not count their batches.
+    Layers of batch normalization of before torch 0.4.1 do not count their batches.
     """
     counters = [name for name in own if name.endswith("num_batches_tracked")]
     found = OrderedDict({name: own[name] for name in counters} | parameters)
@@ -227,7 +227,7 @@ def begin(model: nn.Module, path: Path, known_as: str) -> list[str]:
     """Give a new model the weights of a file or of a run. Says what was taken, and what is new.
 
     A first convolution for other channels and a classifier for other classes stay as they are;
-    auxiliary classifiers that the model lacks are left out. Raises Problem if anything else does
+    auxiliary classifiers that the model lacks are left out. Raises UsageError if anything else does
     not fit.
     """
     path = checkpoints.of_run(path)
@@ -250,19 +250,19 @@ def begin(model: nn.Module, path: Path, known_as: str) -> list[str]:
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> str:
     """Take gradients from the parameters that patterns name, or the layers they are in; tells them.
 
-    Raises Problem if a pattern names none, or if nothing is left to train.
+    Raises UsageError if a pattern names none, or if nothing is left to train.
     """
     frozen: set[str] = set()
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         found = {n for n in names if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
         if not found:
-            raise Problem(f"--freeze: {pattern!r} matches none of {names[0]} to {names[-1]}")
+            raise UsageError(f"--freeze: {pattern!r} matches none of {names[0]} to {names[-1]}")
         frozen |= found
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     if not any(each.requires_grad for each in model.parameters()):
-        raise Problem("--freeze: it leaves nothing to train")
+        raise UsageError("--freeze: it leaves nothing to train")
     norms = sum(map(_is_frozen_norm, model.modules()))
     kept = f"; {norms} BatchNorm layers among them use and keep their statistics" if norms else ""
     return f"{len(frozen)} of {len(names)} parameters are frozen{kept}"

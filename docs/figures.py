@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 import cnn.__main__
 import cnn.functional as F
 from cnn import data
-from kernels import descriptor_tiles, device, model, pair_conv, planner
+from kernels import cost_model, descriptor_tiles, device, paired_columns, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, full_padding, receptive_field
 from kernels.problem import Problem
 from kernels.tile import Tile, blocks_per_multiprocessor
@@ -390,7 +390,7 @@ def implicit_gemm() -> Figure:
 
 
 def descriptor_box() -> Figure:
-    """Boxes that a descriptor loads: shifted by a tap, and of one parity under a stride of two."""
+    """Boxes that a descriptor loads: shifted by a tap, and of one phase under a stride of two."""
     figure, (left, right) = new(7.6, 3.7, 2)
     g = Conv2dGeometry(1, 1, 8, 8, 1, 3, 3, padding=((1, 1), (1, 1)))
     _, top, step_h, _, start, step_w = g.walk
@@ -417,7 +417,7 @@ def descriptor_box() -> Figure:
         options = {"linestyle": "", "marker": marker, "color": colour, "markersize": 6}
         right.plot(*zip(*points, strict=True), **options, label=f"tap ({r}, {s})")
     right.legend(loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=2, frameon=False)
-    plain(right, "stride 2: four parities, each a view of its own", (-1.3, 9.3, 9.3, -1.3))
+    plain(right, "stride 2: four phases, each a view of its own", (-1.3, 9.3, 9.3, -1.3))
     return figure
 
 
@@ -436,7 +436,7 @@ def boxes() -> Figure:
     return figure
 
 
-def parities() -> Figure:
+def phases() -> Figure:
     """dgrad of stride 2: which taps serve which pixels."""
     g = Conv2dGeometry(1, 1, 7, 7, 1, 3, 3, stride=(2, 2), padding=((1, 1), (1, 1)))
     figure, (axes,) = new(7.4, 2.7, 1)
@@ -539,13 +539,13 @@ def planner_model() -> Figure:
     figure, (axes,) = new(7.6, 4.4, 1)
     here = hopper()
     problem = Problem("fprop", LAYER, torch.bfloat16, "ieee", here, "aligned")
-    plans = planner.candidates(problem)
+    plans, rate = planner.candidates(problem), cost_model.rate(torch.bfloat16, "ieee", here)
     shown = [plan for plan in plans if plan.tile.box and plan.tile.box[0] < plan.tile.rows][:10]
     everywhere = here.multiprocessors * here.peaks.clock * 1e6
     parts: dict[str, list[float]] = {"tensor cores": [], "L2": [], "memory": []}
     for _, tile, *_ in shown:
-        (work,) = model.launches("fprop", LAYER, tile)
-        turn = model.turn_cycles("fprop", tile, 2, model.rate(torch.bfloat16, "ieee", here), here)
+        (work,) = cost_model.launches("fprop", LAYER, tile)
+        turn = cost_model.turn_cycles("fprop", tile, 2, rate, here)
         together = here.multiprocessors * blocks_per_multiprocessor(tile, 2, here)
         in_waves = -(-work.programs // together) * together
         for name, programs in (("tensor cores", in_waves), ("L2", work.programs)):
@@ -557,7 +557,11 @@ def planner_model() -> Figure:
     times = [1e3 * plan.ms for plan in shown]
     axes.plot(times, range(len(shown)), "D", color=ORANGE, label="predicted time")
     axes.axvline(
-        1e3 * model.roofline(problem), color=GREY, linestyle="--", linewidth=1, label="roofline"
+        1e3 * cost_model.roofline(problem),
+        color=GREY,
+        linestyle="--",
+        linewidth=1,
+        label="roofline",
     )
     for j, time in enumerate(times):
         beside = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
@@ -576,7 +580,7 @@ def wgrad_splits() -> Figure:
     problem = Problem("wgrad", LAYER, torch.bfloat16, "ieee", hopper(), "aligned")
     best = planner.plan(problem)
     splits = [*range(1, 33)]
-    times = [1e3 * model.predict(problem, replace(best.tile, splits=n)).ms for n in splits]
+    times = [1e3 * cost_model.predict(problem, replace(best.tile, splits=n)).ms for n in splits]
     axes.plot(splits, times, color=BLUE, marker=".")
     axes.plot(best.tile.splits, 1e3 * best.ms, "D", color=ORANGE, label="the planner's choice")
     axes.set(xlabel="parts of the sum over pixels", ylabel="predicted µs", ylim=(0, None))
@@ -589,7 +593,7 @@ def wgrad_splits() -> Figure:
 def pairs() -> Figure:
     """The run of a first layer that two neighbouring outputs share."""
     g = Conv2dGeometry(1, 3, 224, 224, 64, 7, 7, (2, 2), ((3, 3), (3, 3)))
-    run = pair_conv._run(g, 0, True, 2)
+    run = paired_columns._run(g, 0, True, 2)
     figure, (axes,) = new(8, 1.5, 1)
     tints = "#f6c9c4", "#cfe8d2", "#cbdcf4"
     used = range(run.lead, run.lead + run.columns * g.C)
@@ -620,7 +624,7 @@ FIGURES = {
     "implicit_gemm": implicit_gemm,
     "descriptor_box": descriptor_box,
     "boxes": boxes,
-    "parities": parities,
+    "phases": phases,
     "fused_pool": fused_pool,
     "planner_model": planner_model,
     "wgrad_splits": wgrad_splits,

@@ -3,8 +3,8 @@
 Off by default: ``enabled(True)`` or the environment variable TRITON_CNN_AUTOTUNE=1, read at import,
 turns it on. The operators then ask ``choose`` in the planner's place. A plan must give the right
 result before it is timed, on random operands that lie as the caller's do. The winner holds for a
-class of geometries, in this process and on disk (``winners``). This is the only module that times;
-times are in ms.
+class of geometries, in this process and on disk (``tuning_cache``). Nothing else times; times are
+in ms.
 
 Tuning does not touch the order of summation: in fprop and dgrad only plans that add in the same
 order as the planner's first choice compete, and that order follows from channels, taps, dtype and
@@ -34,7 +34,7 @@ from .device import fork_safe_lock, is_emulated
 from .engine import Plan
 from .geometry import Direction, largest_offset
 from .problem import Problem
-from .winners import Record, Store, cache_folder, versions_of
+from .tuning_cache import Record, Store, cache_folder, versions_of
 
 FEW = 8
 """How many plans compete: about a second on a GPU, once for each class."""

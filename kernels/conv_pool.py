@@ -21,20 +21,20 @@ from .engine import PooledConv, PoolingEngine
 from .geometry import Pool2dGeometry
 from .indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     dot,
+    downcast,
+    encode_ints,
+    encode_strides,
     fence_copies,
-    narrow,
     operands,
     pixel,
-    plain,
-    plain_strides,
     pointers,
     program,
     reduction_block,
     reduction_turns,
-    unspecialised,
-    unspecialised_strides,
-    widen,
+    upcast,
     within,
 )
 from .pointer_tiles import pointer_tiles
@@ -60,16 +60,16 @@ def conv_pool_kernel(
     bias_ptr,  # [groups * K] or None
     y_ptr,  # [N, groups * K, PP, PQ]
     offsets_ptr,  # like y, or None
-    x_strides,  # n, c, h, w, unspecialised
+    x_strides,  # n, c, h, w, encoded
     w_strides,  # k, c, r, s
-    y_strides,  # n, k, pp, pq, unspecialised; so are those of offsets
+    y_strides,  # n, k, pp, pq, encoded; so are those of offsets
     offsets_strides,
-    sizes,  # N, H, W, P, Q, PP, PQ, unspecialised
+    sizes,  # N, H, W, P, Q, PP, PQ, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     POOL: tl.constexpr,  # a _Window
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """y = max over a window of relu(conv(x, w) + bias), rounded to y's dtype before it is compared;
@@ -85,13 +85,13 @@ def conv_pool_kernel(
     TAPS: tl.constexpr = POOL.R * POOL.S
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    N, H, W, P, Q, PP, PQ = plain(sizes)
+    N, H, W, P, Q, PP, PQ = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
+    x_strides = decode_strides(x_strides)
     w_k, w_c, w_r, w_s = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     group = pid // column_tiles % groups
     row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
@@ -101,7 +101,7 @@ def conv_pool_kernel(
     k += group * K
     bias = tl.zeros((COLUMNS,), ACC)
     if bias_ptr is not None:
-        bias = widen(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
+        bias = upcast(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
 
     best = tl.full((ROWS, COLUMNS), float("-inf"), ACC)
     winner = tl.full((ROWS, COLUMNS), -1, tl.int32)
@@ -130,19 +130,19 @@ def conv_pool_kernel(
             filters = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
             fence_copies()
             acc = dot(x, filters, acc, PRECISION)
-        value = widen(narrow(acc + bias[None, :], DTYPE), ACC)
+        value = upcast(downcast(acc + bias[None, :], DTYPE), ACC)
         wins = row_mask[:, None] & ((value > best) | (value != value))
         best = tl.where(wins, value, best)
         winner = tl.where(wins, tap, winner)
 
     masked = best <= 0
     mask = (n < N)[:, None] & k_mask[None, :]
-    y_strides = plain_strides(y_strides)
+    y_strides = decode_strides(y_strides)
     at = n * y_strides.n + pp * y_strides.h + pq * y_strides.w
     at = at[:, None] + (k * y_strides.c)[None, :]
-    tl.store(y_ptr + at, narrow(tl.where(masked, 0.0, best), DTYPE), mask=mask)
+    tl.store(y_ptr + at, downcast(tl.where(masked, 0.0, best), DTYPE), mask=mask)
     if offsets_ptr is not None:
-        offsets_strides = plain_strides(offsets_strides)
+        offsets_strides = decode_strides(offsets_strides)
         at = n * offsets_strides.n + pp * offsets_strides.h + pq * offsets_strides.w
         at = at[:, None] + (k * offsets_strides.c)[None, :]
         offset = tl.where(masked, -1, winner).to(offsets_ptr.dtype.element_ty)
@@ -162,13 +162,13 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         **operands(x=x, y=y),
         **pointers(w=w, bias=call.bias, offsets=offsets),
         w_strides=w.stride(),
-        offsets_strides=unspecialised_strides(y if offsets is None else offsets),
-        sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
+        offsets_strides=encode_strides(y if offsets is None else offsets),
+        sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
         POOL=window,
         PRECISION=call.precision,
-        WIDE=device.wide(windows, x, w, y),
+        INT64_INDEX=device.int64_index(windows, x, w, y),
         TILE=Block.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, model, replay
+from . import cost_model, device, replay
 from .device import loop
 from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
 from .epilogue import finish, results
@@ -25,15 +25,15 @@ from .geometry import Conv2dGeometry, Direction, Pair, Taps
 from .indexing import (
     Strides,
     cdiv,
-    narrow,
+    decode_ints,
+    decode_strides,
+    downcast,
+    encode_ints,
     operands,
     pixel,
-    plain,
-    plain_strides,
     power_of_2,
     program,
-    unspecialised,
-    widen,
+    upcast,
     within,
 )
 from .problem import Problem
@@ -105,8 +105,8 @@ def is_met(lines, places, h, w):
 
 @triton.jit
 def aligned_strides(strides, UNIT: tl.constexpr):
-    """The Strides that were unspecialised; the compiler sees those that are multiples of UNIT."""
-    n, c, h, w = plain_strides(strides)
+    """The Strides that were encoded; the compiler sees those that are multiples of UNIT."""
+    n, c, h, w = decode_strides(strides)
     return Strides(n // UNIT * UNIT, c, h // UNIT * UNIT, w // UNIT * UNIT)
 
 
@@ -119,7 +119,7 @@ def load_taps(w_ptr, first, steps, filters, mask, LINES: tl.constexpr, ACC: tl.c
     taps = ()
     for i in tl.static_range(R * S):
         tap = first + (i // S * r_step + i % S * s_step)
-        taps += (widen(tl.load(w_ptr + (tap * tap_size + filters), mask=mask, other=0.0), ACC),)
+        taps += (upcast(tl.load(w_ptr + (tap * tap_size + filters), mask=mask, other=0.0), ACC),)
     return taps
 
 
@@ -149,7 +149,7 @@ def add_products(
                 w = w0 + j * w_step
                 offsets = h * x_strides.h + w * x_strides.w
                 x = tl.load(x_ptr + offsets, mask=row_mask & within(w, W), other=0.0)
-                x = widen(x, ACC)
+                x = upcast(x, ACC)
                 for place in tl.static_range(PLACES):
                     if tap_at(LINES, place, i, j) >= 0:
                         added = sums[place] + x * taps[tap_at(LINES, place, i, j)]
@@ -164,14 +164,14 @@ def depthwise_kernel(
     bias_ptr,  # [K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; unspecialised
+    x_strides,  # n, c, h, w, encoded
+    y_strides,  # the residual's, then y's: n, k, p, q, encoded
+    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; encoded
     reduction,  # K, REPEAT, R, S; the first tap, and the steps between rows and columns
     down,  # the _AxisWalk of p
     across,  # of q
     RELU: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Block
     LINES: tl.constexpr,  # the _Lines of a turn
 ):
@@ -191,7 +191,7 @@ def depthwise_kernel(
     COLUMN_PLACES: tl.constexpr = LINES.columns.places
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q, column_strips, row_strips, turns = plain(sizes)
+    N, H, W, P, Q, column_strips, row_strips, turns = decode_ints(sizes)
     K, REPEAT, R, S, first, r_step, s_step = reduction
     K = K // UNIT * UNIT
     spacing_p, shift_p, stride_h, origin_h, step_h, step_p, first_p = down
@@ -201,7 +201,7 @@ def depthwise_kernel(
     added = aligned_strides(added, UNIT)
     y_strides = aligned_strides(y_strides, UNIT)
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     k_mask = k < K
@@ -218,7 +218,7 @@ def depthwise_kernel(
 
     start = tl.zeros((ROWS, COLUMNS), ACC)
     if bias_ptr is not None:
-        start += widen(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
+        start += upcast(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
     for turn in loop(turns):
         p0 = strip * turns + turn
         p0 = p0 // spacing_p * (spacing_p * ROW_PLACES) + p0 % spacing_p - shift_p
@@ -264,15 +264,15 @@ def depthwise_wgrad_kernel(
     dy_ptr,  # [N, K, P, Q]
     dw_ptr,  # [splits, K, 1, R, S] or None
     db_ptr,  # [splits, K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, 1, r, s
-    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; unspecialised
+    sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; encoded
     reduction,  # K, REPEAT, R, S and what depthwise_kernel takes besides
     down,  # the _AxisWalk of p
     across,  # of q
     splits,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Block
     LINES: tl.constexpr,  # the _Lines of a program
 ):
@@ -290,7 +290,7 @@ def depthwise_wgrad_kernel(
     PLACES: tl.constexpr = LINES.columns.places
     TAPS: tl.constexpr = R_TAPS * S_TAPS if dw_ptr is not None else 0
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q, column_strips, row_strips, turns = plain(sizes)
+    N, H, W, P, Q, column_strips, row_strips, turns = decode_ints(sizes)
     K, REPEAT, R, S, _, _, _ = reduction
     K = K // UNIT * UNIT
     _, _, stride_h, origin_h, step_h, _, _ = down
@@ -298,7 +298,7 @@ def depthwise_wgrad_kernel(
     x_strides = aligned_strides(x_strides, UNIT)
     dy_strides = aligned_strides(dy_strides, UNIT)
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     parts = R // R_TAPS * (S // S_TAPS)
     if dw_ptr is None:
@@ -331,7 +331,7 @@ def depthwise_wgrad_kernel(
                 q = q0 + i * spacing
                 offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
                 dy = tl.load(dy_ptr + offsets, mask=mask & (q < Q), other=0.0)
-                dys += (widen(dy, ACC),)
+                dys += (upcast(dy, ACC),)
                 db += dys[i]
             if dw_ptr is not None:
                 for i in tl.static_range(pixels_of(LINES.rows)):
@@ -341,7 +341,7 @@ def depthwise_wgrad_kernel(
                             w = w0 + j * step_w
                             offsets = n * x_strides.n + h * x_strides.h + w * x_strides.w
                             x_mask = mask & within(h, H) & within(w, W)
-                            x = widen(tl.load(x_ptr + offsets, mask=x_mask, other=0.0), ACC)
+                            x = upcast(tl.load(x_ptr + offsets, mask=x_mask, other=0.0), ACC)
                             for place in tl.static_range(PLACES):
                                 if tap_at(LINES, place, i, j) >= 0:
                                     valid = q0 + place * spacing < Q
@@ -356,19 +356,19 @@ def depthwise_wgrad_kernel(
 
     if db_ptr is not None:
         if part == 0:
-            total = narrow(sum_rows(db, ROWS, COLUMNS), db_ptr.dtype.element_ty)
+            total = downcast(sum_rows(db, ROWS, COLUMNS), db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * K + k, total, mask=k_mask)
     if dw_ptr is not None:
         dw_split, dw_k, _, dw_r, dw_s = dw_strides
         dw_ptr += split * dw_split + k * dw_k
         for tap in tl.static_range(TAPS):
-            total = narrow(sum_rows(dw[tap], ROWS, COLUMNS), dw_ptr.dtype.element_ty)
+            total = downcast(sum_rows(dw[tap], ROWS, COLUMNS), dw_ptr.dtype.element_ty)
             offset = (r0 + tap // S_TAPS) * dw_r + (s0 + tap % S_TAPS) * dw_s
             tl.store(dw_ptr + offset, total, mask=k_mask)
 
 
 class _Axis(NamedTuple):
-    """One axis of a launch: of a convolution of x into y, or of dy into (a parity of) dx."""
+    """One axis of a launch: of a convolution of x into y, or of dy into (a phase of) dx."""
 
     size: int  # of what is read
     places: int  # of what is written
@@ -389,7 +389,7 @@ def _forward_axis(g: Conv2dGeometry, axis: int) -> _Axis:
 
 
 def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
-    """All parities of dx together: place h meets p at the flipped tap stride * p - h - origin.
+    """All phases of dx together: place h meets p at the flipped tap stride * p - h - origin.
 
     Patches start where origin + h is a multiple of the stride, the first of them before dx.
     """
@@ -400,8 +400,8 @@ def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
     return _Axis(size, places, taps, taps - 1, -1, 1, stride, walk)
 
 
-def _parity_axis(taps: Taps, size: int) -> _Axis:
-    """One parity of dx: a convolution of stride 1 with taps of its own, flipped."""
+def _phase_axis(taps: Taps, size: int) -> _Axis:
+    """One phase of dx: a convolution of stride 1 with taps of its own, flipped."""
     last = taps.taps - 1
     origin = taps.origin - last * taps.step
     walk = _AxisWalk(taps.step, 0, 1, origin, taps.step, taps.stride, taps.first)
@@ -425,14 +425,14 @@ def _turn_taps(R: int, S: int, tile: Tile, itemsize: int) -> Pair:
 def _axes(
     direction: Direction, g: Conv2dGeometry, tile: Tile, itemsize: int
 ) -> list[tuple[_Axis, _Axis]]:
-    """The launches of a direction, by height and width; dgrad's parities together if they can."""
+    """The launches of a direction, by height and width; dgrad's phases together if they can."""
     if direction != "dgrad":
         return [(_forward_axis(g, 0), _forward_axis(g, 1))]
     whole = g.K == g.C and _turn_taps(*g.kernel, tile, itemsize) == g.kernel
     even = all(places % stride == 0 for places, stride in zip(tile.patch, g.stride, strict=True))
     if whole and even and g.dilation == (1, 1):
         return [(_gathered_axis(g, 0), _gathered_axis(g, 1))]
-    return [(_parity_axis(row, g.P), _parity_axis(column, g.Q)) for row, column in g.dgrad()]
+    return [(_phase_axis(row, g.P), _phase_axis(column, g.Q)) for row, column in g.dgrad()]
 
 
 class _Walk(NamedTuple):
@@ -467,7 +467,7 @@ def _walks(
             columns=_Line(width, S, column.apart, column.every),
         )
         arguments = {
-            "sizes": unspecialised((*sizes, column_strips, row_strips, turns)),
+            "sizes": encode_ints((*sizes, column_strips, row_strips, turns)),
             "reduction": (K, repeat, row.taps, column.taps, first_tap, *tap_steps),
             "down": tuple(row.walk),
             "across": tuple(column.walk),
@@ -509,7 +509,7 @@ def _convolve(
     N, K, P, Q = y.shape
     # Else the taps of neighbouring channels lie as far apart as a filter is large.
     taps = replay.derive(w, lambda w: w.reshape(g.K, g.R * g.S).t().contiguous())
-    wide = device.wide(N * P * Q, x, w, residual, y)
+    wide = device.int64_index(N * P * Q, x, w, residual, y)
     fold = g.K // g.C if direction == "dgrad" else 1
     block = _Block(tile.rows, tile.columns, _unit(K, x, residual, y), fold)
     multiprocessors = device.describe(x.device).multiprocessors
@@ -522,7 +522,7 @@ def _convolve(
             w_ptr=taps,
             **results(epilogue, y),
             **walk.arguments,
-            WIDE=wide,
+            INT64_INDEX=wide,
             TILE=block,
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -561,7 +561,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             **parts,
             **walk.arguments,
             splits=tile.splits,
-            WIDE=device.wide(g.N * P * Q, x, dy, parts["dw_ptr"]),
+            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"]),
             TILE=_Block(tile.rows, tile.columns, _unit(K, x, dy), fold=1),
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -634,5 +634,5 @@ ENGINE = Engine(
     "depthwise",
     tiles=tiles,
     launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
-    predict=model.predict_direct,
+    predict=cost_model.predict_direct,
 )

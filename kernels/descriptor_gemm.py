@@ -2,8 +2,8 @@
 
 A descriptor over NHWC memory loads a box of pixels from any offset and gives zero outside, which
 is the padding: no addresses, no masks. Each tap of the filter is one shifted load of the same box.
-A stride cuts x into parities, each a descriptor of its own and a stride-1 problem with its own
-taps; dgrad writes dx one parity at a time by the same rule.
+A stride cuts x into phases, each a descriptor of its own and a stride-1 problem with its own
+taps; dgrad writes dx one phase at a time by the same rule.
 
 The product is formed as channels x pixels, the transpose of what is stored: Triton feeds tensor
 cores from shared memory on the left only what was loaded as a matrix, on the right anything, so
@@ -24,13 +24,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import device, implicit_gemm
-from .descriptor_tiles import descriptor_tiles, read_parities
+from .descriptor_tiles import descriptor_tiles, read_phases
 from .descriptors import filters, image_pairs, images
 from .device import Device, loop
 from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
 from .epilogue import relu
 from .geometry import Conv2dGeometry, Taps
-from .indexing import cdiv, dot, narrow, plain, program, unspecialised, widen
+from .indexing import cdiv, decode_ints, dot, downcast, encode_ints, program, upcast
 from .split_sum import gradients
 from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of
 
@@ -62,12 +62,14 @@ def add_products(
     DEPTH: tl.constexpr,
     ROWS_FIRST: tl.constexpr = False,
 ):
-    """acc + the products of one parity's taps with a box of pixels, which come in the order of
+    """acc + the products of one phase's taps with a box of pixels, which come in the order of
     x_desc's axes: by images, rows and columns, or with ROWS_FIRST by rows, images and columns.
     """
     COLUMNS: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[1]
-    turns, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
+    turns, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = (
+        decode_ints(walk)
+    )
     n, p, q = box
     x_first, w_first, column = first
     c, r, s = 0, 0, 0
@@ -105,16 +107,16 @@ def store_half(half, box, k, residual_desc, y_desc, RELU: tl.constexpr):
     n, p, q = box
     if residual_desc is not None:
         residual = residual_desc.load([n, p, q, k]).reshape(PIXELS, COLUMNS).T
-        half += widen(residual, half.dtype)
+        half += upcast(residual, half.dtype)
     if RELU:
         half = relu(half)
-    y_desc.store([n, p, q, k], narrow(half, y_desc.dtype).T.reshape(y_desc.block_shape))
+    y_desc.store([n, p, q, k], downcast(half, y_desc.dtype).T.reshape(y_desc.block_shape))
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def product_kernel(
-    x_desc,  # [N, H, W, C] of one parity, or [N, H/2, 2, W/2, 2C] of four
-    x1_desc,  # the other parities that have taps, or None
+    x_desc,  # [N, H, W, C] of one phase, or [N, H/2, 2, W/2, 2C] of four
+    x1_desc,  # the other phases that have taps, or None
     x2_desc,
     x3_desc,
     w_desc,  # [R, S, K, C]
@@ -124,7 +126,7 @@ def product_kernel(
     y_desc,  # [N, P, Q, channels]
     tiles,
     sizes,  # boxes along p and q, column tiles of a group, groups, columns and depth of a group
-    walks,  # a Walk for each parity
+    walks,  # a Walk for each phase
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # whether w's channels are the columns
@@ -143,7 +145,7 @@ def product_kernel(
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
-    boxes_p, boxes_q, column_tiles, groups, K, C = plain(sizes)
+    boxes_p, boxes_q, column_tiles, groups, K, C = decode_ints(sizes)
 
     for tile in loop(tl.program_id(0), tiles, tl.num_programs(0)):
         group = tile // column_tiles % groups
@@ -159,7 +161,7 @@ def product_kernel(
         acc = tl.zeros((COLUMNS, ROWS), tl.float32)
         bias = tl.zeros((COLUMNS, 1), tl.float32)
         if bias_ptr is not None:
-            bias = widen(tl.load(bias_ptr + channels, mask=mask, other=0.0), tl.float32)[:, None]
+            bias = upcast(tl.load(bias_ptr + channels, mask=mask, other=0.0), tl.float32)[:, None]
             if scale_ptr is None:
                 acc += bias
         if TRANSPOSED:
@@ -186,7 +188,7 @@ def product_kernel(
 
 
 class Walk(NamedTuple):
-    """How one parity's taps meet the pixels. For place p, its r-th row of taps reads the parity's
+    """How one phase's taps meet the pixels. For place p, its r-th row of taps reads the phase's
     row p + origin + r * step and is the filter's row tap + r * tap_step; likewise q and s.
     """
 
@@ -227,7 +229,7 @@ def half_box(box: Box) -> Box:
 
 
 def takes_pairs(g: Conv2dGeometry, depth: int) -> bool:
-    """Whether one descriptor of five dimensions serves all parities of a convolution's stride.
+    """Whether one descriptor of five dimensions serves all phases of a convolution's stride.
 
     A block of channels must not run into those of the pair's second pixel.
     """
@@ -246,7 +248,7 @@ def x_descs(*xs: TensorDescriptor) -> Descriptors:
 def reads(
     g: Conv2dGeometry, x: Tensor, box: Box, depth: int, *, flat: bool = False
 ) -> tuple[Descriptors, list[Walk]]:
-    """How fprop's boxes read x: a descriptor and the walk of its taps for each parity, or one of
+    """How fprop's boxes read x: a descriptor and the walk of its taps for each phase, or one of
     both for all. ``flat``: the pixels count as images of one.
     """
     blocks = cdiv(g.C // g.groups, depth)
@@ -254,9 +256,9 @@ def reads(
         (top, _), (left, _) = g.padding
         walk = Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)
         return x_descs(image_pairs(x, box, depth)), [walk]
-    parities = read_parities(g)
-    xs = [images(x, (*box, depth), parity, flat=flat) for parity in parities]
-    return x_descs(*xs), [_walk(*parity, blocks, 1) for parity in parities]
+    phases = read_phases(g)
+    xs = [images(x, (*box, depth), phase, flat=flat) for phase in phases]
+    return x_descs(*xs), [_walk(*phase, blocks, 1) for phase in phases]
 
 
 def _multiply(
@@ -295,8 +297,8 @@ def _multiply(
         residual_desc=residual,
         y_desc=y,
         tiles=tiles,
-        sizes=unspecialised((boxes_p, boxes_q, column_tiles, groups, channels, depth)),
-        walks=tuple([unspecialised(walk) for walk in walks]),
+        sizes=encode_ints((boxes_p, boxes_q, column_tiles, groups, channels, depth)),
+        walks=tuple([encode_ints(walk) for walk in walks]),
         RELU=epilogue.relu,
         PRECISION=precision,
         TRANSPOSED=transposed,
@@ -319,27 +321,27 @@ def fprop(call: Fprop, tile: Tile) -> None:
 
 
 def dgrad(call: Dgrad, tile: Tile) -> None:
-    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride."""
+    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each phase of the stride."""
     g, epilogue = call.g, Epilogue(call.bias)
     box, flat, blocks = box_of(tile), g.pointwise, cdiv(g.K // g.groups, tile.depth)
     half = (*half_box(box), tile.columns)
     dys = x_descs(images(call.dy, (*box, tile.depth), flat=flat))
     w_desc = filters(call.w, (tile.depth, tile.columns))
-    for parity in g.dgrad():
-        stored, walks = images(call.dx, half, parity, flat=flat), [_walk(*parity, blocks, -1)]
+    for phase in g.dgrad():
+        stored, walks = images(call.dx, half, phase, flat=flat), [_walk(*phase, blocks, -1)]
         _multiply(dys, walks, w_desc, epilogue, None, stored, g, tile, call.precision, True)
 
 
 @triton.jit
 def wgrad_kernel(
-    x_desc,  # of one parity, [H, W, N, C], or [N, H, W, C] where the box is pixels of a row
+    x_desc,  # of one phase, [H, W, N, C], or [N, H, W, C] where the box is pixels of a row
     dy_desc,  # [P, Q, N, K], or [N, P, Q, K]
     dw_ptr,  # [splits, groups * K, C, R, S]
     dw_strides,  # split, k, c, r, s
     sizes,  # P, Q, boxes along p and q, turns, column and row tiles, taps, groups, K, C
     walk,  # see Walk
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a BoxBlock
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], over one part of the boxes.
@@ -355,10 +357,12 @@ def wgrad_kernel(
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
-    P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, groups, K, C = plain(sizes)
-    _, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = plain(walk)
+    P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, groups, K, C = decode_ints(sizes)
+    _, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = decode_ints(
+        walk
+    )
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     c = (pid % column_tiles * COLUMNS).to(tl.int32)
     k = (pid // column_tiles % row_tiles * ROWS).to(tl.int32)
     tap = (pid // (column_tiles * row_tiles) % taps).to(tl.int32)
@@ -395,12 +399,12 @@ def wgrad_kernel(
     mask = (rows < K)[:, None] & (columns < C)[None, :]
     tap_r = tap_h + r * tap_step_h
     tap_s = tap_w + s * tap_step_w
-    if WIDE:
+    if INT64_INDEX:
         rows = rows.to(tl.int64)
     dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
     dw_ptr += split * dw_split + tap_r * dw_r + tap_s * dw_s
     offsets = ((group * K + rows) * dw_k)[:, None] + (columns * dw_c)[None, :]
-    tl.store(dw_ptr + offsets, narrow(acc, dw_ptr.dtype.element_ty), mask=mask)
+    tl.store(dw_ptr + offsets, downcast(acc, dw_ptr.dtype.element_ty), mask=mask)
 
 
 def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
@@ -417,7 +421,7 @@ def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
 def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    One launch for each parity of the stride. The boxes are summed in ``tile.splits`` parts, which
+    One launch for each phase of the stride. The boxes are summed in ``tile.splits`` parts, which
     a second pass adds in a fixed order.
     """
     x, dy, dw, g = call.x, call.dy, call.dw, call.g
@@ -436,11 +440,11 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
     box = (p, q, n) if images_last else (n, p, q)
     dy_desc = images(dy, (*box, tile.rows), flat=flat, images_last=images_last)
     with gradients(dw, None, tile.splits) as parts:
-        for parity in read_parities(g):
-            row, column = parity
+        for phase in read_phases(g):
+            row, column = phase
             taps = row.taps * column.taps
             block = (*box, tile.columns)
-            x_desc = images(x, block, parity, flat=flat, images_last=images_last)
+            x_desc = images(x, block, phase, flat=flat, images_last=images_last)
             sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
             device.launch(
                 wgrad_kernel,
@@ -450,10 +454,10 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 dy_desc=dy_desc,
                 dw_ptr=parts["dw_ptr"],
                 dw_strides=parts["dw_strides"],
-                sizes=unspecialised(sizes),
-                walk=unspecialised(_walk(row, column, 1, 1)),
+                sizes=encode_ints(sizes),
+                walk=encode_ints(_walk(row, column, 1, 1)),
                 PRECISION=call.precision,
-                WIDE=device.wide(0, parts["dw_ptr"]),
+                INT64_INDEX=device.int64_index(0, parts["dw_ptr"]),
                 TILE=BoxBlock.of(tile),
                 num_warps=tile.warps,
                 num_stages=tile.stages,

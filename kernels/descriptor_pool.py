@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import descriptor_tiles, device, model
+from . import cost_model, descriptor_tiles, device
 from .descriptor_gemm import add_products, reads
 from .descriptors import filters, rows_first
 from .device import INTERPRET, Device, loop
@@ -31,14 +31,14 @@ from .epilogue import relu
 from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
-    narrow,
-    plain,
-    plain_strides,
+    decode_ints,
+    decode_strides,
+    downcast,
+    encode_ints,
+    encode_strides,
     pointers,
     power_of_2,
-    unspecialised,
-    unspecialised_strides,
-    widen,
+    upcast,
     within,
 )
 from .problem import Problem
@@ -175,7 +175,7 @@ def _keys(
         bits = tl.where(tile == tile, relu(tile).to(tl.int32, bitcast=True), nan)
         key = bits.to(tl.int64) << 32
     elif _INTERPRET:
-        bits = narrow(relu(tile), DTYPE).to(tl.int16, bitcast=True)
+        bits = downcast(relu(tile), DTYPE).to(tl.int16, bitcast=True)
         key = tl.where(tile == tile, bits.to(tl.int32), nan) << 16
     else:
         # One conversion for two values, which LLVM would convert one by one, ReLU included. It
@@ -266,7 +266,7 @@ def _store(
     sizes,  # N, P, Q, K of y
     WINDOWS: tl.constexpr,  # rows and columns of keys that are of windows
     TAPS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """Store the values of keys to y, and the taps that won."""
     FILTERS: tl.constexpr = key.shape[0]
@@ -285,7 +285,7 @@ def _store(
     k += tl.arange(0, FILTERS)
     mask = (row < windows_p) & (column < windows_q) & (n < N)
     mask = (mask & (p < P) & (q < Q))[:, None] & (k < K)[None, :]
-    if WIDE:
+    if INT64_INDEX:
         n, p, k = n.to(tl.int64), p.to(tl.int64), k.to(tl.int64)
     places = (n * strides.n + p * strides.h + q * strides.w)[:, None]
     places = places + (k * strides.c)[None, :]
@@ -303,22 +303,22 @@ def _store(
 
 @triton.jit(do_not_specialize=["tiles"])
 def pooled_product_kernel(
-    x_desc,  # [H, N, W, C] of one parity, or [H/2, 2, N, W/2, 2C] of four
-    x1_desc,  # the other parities that have taps, or None
+    x_desc,  # [H, N, W, C] of one phase, or [H/2, 2, N, W/2, 2C] of four
+    x1_desc,  # the other phases that have taps, or None
     x2_desc,
     x3_desc,
     w_desc,  # [R, S, K, C]
     bias_ptr,  # [filters] or None
     y_ptr,
     offsets_ptr,  # uint8, or None
-    strides,  # of y and of offsets, unspecialised
+    strides,  # of y and of offsets, encoded
     K,  # filters of a group
     tiles,
     sizes,  # N, P, Q; pooled P, Q; tiles along them; column tiles of a group, groups, C of one
-    walks,  # a Walk for each parity
+    walks,  # a Walk for each phase
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a BoxBlock
 ):
     """y = max of each window of relu(conv(x, w) + bias), and the tap that won; 255 where y <= 0.
@@ -335,8 +335,8 @@ def pooled_product_kernel(
     WINDOWS_P: tl.constexpr = (BOX_P - WINDOW.kernel[0]) // WINDOW.stride[0] + 1
     WINDOWS_Q: tl.constexpr = (BOX_Q - WINDOW.kernel[1]) // WINDOW.stride[1] + 1
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
-    N, P, Q, pooled_P, pooled_Q, tiles_p, tiles_q, column_tiles, groups, C = plain(sizes)
-    strides = plain_strides(strides)
+    N, P, Q, pooled_P, pooled_Q, tiles_p, tiles_q, column_tiles, groups, C = decode_ints(sizes)
+    strides = decode_strides(strides)
 
     for tile in loop(tl.program_id(0), tiles, tl.num_programs(0)):
         group = tile // column_tiles % groups
@@ -352,7 +352,7 @@ def pooled_product_kernel(
         if bias_ptr is not None:
             channels = k + tl.arange(0, COLUMNS)
             bias = tl.load(bias_ptr + channels, mask=channels < groups * K, other=0.0)
-            acc += widen(bias, tl.float32)[:, None]
+            acc += upcast(bias, tl.float32)[:, None]
         for i in tl.static_range(len(walks)):
             x = x_descs[i]
             first = (group * C, 0, k)
@@ -365,7 +365,7 @@ def pooled_product_kernel(
         first = (n, top, left, k)
         limits = (N, pooled_P, pooled_Q, groups * K)
         windows: tl.constexpr = (WINDOWS_P, WINDOWS_Q)
-        _store(key, y_ptr, offsets_ptr, strides, first, limits, windows, TAPS, WIDE)
+        _store(key, y_ptr, offsets_ptr, strides, first, limits, windows, TAPS, INT64_INDEX)
 
 
 class _Window(NamedTuple):
@@ -484,12 +484,12 @@ def _cycles(
     device: Device,
 ) -> float:
     """What all tiles take by the planner's model, in which pooling counts as any epilogue."""
-    rate = model.rate(dtype, precision, device)
+    rate = cost_model.rate(dtype, precision, device)
     turns = g.R * g.S * cdiv(g.C // g.groups, tile.depth)
-    turn = model.turn_cycles("fprop", tile, dtype.itemsize, rate, device)
-    busy: model.Times = {limit: turns * cycles for limit, cycles in turn.items()}
+    turn = cost_model.turn_cycles("fprop", tile, dtype.itemsize, rate, device)
+    busy: cost_model.Times = {limit: turns * cycles for limit, cycles in turn.items()}
     programs = prod(_tiles(g, pool, tile))
-    return model.cycles(programs, busy, _without_stores(tile), dtype.itemsize, device)[1]
+    return cost_model.cycles(programs, busy, _without_stores(tile), dtype.itemsize, device)[1]
 
 
 def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, int, int, int]:
@@ -522,14 +522,14 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         **{name: x and rows_first(x) for name, x in xs.items()},
         w_desc=filters(call.w, (tile.columns, tile.depth)),
         **pointers(bias=call.bias, y=y, offsets=offsets),
-        strides=unspecialised_strides(y),
+        strides=encode_strides(y),
         K=K,
         tiles=prod(counts),
-        sizes=unspecialised(sizes),
-        walks=tuple([unspecialised(walk) for walk in walks]),
+        sizes=encode_ints(sizes),
+        walks=tuple([encode_ints(walk) for walk in walks]),
         WINDOW=_window(pool),
         PRECISION=call.precision,
-        WIDE=device.wide(0, y),
+        INT64_INDEX=device.int64_index(0, y),
         TILE=BoxBlock.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -6,9 +6,9 @@ from math import ceil, inf, prod
 
 import torch
 
+from .cost_model import split
 from .device import Device
 from .geometry import Conv2dGeometry, Direction, Taps
-from .model import split
 from .problem import Problem
 from .tile import Box, Tile, block_for, blocks_per_multiprocessor, is_valid
 
@@ -40,19 +40,19 @@ _INSTRUCTION = 32  # bytes of a reduction that one product instruction takes
 def supports(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, precision: str) -> bool:
     """Whether products through descriptors take the convolution, on aligned operands.
 
-    fprop and dgrad do not cut a group's channels short, and fprop reads at most four parities.
+    fprop and dgrad do not cut a group's channels short, and fprop reads at most four phases.
     """
     if min(g.x_shape) < 1 or min(g.y_shape) < 1 or g.C // g.groups < 1:
         return False
     if dtype == torch.float64 or (dtype == torch.float32 and precision == "ieee"):
         return False
-    if direction == "wgrad":  # a tap whose parity has no pixel would not be written
+    if direction == "wgrad":  # a tap whose phase has no pixel would not be written
         return g.H >= g.stride[0] and g.W >= g.stride[1]
-    return direction == "dgrad" or len(read_parities(g)) <= 4
+    return direction == "dgrad" or len(read_phases(g)) <= 4
 
 
-def read_parities(g: Conv2dGeometry) -> list[tuple[Taps, Taps]]:
-    """The parities of x that have taps."""
+def read_phases(g: Conv2dGeometry) -> list[tuple[Taps, Taps]]:
+    """The phases of x that have taps."""
     return [(row, column) for row, column in g.dgrad() if row.taps and column.taps]
 
 
@@ -66,8 +66,8 @@ def keeps_places_apart(g: Conv2dGeometry, box: Box) -> bool:
     _, height, width = box
     rows, columns = zip(*g.dgrad(), strict=True)
     return all(
-        places % length == 0 or all(places - taps.origin >= taps.count for taps in parities)
-        for places, length, parities in ((g.P, height, rows), (g.Q, width, columns))
+        places % length == 0 or all(places - taps.origin >= taps.count for taps in phases)
+        for places, length, phases in ((g.P, height, rows), (g.Q, width, columns))
     )
 
 

@@ -30,22 +30,22 @@ def _descriptor(
 def images(
     t: Tensor,
     block: Sequence[int],
-    parity: tuple[Taps, Taps] | None = None,
+    phase: tuple[Taps, Taps] | None = None,
     *,
     flat: bool = False,
     images_last: bool = False,
 ) -> TensorDescriptor:
     """t[N, C, H, W] as [N, H, W, C], or as [H, W, N, C] with ``images_last``.
 
-    ``parity``: only its pixels. ``flat``: the pixels, in memory order, count as images of one.
+    ``phase``: only its pixels. ``flat``: the pixels, in memory order, count as images of one.
     """
     (N, C, H, W), (n, c, h, w) = t.shape, t.stride()
     offset = 0
     if flat:
         pitch = w if W > 1 else h if H > 1 else n
         N, H, W, n = N * H * W, 1, 1, pitch
-    elif parity is not None:
-        row, column = parity
+    elif phase is not None:
+        row, column = phase
         offset = row.first * h + column.first * w
         H, W, h, w = row.count, column.count, row.stride * h, column.stride * w
     if images_last:
@@ -54,7 +54,7 @@ def images(
 
 
 def image_pairs(t: Tensor, box: Box, depth: int) -> TensorDescriptor:
-    """t[N, C, H, W] of even H and W as [N, H/2, 2, W/2, 2C]: both parities of both axes."""
+    """t[N, C, H, W] of even H and W as [N, H/2, 2, W/2, 2C]: both phases of both axes."""
     (N, C, H, W), (n, c, h, w) = t.shape, t.stride()
     pairs, steps = (N, H // 2, 2, W // 2, 2 * C), (n, 2 * h, h, 2 * w, c)
     deep, high, wide = box

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor
 
-from . import model
+from . import cost_model
 from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from .problem import Problem
 from .tile import Tile
@@ -148,7 +148,7 @@ class Engine:
     tiles: Callable[[Problem], Iterable[Tile]]
     launchers: Mapping[type[Call], Callable[[Any, Tile], None]]
     fuses: Mapping[Direction, frozenset[Fusion]] = field(default_factory=dict)
-    predict: Callable[[Problem, Tile], model.Prediction] = model.predict
+    predict: Callable[[Problem, Tile], cost_model.Prediction] = cost_model.predict
     is_final: Callable[[Problem], bool] = lambda problem: True
     """Whether no later engine is tried beside this one, if it takes a problem."""
 
@@ -173,7 +173,7 @@ class Plan(NamedTuple):
     engine: Engine
     tile: Tile
     ms: float
-    limit: model.Limit
+    limit: cost_model.Limit
 
 
 @dataclass(frozen=True)

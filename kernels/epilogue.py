@@ -14,16 +14,16 @@ from . import device
 from .device import loop
 from .engine import Epilogue
 from .indexing import (
-    narrow,
+    decode_ints,
+    decode_strides,
+    downcast,
+    encode_ints,
+    encode_strides,
     operands,
     pixel,
-    plain,
-    plain_strides,
     pointers,
     program,
-    unspecialised,
-    unspecialised_strides,
-    widen,
+    upcast,
 )
 from .split_sum import channel_walk, parts_like, split_sum
 
@@ -53,13 +53,13 @@ def finish(
     """
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=columns_mask, other=0.0)
-        tile += widen(bias, tile.dtype)[None, :]
+        tile += upcast(bias, tile.dtype)[None, :]
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0)
-        tile += widen(residual, tile.dtype)
+        tile += upcast(residual, tile.dtype)
     if RELU:
         tile = relu(tile)
-    return narrow(tile, DTYPE)
+    return downcast(tile, DTYPE)
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
     """Finish the accumulators of pixels at = (n, p, q) and channels k, and store them to y.
 
     ``masks`` are those of the pixels and of the channels; ``strides``, those of the residual and
-    of y, are unspecialised.
+    of y, are encoded.
     """
     n, p, q = at
     pixel_mask, k_mask = masks
@@ -75,12 +75,12 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
     mask = pixel_mask[:, None] & k_mask[None, :]
     residual_offsets = 0
     if residual_ptr is not None:
-        residual_strides = plain_strides(residual_strides)
+        residual_strides = decode_strides(residual_strides)
         offsets = n * residual_strides.n + p * residual_strides.h + q * residual_strides.w
         residual_offsets = offsets[:, None] + (k * residual_strides.c)[None, :]
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     y = finish(acc, bias_ptr, k, k_mask, residual_ptr, residual_offsets, mask, RELU, DTYPE)
-    y_strides = plain_strides(y_strides)
+    y_strides = decode_strides(y_strides)
     offsets = n * y_strides.n + p * y_strides.h + q * y_strides.w
     tl.store(y_ptr + (offsets[:, None] + (k * y_strides.c)[None, :]), y, mask=mask)
 
@@ -88,7 +88,7 @@ def store_result(acc, at, k, masks, bias_ptr, residual_ptr, y_ptr, strides, RELU
 def results(epilogue: Epilogue, y: Tensor) -> dict[str, Any]:
     """A kernel's arguments, by name, for what ``store_result`` takes."""
     bias, residual, relu, _ = epilogue
-    strides = tuple([unspecialised_strides(t) for t in (y if residual is None else residual, y)])
+    strides = tuple([encode_strides(t) for t in (y if residual is None else residual, y)])
     tensors = pointers(bias=bias, residual=residual, y=y)
     return {**tensors, "y_strides": strides, "RELU": relu}
 
@@ -100,13 +100,13 @@ def relu_backward_kernel(
     y_ptr,
     dz_ptr,
     db_ptr,  # [parts, K] or None
-    dy_strides,  # n, k, p, q, unspecialised; so are the others
+    dy_strides,  # n, k, p, q, encoded; so are the others
     y_strides,
     dz_strides,
-    sizes,  # N, P, Q, unspecialised
+    sizes,  # N, P, Q, encoded
     K,
     turns,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -115,11 +115,11 @@ def relu_backward_kernel(
     A NaN in y passes dy on, and a masked infinity gives 0. One program writes ``turns`` tiles of
     ROWS pixels by COLUMNS channels, and their part of db.
     """
-    N, P, Q = plain(sizes)
-    dy_strides = plain_strides(dy_strides)
-    y_strides = plain_strides(y_strides)
-    dz_strides = plain_strides(dz_strides)
-    pid = program(WIDE)
+    N, P, Q = decode_ints(sizes)
+    dy_strides = decode_strides(dy_strides)
+    y_strides = decode_strides(y_strides)
+    dz_strides = decode_strides(dz_strides)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     part = pid // column_tiles
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -132,12 +132,12 @@ def relu_backward_kernel(
         dy = tl.load(dy_ptr + (at[:, None] + (k * dy_strides.c)[None, :]), mask=mask, other=0.0)
         at = n * y_strides.n + p * y_strides.h + q * y_strides.w
         y = tl.load(y_ptr + (at[:, None] + (k * y_strides.c)[None, :]), mask=mask, other=0.0)
-        dz = tl.where(widen(y, ACC) <= 0, 0.0, dy)
+        dz = tl.where(upcast(y, ACC) <= 0, 0.0, dy)
         at = n * dz_strides.n + p * dz_strides.h + q * dz_strides.w
         tl.store(dz_ptr + (at[:, None] + (k * dz_strides.c)[None, :]), dz, mask=mask)
-        db += widen(dz, ACC)
+        db += upcast(dz, ACC)
     if db_ptr is not None:
-        db = narrow(tl.sum(db, axis=0), db_ptr.dtype.element_ty)
+        db = downcast(tl.sum(db, axis=0), db_ptr.dtype.element_ty)
         tl.store(db_ptr + part * K + k, db, mask=k < K)
 
 
@@ -155,10 +155,10 @@ def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -
         device=y.device,
         **operands(dy=dy, y=y, dz=dz),
         db_ptr=parts,
-        sizes=unspecialised((N, P, Q)),
+        sizes=encode_ints((N, P, Q)),
         K=K,
         turns=walk.turns,
-        WIDE=device.wide(N * P * Q, dy, y, dz),
+        INT64_INDEX=device.int64_index(N * P * Q, dy, y, dz),
         ROWS=walk.rows,
         COLUMNS=walk.columns,
         num_warps=walk.warps,

@@ -20,15 +20,15 @@ from .engine import PoolGradient
 from .geometry import Pair, Pool2dGeometry
 from .indexing import (
     cdiv,
-    narrow,
+    decode_ints,
+    decode_strides,
+    downcast,
+    encode_ints,
+    encode_strides,
     operands,
     pixel,
-    plain,
-    plain_strides,
     program,
-    unspecialised,
-    unspecialised_strides,
-    widen,
+    upcast,
     within,
 )
 from .split_sum import ChannelWalk, channel_walk, parts_like, split_sum
@@ -57,8 +57,8 @@ def pooled(gradient: PoolGradient | None) -> tuple[tuple | None, Window | None]:
     if gradient is None:
         return None, None
     pool, offsets = gradient
-    sizes = unspecialised(offsets.shape[2:])
-    return (offsets, unspecialised_strides(offsets), sizes), Window.of(pool)
+    sizes = encode_ints(offsets.shape[2:])
+    return (offsets, encode_strides(offsets), sizes), Window.of(pool)
 
 
 @triton.jit
@@ -71,8 +71,8 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
     """
     n, k, pp0, pq0 = window
     offsets_ptr, offsets_strides, sizes = pooled
-    offsets_strides = plain_strides(offsets_strides)
-    PP, PQ = plain(sizes)
+    offsets_strides = decode_strides(offsets_strides)
+    PP, PQ = decode_ints(sizes)
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     R: tl.constexpr = WINDOW.kernel[0]
@@ -100,9 +100,9 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
             if ONE:
                 total = tl.where(offset == tap, dy, 0.0)
             else:
-                total = tl.where(offset == tap, total + widen(dy, ACC), total)
+                total = tl.where(offset == tap, total + upcast(dy, ACC), total)
     if not ONE:
-        total = narrow(total, DTYPE)
+        total = downcast(total, DTYPE)
     return total
 
 
@@ -128,14 +128,14 @@ def expand_kernel(
     dy_ptr,  # [N, K, PP, PQ]
     dz_ptr,  # [N, K, P, Q]
     db_ptr,  # [parts, K] or None
-    dy_strides,  # n, k, pp, pq, unspecialised
-    dz_strides,  # n, k, p, q, unspecialised
+    dy_strides,  # n, k, pp, pq, encoded
+    dz_strides,  # n, k, p, q, encoded
     pooled,  # see sum_won
-    sizes,  # N, P, Q, blocks along p and along q, unspecialised
+    sizes,  # N, P, Q, blocks along p and along q, encoded
     K,
     turns,
     WINDOW: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -145,10 +145,10 @@ def expand_kernel(
     blocks have the same taps, and ask no window in vain. One program writes ``turns`` tiles of
     ROWS blocks by COLUMNS channels, and their part of db.
     """
-    N, P, Q, blocks_p, blocks_q = plain(sizes)
-    dy_strides = plain_strides(dy_strides)
-    dz_strides = plain_strides(dz_strides)
-    pid = program(WIDE)
+    N, P, Q, blocks_p, blocks_q = decode_ints(sizes)
+    dy_strides = decode_strides(dy_strides)
+    dz_strides = decode_strides(dz_strides)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     part = pid // column_tiles
     k = (pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -171,9 +171,9 @@ def expand_kernel(
                 w = tl.full((1, 1), s, tl.int32)
                 dz = sum_won(dy_ptr, dy_strides, pooled, window, h, w, inside, WINDOW)
                 tl.store(dz_planes + (p * dz_strides.h + q * dz_strides.w), dz, mask=inside)
-                db += widen(dz, ACC)
+                db += upcast(dz, ACC)
     if db_ptr is not None:
-        db = narrow(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
+        db = downcast(tl.sum(db, axis=0, keep_dims=True), db_ptr.dtype.element_ty)
         tl.store(db_ptr + part * K + k, db, mask=k < K)
 
 
@@ -203,11 +203,11 @@ def expand(
         **operands(dy=dy, dz=dz),
         db_ptr=parts,
         pooled=expansion,
-        sizes=unspecialised((N, P, Q, blocks_p, blocks_q)),
+        sizes=encode_ints((N, P, Q, blocks_p, blocks_q)),
         K=K,
         turns=walk.turns,
         WINDOW=window,
-        WIDE=device.wide(N * blocks_p * blocks_q, dy, offsets, dz),
+        INT64_INDEX=device.int64_index(N * blocks_p * blocks_q, dy, offsets, dz),
         ROWS=walk.rows,
         COLUMNS=walk.columns,
         num_warps=walk.warps,

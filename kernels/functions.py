@@ -2,7 +2,7 @@
 
 The three walks of a convolution are one another's derivatives (fprop, dgrad and wgrad are linear
 in each argument), and so are pooling's backward and gather; so every derivative of any order is
-again a kernel. All arguments are batched and normalised: see ``library``.
+again a kernel. All arguments are batched and normalized: see ``library``.
 """
 
 from collections.abc import Callable, Sequence

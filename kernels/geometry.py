@@ -135,7 +135,7 @@ def largest_offset(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 class Taps(NamedTuple):
-    """One axis of one parity of dgrad: a stride-1 convolution with a subset of the taps.
+    """One axis of one phase of dgrad: a stride-1 convolution with a subset of the taps.
 
     It writes the pixels ``h = first + stride * i`` for ``i < count``, with the taps
     ``r = tap + tap_step * j`` for ``j < taps``, reading ``dy`` at ``p = i + origin - step * j``.
@@ -152,20 +152,20 @@ class Taps(NamedTuple):
 
 
 def dgrad_taps(size: int, kernel: int, stride: int, before: int, dilation: int) -> tuple[Taps, ...]:
-    """The parities of one axis, each with exactly the taps that can contribute to it.
+    """The phases of one axis, each with exactly the taps that can contribute to it.
 
     Tap ``r`` of place ``p`` reads pixel ``h = p * stride - before + r * dilation``; so a pixel
     meets tap ``r`` only if ``stride`` divides ``h + before - r * dilation``, which recurs every
     ``stride / gcd(stride, dilation)`` taps.
     """
     tap_step = stride // gcd(stride, dilation)
-    parities = []
+    phases = []
     for first in range(min(stride, size)):
         distance = first + before
         first_taps = range(min(tap_step, kernel))
         tap = next((r for r in first_taps if (distance - r * dilation) % stride == 0), kernel)
         taps = max(0, -((tap - kernel) // tap_step))
-        parities.append(
+        phases.append(
             Taps(
                 first=first,
                 stride=stride,
@@ -177,7 +177,7 @@ def dgrad_taps(size: int, kernel: int, stride: int, before: int, dilation: int) 
                 step=tap_step * dilation // stride,
             )
         )
-    return tuple(parities)
+    return tuple(phases)
 
 
 class IndexMap(NamedTuple):
@@ -292,20 +292,20 @@ class Conv2dGeometry:
         return itemsize * (x + prod(self.w_shape) + prod(self.y_shape))
 
     def gemm(self, direction: Direction) -> Gemm:
-        """The matrix product of one group; dgrad's depth is its mean over the parities."""
+        """The matrix product of one group; dgrad's depth is its mean over the phases."""
         c, k, taps = self.C // self.groups, self.K // self.groups, self.R * self.S
         pixels = self.N * self.P * self.Q
         if direction == "fprop":
             return Gemm(pixels, k, c * taps)
         if direction == "wgrad":
             return Gemm(k, c * taps, pixels)
-        parities = [h.taps * w.taps for h, w in self.dgrad()]
-        return Gemm(self.N * self.H * self.W, c, k * sum(parities) // max(1, len(parities)))
+        phases = [h.taps * w.taps for h, w in self.dgrad()]
+        return Gemm(self.N * self.H * self.W, c, k * sum(phases) // max(1, len(phases)))
 
     def dgrad(self) -> tuple[tuple[Taps, Taps], ...]:
-        """dx as stride[0] * stride[1] independent stride-1 convolutions, one for each parity.
+        """dx as stride[0] * stride[1] independent stride-1 convolutions, one for each phase.
 
-        No zeros are inserted, and no tap is walked that cannot contribute. A parity may have no
+        No zeros are inserted, and no tap is walked that cannot contribute. A phase may have no
         tap at all: its pixels get zero.
         """
         rows, columns = (

@@ -2,7 +2,7 @@
 
 Rows are pixels, columns are channels of the result, the depth runs over channels and taps. The
 operands are gathered by pointers, so any strides do: NCHW, channels_last, views, expanded
-tensors. dgrad is the same product on parts of dx and w, one for each parity of the stride. Sizes
+tensors. dgrad is the same product on parts of dx and w, one for each phase of the stride. Sizes
 and strides are in elements.
 """
 
@@ -22,19 +22,19 @@ from .geometry import Conv2dGeometry
 from .indexing import (
     Placement,
     cdiv,
+    decode_ints,
+    decode_strides,
     dgrad_walk,
     dot,
+    downcast,
+    encode_ints,
     fence_copies,
-    narrow,
     operands,
     pixel,
-    plain,
-    plain_strides,
     program,
     reduction_block,
     reduction_turns,
-    unspecialised,
-    widen,
+    upcast,
     within,
 )
 from .pointer_tiles import pointer_tiles
@@ -49,10 +49,10 @@ def fprop_kernel(
     bias_ptr,  # [groups * K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, groups * K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
+    x_strides,  # n, c, h, w, encoded
     w_strides,  # group, k, c, r, s; then where the first tap is
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, unspecialised
+    y_strides,  # the residual's, then y's: n, k, p, q, encoded
+    sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     placement,  # a Placement
@@ -60,7 +60,7 @@ def fprop_kernel(
     POOL: tl.constexpr,  # its Window, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
@@ -74,14 +74,14 @@ def fprop_kernel(
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
+    N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
+    x_strides = decode_strides(x_strides)
     w_group, w_k, w_c, w_r, w_s, w_first = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
     step_p, first_p, step_q, first_q = placement
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     group = pid // column_tiles % groups
     row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
@@ -145,7 +145,7 @@ def _multiply(
 ) -> None:
     N, _, P, Q = y.shape
     expansion, window = pooled(gradient)
-    wide = device.wide(N * P * Q, x, w, epilogue.residual, y, gradient and gradient.offsets)
+    wide = device.int64_index(N * P * Q, x, w, epilogue.residual, y, gradient and gradient.offsets)
     for pixels, product in products:
         groups, K, *_ = product.reduction
         device.launch(
@@ -159,7 +159,7 @@ def _multiply(
             pooled=expansion,
             POOL=window,
             PRECISION=precision,
-            WIDE=wide,
+            INT64_INDEX=wide,
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=gradient is not None),
@@ -173,7 +173,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
     k, c, r, s = call.w.stride()
     product = _Product(
         w_strides=(K * k, k, c, r, s, 0),
-        sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+        sizes=encode_ints((g.N, g.H, g.W, P, Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
         placement=tuple(Placement()),
@@ -185,7 +185,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
 def dgrad(call: Dgrad, tile: Tile) -> None:
     """dx[N,C,H,W], the gradient of x, plus bias[C] (for a transposed convolution).
 
-    Each parity of the stride is a stride-1 convolution of dy with its own taps of w, exchanged
+    Each phase of the stride is a stride-1 convolution of dy with its own taps of w, exchanged
     K and C, that writes its own pixels of dx. dy may be the gradient of the pooled result: see
     ``expansion``.
     """
@@ -206,7 +206,7 @@ def _dgrad_products(
             g.N * row.count * column.count,
             _Product(
                 w_strides=(K * k, c, k, r * row.tap_step, s * column.tap_step, first),
-                sizes=unspecialised((g.N, P, Q, row.count, column.count)),
+                sizes=encode_ints((g.N, P, Q, row.count, column.count)),
                 reduction=(g.groups, C, K, row.taps, column.taps),
                 walk=tuple(walk),
                 placement=tuple(placement),
@@ -220,17 +220,17 @@ def wgrad_kernel(
     dy_ptr,  # [N, groups * K, P, Q]
     dw_ptr,  # [splits, groups * K, C, R, S] or None
     db_ptr,  # [splits, groups * K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, c, r, s
-    sizes,  # N, H, W, P, Q, unspecialised
+    sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     splits,
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
@@ -243,13 +243,13 @@ def wgrad_kernel(
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
+    N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
-    dy_strides = plain_strides(dy_strides)
+    x_strides = decode_strides(x_strides)
+    dy_strides = decode_strides(dy_strides)
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = 0
     if dw_ptr is not None:
         column_tiles = reduction_turns(C, R, S, COLUMNS, PACKED)
@@ -281,8 +281,8 @@ def wgrad_kernel(
                 else:
                     where = n[None, :], k[:, None], p[None, :], q[None, :]
                     dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
-                db += tl.sum(widen(dy, ACC), axis=1)
-            db = narrow(db, db_ptr.dtype.element_ty)
+                db += tl.sum(upcast(dy, ACC), axis=1)
+            db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
         c, r, s, inside = reduction_block(tile, C, R, S, COLUMNS, PACKED)
@@ -315,7 +315,7 @@ def wgrad_kernel(
         dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
         offsets = c * dw_c + (r * dw_r + s * dw_s)
         offsets = split * dw_split + (k * dw_k)[:, None] + offsets[None, :]
-        dw = narrow(acc, dw_ptr.dtype.element_ty)
+        dw = downcast(acc, dw_ptr.dtype.element_ty)
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
 
@@ -341,14 +341,14 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             device=x.device,
             **operands(x=x, dy=dy),
             **parts,
-            sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+            sizes=encode_ints((g.N, g.H, g.W, P, Q)),
             reduction=(g.groups, K, C, R, S),
             walk=tuple(g.walk),
             splits=tile.splits,
             pooled=expansion,
             POOL=window,
             PRECISION=call.precision,
-            WIDE=device.wide(g.N * P * Q, x, dy, parts["dw_ptr"], offsets),
+            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"], offsets),
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=call.pooled is not None),

@@ -1,6 +1,6 @@
 """What all kernels share: index arithmetic, the product, and conversions between dtypes.
 
-Sizes and strides that follow the batch and the image go to a kernel *unspecialised*. Triton makes
+Sizes and strides that follow the batch and the image go to a kernel *encoded*. Triton makes
 one binary for an integer that is 1, one for multiples of 16, one for the rest, and inside a tuple
 ``do_not_specialize`` does not keep it from doing so: each new size might compile a kernel again.
 So a launcher sends such integers as odd ones that are never 1, and the kernel takes them back.
@@ -41,13 +41,13 @@ def power_of_2(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def unspecialised(values: Iterable[int]) -> tuple[int, ...]:
-    """Integers above -2**19 for a kernel's tuple, which reads them by ``plain``."""
+def encode_ints(values: Iterable[int]) -> tuple[int, ...]:
+    """Integers above -2**19 for a kernel's tuple, which reads them by ``decode_ints``."""
     return tuple([2 * value + _ODD.value for value in values])
 
 
-def unspecialised_strides(t: Tensor) -> tuple[int, int, int, int, int]:
-    """Strides of t[N, C, H, W] for a kernel, which reads them by ``plain_strides``.
+def encode_strides(t: Tensor) -> tuple[int, int, int, int, int]:
+    """Strides of t[N, C, H, W] for a kernel, which reads them by ``decode_strides``.
 
     What a binary may know of them follows from the layout alone: strides of 1, and whether the
     channels lie side by side in aligned rows, which makes loads of 16 bytes. The last integer is
@@ -72,7 +72,7 @@ def pointers(**tensors: Tensor | None) -> dict[str, Any]:
 
 def operands(**tensors: Tensor) -> dict[str, Any]:
     """The same with their strides: for x, ``x_ptr`` and ``x_strides``."""
-    strides = {f"{name}_strides": unspecialised_strides(t) for name, t in tensors.items()}
+    strides = {f"{name}_strides": encode_strides(t) for name, t in tensors.items()}
     return pointers(**tensors) | strides
 
 
@@ -87,7 +87,7 @@ def divisors(*sizes: int) -> tuple[int, ...]:
         shift = max(size - 1, 0).bit_length()
         multiplier = cdiv(2 ** (31 + shift), max(size, 1)) - _CENTRE.value
         odd = 2 * multiplier + _ODD.value
-        numbers += [(odd + 2**31) % 2**32 - 2**31, *unspecialised((shift,))]
+        numbers += [(odd + 2**31) % 2**32 - 2**31, *encode_ints((shift,))]
     return tuple(numbers)
 
 
@@ -101,23 +101,23 @@ class Strides(NamedTuple):
 
 
 @triton.jit
-def _compiled_plain(values):
+def _compiled_decode_ints(values):
     return tl.tuple([(value - _ODD) >> 1 for value in values])
 
 
 @triton.jit
-def _compiled_plain_strides(strides):
+def _compiled_decode_strides(strides):
     n, c, h, w, unit = strides
     # Halved before anything is added: these may be the largest integers of 32 bits.
     n, h, w = ((n >> 1) + 1) * unit, ((h >> 1) + 1) * unit, ((w >> 1) + 1) * unit
     return Strides(n, (c >> 1) + 1, h, w)
 
 
-def _interpreted_plain(values: Any) -> list[int]:
+def _interpreted_decode_ints(values: Any) -> list[int]:
     return [(_integer(value) - _ODD.value) >> 1 for value in values]
 
 
-def _interpreted_plain_strides(strides: Any) -> Strides:
+def _interpreted_decode_strides(strides: Any) -> Strides:
     n, c, h, w, unit = map(_integer, strides)
     return Strides((n + 1) // 2 * unit, (c + 1) // 2, (h + 1) // 2 * unit, (w + 1) // 2 * unit)
 
@@ -152,10 +152,10 @@ def _interpreted_quotient(i: Any, size: int, multiplier: int, shift: int) -> Any
 
 
 # The interpreter spends a millisecond on a jitted function, nothing on Python's integers.
-plain = _interpreted_plain if INTERPRET else _compiled_plain
-"""The integers of a tuple that ``unspecialised`` made."""
-plain_strides = _interpreted_plain_strides if INTERPRET else _compiled_plain_strides
-"""The Strides that ``unspecialised_strides`` was given; a unit of 16 shows in them."""
+decode_ints = _interpreted_decode_ints if INTERPRET else _compiled_decode_ints
+"""The integers of a tuple that ``encode_ints`` made."""
+decode_strides = _interpreted_decode_strides if INTERPRET else _compiled_decode_strides
+"""The Strides that ``encode_strides`` was given; a unit of 16 shows in them."""
 within = _interpreted_within if INTERPRET else _compiled_within
 """Whether 0 <= i < size, in one comparison: as an unsigned number a negative one is large."""
 
@@ -173,16 +173,16 @@ class Placement(NamedTuple):
 
 
 def dgrad_walk(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
-    """How one parity of dx, at its place, is a convolution of dy."""
+    """How one phase of dx, at its place, is a convolution of dy."""
     walk = IndexMap(1, row.origin, -row.step, 1, column.origin, -column.step)
     return walk, Placement(row.stride, row.first, column.stride, column.first)
 
 
 @triton.jit
-def program(WIDE: tl.constexpr):
+def program(INT64_INDEX: tl.constexpr):
     """This program's number, as wide as the offsets that are computed from it."""
     pid = tl.program_id(0)
-    if WIDE:
+    if INT64_INDEX:
         pid = pid.to(tl.int64)
     return pid
 
@@ -235,7 +235,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     shape and on the processor: there it is given float64, of which the sum is rounded once.
     """
     if _INTERPRET:
-        wide = tl.dot(widen(a, tl.float64), widen(b, tl.float64), out_dtype=tl.float64)
+        wide = tl.dot(upcast(a, tl.float64), upcast(b, tl.float64), out_dtype=tl.float64)
         return (acc + wide).to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
@@ -261,7 +261,7 @@ def fence_copies():
 
 
 @triton.jit
-def widen(tile, DTYPE: tl.constexpr):
+def upcast(tile, DTYPE: tl.constexpr):
     """The tile as float32 or float64, exactly."""
     if _INTERPRET and tile.dtype == tl.bfloat16:
         tile = (tile.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -271,7 +271,7 @@ def widen(tile, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def narrow(tile, DTYPE: tl.constexpr):
+def downcast(tile, DTYPE: tl.constexpr):
     """The tile of float32 or float64 in a result's dtype, rounded to nearest even."""
     if _INTERPRET and DTYPE == tl.bfloat16:
         bits = tile.to(tl.float32).to(tl.int32, bitcast=True)

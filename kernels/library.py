@@ -1,6 +1,6 @@
 """The operators ``torch.ops.triton_cnn``: allocation, planning and launch, with fake versions.
 
-All take batched N, C, H, W tensors and normalised arguments: pairs are (height, width), padding
+All take batched N, C, H, W tensors and normalized arguments: pairs are (height, width), padding
 is (top, bottom, left, right). A CUDA tensor always runs the kernels; a CPU tensor runs them in
 Triton's interpreter (TRITON_INTERPRET=1 at import) or emulated (``device.emulate``), and is
 otherwise refused.

@@ -28,17 +28,17 @@ from .geometry import Pair, Pool2dGeometry
 from .indexing import (
     Strides,
     cdiv,
+    decode_ints,
+    decode_strides,
     divisors,
-    narrow,
+    downcast,
+    encode_ints,
     operands,
-    plain,
-    plain_strides,
     pointers,
     power_of_2,
     program,
     quotient,
-    unspecialised,
-    widen,
+    upcast,
     within,
 )
 from .tile import Tile
@@ -208,7 +208,7 @@ class _Tile(NamedTuple):
     rows: int  # places
     columns: int  # channels
     unit: int  # that divides C and all strides but that of channels
-    wide: bool  # whether offsets need 64 bits
+    int64_index: bool  # whether offsets need 64 bits
     channels_inside: bool  # whether neighbouring threads have neighbouring channels, else places
 
 
@@ -240,13 +240,13 @@ def _launch(
         vector = _VECTOR // tensors[0].element_size()
         unit = gcd(vector, C, *(stride for strides in rows for stride in strides))
     column_tiles = cdiv(C, tile.columns)
-    walk = unspecialised((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
-    wide = device.wide(N * P * Q, *tensors)
+    walk = encode_ints((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
+    int64_index = device.int64_index(N * P * Q, *tensors)
     strides = tuple(
         (2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
         for (n, h, w), c in zip(rows, channels, strict=True)
     )
-    block = _Tile(tile.rows, tile.columns, unit, wide, channels[-1] == 1)
+    block = _Tile(tile.rows, tile.columns, unit, int64_index, channels[-1] == 1)
     arguments = {"strides": strides, "walk": walk, **own, "TILE": block}
     return _Launch((cdiv(N * P * Q, tile.rows) * column_tiles,), arguments)
 
@@ -260,7 +260,7 @@ def _row_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int
 @triton.jit
 def _strides(strides, TILE: tl.constexpr):
     """A tensor's Strides, all but that of c multiples of the unit."""
-    n, c, h, w = plain_strides(strides)
+    n, c, h, w = decode_strides(strides)
     return Strides(n * TILE.unit, c, h * TILE.unit, w * TILE.unit)
 
 
@@ -270,8 +270,10 @@ def _places_and_channels(walk, TILE: tl.constexpr):
 
     Places are [rows, 1] and channels [1, columns], or channels come first; the mask has both.
     """
-    N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = plain(walk)
-    pid = program(TILE.wide)
+    N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = decode_ints(
+        walk
+    )
+    pid = program(TILE.int64_index)
     row_tile = quotient(pid, column_tiles, by_tiles, shift_tiles)
     place = row_tile * TILE.rows + tl.arange(0, TILE.rows)
     c = (pid - row_tile * column_tiles) * TILE.columns + tl.arange(0, TILE.columns)
@@ -311,7 +313,7 @@ def max_pool2d_kernel(
     indices_ptr,  # or None
     strides,  # of each of these, see _strides
     walk,  # over y, see _places_and_channels
-    sizes,  # H, W, unspecialised
+    sizes,  # H, W, encoded
     WINDOW: tl.constexpr,  # a _Window
     TAPS: tl.constexpr,  # the _Taps to take
     TILE: tl.constexpr,  # a _Tile
@@ -322,7 +324,7 @@ def max_pool2d_kernel(
     tap wins if it is greater or NaN: of equal values the first does, of several NaNs the last.
     One program writes a tile of pixels by channels; values are compared in their own dtype.
     """
-    H, W = plain(sizes)
+    H, W = decode_ints(sizes)
     n, p, q, c, mask = _places_and_channels(walk, TILE)
     x_strides, y_strides, offsets_strides, indices_strides = strides
     x_strides = _strides(x_strides, TILE)
@@ -349,14 +351,14 @@ def max_pool2d_kernel(
         h = h0 + r * WINDOW.dilation[0]
         w = w0 + s * WINDOW.dilation[1]
         x = tl.load(x_planes + h * x_strides.h + w * x_strides.w, mask=found, other=OTHER)
-        x = widen(x, COMPARED)
+        x = upcast(x, COMPARED)
         # Not the larger one: of equal zeros the first keeps its sign.
         greater = x > best
         winner = tl.where(greater | (x != x), (r * S + s).to(tl.int32), winner)
         best = tl.where(x != x, x, tl.where(greater, x, best))
 
     at = _at(n, c, p, q, _strides(y_strides, TILE))
-    tl.store(y_ptr + at, narrow(best, DTYPE), mask=mask)
+    tl.store(y_ptr + at, downcast(best, DTYPE), mask=mask)
     if offsets_ptr is not None:
         at = _at(n, c, p, q, _strides(offsets_strides, TILE))
         tl.store(offsets_ptr + at, winner.to(offsets_ptr.dtype.element_ty), mask=mask)
@@ -382,7 +384,7 @@ def max_pool2d(
     came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
     """
     results = [y if t is None else t for t in (y, offsets, indices)]
-    own = {"sizes": unspecialised((g.H, g.W)), "WINDOW": _Window.of(g), "TAPS": _Taps.of(g)}
+    own = {"sizes": encode_ints((g.H, g.W)), "WINDOW": _Window.of(g), "TAPS": _Taps.of(g)}
     launch = _launch((g.N, g.P, g.Q), g.C, tile, (x, *results), **own)
     device.launch(
         max_pool2d_kernel,
@@ -401,7 +403,7 @@ def max_pool2d_backward_kernel(
     dx_ptr,
     strides,  # of each of these, see _strides
     walk,  # over cells, see _places_and_channels
-    sizes,  # H, W, P, Q, unspecialised
+    sizes,  # H, W, P, Q, encoded
     CELL: tl.constexpr,  # a _Cell
     TILE: tl.constexpr,  # a _Tile
 ):
@@ -411,7 +413,7 @@ def max_pool2d_backward_kernel(
     and knows of each pixel which tap of theirs it is. Windows are added in the order of p and q,
     in float32 (float64 for float64).
     """
-    H, W, P, Q = plain(sizes)
+    H, W, P, Q = decode_ints(sizes)
     n, u, v, c, mask = _places_and_channels(walk, TILE)
     dy_strides, offsets_strides, dx_strides = strides
     dy_strides = _strides(dy_strides, TILE)
@@ -434,13 +436,13 @@ def max_pool2d_backward_kernel(
         dx = tl.zeros(mask.shape, ACC)
         for j in tl.static_range(len(CELL.pixels[i])):
             won = offsets[CELL.pixels[i][j].window] == CELL.pixels[i][j].tap
-            dx += tl.where(won, widen(dys[CELL.pixels[i][j].window], ACC), 0.0)
+            dx += tl.where(won, upcast(dys[CELL.pixels[i][j].window], ACC), 0.0)
         # As wide as u and v, as a stride's multiple may not fit into 32 bits.
         row = u * 0 + (CELL.first[0] + i // CELL.size[1])
         column = v * 0 + (CELL.first[1] + i % CELL.size[1])
         inside = mask & within(u * CELL.size[0] + row, H) & within(v * CELL.size[1] + column, W)
         dx_at = dx_cells + (row * dx_strides.h + column * dx_strides.w)
-        tl.store(dx_at, narrow(dx, DTYPE), mask=inside)
+        tl.store(dx_at, downcast(dx, DTYPE), mask=inside)
 
 
 @triton.jit
@@ -450,7 +452,7 @@ def max_pool2d_far_backward_kernel(
     dx_ptr,
     strides,  # of each of these, see _strides
     walk,  # over dx, see _places_and_channels
-    sizes,  # P, Q, unspecialised
+    sizes,  # P, Q, encoded
     WINDOW: tl.constexpr,  # a _Window
     WINDOWS: tl.constexpr,  # how many may cover a pixel, along each axis
     TILE: tl.constexpr,  # a _Tile
@@ -459,7 +461,7 @@ def max_pool2d_far_backward_kernel(
 
     One program writes a tile of pixels by channels.
     """
-    P, Q = plain(sizes)
+    P, Q = decode_ints(sizes)
     dy_strides, offsets_strides, dx_strides = strides
     dy_strides = _strides(dy_strides, TILE)
     offsets_strides = _strides(offsets_strides, TILE)
@@ -490,9 +492,9 @@ def max_pool2d_far_backward_kernel(
             offset = tl.load(offsets_rows + q * offsets_strides.w, mask=covers, other=-1)
             dy = tl.load(dy_rows + q * dy_strides.w, mask=covers, other=0.0)
             tap = r // WINDOW.dilation[0] * S + s // WINDOW.dilation[1]
-            dx += tl.where(covers & (offset == tap), widen(dy, ACC), 0.0)
+            dx += tl.where(covers & (offset == tap), upcast(dy, ACC), 0.0)
     at = _at(n, c, h, w, _strides(dx_strides, TILE))
-    tl.store(dx_ptr + at, narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + at, downcast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 def max_pool2d_backward(
@@ -501,10 +503,10 @@ def max_pool2d_backward(
     """dx[N,C,H,W] from dy[N,C,P,Q] and the offsets[N,C,P,Q] of the forward pass."""
     kernel: Any = max_pool2d_far_backward_kernel
     own: dict[str, Any] = {"WINDOW": _Window.of(g), "WINDOWS": g.covering}
-    own["sizes"] = unspecialised((g.P, g.Q))
+    own["sizes"] = encode_ints((g.P, g.Q))
     if _by_cells(g):
         kernel = max_pool2d_backward_kernel
-        own = {"sizes": unspecialised((g.H, g.W, g.P, g.Q)), "CELL": _Cell.of(g)}
+        own = {"sizes": encode_ints((g.H, g.W, g.P, g.Q)), "CELL": _Cell.of(g)}
     launch = _launch((g.N, *_cells(g)), g.C, tile, (dy, offsets, dx), **own)
     device.launch(
         kernel,
@@ -564,12 +566,12 @@ def max_unpool2d_kernel(
     x_ptr,
     indices_ptr,
     y_ptr,
-    x_strides,  # n, c, p, q, unspecialised; so are those of indices
+    x_strides,  # n, c, p, q, encoded; so are those of indices
     indices_strides,
-    y_strides,  # n, c, h, w, unspecialised
-    sizes,  # N, H * W, W, P * Q, Q, unspecialised
+    y_strides,  # n, c, h, w, encoded
+    sizes,  # N, H * W, W, P * Q, Q, encoded
     C,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
 ):
@@ -578,11 +580,11 @@ def max_unpool2d_kernel(
     One program writes PLANES planes (n, c): zeros first, then x in blocks of BLOCK elements.
     Barriers order the blocks; within one, an element yields to a later one of the same index.
     """
-    N, HW, W, PQ, Q = plain(sizes)
-    x_strides = plain_strides(x_strides)
-    indices_strides = plain_strides(indices_strides)
-    y_strides = plain_strides(y_strides)
-    plane = (program(WIDE) * PLANES + tl.arange(0, PLANES))[:, None]
+    N, HW, W, PQ, Q = decode_ints(sizes)
+    x_strides = decode_strides(x_strides)
+    indices_strides = decode_strides(indices_strides)
+    y_strides = decode_strides(y_strides)
+    plane = (program(INT64_INDEX) * PLANES + tl.arange(0, PLANES))[:, None]
     n = plane // C
     c = plane % C
 
@@ -627,9 +629,9 @@ def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
         (cdiv(N * C, tile.columns),),
         device=x.device,
         **operands(x=x, indices=indices, y=y),
-        sizes=unspecialised((N, H * W, W, P * Q, Q)),
+        sizes=encode_ints((N, H * W, W, P * Q, Q)),
         C=C,
-        WIDE=device.wide(max(N * C, H * W, P * Q), x, indices, y),
+        INT64_INDEX=device.int64_index(max(N * C, H * W, P * Q), x, indices, y),
         BLOCK=tile.rows,
         PLANES=tile.columns,
         num_warps=tile.warps,
@@ -665,14 +667,14 @@ def max_unpool2d_backward_kernel(
     dx_ptr,
     strides,  # of each of these, see _strides
     walk,  # over dx, see _places_and_channels
-    sizes,  # H * W, W, unspecialised
+    sizes,  # H * W, W, encoded
     TILE: tl.constexpr,  # a _Tile
 ):
     """dx[n,c,p,q] = dy[n,c,h,w] where indices[n,c,p,q] = h * W + w; 0 for an index outside.
 
     One program writes a tile of pixels by channels.
     """
-    HW, W = plain(sizes)
+    HW, W = decode_ints(sizes)
     n, p, q, c, mask = _places_and_channels(walk, TILE)
     dy_strides, indices_strides, dx_strides = strides
     at = _at(n, c, p, q, _strides(indices_strides, TILE))
@@ -689,7 +691,7 @@ def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
     N, C, H, W = dy.shape
     P, Q = dx.shape[2:]
     tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
-    sizes = unspecialised((H * W, W))
+    sizes = encode_ints((H * W, W))
     launch = _launch((N, P, Q), C, tile, (dy, indices, dx), sizes=sizes)
     device.launch(
         max_unpool2d_backward_kernel,

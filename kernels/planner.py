@@ -3,7 +3,7 @@
 The engine and the depth of its tiles follow from channels, taps, dtype and layout, never from the
 batch or the image: so an image's result does not depend on its neighbours. (wgrad sums over the
 batch: its engine follows from the map, too, and its order is free.) Tiles and boxes come from fixed
-families, so that few binaries serve all sizes; ``model`` predicts which of them is quickest.
+families, so that few binaries serve all sizes; ``cost_model`` predicts which of them is quickest.
 """
 
 from dataclasses import replace
@@ -11,13 +11,13 @@ from functools import lru_cache
 
 from . import (
     conv_pool,
+    cost_model,
     depthwise,
     descriptor_gemm,
     descriptor_pool,
-    direct_conv,
+    few_channels,
     implicit_gemm,
-    model,
-    pair_conv,
+    paired_columns,
     stem_pool,
 )
 from .engine import Engine, Fusion, Plan, PoolingEngine
@@ -27,8 +27,8 @@ from .tile import Tile
 
 ENGINES: list[Engine] = [
     depthwise.ENGINE,
-    pair_conv.ENGINE,
-    direct_conv.ENGINE,
+    paired_columns.ENGINE,
+    few_channels.ENGINE,
     descriptor_gemm.ENGINE,
     implicit_gemm.ENGINE,
 ]
@@ -81,7 +81,7 @@ def plan_expanded(problem: Problem, pool: Pool2dGeometry) -> Plan | None:
     """The plan of a gradient that expands a pooled one as it is read, in any layout; None where it
     had better be written out first.
     """
-    if model.expands_first(problem, pool):
+    if cost_model.expands_first(problem, pool):
         return None
     return plan_fused("pool_gradient", problem._replace(layout="scattered"))
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from .cost_model import split
 from .geometry import Conv2dGeometry, Direction
-from .model import split
 from .problem import Problem
 from .tile import Tile, block_for, is_valid
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import device, replay
 from .device import loop
-from .indexing import cdiv, narrow, power_of_2, program
+from .indexing import cdiv, downcast, power_of_2, program
 
 
 # The elements are a layer's weights: their number, unlike that of the parts, knows no batch.
@@ -21,7 +21,7 @@ def split_sum_kernel(
     out_ptr,  # [numel]
     numel,
     splits,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -29,15 +29,15 @@ def split_sum_kernel(
 
     Every LANES-th part is added first to last, then these sums: so many loads wait at once.
     """
-    i = (program(WIDE) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    lane = (program(WIDE) * 0 + tl.arange(0, LANES))[:, None]
+    i = (program(INT64_INDEX) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    lane = (program(INT64_INDEX) * 0 + tl.arange(0, LANES))[:, None]
     total = tl.zeros((LANES, BLOCK), parts_ptr.dtype.element_ty)
     for first in loop(0, splits, LANES):
         part = first + lane
         mask = (part < splits) & (i < numel)
         total += tl.load(parts_ptr + part * numel + i, mask=mask, other=0.0)
     total = tl.sum(total, axis=0, keep_dims=True)
-    tl.store(out_ptr + i, narrow(total, out_ptr.dtype.element_ty), mask=i < numel)
+    tl.store(out_ptr + i, downcast(total, out_ptr.dtype.element_ty), mask=i < numel)
 
 
 class ChannelWalk(NamedTuple):
@@ -116,7 +116,7 @@ def split_sum(parts: Tensor | None, out: Tensor | None) -> None:
         out_ptr=out,
         numel=numel,
         splits=splits,
-        WIDE=device.wide(0, parts),
+        INT64_INDEX=device.int64_index(0, parts),
         BLOCK=block,
         LANES=lanes,
     )

@@ -2,9 +2,9 @@
 
 The map between convolution and pooling is never written. Sizes and strides are in elements.
 
-*Pairs.* Two neighbouring outputs are one row of the product, as in ``pair_conv``. So even and odd
-columns of the map come apart in the accumulator, even and odd rows by the order of its rows, and a
-window of two by two is four numbers of one thread.
+*Pairs.* Two neighbouring outputs are one row of the product, as in ``paired_columns``. So even and
+odd columns of the map come apart in the accumulator, even and odd rows by the order of its rows,
+and a window of two by two is four numbers of one thread.
 
 *Keys.* Each value, rounded to the result's dtype, becomes an integer: its bits, above a number that
 falls from tap to tap. One integer maximum then keeps value and switch, and of equal values the
@@ -25,19 +25,29 @@ from .engine import PooledConv, PoolingEngine
 from .geometry import Conv2dGeometry, Pool2dGeometry
 from .indexing import (
     cdiv,
-    narrow,
+    decode_ints,
+    decode_strides,
+    downcast,
+    encode_ints,
+    encode_strides,
     operands,
-    plain,
-    plain_strides,
     pointers,
     power_of_2,
     program,
-    unspecialised,
-    unspecialised_strides,
-    widen,
+    upcast,
     within,
 )
-from .pair_conv import DEEPEST, FEW, Filters, convolve, halves, pack, run_of, segment, to_launch
+from .paired_columns import (
+    DEEPEST,
+    FEW,
+    Filters,
+    convolve,
+    halves,
+    pack,
+    run_of,
+    segment,
+    to_launch,
+)
 from .problem import Problem
 from .tile import INTERPRETER_ELEMENTS, Tile
 
@@ -108,7 +118,7 @@ def keys(values, bias, inside, TAP: tl.constexpr, EXACT: tl.constexpr, DTYPE: tl
     if DTYPE == tl.float32 or _INTERPRET:
         # A GPU's conversion to 16 bits gives NaN without a sign; what sums give is unspecified.
         values = tl.where(values != values, float("nan"), values)
-    rounded = narrow(values, DTYPE)
+    rounded = downcast(values, DTYPE)
     if DTYPE == tl.float32:
         bits = rounded.to(tl.int32, bitcast=True).to(tl.int64) << 32
     else:
@@ -269,8 +279,8 @@ def tile_keys(
     DEPTH: tl.constexpr = TILE.depth
     TURNS: tl.constexpr = (FILTERS.R * RUN.segment + DEPTH - 1) // DEPTH
     x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin = inputs
-    N, H, W, P, Q, PP, PQ = plain(sizes)
-    x_strides = plain_strides(x_strides)
+    N, H, W, P, Q, PP, PQ = decode_ints(sizes)
+    x_strides = decode_strides(x_strides)
     origin_h, origin_w = origin
     k_tile, n, p, q, _ = windows(pid, (PP, PQ), FILTERS.K, POOL, TILE)
     # Where in the map the last two rows and columns of each window start.
@@ -302,7 +312,7 @@ def tile_keys(
     bias = tl.zeros((COLUMNS,), tl.float32)
     if bias_ptr is not None:
         k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
-        bias = widen(tl.load(bias_ptr + k, mask=k < FILTERS.K, other=0.0), tl.float32)
+        bias = upcast(tl.load(bias_ptr + k, mask=k < FILTERS.K, other=0.0), tl.float32)
     DOWN: tl.constexpr = TILE.height // (2 * _GROUPS)
     return pooled(even, odd, bias, (p, q), (P, Q), POOL, DOWN, EXACT, DTYPE)
 
@@ -314,17 +324,17 @@ def stem_pool_kernel(
     bias_ptr,  # [K] or None
     y_ptr,  # [N, K, PP, PQ]
     offsets_ptr,  # like y, or None
-    x_strides,  # n, c, h, w, unspecialised
-    y_strides,  # n, k, p, q, unspecialised; so are those of offsets
+    x_strides,  # n, c, h, w, encoded
+    y_strides,  # n, k, p, q, encoded; so are those of offsets
     offsets_strides,
-    sizes,  # N, H, W, P, Q, PP, PQ, unspecialised
+    sizes,  # N, H, W, P, Q, PP, PQ, encoded
     origin,  # of the walk along the height and the width
     FILTERS: tl.constexpr,  # the Filters
     POOL: tl.constexpr,  # a _Window
     RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # a _Block
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """y[n,k,p,q] = max over a window of relu(conv(x, w) + bias), and the tap that won.
 
@@ -334,7 +344,7 @@ def stem_pool_kernel(
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     BITS: tl.constexpr = 32 if DTYPE == tl.float32 else 16
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     inputs = (x_ptr, packed_ptr, bias_ptr, x_strides, sizes, origin)
     key = tile_keys(pid, inputs, FILTERS, POOL, RUN, TILE, False, PRECISION, DTYPE)
     largest = key.max()
@@ -344,18 +354,18 @@ def stem_pool_kernel(
         same = pid + (largest >> (2 * BITS - 1))
         key = tile_keys(same, inputs, FILTERS, POOL, RUN, TILE, True, PRECISION, DTYPE)
 
-    N, _, _, _, _, PP, PQ = plain(sizes)
+    N, _, _, _, _, PP, PQ = decode_ints(sizes)
     k_tile, n, p, q, owned = windows(pid, (PP, PQ), FILTERS.K, POOL, TILE)
     k = k_tile * TILE.columns + tl.arange(0, TILE.columns)
     mask = (k < FILTERS.K)[:, None] & (owned & (n < N) & (p < PP) & (q < PQ))[None, :]
     INTEGER: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
     y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
-    y_strides = plain_strides(y_strides)
+    y_strides = decode_strides(y_strides)
     places = n * y_strides.n + p * y_strides.h + q * y_strides.w
     tl.store(y_ptr + ((k * y_strides.c)[:, None] + places[None, :]), y, mask=mask)
     if offsets_ptr is not None:
         tap = tl.where(key >> BITS > 0, _LAST - (key & _LAST), 255).to(tl.uint8)
-        offsets_strides = plain_strides(offsets_strides)
+        offsets_strides = decode_strides(offsets_strides)
         places = n * offsets_strides.n + p * offsets_strides.h + q * offsets_strides.w
         places = (k * offsets_strides.c)[:, None] + places[None, :]
         tl.store(offsets_ptr + places, tap, mask=mask)
@@ -380,15 +390,15 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
             device=x.device,
             **operands(x=x, y=y),
             **pointers(packed=packed, bias=call.bias, offsets=offsets),
-            offsets_strides=unspecialised_strides(y if offsets is None else offsets),
-            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
+            offsets_strides=encode_strides(y if offsets is None else offsets),
+            sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
             origin=(g.walk.origin_h, g.walk.origin_w),
             FILTERS=Filters.of(g),
             POOL=window,
             RUN=known,
             TILE=_Block(images, rows, columns, tile.columns, tile.depth),
             PRECISION=call.precision,
-            WIDE=device.wide(g.N * g.P * g.Q, x, y),
+            INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

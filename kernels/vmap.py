@@ -57,26 +57,26 @@ def _wgrad(info, in_dims, x, dy, w_size, _, stride, padding, dilation, groups, p
     return (_unfold(dw, size, 0), _unfold(db, size, 0) if bias else db), (0, 0 if bias else None)
 
 
-def _normalised(dims, x, scale, shift, dtype):
+def _normalized(dims, x, scale, shift, dtype):
     """Images from bytes, and their mapped axis: what bytes have no rule of their own for."""
 
-    def normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def normalize(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return (x * scale[:, None, None] + shift[:, None, None]).to(dtype)
 
     if any(dim is not None for dim in dims):
-        return torch.vmap(normalise, dims)(x, scale, shift), 0
-    return normalise(x, scale, shift), None
+        return torch.vmap(normalize, dims)(x, scale, shift), 0
+    return normalize(x, scale, shift), None
 
 
 def _conv2d_bytes(info, in_dims, x, w, bias, scale, shift, *rest):
     x_dim, w_dim, bias_dim, *dims = in_dims[:5]
-    values, axis = _normalised((x_dim, *dims), x, scale, shift, w.dtype)
+    values, axis = _normalized((x_dim, *dims), x, scale, shift, w.dtype)
     return _conv2d(info, (axis, w_dim, bias_dim, None), values, w, bias, None, *rest)
 
 
 def _conv2d_bytes_wgrad(info, in_dims, x, dy, scale, shift, *rest):
     x_dim, dy_dim, *dims = in_dims[:4]
-    values, axis = _normalised((x_dim, *dims), x, scale, shift, dy.dtype)
+    values, axis = _normalized((x_dim, *dims), x, scale, shift, dy.dtype)
     return _wgrad(info, (axis, dy_dim), values, dy, *rest)
 
 

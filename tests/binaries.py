@@ -27,13 +27,13 @@ from bench import suites
 from kernels import (
     depthwise,
     device,
-    direct_conv,
     epilogue,
     expansion,
+    few_channels,
     implicit_gemm,
     library,
     max_pool,
-    pair_conv,
+    paired_columns,
     planner,
 )
 from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
@@ -111,7 +111,7 @@ def launch_convolution(direction: str, g: Conv2dGeometry, channels_last: bool) -
     layout = "channels_last" if channels_last else "scattered"
     problem = Problem(direction, g, x.dtype, "ieee", device.describe(x.device), layout)
     plan = planner.plan(problem)
-    if plan.engine in (depthwise.ENGINE, pair_conv.ENGINE, direct_conv.ENGINE):
+    if plan.engine in (depthwise.ENGINE, paired_columns.ENGINE, few_channels.ENGINE):
         engine, tile = plan.engine, plan.tile
     if direction == "fprop":
         engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, y, relu=True)), tile)

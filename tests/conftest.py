@@ -30,7 +30,7 @@ EMULATED: dict[str, str] = {
     "test_descriptor_gemm.py": "",
     "test_descriptor_pool.py": "",
     "test_device.py": "counted_and or threads",
-    "test_direct_conv.py": "",
+    "test_few_channels.py": "",
     "test_expansion.py": "",
     "test_functional.py": "float8 or bytes",
     "test_max_pool.py": "",

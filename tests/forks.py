@@ -86,7 +86,7 @@ def forks() -> Iterator[Forks]:
 
 
 def normed(num_classes: int = 10, in_channels: int = 1, image_size: int = 32) -> nn.Module:
-    """A network with batch normalisation, of torch's layers."""
+    """A network with batch normalization, of torch's layers."""
     side = image_size // 4
     return nn.Sequential(
         nn.Conv2d(in_channels, 4, 3, stride=4, padding=1),

@@ -202,12 +202,12 @@ def test_bytes(dtype):
     x = torch.arange(2 * 3 * 5 * 6, dtype=torch.uint8).view(2, 3, 5, 6)
     w = torch.randn(4, 3, 3, 3, dtype=dtype, requires_grad=True)
     scale, shift = torch.tensor([0.5, 0.25, 2.0]), -3.0
-    found = F.conv2d(x, w, padding=1, normalise=(scale, shift))
+    found = F.conv2d(x, w, padding=1, normalize=(scale, shift))
     values = (x * scale[:, None, None] + shift).to(dtype)
     right = TF.conv2d(values, w, padding=1)
     same(found, right)
     same(*(torch.autograd.grad(y.square().sum(), w) for y in (found, right)))
-    same(F.conv2d(x[0], w, normalise=(scale, shift)), TF.conv2d(values[0], w))
+    same(F.conv2d(x[0], w, normalize=(scale, shift)), TF.conv2d(values[0], w))
 
 
 def test_keywords_in_any_order():
@@ -232,8 +232,8 @@ def test_dtypes_that_no_kernel_takes():
         ({"residual": (1, 6, 7, 9)}, ValueError, r"residual of \(1, 6, 7, 9\)"),
         ({"residual": torch.randn(2, 6, 7, 9).double()}, RuntimeError, "residual of torch.float64"),
         ({"padding": "full", "dilation": 0}, RuntimeError, "dilation=0"),
-        ({"normalise": (1.0,), "input": torch.uint8}, TypeError, r"normalise=\(1.0,\)"),
-        ({"normalise": (1.0, 0.0)}, RuntimeError, "input must be torch.uint8"),
+        ({"normalize": (1.0,), "input": torch.uint8}, TypeError, r"normalize=\(1.0,\)"),
+        ({"normalize": (1.0, 0.0)}, RuntimeError, "input must be torch.uint8"),
         ({"scale": torch.ones(())}, RuntimeError, "input must be torch.float8_e4m3fn"),
         ({"padding": "full", "weight": None}, TypeError, "weight=None"),
     ],

@@ -297,7 +297,7 @@ def operator_samples(device, dtype):
     scale = torch.rand(16, device=device)
     images = torch.arange(2 * 6 * 5 * 7, device=device).view(2, 6, 5, 7).to(torch.uint8)
     wide_images = images.contiguous(memory_format=torch.channels_last)
-    normalise = torch.rand(6, device=device) / 64, torch.rand(6, device=device)
+    normalize = torch.rand(6, device=device) / 64, torch.rand(6, device=device)
     return {
         "channel_sum": [(y,)],
         "conv2d": [
@@ -306,10 +306,10 @@ def operator_samples(device, dtype):
             (x, w, None, None, *conv, True),
         ],
         "conv2d_bytes": [
-            (images, w, bias, *normalise, *conv, False),
-            (wide_images, w, None, *normalise, *conv, True),
+            (images, w, bias, *normalize, *conv, False),
+            (wide_images, w, None, *normalize, *conv, True),
         ],
-        "conv2d_bytes_wgrad": [(images, y, *normalise, w.shape, w.stride(), *conv, True)],
+        "conv2d_bytes_wgrad": [(images, y, *normalize, w.shape, w.stride(), *conv, True)],
         "conv2d_fp8": [
             (*eight, scale, None, None, *conv[:3], 1, False),
             (*eight, scale[0], scale.bfloat16(), None, *conv[:3], 1, True),

@@ -20,7 +20,7 @@ import torch
 from cases import GROUPED, PLAIN, STRIDED, operands, sliced
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import aten, autotune, direct_conv, implicit_gemm, planner, winners
+from kernels import aten, autotune, few_channels, implicit_gemm, planner, tuning_cache
 from kernels.autotune import Tuner
 from kernels.device import Device, describe
 from kernels.engine import Dgrad, Epilogue, Fprop, Plan, Wgrad
@@ -193,7 +193,7 @@ def test_only_plans_that_add_as_the_first_does_compete(tmp_path, direction, quic
         *plans(16),
         *[plan._replace(tile=replace(plan.tile, depth=32)) for plan in plans(64)],
         *[plan._replace(tile=replace(plan.tile, packed=False)) for plan in plans(128)],
-        *plans(256, engine=direct_conv),
+        *plans(256, engine=few_channels),
         *plans(512, splits=2),
         *plans(32),
     ]
@@ -225,7 +225,7 @@ def test_all_that_compete_at_any_batch_add_in_the_same_order(direction, layout):
 def test_a_remembered_plan_that_adds_in_another_order_does_not_count(tmp_path):
     deep = plans(32)[0]
     deep = deep._replace(tile=replace(deep.tile, depth=32))
-    store = winners.Store(tmp_path, winners.versions_of(CPU, describe(CPU)))
+    store = tuning_cache.Store(tmp_path, tuning_cache.versions_of(CPU, describe(CPU)))
     store.put(autotune.class_of(problem_of(PLAIN, torch.float32)), autotune._record(deep))
     fake = Fake(tmp_path, {16: 1.0, 32: 1.0}, candidates=[*plans(16), deep])
     assert fake.choose() == 16
@@ -385,23 +385,23 @@ def test_what_makes_another_class(tmp_path, change):
 @pytest.mark.parametrize("change", [{"torch": "1"}, {"triton": "1"}, {"sources": "1"}], ids=str)
 def test_other_versions_have_files_of_their_own(tmp_path, monkeypatch, change):
     assert Fake(tmp_path, {16: 1.0, 32: 2.0}).choose() == 16
-    versions = winners.versions_of(CPU, describe(CPU)) | change
+    versions = tuning_cache.versions_of(CPU, describe(CPU)) | change
     monkeypatch.setattr(autotune, "versions_of", lambda *_: versions)
     assert Fake(tmp_path, {16: 2.0, 32: 1.0}).choose() == 32
     assert len(files(tmp_path)) == 2
 
 
 def test_the_fingerprint_is_of_the_sources(monkeypatch, tmp_path):
-    assert winners.versions_of(CPU, describe(CPU))["sources"] == winners.fingerprint()
-    monkeypatch.setattr(winners, "__file__", str(tmp_path / "winners.py"))
+    assert tuning_cache.versions_of(CPU, describe(CPU))["sources"] == tuning_cache.fingerprint()
+    monkeypatch.setattr(tuning_cache, "__file__", str(tmp_path / "tuning_cache.py"))
     source = tmp_path / "a.py"
     source.write_text("one")
-    first = winners.fingerprint.__wrapped__()
-    assert winners.fingerprint.__wrapped__() == first
+    first = tuning_cache.fingerprint.__wrapped__()
+    assert tuning_cache.fingerprint.__wrapped__() == first
     source = source.rename(tmp_path / "b.py")
-    renamed = winners.fingerprint.__wrapped__()
+    renamed = tuning_cache.fingerprint.__wrapped__()
     source.write_text("two")
-    assert len({first, renamed, winners.fingerprint.__wrapped__()}) == 3
+    assert len({first, renamed, tuning_cache.fingerprint.__wrapped__()}) == 3
 
 
 def test_sizes_of_a_class():
@@ -439,7 +439,7 @@ def test_splits_follow_the_exact_size(tmp_path):
     both = plans(32, splits=2) + plans(32, splits=4)
     problem = problem_of(PLAIN, torch.float32, direction="wgrad")
     (path,) = files(tmp_path)
-    store = winners.Store(tmp_path, winners.versions_of(CPU, describe(CPU)))
+    store = tuning_cache.Store(tmp_path, tuning_cache.versions_of(CPU, describe(CPU)))
     assert store.path == path
     (name,) = json.loads(path.read_text())["winners"]
     assert name == autotune.class_of(problem)
@@ -450,11 +450,11 @@ def test_the_folder_is_named_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_CNN_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert winners.cache_folder() == tmp_path / ".cache" / "triton-cnn"
+    assert tuning_cache.cache_folder() == tmp_path / ".cache" / "triton-cnn"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert winners.cache_folder() == tmp_path / "x" / "triton-cnn"
+    assert tuning_cache.cache_folder() == tmp_path / "x" / "triton-cnn"
     monkeypatch.setenv("TRITON_CNN_CACHE", str(tmp_path / "own"))
-    assert winners.cache_folder() == tmp_path / "own"
+    assert tuning_cache.cache_folder() == tmp_path / "own"
     fake = Fake(tmp_path, {16: 1.0, 32: 2.0})
     fake.tuner = Tuner(None, fake.measure, lambda problem: plans(16, 32))
     fake.choose()
@@ -486,7 +486,7 @@ DAMAGE = {
     "deep": lambda text: "[" * 100_000,
     "deep and valid": lambda text: text[:-2] + ', "more": ' + "[" * 50_000 + "]" * 50_000 + "}",
     "long number": lambda text: text[:-2] + ', "more": ' + "9" * 5_000 + "}",
-    "large": lambda text: text + " " * winners._LARGEST,
+    "large": lambda text: text + " " * tuning_cache._LARGEST,
 }
 
 
@@ -527,8 +527,8 @@ def test_damage_while_running_loses_nothing_that_this_process_knows(tmp_path):
 
 
 def test_a_file_that_was_lost_and_begun_anew_is_completed(tmp_path):
-    versions = winners.versions_of(CPU, describe(CPU))
-    old, new = winners.Store(tmp_path, versions), winners.Store(tmp_path, versions)
+    versions = tuning_cache.versions_of(CPU, describe(CPU))
+    old, new = tuning_cache.Store(tmp_path, versions), tuning_cache.Store(tmp_path, versions)
     old.put("a", {"rows": 1})
     old.path.unlink()
     assert old.get("a") == [{"rows": 1}]
@@ -597,7 +597,7 @@ def test_what_a_killed_writer_left_is_written_anew(tmp_path, kind):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     folder = tmp_path / "shared"
-    store = winners.Store(folder, winners.versions_of(CPU, describe(CPU)))
+    store = tuning_cache.Store(folder, tuning_cache.versions_of(CPU, describe(CPU)))
     folder.mkdir()
     left = store.path.with_suffix(".new")
     left.write_text("{")
@@ -611,7 +611,7 @@ def test_what_a_killed_writer_left_is_written_anew(tmp_path, kind):
 
 def test_a_child_that_was_forked_meanwhile_holds_no_lock(tmp_path):
     """Its copy of the open file would keep it locked for as long as it lives."""
-    store = winners.Store(tmp_path, winners.versions_of(CPU, describe(CPU)))
+    store = tuning_cache.Store(tmp_path, tuning_cache.versions_of(CPU, describe(CPU)))
     with store._lock():
         opened = [fd for fd in Path("/proc/self/fd").iterdir() if fd.exists()]
         (number,) = (int(fd.name) for fd in opened if fd.readlink().suffix == ".lock")
@@ -624,10 +624,10 @@ def test_a_child_that_was_forked_meanwhile_holds_no_lock(tmp_path):
 
 
 def test_a_lock_that_is_never_released_costs_one_warning(tmp_path):
-    store = winners.Store(tmp_path, winners.versions_of(CPU, describe(CPU)))
+    store = tuning_cache.Store(tmp_path, tuning_cache.versions_of(CPU, describe(CPU)))
     patient = store._lock
     store._lock = lambda: patient(patience=0.05)
-    other = winners.Store(tmp_path, winners.versions_of(CPU, describe(CPU)))
+    other = tuning_cache.Store(tmp_path, tuning_cache.versions_of(CPU, describe(CPU)))
     with other._lock(), counted_warnings() as found:
         store.put("a", {"rows": 1})
         store.put("b", {"rows": 2})
@@ -637,17 +637,17 @@ def test_a_lock_that_is_never_released_costs_one_warning(tmp_path):
 
 def test_eight_processes_at_once_lose_no_entry(tmp_path):
     """They start from what this process has put there, and find it."""
-    versions = winners.versions_of(CPU, describe(CPU))
-    winners.Store(tmp_path, versions).put("first", {"rows": 0})
+    versions = tuning_cache.versions_of(CPU, describe(CPU))
+    tuning_cache.Store(tmp_path, versions).put("first", {"rows": 0})
     script = f"""
 import os, pathlib
-from kernels import winners
+from kernels import tuning_cache
 go_in, go_out = os.pipe()
 for i in range(8):
     if os.fork() == 0:
         os.close(go_out)
         os.read(go_in, 1)
-        store = winners.Store(pathlib.Path({str(tmp_path)!r}), {versions!r})
+        store = tuning_cache.Store(pathlib.Path({str(tmp_path)!r}), {versions!r})
         assert store.get("first") == [{{"rows": 0}}]
         for j in range(20):
             store.put(f"process {{i}} entry {{j}}", {{"rows": i}})
@@ -756,7 +756,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(tmp_path, monkeypatch):
         raise AssertionError("it ran")
 
     assert tuner.choose(problem, tensors, run, run) == planner.plan(problem)
-    winners.Store(tmp_path, {"device": "GPU"}).put(
+    tuning_cache.Store(tmp_path, {"device": "GPU"}).put(
         autotune.class_of(problem), autotune._record(plans(32)[0])
     )
     assert tuner.choose(problem, tensors, run, run).tile.rows == 32  # a known class

@@ -28,11 +28,11 @@ def test_a_new_size_needs_no_new_binary(found):
 
 def test_a_direction_of_a_layer_needs_few_binaries(found):
     for row in found["rows"]:
-        parities = 4 if row["direction"] == "dgrad" else 1
+        phases = 4 if row["direction"] == "dgrad" else 1
         second_passes = 2 if row["direction"] == "wgrad" else 0
         if row["layer"] in ("stem", "lenet5") and row["direction"] == "fprop":
-            parities = 3  # filters are packed first; rows of the image start on wide words or not
-        most = 6 if "pool" in row["layer"] else parities + second_passes
+            phases = 3  # filters are packed first; rows of the image start on wide words or not
+        most = 6 if "pool" in row["layer"] else phases + second_passes
         if ", pool" in row["layer"]:  # the families of tiles of a fused block's products
             most = 8 if row["direction"] == "forward" else 32
         assert 1 <= len(row["first"]) <= most, row

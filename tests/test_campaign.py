@@ -30,7 +30,7 @@ HOPPER = device.typical(GPUTarget("cuda", 90, 32))
 # Faults, each in an engine or operator of its own, and a right one among them.
 PLANTED = """
 import os, sys
-from kernels import depthwise, device, epilogue, expansion, pair_conv
+from kernels import depthwise, device, epilogue, expansion, paired_columns
 from kernels.engine import Fprop
 from bench.__main__ import main
 
@@ -54,7 +54,7 @@ def broken(call, tile):
 
 depthwise.ENGINE.launchers[Fprop] = wrong
 device.launch = moody
-pair_conv.ENGINE.launchers[Fprop] = broken
+paired_columns.ENGINE.launchers[Fprop] = broken
 epilogue.relu_backward = lambda *args: None
 expansion.expand = lambda *args: os.abort()
 if __name__ == "__main__":
@@ -128,7 +128,7 @@ def test_every_operator_and_engine_is_checked_and_wgrad_first():
         for check in checks
         if check.operator in (*items.DIRECTIONS, "conv2d_relu_max_pool2d")
     }
-    three = ("implicit_gemm", "direct_conv", "depthwise")
+    three = ("implicit_gemm", "few_channels", "depthwise")
     expected = {
         (engine, direction, dtype)
         for engine in three
@@ -141,7 +141,7 @@ def test_every_operator_and_engine_is_checked_and_wgrad_first():
         for dtype in ("bf16", "fp16", "tf32")
     }
     expected |= {
-        ("pair_conv", direction, dtype)
+        ("paired_columns", direction, dtype)
         for direction in ("fprop", "wgrad")
         for dtype in ("bf16", "fp16")
     }

@@ -16,7 +16,7 @@ import triton
 import cnn
 from cnn import checkpoint as checkpoints
 from cnn import weights
-from cnn.problem import Problem
+from cnn.errors import UsageError
 
 CONTENTS = {key: {} for key in checkpoints.KEYS - {"format", "versions"}}
 
@@ -152,7 +152,7 @@ def test_what_is_no_checkpoint_is_named_and_left_alone(case, tmp_path, monkeypat
     path = tmp_path / "x.pt"
     make(path)
     before = path.read_bytes() if path.is_file() else None
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UsageError) as caught:
         checkpoints.load(path)
     assert str(caught.value).startswith(message.format(path=path))
     assert "\n" not in str(caught.value)
@@ -182,7 +182,7 @@ def test_no_damage_is_taken_for_a_checkpoint(tmp_path):
     for contents in damages(path.read_bytes()):
         path.write_bytes(contents)
         for read in (checkpoints.load, weights.read):
-            with pytest.raises(Problem, match=f"^{path} is (damaged|not a checkpoint)"):
+            with pytest.raises(UsageError, match=f"^{path} is (damaged|not a checkpoint)"):
                 read(path)
 
 
@@ -195,7 +195,7 @@ def test_no_damage_of_safetensors_is_used(tmp_path):
     assert (len(parameters), found["config"]) == (10, about["config"])
     for contents in damages(path.read_bytes()):
         path.write_bytes(contents)
-        with pytest.raises(Problem, match=f"^{path} is damaged"):
+        with pytest.raises(UsageError, match=f"^{path} is damaged"):
             weights.read(path)
 
 
@@ -209,7 +209,7 @@ def test_no_damage_of_bare_parameters_changes_them(tmp_path):
         path.write_bytes(contents)
         try:
             found, _ = weights.read(path)
-        except Problem:
+        except UsageError:
             continue
         taken += 1
         assert found.keys() == state.keys()
@@ -260,6 +260,6 @@ def test_a_lock_that_is_refused(number, given, tmp_path, monkeypatch):
         with checkpoints.claimed(tmp_path) as locked:
             assert locked is False
         return
-    with pytest.raises(Problem) as caught, checkpoints.claimed(tmp_path):
+    with pytest.raises(UsageError) as caught, checkpoints.claimed(tmp_path):
         pass
     assert str(caught.value) == given.format(folder=tmp_path)

@@ -30,10 +30,10 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PRODUCTS = {
     ("implicit_gemm", "fprop_kernel"),
     ("implicit_gemm", "wgrad_kernel"),
-    ("direct_conv", "few_channel_fprop_kernel"),
-    ("direct_conv", "few_channel_wgrad_kernel"),
-    ("pair_conv", "pair_fprop_kernel"),
-    ("pair_conv", "pair_wgrad_kernel"),
+    ("few_channels", "few_channel_fprop_kernel"),
+    ("few_channels", "few_channel_wgrad_kernel"),
+    ("paired_columns", "pair_fprop_kernel"),
+    ("paired_columns", "pair_wgrad_kernel"),
 }
 STEM_PRODUCTS = {("stem_pool", "stem_pool_kernel")}  # on NVIDIA's GPUs
 DESCRIPTOR_PRODUCTS = {  # on Hopper and later
@@ -42,9 +42,9 @@ DESCRIPTOR_PRODUCTS = {  # on Hopper and later
     ("descriptor_pool", "pooled_product_kernel"),
 }
 OTHERS = {
-    ("pair_conv", "pack_kernel"),
+    ("paired_columns", "pack_kernel"),
     ("split_sum", "split_sum_kernel"),
-    ("direct_conv", "few_channel_dgrad_kernel"),
+    ("few_channels", "few_channel_dgrad_kernel"),
     ("depthwise", "depthwise_kernel"),
     ("depthwise", "depthwise_wgrad_kernel"),
     ("epilogue", "relu_backward_kernel"),
@@ -199,7 +199,7 @@ def test_operators_under_their_own_names_are_read(tmp_path):
     assert rows.keys() == set(NAMED_OPS)
     assert {row["spill_bytes"] for row in rows.values()} == {0}
     engines = {op: (row["engine"], row["kernel"]) for op, row in rows.items()}
-    assert engines["first_layer_wgrad"] == ("direct_conv", "pair_wgrad_kernel")
+    assert engines["first_layer_wgrad"] == ("few_channels", "pair_wgrad_kernel")
     assert engines["conv_relu_max_pool_backward"] == engines["first_layer_wgrad"]
     assert rows["conv_relu"]["binary"] != rows["first_layer"]["binary"]
     run(*read, "--suite", "lenet5_n256", "--layer", "C1", "--op", "fprop", "--bias", "--relu")
@@ -245,7 +245,7 @@ def test_plan_has_a_line_for_each_layer_and_direction(capsys):
     for (layer, _), words in lines.items():
         engine, tile, box, splits, ms = words[3:8]
         if layer == "stem":
-            assert (engine, box) == ("direct_conv", "-")
+            assert (engine, box) == ("few_channels", "-")
         else:
             assert engine == "descriptor_gemm"
             assert str(math.prod(map(int, box.split("x")))) in tile.split("x")
@@ -314,14 +314,14 @@ def test_an_epilogue_is_launched_where_it_is_asked_for():
 @pytest.mark.parametrize(
     ("kernel", "padding", "launches", "chosen"),
     [
-        (3, 1, 4, 3),  # parities of 1, 2, 2 and 4 taps
+        (3, 1, 4, 3),  # phases of 1, 2, 2 and 4 taps
         (3, 0, 4, 0),  # of 4, 2, 2 and 1
-        (1, 0, 4, 0),  # one parity has the tap, the others are set to zero
+        (1, 0, 4, 0),  # one phase has the tap, the others are set to zero
         (1, 0, 1, 0),  # and need no launch
         (2, 0, 4, 0),  # all the same
     ],
 )
-def test_the_row_is_of_the_parity_with_most_taps(kernel, padding, launches, chosen):
+def test_the_row_is_of_the_phase_with_most_taps(kernel, padding, launches, chosen):
     pads = (padding, padding)
     g = Conv2dGeometry(2, 8, 8, 8, 8, kernel, kernel, (2, 2), (pads, pads))
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cnn
 import cnn.functional as F
-from kernels import model, planner
+from kernels import cost_model, planner
 from kernels.device import launches
 
 CONVOLUTIONS = {  # arguments after input, weight and bias, and the filter
@@ -304,7 +304,7 @@ def test_gradients_that_are_expanded_as_they_are_read(
     convolution, pool, dtype, device, monkeypatch
 ):
     """Where the planner finds that cheaper; here it always does."""
-    monkeypatch.setattr(model, "expands_first", lambda *_: False)
+    monkeypatch.setattr(cost_model, "expands_first", lambda *_: False)
     planner.plan_expanded.cache_clear()
     arguments, kernel = CONVOLUTIONS[convolution]
     groups, before = arguments[-1], launches()

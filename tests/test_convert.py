@@ -106,8 +106,8 @@ class OverridingReduce(nn.Conv2d):
         return OverridingReduce, (2, 3, 3), self.__getstate__()
 
 
-class Normalising(nn.Conv2d):
-    normalise = True
+class Normalizing(nn.Conv2d):
+    normalize = True
 
 
 class OverridingPool(nn.MaxPool2d):
@@ -215,7 +215,7 @@ def test_the_old_norms(device):
         (lambda: OverridingPool(2), "forward is overridden"),
         (lambda: OverridingReduce(2, 3, 3), "__reduce__ is overridden"),
         (lambda: OverridingLazy(3, 3), "it becomes a class of its own"),
-        (lambda: Normalising(2, 3, 3), "it has normalise of its own"),
+        (lambda: Normalizing(2, 3, 3), "it has normalize of its own"),
         (quantized, "it has qconfig of its own"),
         (replaced, "forward is overridden"),
         (lambda: nn.Conv2d(2, 3, 3, dtype=torch.complex64), "its parameters are torch.complex64"),
@@ -536,10 +536,10 @@ def test_what_is_no_model():
 
 def test_layers_that_torch_has_no_class_for_stay():
     model = cnn.convert(nn.Sequential(cnn.models.lenet5(), nn.Conv2d(1, 2, 3), Subclass(1, 2, 3)))
-    model[1].normalise = model[2].normalise = 2.0, 0.0
+    model[1].normalize = model[2].normalize = 2.0, 0.0
     before = str(model)
     assert str(cnn.revert(model)) == before
-    model[1].normalise = model[2].normalise = None
+    model[1].normalize = model[2].normalize = None
     assert [type(layer) for layer in cnn.revert(model)[1:]] == [nn.Conv2d, Subclass]
 
 

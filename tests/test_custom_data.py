@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 import cnn
 from cnn import data
 from cnn.data import UNCOUNTED, Augmented, Watch
-from cnn.problem import Problem
+from cnn.errors import UsageError
 
 
 class Colours(Dataset):
@@ -108,7 +108,7 @@ def test_numbers_that_are_not_finite_are_no_image(value, given):
     part = TensorDataset(images, torch.arange(9) % 2)
     sets = data.load(given({"train": part, "test": part, "classes": 2}))
     assert [label for _, label in (sets.train[index] for index in range(9))][6:] == [0, -1 - 7, 0]
-    with pytest.raises(Problem, match="it holds NaN or infinite numbers"):
+    with pytest.raises(UsageError, match="it holds NaN or infinite numbers"):
         sets.train.read(7)
 
 
@@ -184,7 +184,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_no_data_set(case, given):
     make, message = REFUSED[case]
-    with pytest.raises(Problem, match=message):
+    with pytest.raises(UsageError, match=message):
         data.load(given(make()))
 
 
@@ -202,7 +202,7 @@ def test_what_is_no_data_set(case, given):
 )
 def test_names_that_make_no_data_set(name, message, given):
     given(None)
-    with pytest.raises(Problem, match=message):
+    with pytest.raises(UsageError, match=message):
         data.load(name)
 
 
@@ -249,7 +249,7 @@ def test_images_that_cannot_be_had_are_broken(given):
         "it ends the program",
     ]
     assert told == [name.format(3 + i, reason) for i, reason in enumerate(reasons)]
-    with pytest.raises(Problem, match="no such record"):
+    with pytest.raises(UsageError, match="no such record"):
         Watch(sets.train, "stop", told.append)(labels.new_tensor([-1 - 3]))
 
 
@@ -329,7 +329,7 @@ def test_no_file_has_images_of_four_channels(cpu, module):
     assert (code, out, err) == (2, "", f"python -m cnn: {words}\n")
     _, transform, _ = cnn.load(run)
     assert transform(torch.zeros(4, 32, 32, dtype=torch.uint8)).shape == (4, 32, 32)
-    with pytest.raises(Problem, match="and has no 4 channels"):
+    with pytest.raises(UsageError, match="and has no 4 channels"):
         transform(module / "x.png")
 
 

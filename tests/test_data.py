@@ -15,7 +15,7 @@ from cnn import data
 from cnn.data import Augmented, Batches, Description, Preparation
 from cnn.data.formats import idx
 from cnn.data.sets import DEBIAN, resized
-from cnn.problem import Problem
+from cnn.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_headers_of_idx_files_are_not_trusted(end, sizes, message, tmp_path):
     contents = bytes((0, 0, 8, 3)) + struct.pack(">III", *sizes) + bytes(2 * 28 * 28)
     path = tmp_path / f"x{end}"
     path.write_bytes(gzip.compress(contents) if end else contents)
-    with pytest.raises(Problem, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         idx(path, 3)
     assert str(path) in str(caught.value)
 
@@ -177,7 +177,7 @@ def test_no_more_is_unpacked_than_a_header_says(tmp_path, monkeypatch):
 
     path.write_bytes(gzip.compress(bytes((0, 0, 8, 1, 0, 0, 0, 9)) + bytes(10**7)))
     monkeypatch.setattr(gzip.GzipFile, "read", counting)
-    with pytest.raises(Problem, match="more bytes"):
+    with pytest.raises(UsageError, match="more bytes"):
         idx(path, 1)
     assert asked == [8, 10]
 
@@ -186,7 +186,7 @@ def test_no_more_is_unpacked_than_a_header_says(tmp_path, monkeypatch):
 def test_damaged_idx_files(damage, mnist):
     harm, message = IDX_DAMAGE[damage]
     harm(mnist / "train-images-idx3-ubyte.gz")
-    with pytest.raises(Problem, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         data.load(f"mnist:{mnist}")
     assert str(mnist) in str(caught.value)
 
@@ -262,7 +262,7 @@ def test_a_pickle_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cifar(tmp_path, "old")
     (tmp_path / "data_batch_3").write_bytes(pickle.dumps({b"data": Code()}))
-    with pytest.raises(Problem, match=r"data_batch_3 is not a CIFAR-10 file: .* is not allowed"):
+    with pytest.raises(UsageError, match=r"data_batch_3 is not a CIFAR-10 file: .* is not allowed"):
         data.load(f"cifar10:{tmp_path}")
     assert not (tmp_path / "was-run").exists()
 
@@ -279,7 +279,7 @@ def test_a_pickle_runs_no_code(tmp_path, monkeypatch):
 def test_damaged_cifar10(name, contents, message, tmp_path):
     cifar(tmp_path, "bin")
     (tmp_path / name).unlink() if contents is None else (tmp_path / name).write_bytes(contents)
-    with pytest.raises(Problem, match=message):
+    with pytest.raises(UsageError, match=message):
         data.load(f"cifar10:{tmp_path}")
 
 
@@ -337,5 +337,5 @@ def test_faces_are_split_evenly():
         assert images.shape == (2 * count, 1, 32, 32)
         assert images.dtype == torch.uint8
         assert labels.bincount().tolist() == [count, count]
-    with pytest.raises(Problem, match="faces come with scikit-image and take no path"):
+    with pytest.raises(UsageError, match="faces come with scikit-image and take no path"):
         data.load("faces:somewhere")

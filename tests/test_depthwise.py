@@ -273,7 +273,7 @@ def test_64_bit_offsets_change_nothing(device, monkeypatch):
     g, tiles = STRIDED, patched((2, 2))
     t = operands(g, torch.float32, device)
     narrow = results(g, t, tiles)
-    monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+    monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
     assert all(map(torch.equal, narrow, results(g, t, tiles)))
 
 

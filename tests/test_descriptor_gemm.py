@@ -40,7 +40,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels import descriptor_gemm, library, planner
 from kernels import device as kernel_device
 from kernels.descriptor_gemm import takes_pairs
-from kernels.descriptor_tiles import keeps_places_apart, read_parities, supports
+from kernels.descriptor_tiles import keeps_places_apart, read_phases, supports
 from kernels.device import INTERPRET, Device
 from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
 from kernels.problem import Problem, layout_of
@@ -155,7 +155,7 @@ def assert_engine(direction, g, dtype, device, tile):
 
 # The case list of all engines.
 
-SIX_PARITIES = conv_case(2, 6, (8, 9), 5, (3, 4), (2, 3), (0, 3, 2, 1), (1, 2))
+SIX_PHASES = conv_case(2, 6, (8, 9), 5, (3, 4), (2, 3), (0, 3, 2, 1), (1, 2))
 UNGROUPED = [g for g in CONV_CASES if g.groups == 1]
 BOXES = ((2, 8, 16), (1, 16, 16), (4, 8, 8), (2, 16, 8), (4, 4, 8))
 
@@ -164,7 +164,7 @@ BOXES = ((2, 8, 16), (1, 16, 16), (4, 8, 8), (2, 16, 8), (4, 4, 8))
     ("g", "dtype", "direction"),
     [
         *params(UNGROUPED, DTYPES, ("dgrad", "wgrad")),
-        *params([g for g in UNGROUPED if g != SIX_PARITIES], DTYPES, ("fprop",)),
+        *params([g for g in UNGROUPED if g != SIX_PHASES], DTYPES, ("fprop",)),
     ],
 )
 def test_case_list(g, dtype, direction, device):
@@ -189,15 +189,15 @@ def test_what_is_refused():
     narrow = conv_case(1, 8, (2, 9), 8, (3, 3), (3, 1), (1, 1, 1, 1))
     empty = replace(PLAIN, N=0)
     refused = {
-        ("fprop", SIX_PARITIES, torch.float16, "ieee"): "taps in more than four parities of x",
-        ("wgrad", narrow, torch.float16, "ieee"): "a parity without pixels has taps",
+        ("fprop", SIX_PHASES, torch.float16, "ieee"): "taps in more than four phases of x",
+        ("wgrad", narrow, torch.float16, "ieee"): "a phase without pixels has taps",
         ("fprop", PLAIN, torch.float32, "ieee"): "no tensor core does these products",
         ("dgrad", PLAIN, torch.float64, "tf32"): "no tensor core does these products",
         **{(direction, empty, torch.float16, "ieee"): "no pixel" for direction in DIRECTIONS},
     }
     for arguments, why in refused.items():
         assert not supports(*arguments), why
-    assert len(read_parities(SIX_PARITIES)) == 6
+    assert len(read_phases(SIX_PHASES)) == 6
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -335,7 +335,7 @@ def test_tails_of_channels(g, direction, columns, depth, device):
     assert_engine(direction, g, torch.float16, device, tile)
 
 
-# Strides: the pairs of even maps, and parities apart.
+# Strides: the pairs of even maps, and phases apart.
 
 
 @pytest.fixture
@@ -362,13 +362,13 @@ PAIRS = (
 
 
 @pytest.mark.parametrize(("g", "dtype"), params(PAIRS, (torch.bfloat16, torch.float32)))
-def test_pairs_of_pixels_give_what_parities_give(g, dtype, descriptors, device):
-    """One descriptor of five dimensions where pixels follow one another, one for each parity that
+def test_pairs_of_pixels_give_what_phases_give(g, dtype, descriptors, device):
+    """One descriptor of five dimensions where pixels follow one another, one for each phase that
     has taps where channels are a part of theirs.
     """
     assert takes_pairs(g, 16)
     t, right = problem(g, dtype, device)
-    for spare, dimensions in ((0, [5]), (1, [4] * len(read_parities(g)))):
+    for spare, dimensions in ((0, [5]), (1, [4] * len(read_phases(g)))):
         y = poisoned(g.y_shape, t.x)
         call = Fprop(aligned(t.x, spare), aligned(t.w), y, g, "tf32", Epilogue(t.bias))
         descriptor_gemm.fprop(call, blocks("fprop", (4, 4, 8)))
@@ -410,7 +410,7 @@ STEPS = (
 
 @pytest.mark.parametrize(("g", "direction"), params(STEPS, DIRECTIONS))
 def test_strides(g, direction, device):
-    """Pointwise with a stride, and parities that have no taps."""
+    """Pointwise with a stride, and phases that have no taps."""
     assert_engine(direction, g, torch.bfloat16, device, blocks(direction, (2, 4, 4)))
 
 

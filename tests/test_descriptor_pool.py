@@ -118,7 +118,7 @@ LAYERS = (
     conv_case(1, 48, (7, 6), 33, (3, 1)),  # two blocks of channels, the second half empty
     conv_case(2, 16, (6, 8), 16, (1, 1)),
     conv_case(2, 32, (12, 10), 16, (3, 3), (2, 2), (1, 1, 1, 1)),  # pairs of pixels
-    conv_case(2, 16, (11, 10), 16, (3, 2), (2, 1), (1, 1, 0, 0)),  # parities apart
+    conv_case(2, 16, (11, 10), 16, (3, 2), (2, 1), (1, 1, 0, 0)),  # phases apart
     conv_case(1, 32, (7, 6), 64, (3, 3), padding=(2, 2, 2, 2), dilation=(2, 1), groups=2),
 )
 
@@ -147,7 +147,7 @@ def test_each_tile(window, device):
 
 
 def test_wide_offsets(monkeypatch, device):
-    monkeypatch.setattr("kernels.device.wide", lambda *arguments: True)
+    monkeypatch.setattr("kernels.device.int64_index", lambda *arguments: True)
     assert_exact(SMALL, PADDED, integers(SMALL, torch.bfloat16, device), boxed(2, 8, 8))
 
 

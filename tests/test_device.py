@@ -141,7 +141,7 @@ def test_offsets_are_wide_where_the_largest_offset_or_the_count_of_pixels_is(
     shape, strides, pixels, wide
 ):
     view = torch.empty_strided(shape, strides, device="meta")
-    assert devices.wide(pixels, view, None) is wide
+    assert devices.int64_index(pixels, view, None) is wide
 
 
 # What a call costs, and CUDA graphs.

@@ -117,11 +117,11 @@ def test_memory_that_was_given_back_is_not_read(name, device):
 
 # What is kept serves all modes.
 
-NORMALISE = (0.5, 0.25, 1.0), 2.0
+NORMALIZE = (0.5, 0.25, 1.0), 2.0
 
 
 def first(x, w):
-    return F.conv2d(x, w, normalise=NORMALISE)
+    return F.conv2d(x, w, normalize=NORMALIZE)
 
 
 def in_mode(mode):
@@ -157,8 +157,8 @@ def test_constants_made_in_any_mode_serve_training(mode, device):
     arguments._on_device.cache_clear()
     MODES[mode](x, w)
     w.requires_grad_()
-    scale = torch.tensor(NORMALISE[0], device=device)[:, None, None]
-    y, z = first(x, w), TF.conv2d(x * scale + NORMALISE[1], w)
+    scale = torch.tensor(NORMALIZE[0], device=device)[:, None, None]
+    y, z = first(x, w), TF.conv2d(x * scale + NORMALIZE[1], w)
     assert type(y) is torch.Tensor
     assert_close(y, z)
     ours, theirs = (torch.autograd.grad(r.sum(), w) for r in (y, z))

@@ -18,12 +18,12 @@ from kernels.epilogue import results, store_result
 from kernels.geometry import Conv2dGeometry
 from kernels.indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     dot,
+    encode_ints,
     pixel,
-    plain,
-    plain_strides,
     program,
-    unspecialised,
 )
 from kernels.indexing import (
     operands as arguments,
@@ -39,23 +39,23 @@ def pointwise_kernel(
     bias_ptr,  # [K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, K, P, Q]
-    x_strides,  # n, c, p, q, unspecialised
+    x_strides,  # n, c, p, q, encoded
     w_strides,  # k, c
     y_strides,  # the residual's, then y's
-    sizes,  # N, P, Q, unspecialised
+    sizes,  # N, P, Q, encoded
     K,
     C,
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """y[n,k,p,q] = relu?(sum over c of x[n,c,p,q] * w[k,c] + bias[k] + residual[n,k,p,q])."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, P, Q = plain(sizes)
-    x_strides = plain_strides(x_strides)
+    N, P, Q = decode_ints(sizes)
+    x_strides = decode_strides(x_strides)
     w_k, w_c = w_strides
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, TILE.columns)
     n, p, q = pixel(pid // column_tiles * TILE.rows + tl.arange(0, TILE.rows), P, Q)
     k = pid % column_tiles * TILE.columns + tl.arange(0, TILE.columns)
@@ -89,11 +89,11 @@ def fprop(call: Fprop, tile: Tile) -> None:
         w_ptr=w,
         w_strides=w.stride()[:2],
         **results(call.epilogue, y),
-        sizes=unspecialised((g.N, g.P, g.Q)),
+        sizes=encode_ints((g.N, g.P, g.Q)),
         K=g.K,
         C=g.C,
         PRECISION=call.precision,
-        WIDE=kernel_device.wide(pixels, x, w, call.epilogue.residual, y),
+        INT64_INDEX=kernel_device.int64_index(pixels, x, w, call.epilogue.residual, y),
         TILE=Block.of(tile),
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -13,10 +13,10 @@ from cases import case_id, conv_case, in_strides, random, sliced
 from torch import Tensor
 
 from kernels import epilogue, expansion, implicit_gemm, max_pool, planner
+from kernels.cost_model import expands_first
 from kernels.device import Device, describe
 from kernels.engine import Dgrad, PoolGradient, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
-from kernels.model import expands_first
 from kernels.problem import Problem
 from kernels.tile import Tile
 

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 import cnn
 import cnn.functional as F
+from cnn.errors import UsageError
 from cnn.models import resnet
-from cnn.problem import Problem
 from tests import hand_made
 from tests.test_models import narrow_vgg
 
@@ -45,7 +45,7 @@ class Layers(nn.Module):
         self.wide = cnn.MaxPool2d((3, 2), 2, (1, 0), ceil_mode=True, return_indices=True)
         self.unpool = cnn.MaxUnpool2d(2)
         self.bytes = cnn.ConvReLU2d(4, 3, 3, padding=1)
-        self.bytes.normalise = [0.02, 0.01, 0.03, 0.02], (-1.0, -2.0, 0.0, 0.5)
+        self.bytes.normalize = [0.02, 0.01, 0.03, 0.02], (-1.0, -2.0, 0.0, 0.5)
         self.sum = cnn.Conv2d(4, 4, 3, padding=1)
 
     def forward(self, x: Tensor, image: Tensor) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def small(name: str, **options) -> nn.Module:
 
 
 def narrow_resnet() -> resnet.ResNet:
-    """With statistics of its own in each normalisation."""
+    """With statistics of its own in each normalization."""
     net = resnet.ResNet(resnet.BasicBlock, (1, 1, 1, 1), 5, width=2)
     for norm in net.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -220,7 +220,7 @@ def test_bad_arguments(monkeypatch):
     here = sys.modules["cnn.export"]  # cnn.export itself is the function
     monkeypatch.setattr(here, "find_spec", lambda name: None if name == "onnxscript" else name)
     text = r"^exporting to ONNX needs onnxscript: pip install 'triton-cnn\[export\]'$"
-    with pytest.raises(Problem, match=text):
+    with pytest.raises(UsageError, match=text):
         cnn.export_onnx(layer, x)
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cnn import data
-from cnn.problem import Problem
+from cnn.errors import UsageError
 
 COLOURS = {"blue": (0, 0, 255), "red": (255, 0, 0)}
 
@@ -281,7 +281,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_folders_that_hold_no_data_set(case, tmp_path):
     make, message = REFUSED[case]
-    with pytest.raises(Problem, match=message) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         load(make(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
@@ -289,7 +289,7 @@ def test_folders_that_hold_no_data_set(case, tmp_path):
 def test_one_class_in_two_spellings(tmp_path):
     for name in ("caf\u00e9", "cafe\u0301", "t"):
         picture(tmp_path / name / "x.png")
-    with pytest.raises(Problem, match="two folders of the class caf\u00e9"):
+    with pytest.raises(UsageError, match="two folders of the class caf\u00e9"):
         load(tmp_path)
 
 
@@ -342,7 +342,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
 
     photos(tmp_path)
     monkeypatch.setattr(os, "scandir", guarded)
-    with pytest.raises(Problem, match=r"cannot read .*deep: Permission denied"):
+    with pytest.raises(UsageError, match=r"cannot read .*deep: Permission denied"):
         load(tmp_path)
 
 

@@ -546,24 +546,24 @@ def bytes_and_operands(device, dtype):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_bytes_are_images_that_were_normalised_before(dtype, layout, device):
+def test_bytes_are_images_that_were_normalized_before(dtype, layout, device):
     """In value, bit for bit, and in all gradients of any order."""
     x, values, w, b = bytes_and_operands(device, dtype)
     x, values = x.contiguous(memory_format=layout), values.contiguous(memory_format=layout)
     options = {"stride": 2, "padding": 1, "activation": "relu"}
 
-    def everything(input, **normalise):
-        y = F.conv2d(input, w, b, **options, **normalise)
+    def everything(input, **normalize):
+        y = F.conv2d(input, w, b, **options, **normalize)
         (dw, db), dy = torch.autograd.grad(y.sum(), (w, b), create_graph=True), y.detach()
         (dw_again,) = torch.autograd.grad((dw * w).sum(), w, retain_graph=True)
         return y, dw, db, dw_again, dy
 
-    ours = everything(x, normalise=(SCALE, list(SHIFT)))
+    ours = everything(x, normalize=(SCALE, list(SHIFT)))
     for got, right in zip(ours, everything(values), strict=True):
         assert got.equal(right)
         assert got.stride() == right.stride()
     with torch.no_grad():
-        one = F.conv2d(x[0], w, b, **options, normalise=(torch.tensor(SCALE, device=device), SHIFT))
+        one = F.conv2d(x[0], w, b, **options, normalize=(torch.tensor(SCALE, device=device), SHIFT))
     assert one.equal(ours[0][0])
 
 
@@ -573,7 +573,7 @@ def test_bytes_compile_map_and_cast(device):
     w, b = w.detach(), b.detach()
 
     def first(x, w):
-        return F.conv2d(x, w, b, normalise=(SCALE, SHIFT))
+        return F.conv2d(x, w, b, normalize=(SCALE, SHIFT))
 
     assert torch.compile(first, backend="aot_eager", fullgraph=True)(x, w).equal(first(x, w))
     weights = torch.stack([w, -w])
@@ -583,19 +583,19 @@ def test_bytes_compile_map_and_cast(device):
         y = first(x, w)
     assert y.equal(F.conv2d(values.bfloat16(), w.bfloat16(), b.bfloat16()))
     layer = cnn.ConvReLU2d(3, 8, 3, device=device)
-    layer.normalise = SCALE, SHIFT
+    layer.normalize = SCALE, SHIFT
     assert layer(x).equal(F.conv2d(values, layer.weight, layer.bias, activation="relu"))
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "named"),
     [
-        ({"normalise": None}, RuntimeError, "weight"),
-        ({"normalise": (1.0,)}, TypeError, "scale, shift"),
-        ({"normalise": (1.0, "0")}, TypeError, "numbers"),
-        ({"normalise": ((1.0, 2.0), 0.0)}, RuntimeError, r"\[3\]"),
-        ({"normalise": (torch.ones(3, dtype=torch.int64), 0.0)}, RuntimeError, "floats"),
-        ({"normalise": (torch.ones(3, requires_grad=True), 0.0)}, RuntimeError, "gradient"),
+        ({"normalize": None}, RuntimeError, "weight"),
+        ({"normalize": (1.0,)}, TypeError, "scale, shift"),
+        ({"normalize": (1.0, "0")}, TypeError, "numbers"),
+        ({"normalize": ((1.0, 2.0), 0.0)}, RuntimeError, r"\[3\]"),
+        ({"normalize": (torch.ones(3, dtype=torch.int64), 0.0)}, RuntimeError, "floats"),
+        ({"normalize": (torch.ones(3, requires_grad=True), 0.0)}, RuntimeError, "gradient"),
         ({"input": torch.ones(1, 3, 5, 5)}, RuntimeError, "uint8"),
         (
             {"input": torch.ones(1, 5, 5, 5, dtype=torch.uint8), "weight": torch.ones(2, 5, 3, 3)},
@@ -610,7 +610,7 @@ def test_what_bytes_refuse(changes, error, named, device):
     call = {
         "input": torch.ones(1, 3, 5, 5, dtype=torch.uint8),
         "weight": torch.ones(2, 3, 3, 3),
-        "normalise": (1.0, 0.0),
+        "normalize": (1.0, 0.0),
     } | changes
     call = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     with pytest.raises(error, match=named):

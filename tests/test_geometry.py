@@ -240,7 +240,7 @@ def test_published_layers(g, y_shape, gflops, megabytes):
     [("fprop", (50, 4, 27)), ("wgrad", (4, 27, 50)), ("dgrad", (242, 3, 9))],
 )
 def test_matrix_products(direction, expected):
-    """dgrad's depth is the mean over the parities: 4 filters of (2 + 1)^2 / 4 taps."""
+    """dgrad's depth is the mean over the phases: 4 filters of (2 + 1)^2 / 4 taps."""
     g = Conv2dGeometry(2, 3, 11, 11, 4, 3, 3, stride=(2, 2))
     assert g.gemm(direction) == expected
 

@@ -108,7 +108,7 @@ import json
 import torch
 
 from bench import compiled, dataflow, selection
-from kernels import direct_conv, implicit_gemm
+from kernels import few_channels, implicit_gemm
 from kernels.engine import Fprop, Normalization, PoolGradient, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.tile import Tile
@@ -127,12 +127,12 @@ def expanded(x, w, y):
 
 def widened(x, w, y):
     values = Normalization(w.new_empty(3), w.new_empty(3))
-    direct_conv.fprop(Fprop(x.byte(), w, y, first, "tf32", normalization=values), Tile(64, 32, 16))
+    few_channels.fprop(Fprop(x.byte(), w, y, first, "tf32", normalization=values), Tile(64, 32, 16))
 
 
 found = {}
 with selection.compiling("sm_90") as (_, launched):
-    for g, engine, launch in ((layer, implicit_gemm, expanded), (first, direct_conv, widened)):
+    for g, engine, launch in ((layer, implicit_gemm, expanded), (first, few_channels, widened)):
         hazards = []
         for rule in (engine.overlapped, lambda tile, computed: tile.stages):
             engine.overlapped = rule

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from cnn import data
 from cnn.data import UNCOUNTED, ImageFiles, Watch
-from cnn.problem import Problem
+from cnn.errors import UsageError
 
 EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
 """Draws other mutations, so many times as many."""
@@ -249,7 +249,7 @@ def test_an_error_of_any_class_is_a_broken_image(error, tmp_path, monkeypatch):
 
     Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image.Image, "convert", fail)
-    with pytest.raises(Problem, match=f"cannot read .*x.png: {error or type(error).__name__}"):
+    with pytest.raises(UsageError, match=f"cannot read .*x.png: {error or type(error).__name__}"):
         read(tmp_path / "x.png", 4)
 
 
@@ -257,7 +257,7 @@ def test_an_error_of_any_class_is_a_broken_image(error, tmp_path, monkeypatch):
 def test_a_damaged_avif_under_another_name(tmp_path):
     whole = bytes_of(Image.new("RGB", (24, 30)), "AVIF")
     (tmp_path / "x.png").write_bytes(whole.replace(b"pitm", b"free"))  # no primary item
-    with pytest.raises(Problem, match="cannot read"):
+    with pytest.raises(UsageError, match="cannot read"):
         read(tmp_path / "x.png", 4)
 
 
@@ -346,7 +346,7 @@ def test_broken_images(tmp_path):
     for line, path, reason in zip(told, broken, reasons, strict=True):
         assert re.fullmatch(f"cannot read {path}: {reason or '.+'}; skipped", line)
     strict = Watch(images, "stop", told.append)
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UsageError) as caught:
         strict(torch.tensor([3, images[len(paths) - 1][1]]))
     why = "cannot identify image file; --broken skip goes on without it"
     assert str(caught.value) == f"cannot read {tmp_path}/text.jpg: {why}"
@@ -359,7 +359,7 @@ def test_no_program_in_an_image_is_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", started)
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EOF\n")
-    with pytest.raises(Problem, match="it is PostScript, a program"):
+    with pytest.raises(UsageError, match="it is PostScript, a program"):
         read(tmp_path / "x.png", 8)
 
 
@@ -368,12 +368,12 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
     (tmp_path / "device.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
     for path in tmp_path.iterdir():
-        with pytest.raises(Problem, match="it is not a file"):
+        with pytest.raises(UsageError, match="it is not a file"):
             read(path, 8)
     assert data.image_files(tmp_path) == []
 
 
 def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(Problem, match="needs Pillow: pip install 'triton-cnn\\[train\\]'"):
+    with pytest.raises(UsageError, match="needs Pillow: pip install 'triton-cnn\\[train\\]'"):
         ImageFiles([tmp_path / "x.png"], [0], 8)

@@ -212,6 +212,6 @@ def test_torch_folds_batch_norm_into_a_layer(device):
 
 def test_a_pooling_layer_takes_no_bytes(device):
     block = cnn.ConvReLUMaxPool2d(3, 6, 3, pool_kernel_size=2, device=device)
-    block.normalise = 1 / 64, -2.0
+    block.normalize = 1 / 64, -2.0
     with pytest.raises(NotImplementedError, match="bytes"):
         block(torch.zeros(1, 3, 8, 8, dtype=torch.uint8, device=device))

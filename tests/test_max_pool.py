@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels import max_pool
 from kernels.device import Device, describe, launch, launches, wide
 from kernels.geometry import Pool2dGeometry, is_channels_last, largest_offset, output_strides
-from kernels.indexing import _compiled_plain, _compiled_quotient, divisors, unspecialised
+from kernels.indexing import _compiled_decode_ints, _compiled_quotient, divisors, encode_ints
 from kernels.tile import Tile, is_valid
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
@@ -602,7 +602,7 @@ def test_on_a_gpu_an_index_outside_fails_an_assertion(monkeypatch):
 
 @triton.jit
 def quotient_kernel(i_ptr, result_ptr, sizes, BLOCK: tl.constexpr):
-    size, multiplier, shift = _compiled_plain(sizes)
+    size, multiplier, shift = _compiled_decode_ints(sizes)
     at = tl.arange(0, BLOCK)
     i = tl.load(i_ptr + at)
     tl.store(result_ptr + at, _compiled_quotient(i, size, multiplier, shift))
@@ -616,7 +616,7 @@ def test_quotients_without_a_division(size, device):
     i = ends[(ends >= 0) & (ends < 2**31)][: 2**11]
     i = torch.nn.functional.pad(i, (0, 2**11 - len(i))).to(torch.int32)
     result = poisoned((1, 1, 1, 2**11), torch.int32, i.view(1, 1, 1, -1)).flatten().to(device)
-    sizes = unspecialised((size,)) + divisors(size)
+    sizes = encode_ints((size,)) + divisors(size)
     launch(quotient_kernel, (1,), i.to(device), result, sizes, len(i), device=device)
     assert_same(result, i // size)
 

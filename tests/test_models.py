@@ -287,7 +287,7 @@ def test_what_can_be_fused_is(build):
     assert kinds == {cnn.ConvReLU2d, cnn.ConvReLUMaxPool2d}
 
 
-def test_zfnet_normalises_where_figure_3_does():
+def test_zfnet_normalizes_where_figure_3_does():
     model = on_meta(lambda: cnn.models.zfnet(contrast=True))
     seen = []
     for layer in model.features:
@@ -305,7 +305,7 @@ def resnet_reference(state: dict[str, Tensor], x: Tensor, counts, strides, small
     where it halves the map. Each entry of ``state`` is taken out.
     """
 
-    def normalised(x: Tensor, convolution: str, norm: str, stride: int, relu: bool) -> Tensor:
+    def normalized(x: Tensor, convolution: str, norm: str, stride: int, relu: bool) -> Tensor:
         w, gain, bias = (state.pop(f"{convolution}.weight"), *pop(norm, "weight", "bias"))
         pop(norm, "running_mean", "running_var", "num_batches_tracked")
         y = TF.conv2d(x, w, stride=stride, padding=w.shape[-1] // 2)
@@ -315,7 +315,7 @@ def resnet_reference(state: dict[str, Tensor], x: Tensor, counts, strides, small
     def pop(prefix: str, *names: str) -> list[Tensor]:
         return [state.pop(f"{prefix}.{name}") for name in names]
 
-    x = normalised(x, "conv1", "bn1", 1 if small else 2, True)
+    x = normalized(x, "conv1", "bn1", 1 if small else 2, True)
     x = x if small else TF.max_pool2d(x, 3, 2, 1)
     for stage, count in enumerate(counts, start=1):
         for place in range(count):
@@ -323,10 +323,10 @@ def resnet_reference(state: dict[str, Tensor], x: Tensor, counts, strides, small
             halves = stage > 1 and place == 0
             for number, stride in enumerate(strides, start=1):
                 names = f"{prefix}.conv{number}", f"{prefix}.bn{number}"
-                y = normalised(y, *names, stride if halves else 1, number < len(strides))
+                y = normalized(y, *names, stride if halves else 1, number < len(strides))
             names = f"{prefix}.downsample.0", f"{prefix}.downsample.1"
             if f"{names[0]}.weight" in state:
-                x = normalised(x, *names, 2 if halves else 1, False)
+                x = normalized(x, *names, 2 if halves else 1, False)
             x = (x + y).relu()
     weight, bias = pop("fc", "weight", "bias")
     return TF.linear(x.mean((2, 3)), weight, bias)

@@ -20,17 +20,17 @@ kernels
 kernels.geometry kernels._private
 kernels.device
 kernels.tile kernels.problem kernels.indexing kernels.replay
-kernels.split_sum kernels.model kernels.descriptors
+kernels.split_sum kernels.cost_model kernels.descriptors
 kernels.engine kernels.pointer_tiles kernels.descriptor_tiles
 kernels.epilogue kernels.expansion
-kernels.implicit_gemm kernels.pair_conv kernels.depthwise kernels.max_pool kernels.conv_pool
-kernels.direct_conv kernels.stem_pool kernels.descriptor_gemm
+kernels.implicit_gemm kernels.paired_columns kernels.depthwise kernels.max_pool kernels.conv_pool
+kernels.few_channels kernels.stem_pool kernels.descriptor_gemm
 kernels.descriptor_pool
-kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.winners
+kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.tuning_cache
 kernels.autotune
 kernels.library
 kernels.functions
-cnn.arguments cnn.autocast cnn.problem cnn.text
+cnn.arguments cnn.autocast cnn.errors cnn.text
 cnn.composed
 cnn.functional
 cnn.layers

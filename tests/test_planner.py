@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from bench import plan as bench_plan
 from bench import selection, suites
 from kernels import (
+    cost_model,
     depthwise,
     descriptor_gemm,
-    direct_conv,
+    few_channels,
     implicit_gemm,
-    model,
-    pair_conv,
+    paired_columns,
     planner,
 )
 from kernels import device as devices
@@ -68,8 +68,8 @@ def test_each_candidate_is_valid_and_its_order_does_not_depend_on_the_batch(
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        ("stem", pair_conv.ENGINE),
-        ("few", direct_conv.ENGINE),
+        ("stem", paired_columns.ENGINE),
+        ("few", few_channels.ENGINE),
         ("3x3", implicit_gemm.ENGINE),
         ("odd", implicit_gemm.ENGINE),
         ("grouped", implicit_gemm.ENGINE),
@@ -88,7 +88,7 @@ def test_engine(name, engine):
 def test_wgrad_splits_its_pixels_until_the_device_is_full():
     g = LAYERS["3x3"]
     tile = planner.plan(Problem("wgrad", g, torch.bfloat16, "ieee", H100, "channels_last")).tile
-    programs, turns = model.wgrad_work(g, tile)
+    programs, turns = cost_model.wgrad_work(g, tile)
     assert programs * tile.splits >= H100.multiprocessors
     assert turns // tile.splits >= 8
     tiny = replace(g, N=1, H=4, W=4)
@@ -146,7 +146,7 @@ def test_the_plan_of_each_layer_of_each_suite(suite, device):
             problem = (direction, layer.geometry, dtype, precision, device)
             best = planner.plan(Problem(*problem, "aligned"))
             assert is_valid(best.tile, dtype.itemsize, device)
-            assert best.ms >= model.roofline(Problem(*problem))
+            assert best.ms >= cost_model.roofline(Problem(*problem))
             others = planner.candidates(Problem(*problem, "aligned"))
             assert best in others
             same_engine = [other.ms for other in others if other.engine is best.engine]
@@ -253,11 +253,11 @@ def test_the_model_counts_what_a_box_wastes():
     """One image in a box of 64: the turns are those of 64 images."""
     g = Conv2dGeometry(64, 256, 14, 14, 256, 3, 3, (1, 1), ((1, 1), (1, 1)))
     tile = Tile(128, 256, 64, warps=8, stages=4, box=(64, 1, 1))
-    full, alone = (model.wgrad_work(replace(g, N=N), tile) for N in (64, 1))
+    full, alone = (cost_model.wgrad_work(replace(g, N=N), tile) for N in (64, 1))
     assert full == alone == (18, 14 * 14)
     rest = (torch.bfloat16, "ieee", H100)
-    per_image = model.predict(Problem("wgrad", g, *rest), tile).ms / 64
-    assert model.predict(Problem("wgrad", replace(g, N=1), *rest), tile).ms > 32 * per_image
+    per_image = cost_model.predict(Problem("wgrad", g, *rest), tile).ms / 64
+    assert cost_model.predict(Problem("wgrad", replace(g, N=1), *rest), tile).ms > 32 * per_image
 
 
 def test_descriptors_serve_most_of_resnet50():
@@ -280,7 +280,7 @@ def test_descriptors_serve_most_of_resnet50():
         (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3, groups=4), "aligned", "16 filters fill no block"),
         (Conv2dGeometry(8, 40, 9, 9, 128, 3, 3, groups=2), "aligned", "20 channels fill no block"),
         (Conv2dGeometry(8, 8, 9, 9, 64, 3, 3), "aligned", "8 channels fill no block"),
-        (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3, (3, 3)), "aligned", "nine parities"),
+        (Conv2dGeometry(8, 64, 9, 9, 64, 3, 3, (3, 3)), "aligned", "nine phases"),
     ],
     ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )

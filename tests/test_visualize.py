@@ -129,7 +129,7 @@ def test_guided_projections_stop_at_what_was_zero(device):
 
 @pytest.mark.parametrize("family", [hand_made.VGG, hand_made.ResNet], ids=lambda f: f.__name__)
 def test_converted_layers_project_as_torchs_do(device, family):
-    """Also with a ReLU that serves twice, sums of branches and normalisations."""
+    """Also with a ReLU that serves twice, sums of branches and normalizations."""
     torch.manual_seed(0)
     model = family().double().eval().to(device)
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64, device=device)
@@ -295,7 +295,7 @@ def test_no_hook_is_left_where_a_second_layer_does_not_exist():
 
 
 def test_fields_are_those_of_eval_mode():
-    """In training a normalisation of single pixels refuses one image."""
+    """In training a normalization of single pixels refuses one image."""
     model = nn.Sequential(nn.Conv2d(1, 2, 4), nn.BatchNorm2d(2)).train()
     found = deconvnet(model, torch.rand(1, 4, 4), "1", count=1)
     assert found.field.size == (4, 4)
@@ -424,8 +424,8 @@ def test_levels():
     ]
 
 
-def test_a_model_can_normalise_for_itself():
-    model = visualize.normalise_first(nn.Identity(), (0.5, 0.25), (2, 0.5))
+def test_a_model_can_normalize_for_itself():
+    model = visualize.normalize_first(nn.Identity(), (0.5, 0.25), (2, 0.5))
     x = torch.tensor([1.0, 1.0]).view(1, 2, 1, 1)
     assert model(x).flatten().tolist() == [0.25, 1.5]
     assert not model.state_dict()

@@ -22,8 +22,8 @@ from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
 from cnn import data, networks, weights
 from cnn.data import IMAGENET
+from cnn.errors import UsageError
 from cnn.models.classifier import classifiers
-from cnn.problem import Problem
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -150,7 +150,7 @@ def test_a_transform_takes_images_of_every_kind(run, photos):
         transform(torch.zeros(3, 32, 32))
     with pytest.raises(TypeError, match="it is of list, and neither a tensor nor of Pillow's"):
         transform([1, 2])
-    with pytest.raises(Problem, match=r"cannot read nothing\.png"):
+    with pytest.raises(UsageError, match=r"cannot read nothing\.png"):
         transform("nothing.png")
 
 
@@ -248,7 +248,7 @@ def test_buffers_and_other_models_are_found_as_well(name, tmp_path):
     assert same(loaded.state_dict(), state)
 
 
-def test_batch_normalisation_of_before_it_counted(tmp_path):
+def test_batch_normalization_of_before_it_counted(tmp_path):
     """Files of torch 0.4 and before lack num_batches_tracked."""
     path = tmp_path / "x.pt"
     state = cnn.models.resnet18(3).state_dict()
@@ -278,7 +278,7 @@ def test_layers_are_told_their_version(end, tmp_path):
     assert same(other.state_dict(), model.state_dict())
     Versioned._version = 3
     try:
-        with pytest.raises(Problem, match=r"parameters of it: load_state_dict refuses them$"):
+        with pytest.raises(UsageError, match=r"parameters of it: load_state_dict refuses them$"):
             weights.fill(other, state, "it", path)
     finally:
         Versioned._version = 2
@@ -310,7 +310,7 @@ def test_weights_that_do_not_fit_are_told_apart(case):
     (name, size), change, message = UNFIT[case]
     state = {**lenet().state_dict(), **change}
     parameters = {key: value for key, value in state.items() if value is not None}
-    with pytest.raises(Problem) as caught:
+    with pytest.raises(UsageError) as caught:
         weights.build(name, parameters, size, Path("x.pt"))
     if name != "lenet6":
         known = f"x.pt does not hold the parameters of {name} for {size}x{size} pixels: "
@@ -386,7 +386,7 @@ def test_what_holds_no_weights_ends_in_one_line(case, tmp_path, monkeypatch, cap
         ["show", "filters", "--model", "lenet5", "--checkpoint", path],
     ):
         assert message in problem(capsys, *command)
-    with pytest.raises(Problem, match=re.escape(message)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         cnn.load(path)
     assert not Path("was-run").exists()
     assert [p.name for p in Path("run").iterdir()] == [".lock"]
@@ -394,12 +394,12 @@ def test_what_holds_no_weights_ends_in_one_line(case, tmp_path, monkeypatch, cap
 
 def test_a_folder_that_is_no_run(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Problem, match=r"cannot read .*/empty/last\.pt: No such file"):
+    with pytest.raises(UsageError, match=r"cannot read .*/empty/last\.pt: No such file"):
         cnn.load(tmp_path / "empty")
-    with pytest.raises(Problem, match=r"cannot read .*/none: No such file"):
+    with pytest.raises(UsageError, match=r"cannot read .*/none: No such file"):
         cnn.load(tmp_path / "none")
     torch.save(lenet().state_dict(), tmp_path / "bare.pt")
-    with pytest.raises(Problem, match="holds weights alone, without the model and the classes"):
+    with pytest.raises(UsageError, match="holds weights alone, without the model and the classes"):
         cnn.load(tmp_path / "bare.pt")
 
 
@@ -447,7 +447,7 @@ def test_only_what_differs_is_new():
             new = name.rpartition(".")[0] in ("features.0", "classifier.4")
             assert torch.equal(value, before[name] if new else other.state_dict()[name]), name
         weights_of["other"] = cnn.models.lenet5(image_size=28).state_dict()
-        with pytest.raises(Problem, match=r"its classifier\.0\.weight is 120x256, not 120x400"):
+        with pytest.raises(UsageError, match=r"its classifier\.0\.weight is 120x256, not 120x400"):
             weights.begin(model, path, "lenet5")
 
 
@@ -488,7 +488,7 @@ def test_classifiers_that_only_help_to_train_are_left_out(tmp_path):
     ]
     assert all(torch.equal(v, whole.state_dict()[n]) for n, v in model.state_dict().items())
     torch.save(model.state_dict(), path)
-    with pytest.raises(Problem, match=r"it lacks aux1\.fc1\.weight and 3 more"):
+    with pytest.raises(UsageError, match=r"it lacks aux1\.fc1\.weight and 3 more"):
         weights.begin(whole, path, "it")
 
 
@@ -540,7 +540,7 @@ def test_a_run_keeps_how_its_photographs_are_normalized(cpu, photos, mine):
 
 
 def test_frozen_parameters_stay_what_they_are(cpu, photos, run, tmp_path):
-    """And so does a frozen layer of batch normalisation, with its statistics; also when resumed."""
+    """And so does a frozen layer of batch normalization, with its statistics; also when resumed."""
     argv = ["train", "--model", "normed", "--data", f"folder:{photos}", "--size", 32]
     argv += ["--batch-size", 10, "--epochs", 2, "--output", tmp_path / "run"]
     freeze = "--freeze", "0.weight,1", "--freeze", "4.b*"
@@ -560,7 +560,7 @@ def test_frozen_parameters_stay_what_they_are(cpu, photos, run, tmp_path):
     assert len(last["training"]["optimizer"]["param_groups"][0]["params"]) == 2
 
 
-def test_of_a_layer_of_batch_normalisation_all_must_be_frozen():
+def test_of_a_layer_of_batch_normalization_all_must_be_frozen():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False))
     weights.freeze(model, ("1.weight",))
     weights.training(model.eval())
@@ -643,7 +643,9 @@ def test_commands_take_a_model_of_ones_own(cpu, photos, mine):
         assert code == 0, err
         if command[0] == "predict":
             assert out.split("\t")[1] == "blue"
-    with pytest.raises(Problem, match="of a model that is code: give model=, mine_too:Net itself"):
+    with pytest.raises(
+        UsageError, match="of a model that is code: give model=, mine_too:Net itself"
+    ):
         cnn.load(run)
     sys.path.insert(0, str(mine))
     from mine_too import Net  # type: ignore[import-not-found]
@@ -652,7 +654,7 @@ def test_commands_take_a_model_of_ones_own(cpu, photos, mine):
         loaded, transform, classes = cnn.load(run, model=model)
         assert classes[int(loaded(transform(image)[None]).argmax())] == "blue"
         assert type(loaded[0]) is cnn.Conv2d
-    with pytest.raises(Problem, match="is 3x128, not 4x128"):
+    with pytest.raises(UsageError, match="is 3x128, not 4x128"):
         cnn.load(run, model=Net(4))
 
 

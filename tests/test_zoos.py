@@ -93,7 +93,7 @@ def test_a_network_is_compiled_and_agrees_with_eager_mode(
     convolutions = sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
     assert sum(n for what, n in became.items() if what.startswith("conv2d")) == convolutions
     assert found.keys() == wanted.keys()
-    # Before a normalisation, and in a layer that nothing reads, gradients are 0 but for rounding.
+    # Before a normalization, and in a layer that nothing reads, gradients are 0 but for rounding.
     largest = max(float(t.norm()) for key, t in wanted.items() if key.startswith("gradient"))
     for key, value in wanted.items():
         value = value.double()  # counts of batches are integers

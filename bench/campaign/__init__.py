@@ -27,7 +27,8 @@ from kernels.device import INTERPRET, Device
 
 from .. import measure
 from .._private import Compilation, build_launchers, listen
-from ..record import Refusal, device_named, keep, opened, rounded
+from ..errors import UsageError
+from ..record import device_named, keep, opened, rounded
 from . import checks, items, timing
 from .items import Ceiling, Check, Item, Timing
 from .summary import line, summary
@@ -101,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
         return subprocess.run(command, env=environment, check=False).returncode
     try:
         if args.emulate and args.device != "cpu":
-            raise Refusal("--emulate is for --device cpu")
+            raise UsageError("--emulate is for --device cpu")
         return _Campaign(args).run()
-    except Refusal as error:
+    except UsageError as error:
         _say(str(error))
         return 2
 
@@ -158,9 +159,9 @@ class _Campaign:
         try:
             machine = self._ask("machine")
         except (Death, Late) as error:
-            raise Refusal(f"the device cannot be used: {error}") from None
+            raise UsageError(f"the device cannot be used: {error}") from None
         if isinstance(machine, str):
-            raise Refusal(machine)
+            raise UsageError(machine)
         return machine
 
     def _run_all(self, missing: list[Item], ahead: Compilers, results: Row) -> None:
@@ -214,9 +215,9 @@ def _server(kind: str, emulate: str | None, commit: str) -> Callable[[Any], Any]
         where = device_named(kind)
         if emulate:
             if INTERPRET:
-                raise Refusal("TRITON_INTERPRET is set: nothing would be emulated")
+                raise UsageError("TRITON_INTERPRET is set: nothing would be emulated")
             _emulate(emulate)
-    except Refusal as error:
+    except UsageError as error:
         reason = str(error)
         return lambda _: reason
     torch.set_num_threads(1)

@@ -79,10 +79,10 @@ def _convolution_call(check: Check, source: Source, g: Conv2dGeometry) -> Call:
     if check.operator in ("conv2d_bytes", "conv2d_bytes_wgrad"):
         bytes_ = source.laid_out((x.float() * 64 + 128).clamp(0, 255).to(torch.uint8))
         scale = torch.full((g.C,), 1 / 64, device=source.where)
-        normalised = scale, torch.full((g.C,), -2.0, device=source.where)
+        normalized = scale, torch.full((g.C,), -2.0, device=source.where)
         if check.operator == "conv2d_bytes":
-            return Call((bytes_, w, bias, *normalised), (*numbers, relu))
-        return Call((bytes_, dy, *normalised), (*filters, *numbers, has_bias))
+            return Call((bytes_, w, bias, *normalized), (*numbers, relu))
+        return Call((bytes_, dy, *normalized), (*filters, *numbers, has_bias))
     if check.operator == "conv2d_fp8":
         x, w = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
         scale = torch.full((1,), 0.5, device=source.where)

@@ -10,16 +10,16 @@ from kernels.max_pool import offset_dtype
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad"]
 
 
-def _normalised(x, scale, shift, dtype):
+def _normalized(x, scale, shift, dtype):
     return (x * scale[:, None, None] + shift[:, None, None]).to(dtype)
 
 
 def conv2d_bytes(x, w, bias, scale, shift, *arguments):
-    return conv2d(_normalised(x, scale, shift, w.dtype), w, bias, None, *arguments)
+    return conv2d(_normalized(x, scale, shift, w.dtype), w, bias, None, *arguments)
 
 
 def conv2d_bytes_wgrad(x, dy, scale, shift, *arguments):
-    return conv2d_wgrad(_normalised(x, scale, shift, dy.dtype), dy, *arguments)
+    return conv2d_wgrad(_normalized(x, scale, shift, dy.dtype), dy, *arguments)
 
 
 def channel_sum(dy):

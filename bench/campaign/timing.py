@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import device, model
+from kernels import cost_model, device
 from kernels.device import loop
 from kernels.geometry import Direction
 from kernels.problem import Problem
@@ -179,14 +179,14 @@ def run_timing(item: Timing, where: torch.device) -> dict[str, Any]:
         if where.type == "cuda":
             here, tile = device.describe(where), item.forced.tile
             problem = Problem(item.direction, g, kind.torch, kind.precision, here)
-            predicted = model.predict(problem, tile)
+            predicted = cost_model.predict(problem, tile)
     return {
         "ok": True,
         "reason": None,
         "ms": ms,
         "predicted_ms": predicted and predicted.ms,
         "limit": predicted and predicted.limit,
-        "tflops": ms and 2 * model.macs(item.direction, g) / ms / 1e9,
+        "tflops": ms and 2 * cost_model.macs(item.direction, g) / ms / 1e9,
         "chosen": str(item.forced) if item.forced else None,
     }
 

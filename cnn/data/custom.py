@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ..problem import Problem
+from ..errors import UsageError
 from .files import unreadable
 from .parts import USES, WORDS, Data, draw, identity, missing
 from .pixels import DEEP, fit
@@ -44,7 +44,7 @@ def call(flag: str, name: str, **options: Any) -> Any:
             sys.path.insert(0, here)  # where python -m has it, but no installed command
         return fitting(resolve_name(name), options)
     except (Exception, SystemExit) as error:  # someone else's code can raise anything
-        raise Problem(f"--{flag}: {name}() fails: {type(error).__name__}: {error}") from None
+        raise UsageError(f"--{flag}: {name}() fails: {type(error).__name__}: {error}") from None
 
 
 def fitting(function: Callable[..., Any], options: dict[str, Any]) -> Any:
@@ -76,13 +76,13 @@ class Samples(Dataset):
         """An item; what it draws at random is fixed by ``seed``, ``epoch`` and ``index`` alone."""
         try:
             return self._sample(index, seed, epoch)
-        except Problem:
+        except UsageError:
             known = self.description
             kind = torch.uint8 if known.pixels else torch.float32
             return torch.zeros(known.channels, known.size, known.size, dtype=kind), -1 - index
 
     def read(self, index: int) -> Tensor:
-        """Get an image; raises Problem if that cannot be done."""
+        """Get an image; raises UsageError if that cannot be done."""
         return self._sample(index, 0, 0)[0]
 
     def name(self, index: int) -> str:
@@ -193,7 +193,7 @@ def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
     samples = {part: Samples(each, name, part, description) for part, each in parts.items()}
     for part, images in samples.items():
         if not len(images):
-            raise Problem(f"--data: {name} gives no image to {USES[part]} with")
+            raise UsageError(f"--data: {name} gives no image to {USES[part]} with")
     mirrors = bool(given.get("mirrors", False))
     return Data(samples["train"], samples["test"], description, mirrors, samples.get("val"))
 
@@ -201,11 +201,11 @@ def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
 def _parts(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     parts = {WORDS[key.casefold()]: part for key, part in given.items() if key.casefold() in WORDS}
     if "train" not in parts:
-        raise Problem(f'--data: {name} gives no data set to train with, as {{"train": ...}}')
+        raise UsageError(f'--data: {name} gives no data set to train with, as {{"train": ...}}')
     for part in parts.values():
         if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
             kind = type(part).__name__
-            raise Problem(f"--data: {name} gives a {kind}, which has no length or no index")
+            raise UsageError(f"--data: {name} gives a {kind}, which has no length or no index")
     return parts
 
 
@@ -222,7 +222,7 @@ def _described(
         try:
             first = _channels_first(image)
         except (TypeError, ValueError) as error:
-            raise Problem(f"--data: an image of {name}: {error}") from None
+            raise UsageError(f"--data: an image of {name}: {error}") from None
         channels, kind, usual = len(first), first.dtype, min(first.shape[1:])
     lengths = [f"{part} {len(parts[part])}" for part in sorted(parts.keys() - {"test"})]
     whole = identity(text.encode(errors="surrogateescape") for text in (*lengths, *classes))
@@ -238,7 +238,7 @@ def _described(
         images = [image for image, label in map(sample.__getitem__, chosen) if label >= 0]
         if not images:
             sample.read(0)  # says what is wrong with them
-            raise Problem(f"--data: few images of {name} can be read")
+            raise UsageError(f"--data: few images of {name} can be read")
         mean, std = moments(torch.stack(images))
     return replace(known, mean=mean, std=std)
 
@@ -252,7 +252,7 @@ def _first(data: Any, name: str) -> Any:
         except (Exception, SystemExit) as raised:  # someone else's code can raise anything
             error = error or raised
     if error is None:
-        raise Problem(f"--data: {name} gives no image to train with")
+        raise UsageError(f"--data: {name} gives no image to train with")
     raise unreadable(f"any image of {name}", error)
 
 
@@ -261,14 +261,14 @@ def _classes(given: Mapping[str, Any], parts: Mapping[str, Any], name: str) -> t
     told = [_told(part) for part in parts.values()]
     classes = given.get("classes", told[0])
     if classes is None:
-        raise Problem(f'--data: say what the classes are: {name} gives no "classes"')
+        raise UsageError(f'--data: say what the classes are: {name} gives no "classes"')
     names = range(classes) if isinstance(classes, int) else classes
     found = tuple(map(str, names))
     if len(found) < 2 or len({*found}) < len(found):
-        raise Problem(f"--data: the classes of {name} must be two or more, and must differ")
+        raise UsageError(f"--data: the classes of {name} must be two or more, and must differ")
     for other in told:
         if "classes" not in given and other is not None and tuple(map(str, other)) != found:
-            raise Problem(f"--data: the parts of {name} have different classes")
+            raise UsageError(f"--data: the parts of {name} have different classes")
     return found
 
 

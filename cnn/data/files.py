@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..problem import FAILURE, Problem, missing
+from ..errors import FAILURE, UsageError, missing
 from .pixels import fit, pillow
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -41,11 +41,11 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             return self.read(index), self.labels[index]
-        except Problem:
+        except UsageError:
             return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8), -1 - index
 
     def read(self, index: int) -> Tensor:
-        """Read an image; raises Problem where that cannot be done."""
+        """Read an image; raises UsageError where that cannot be done."""
         path, (image, _) = self.paths[index], pillow()
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
@@ -62,12 +62,12 @@ class ImageFiles(Dataset):
         return str(self.paths[index])
 
 
-def unreadable(name: object, error: BaseException) -> Problem:
+def unreadable(name: object, error: BaseException) -> UsageError:
     """The problem that reading the image ``name`` raised ``error``."""
     words = str(getattr(error, "strerror", None) or error)
     words = "it ends the program" if isinstance(error, SystemExit) else words
     reason = words.replace(f" {str(name)!r}", "") or type(error).__name__
-    return Problem(f"cannot read {name}: {reason}", FAILURE)
+    return UsageError(f"cannot read {name}: {reason}", FAILURE)
 
 
 PHOTOGRAPHS = {
@@ -83,14 +83,14 @@ PHOTOGRAPHS = {
 def photograph(name: str, size: int, channels: int = 3) -> Tensor:
     """An image as uint8 [channels, size, size]: a file, or "skimage:coffee" of PHOTOGRAPHS.
 
-    Raises Problem where there is none, or it cannot be read.
+    Raises UsageError where there is none, or it cannot be read.
     """
     source, _, which = name.partition(":")
     if source not in PHOTOGRAPHS:
         return ImageFiles([Path(name)], [0], size, channels).read(0)
     if which not in PHOTOGRAPHS[source]:
         known = ", ".join(f"{source}:{which}" for which in PHOTOGRAPHS[source])
-        raise Problem(f"{name!r} is none of {known}")
+        raise UsageError(f"{name!r} is none of {known}")
     image, _ = pillow()
     if source == "sklearn":
         from sklearn.datasets import load_sample_image  # takes its time
@@ -106,8 +106,8 @@ def photograph(name: str, size: int, channels: int = 3) -> Tensor:
 class Watch:
     """Looks over labels for images that could not be read.
 
-    Under ``policy`` "stop" the first raises Problem; under "skip" ``tell`` is called once of each,
-    and they do not count.
+    Under ``policy`` "stop" the first raises UsageError; under "skip" ``tell`` is called once of
+    each, and they do not count.
     """
 
     def __init__(self, data: Any, policy: str, tell: Callable[[str], None]):
@@ -123,7 +123,7 @@ class Watch:
         for index in (-1 - labels[labels < 0]).tolist():
             if self.policy == "stop":
                 reason = self._reason(index)
-                raise Problem(f"{reason}; --broken skip goes on without it", FAILURE)
+                raise UsageError(f"{reason}; --broken skip goes on without it", FAILURE)
             if index not in self._known:
                 self._known.add(index)
                 self.tell(f"{self._reason(index)}; skipped")
@@ -132,7 +132,7 @@ class Watch:
     def _reason(self, index: int) -> str:
         try:
             self.data.read(index)
-        except Problem as problem:
+        except UsageError as problem:
             return str(problem)
         return f"cannot always read {self.data.name(index)}"
 
@@ -154,7 +154,7 @@ def image_files(folder: Path) -> list[Path]:
             with os.scandir(folders.pop()) as entries:
                 seen = [entry for entry in entries if not hidden(entry.name)]
         except OSError as error:
-            raise Problem(f"cannot read {error.filename}: {error.strerror}") from None
+            raise UsageError(f"cannot read {error.filename}: {error.strerror}") from None
         folders += [entry.path for entry in seen if entry.is_dir(follow_symlinks=False)]
         found += [Path(entry.path) for entry in seen if is_image(entry)]
     return sorted(found, key=os.fsencode)

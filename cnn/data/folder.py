@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..problem import Problem
+from ..errors import UsageError
 from ..text import plain
 from .files import ImageFiles, hidden, image_files, is_image
 from .parts import USES, WORDS, Data, class_name, draw, identity, missing, utf8
@@ -21,7 +21,9 @@ def folder(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     val, it is drawn from the images to train with, each by its name and ``seed``.
     """
     if not path or not path.is_dir():
-        raise Problem(f"{path or 'folder'} is no folder: give folder:PATH, with a folder a class")
+        raise UsageError(
+            f"{path or 'folder'} is no folder: give folder:PATH, with a folder a class"
+        )
     places = _parts(path)
     parts = {part: _listing(place) for part, place in places.items()}
     classes = tuple(sorted(parts["train"]))
@@ -52,7 +54,7 @@ def _parts(path: Path) -> dict[str, Path]:
         part = WORDS.get(place.name.casefold())
         if part in named:
             two = f"{named[part].name} and {place.name}"
-            raise Problem(f"{path} holds two folders to {USES[part]} with: {two}")
+            raise UsageError(f"{path} holds two folders to {USES[part]} with: {two}")
         if part:
             named[part] = place
     others = len(inside) - len(named)
@@ -63,11 +65,11 @@ def _parts(path: Path) -> dict[str, Path]:
     if "train" in nested and not flat and (len(nested) > 1 or not others):
         return nested
     if flat and (nested or not others):
-        raise Problem(f"{flat[0]} holds no folders of classes")
+        raise UsageError(f"{flat[0]} holds no folders of classes")
     names = " and ".join(sorted(place.name for place in nested.values()))
     if "train" not in nested:
-        raise Problem(f"{path} holds {names}, each with folders of classes, but no train")
-    raise Problem(f"{path}: {names} can be a part or a class: rename it, or give {path}/{names}")
+        raise UsageError(f"{path} holds {names}, each with folders of classes, but no train")
+    raise UsageError(f"{path}: {names} can be a part or a class: rename it, or give {path}/{names}")
 
 
 def _folders(path: Path) -> list[Path]:
@@ -75,7 +77,7 @@ def _folders(path: Path) -> list[Path]:
     try:
         return sorted(each for each in path.iterdir() if not hidden(each.name) and each.is_dir())
     except OSError as error:
-        raise Problem(f"cannot read {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def _listing(path: Path) -> Listing:
@@ -83,30 +85,32 @@ def _listing(path: Path) -> Listing:
     for place in _folders(path):
         name = class_name(place.name)
         if name in found:
-            raise Problem(f"{path} holds two folders of the class {name}, in two spellings")
+            raise UsageError(f"{path} holds two folders of the class {name}, in two spellings")
         found[name] = image_files(place)
     return found
 
 
 def _check_classes(path: Path, places: dict[str, Path], parts: dict[str, Listing]) -> None:
-    """Raise Problem if a part has a class that cannot be trained."""
+    """Raise UsageError if a part has a class that cannot be trained."""
     known = parts["train"]
     for part, listing in parts.items():
         for name in sorted(listing.keys() - known.keys()):
             if listing[name]:
                 only = f"{places[part]} holds the class {name}"
-                raise Problem(f"{only}, but {places['train']} does not")
+                raise UsageError(f"{only}, but {places['train']} does not")
 
 
 def _check_images(path: Path, images: dict[str, ImageFiles], classes: tuple[str, ...]) -> None:
-    """Raise Problem unless each part has images, and there are two classes to train with."""
+    """Raise UsageError unless each part has images, and there are two classes to train with."""
     for part, each in images.items():
         if not len(each):
-            raise Problem(f"{path} holds no image to {USES[part]} with, in a folder of its class")
+            raise UsageError(
+                f"{path} holds no image to {USES[part]} with, in a folder of its class"
+            )
     first, *others = {*images["train"].labels}
     if not others:
         only = f"{path} holds images to train with of one class, {classes[first]}"
-        raise Problem(f"{only}: give a folder with a folder for each class")
+        raise UsageError(f"{only}: give a folder with a folder for each class")
 
 
 def _drawn(known: Listing, path: Path, seed: int, parts: list[str]) -> dict[str, Listing]:

@@ -1,4 +1,4 @@
-"""Readers of the files that data sets come in. Each raises Problem that names the file."""
+"""Readers of the files that data sets come in. Each raises UsageError that names the file."""
 
 import gzip
 import io
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..errors import UsageError
 
 DEFLATE = 1032
 """Times that gzip can shrink a file at most."""
@@ -32,13 +32,13 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         if not path.is_file():  # a pipe would be waited for
             path.stat()
-            raise Problem(f"{path} is not a file")
+            raise UsageError(f"{path} is not a file")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Problem(f"{path} is damaged: {error}") from None
+        raise UsageError(f"{path} is damaged: {error}") from None
     except OSError as error:
-        raise Problem(f"cannot read {path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
 
 
 def idx(path: Path, axes: int) -> Tensor:
@@ -52,13 +52,13 @@ def idx(path: Path, axes: int) -> Tensor:
         count = math.prod(shape)
         most = path.stat().st_size * (DEFLATE if path.suffix == ".gz" else 1)
         if header[:4] != bytes((0, 0, 8, axes)) or len(shape) != axes or count > most:
-            raise Problem(f"{path} is not an IDX file of bytes with {axes} axes")
+            raise UsageError(f"{path} is not an IDX file of bytes with {axes} axes")
         contents = bytearray(file.read(count + 1))
     if not count:
-        raise Problem(f"{path} is empty: its header says {shape}")
+        raise UsageError(f"{path} is empty: its header says {shape}")
     if len(contents) != count:
         other = "fewer" if len(contents) < count else "more"
-        raise Problem(f"{path} is not an IDX file: it holds {other} bytes than its header says")
+        raise UsageError(f"{path} is not an IDX file: it holds {other} bytes than its header says")
     return torch.frombuffer(contents, dtype=torch.uint8).view(shape)
 
 
@@ -66,7 +66,7 @@ def cifar10_binary(path: Path) -> tuple[Tensor, Tensor]:
     """Read images [N, 3, 32, 32] and labels [N] of CIFAR-10's binary version."""
     contents = read(path)
     if not contents or len(contents) % 3073:
-        raise Problem(f"{path} is not a CIFAR-10 file: records have 3073 bytes")
+        raise UsageError(f"{path} is not a CIFAR-10 file: records have 3073 bytes")
     records = torch.frombuffer(contents, dtype=torch.uint8).view(-1, 3073)
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0].long()
 
@@ -95,12 +95,12 @@ def cifar10_pickle(path: Path) -> tuple[Tensor, Tensor]:
         contents = _ArraysOnly(io.BytesIO(read(path)), encoding="bytes").load()
         images = torch.from_numpy(contents[b"data"].reshape(-1, 3, 32, 32))
         labels = torch.tensor(contents[b"labels"])
-    except Problem:
+    except UsageError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
-        raise Problem(f"{path} is not a CIFAR-10 file: {error}") from None
+        raise UsageError(f"{path} is not a CIFAR-10 file: {error}") from None
     if images.dtype != torch.uint8 or labels.dtype != torch.int64:
-        raise Problem(f"{path} is not a CIFAR-10 file: it holds other types")
+        raise UsageError(f"{path} is not a CIFAR-10 file: it holds other types")
     return images, labels
 
 
@@ -109,4 +109,4 @@ def first_there(folder: Path, names: Sequence[str]) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise Problem(f"{folder} holds no {names[0]}")
+    raise UsageError(f"{folder} holds no {names[0]}")

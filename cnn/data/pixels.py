@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..problem import missing
+from ..errors import missing
 
 BACKGROUND = "white"
 """The colour behind what is transparent."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ..problem import Problem, missing
+from ..errors import UsageError, missing
 from .custom import custom, is_code
 from .folder import folder
 from .formats import cifar10_binary, cifar10_pickle, first_there, idx
@@ -37,7 +37,7 @@ def load(name: str, size: int | None = None, seed: int = 0, *, val: bool = False
     ``size``, by default 224 for folders of photographs, what a function gives, and else 32.
 
     ``seed`` draws a test set that is lacking from the images to train with, and if ``val`` the
-    images to validate with; of sets in memory these are always the same. Raises Problem if files
+    images to validate with; of sets in memory these are always the same. Raises UsageError if files
     are not as they should be.
     """
     known, _, path = name.partition(":")
@@ -45,7 +45,7 @@ def load(name: str, size: int | None = None, seed: int = 0, *, val: bool = False
         return NAMES[known](Path(path) if path else None, size, seed, val)
     if is_code(name):
         return custom(name, size, seed, val)
-    raise Problem(f"--data: {name!r} is none of {', '.join(NAMES)}, and no MODULE:FUNCTION")
+    raise UsageError(f"--data: {name!r} is none of {', '.join(NAMES)}, and no MODULE:FUNCTION")
 
 
 def same_set(first: str, second: str) -> bool:
@@ -79,9 +79,9 @@ def in_memory(
     """
     for images, labels in (train, test):
         if not len(images) == len(labels) > 0:
-            raise Problem(f"{origin} holds {len(images)} images and {len(labels)} labels")
+            raise UsageError(f"{origin} holds {len(images)} images and {len(labels)} labels")
         if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
-            raise Problem(f"{origin} holds labels beyond 0 to {len(classes) - 1}")
+            raise UsageError(f"{origin} holds labels beyond 0 to {len(classes) - 1}")
     whole = identity(part.contiguous().numpy().tobytes() for part in train)
     (images, labels), test = ((resized(images, size), labels) for images, labels in (train, test))
     description = Description(classes, size, *moments(images), identity=whole)
@@ -92,7 +92,7 @@ def in_memory(
             chosen = [at for at, each in enumerate(drawn) if each == part]
             parts[part] = TensorDataset(images[chosen], labels[chosen])
         if not len(parts["train"]):
-            raise Problem(f"{origin} holds no image to train with besides one to validate with")
+            raise UsageError(f"{origin} holds no image to train with besides one to validate with")
     return Data(parts["train"], parts["test"], description, mirrors, parts.get("val"))
 
 
@@ -118,7 +118,7 @@ def digits(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     from sklearn.model_selection import train_test_split
 
     if path:
-        raise Problem("digits come with scikit-learn and take no path")
+        raise UsageError("digits come with scikit-learn and take no path")
     size = size or 32
     pixels, target = load_digits(return_X_y=True)
     grey = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) * (255 / 16)
@@ -143,7 +143,7 @@ def faces(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     except ImportError:
         raise missing("scikit-image", "the data set faces", "show") from None
     if path:
-        raise Problem("faces come with scikit-image and take no path")
+        raise UsageError("faces come with scikit-image and take no path")
     images = torch.from_numpy(lfw_subset()).mul(255).round().to(torch.uint8)[:, None]
     labels = torch.arange(2).repeat_interleave(100)
     train, test = train_test_split(range(200), test_size=0.2, stratify=labels, random_state=0)
@@ -162,7 +162,9 @@ class IdxSet:
     def __call__(self, path: Path | None, size: int | None, seed: int, val: bool) -> Data:
         folder = path or self.place
         if not folder.is_dir():
-            raise Problem(f"{folder} is no folder: give the place of the IDX files, as NAME:FOLDER")
+            raise UsageError(
+                f"{folder} is no folder: give the place of the IDX files, as NAME:FOLDER"
+            )
         train, test = (self._part(folder, name) for name in ("train", "t10k"))
         options = {"mirrors": self.mirrors, "val": val}
         return in_memory(train, test, self.classes, size or 32, folder, **options)
@@ -181,7 +183,7 @@ def _idx_path(folder: Path, name: str, kind: str) -> Path:
 def cifar10(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     """CIFAR-10 from its binary or Python version, unpacked."""
     if not path:
-        raise Problem("cifar10 needs a place: give it as cifar10:FOLDER")
+        raise UsageError("cifar10 needs a place: give it as cifar10:FOLDER")
     for place in (path, path / "cifar-10-batches-bin", path / "cifar-10-batches-py"):
         for read, end in ((cifar10_binary, ".bin"), (cifar10_pickle, "")):
             if (place / f"data_batch_1{end}").is_file():
@@ -190,7 +192,7 @@ def cifar10(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
                 test = read(place / f"test_batch{end}")
                 parts = (images, labels), test
                 return in_memory(*parts, OBJECTS, size or 32, place, mirrors=True, val=val)
-    raise Problem(f"{path} holds neither data_batch_1.bin nor data_batch_1")
+    raise UsageError(f"{path} holds neither data_batch_1.bin nor data_batch_1")
 
 
 NAMES: dict[str, Callable[[Path | None, int | None, int, bool], Data]] = {

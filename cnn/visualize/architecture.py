@@ -167,7 +167,7 @@ def architecture(model: nn.Module, size: Sequence[int], depth: int = 1) -> Archi
     """The blocks of a network for an image of ``size`` C, H, W, without computing anything.
 
     Its layers are taken in the order of their calls. Those that leave the number of values as it
-    is, such as ReLU, normalisation and dropout, are joined to the block before.
+    is, such as ReLU, normalization and dropout, are joined to the block before.
 
     Args:
         depth: how many modules that are no containers (Sequential, ModuleList) within each other

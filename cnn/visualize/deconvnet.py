@@ -66,7 +66,7 @@ class Deconvnet(TorchFunctionMode):
 
     Each ReLU, be it a module, a function or part of this library's fused operators, is a ReLU of
     the gradient as well. Other steps have their own gradients: where windows of a pooling overlap,
-    what they place at one pixel adds up; a normalisation scales.
+    what they place at one pixel adds up; a normalization scales.
 
     If ``guided``, a ReLU also stops what its own result was zero at, as a plain gradient does
     (Springenberg et al., section 3.4): sharper in deep layers.

@@ -15,19 +15,19 @@ SIZE = 8.0
 """Width of a figure in inches."""
 
 
-def normalise_first(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-    """Let the model take pixels, black 0 and white 1: it normalises them itself from now on.
+def normalize_first(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Let the model take pixels, black 0 and white 1: it normalizes them itself from now on.
 
     So each picture of an input, and of what is projected back to it, has its true colours. This
     registers a hook on the model and returns it.
     """
 
-    def normalise(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def normalize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x, *rest = args
         shift, scale = (x.new_tensor(values)[:, None, None] for values in (mean, std))
         return (x - shift) / scale, *rest
 
-    model.register_forward_pre_hook(normalise)
+    model.register_forward_pre_hook(normalize)
     return model
 
 

@@ -61,7 +61,7 @@ def rate(dtype: torch.dtype, precision: str, device: Device) -> float:
 
 
 def macs(direction: Direction, g: Conv2dGeometry) -> int:
-    """Multiply-adds that a direction walks: dgrad leaves out what meets no pixel's parity."""
+    """Multiply-adds that a direction walks: dgrad leaves out what meets no pixel's phase."""
     per_tap = g.K * (g.C // g.groups)
     if direction != "dgrad":
         return g.N * g.P * g.Q * per_tap * g.R * g.S
@@ -154,11 +154,11 @@ def cycles(
 
 
 def launches(direction: Direction, g: Conv2dGeometry, tile: Tile) -> list[Work]:
-    """What an engine launches for one direction, dgrad's parities apart."""
+    """What an engine launches for one direction, dgrad's phases apart."""
     if direction == "wgrad":
         programs, turns = wgrad_work(g, tile)
         shares = [1.0]
-        if tile.box:  # one launch for each parity of x that has taps
+        if tile.box:  # one launch for each phase of x that has taps
             taps = [h.taps * w.taps for h, w in g.dgrad()]
             shares = [count / (g.R * g.S) for count in taps if count]
         turns = ceil(turns / tile.splits)
@@ -228,7 +228,7 @@ def split(g: Conv2dGeometry, tile: Tile, device: Device) -> Iterator[Tile]:
     of at least eight turns each.
     """
     works = launches("wgrad", g, replace(tile, splits=1))
-    programs, turns = max(works)  # of the parity with most taps
+    programs, turns = max(works)  # of the phase with most taps
     room = blocks_per_multiprocessor(tile, 2, device) * device.multiprocessors
     parts = {1} | {min(turns // 8, fill * room // max(1, programs)) for fill in (1, 2, 4)}
     yield from (replace(tile, splits=splits) for splits in sorted(parts) if splits > 0)

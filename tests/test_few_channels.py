@@ -19,7 +19,7 @@ from tolerance import (
 )
 
 from kernels import device as kernel_device
-from kernels import direct_conv, expansion, pair_conv
+from kernels import expansion, few_channels, paired_columns
 from kernels.device import Device
 from kernels.engine import Dgrad, Epilogue, Fprop, Normalization, PoolGradient, Wgrad
 from kernels.geometry import Pool2dGeometry, output_strides
@@ -65,7 +65,7 @@ def chosen(g, dtype, device):
 def plan_of(direction, g, dtype, here):
     """The engine for few channels, or that for pairs of outputs, with its tile."""
     problem = Problem(direction, g, dtype, "ieee", here)
-    engines = pair_conv.ENGINE, direct_conv.ENGINE
+    engines = paired_columns.ENGINE, few_channels.ENGINE
     return next((engine, tile) for engine in engines for tile in engine.tiles(problem))
 
 
@@ -76,9 +76,9 @@ def changed(plan, **fields):
 
 TINY = {
     # Several programs along each axis, rows of the filter in parts, several turns.
-    "fprop": (direct_conv.ENGINE, Tile(64, 16, 16)),
-    "dgrad": (direct_conv.ENGINE, Tile(64, 4, 8)),
-    "wgrad": (direct_conv.ENGINE, Tile(16, 16, 64, splits=3)),
+    "fprop": (few_channels.ENGINE, Tile(64, 16, 16)),
+    "dgrad": (few_channels.ENGINE, Tile(64, 4, 8)),
+    "wgrad": (few_channels.ENGINE, Tile(16, 16, 64, splits=3)),
 }
 
 
@@ -171,7 +171,7 @@ TILES = (
 )
 def test_tiles(g, direction, tile, device):
     t = operands(g, torch.float16, device, "x_channels_last")
-    check(g, t, chosen(g, torch.float16, device) | {direction: (direct_conv.ENGINE, tile)})
+    check(g, t, chosen(g, torch.float16, device) | {direction: (few_channels.ENGINE, tile)})
 
 
 @pytest.mark.parametrize(("g", "dtype", "splits"), params(TYPICAL, (torch.float16,), (1, 2, 9)))
@@ -274,7 +274,7 @@ def test_64_bit_offsets_change_nothing(g, device, monkeypatch):
     for tiles in (chosen(g, torch.float32, device), TINY):
         monkeypatch.undo()
         narrow = results(g, t, tiles)
-        monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+        monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
         assert all(map(torch.equal, narrow, results(g, t, tiles)))
 
 
@@ -331,7 +331,7 @@ def test_tiles_are_valid_and_their_order_of_summation_ignores_the_batch(dtype, t
 
 def test_what_is_supported():
     def supports(g):
-        return any(direct_conv.tiles(Problem("fprop", g, torch.float32, "ieee", DEVICES[0])))
+        return any(few_channels.tiles(Problem("fprop", g, torch.float32, "ieee", DEVICES[0])))
 
     for g in CASES:
         assert supports(g)
@@ -343,7 +343,7 @@ def test_what_is_supported():
     ("dtype", "layout"),
     list(zip(DTYPES, ("contiguous", "channels_last", "sliced", "x_channels_last"), strict=True)),
 )
-def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
+def test_bytes_are_normalized_as_they_are_loaded(dtype, layout, device):
     """As if x * scale + shift, rounded, had been padded with zeros.
 
     The other operands are small integers, whose sums are exact in any order.
@@ -372,7 +372,7 @@ def test_bytes_are_normalised_as_they_are_loaded(dtype, layout, device):
         assert y.isfinite().all()
 
 
-PAIRED_CASES = tuple(g for g in CASES if pair_conv.supports(g, torch.float16))
+PAIRED_CASES = tuple(g for g in CASES if paired_columns.supports(g, torch.float16))
 # Several patches of pairs, and as rows have an odd length several of single outputs.
 PATCHES = conv_case(6, 3, (9, 21), 17, (3, 3), (2, 2), (1, 1, 1, 1))
 
@@ -397,14 +397,14 @@ def fprop(g, inputs, plan):
 @pytest.mark.parametrize("g", params(PAIRED_CASES))
 def test_pairs_of_outputs(g, device):
     """Exactly what each output by itself gives, in any layout, with large and with tiny tiles."""
-    depth = max(16, pair_conv.segment(g))
+    depth = max(16, paired_columns.segment(g))
     for layout in ("contiguous", "channels_last", "sliced"):
         inputs = integers(g, torch.float16, device, layout)
         alone = fprop(g, inputs, TINY["fprop"])
         assert alone.isfinite().all()
-        tiny = pair_conv.ENGINE, Tile(64, 16, depth)
+        tiny = paired_columns.ENGINE, Tile(64, 16, depth)
         for plan in (chosen(g, torch.float16, device)["fprop"], tiny):
-            assert plan[0] is pair_conv.ENGINE
+            assert plan[0] is paired_columns.ENGINE
             assert torch.equal(fprop(g, inputs, plan), alone)
 
 
@@ -422,8 +422,8 @@ def test_what_is_not_finite_does_not_spread_within_a_pair(g, value, device):
 def paired_wgrad_plans(g, dtype, device):
     """The chosen tile, and one of several programs, shares and patches; some shares are empty."""
     plan = chosen(g, dtype, device)["wgrad"]
-    columns = max(16, pair_conv.segment(g))
-    return plan, (pair_conv.ENGINE, Tile(16, columns, 16, splits=3, patch=(4, 4)))
+    columns = max(16, paired_columns.segment(g))
+    return plan, (paired_columns.ENGINE, Tile(16, columns, 16, splits=3, patch=(4, 4)))
 
 
 def exact_wgrad(g, x, w, dy):
@@ -445,7 +445,7 @@ def test_gradients_of_pairs(g, layout, device):
     x, w, _, dy = integers(g, torch.float16, device, layout)
     right = exact_wgrad(g, x, w, dy)
     for plan in paired_wgrad_plans(g, x.dtype, device):
-        assert plan[0] is pair_conv.ENGINE
+        assert plan[0] is paired_columns.ENGINE
         tiles = {"wgrad": plan}
         assert all(map(torch.equal, wgrad(x, dy, w, g, tiles), right))
     assert torch.equal(wgrad(x, dy, w, g, tiles, db=False)[0], right[0])
@@ -482,7 +482,7 @@ def test_gradients_of_pairs_with_64_bit_offsets(device, monkeypatch):
     for plan in paired_wgrad_plans(STEM, x.dtype, device):
         monkeypatch.undo()
         narrow = wgrad(x, dy, w, STEM, {"wgrad": plan})
-        monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+        monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
         assert all(map(torch.equal, narrow, wgrad(x, dy, w, STEM, {"wgrad": plan})))
 
 
@@ -490,7 +490,7 @@ def test_pairs_with_64_bit_offsets(device, monkeypatch):
     inputs = integers(STEM, torch.float16, device, "channels_last")
     tile = chosen(STEM, torch.float16, device)["fprop"]
     narrow = fprop(STEM, inputs, tile)
-    monkeypatch.setattr(kernel_device, "wide", lambda *_: True)
+    monkeypatch.setattr(kernel_device, "int64_index", lambda *_: True)
     assert torch.equal(fprop(STEM, inputs, tile), narrow)
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, model, replay
+from . import cost_model, device, replay
 from .device import Device, loop
 from .engine import Engine, Fprop, Wgrad
 from .epilogue import results, store_result
@@ -24,19 +24,19 @@ from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, contiguous_strides
 from .indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     divisors,
     dot,
+    downcast,
+    encode_ints,
     fence_copies,
-    narrow,
     operands,
     pixel,
-    plain,
-    plain_strides,
     pointers,
     power_of_2,
     program,
     quotient,
-    unspecialised,
     within,
 )
 from .problem import Problem
@@ -146,27 +146,27 @@ def _fprop_tile(g: Conv2dGeometry, device: Device) -> Tile:
 
 
 @triton.jit
-def load_normalisation(normalise, c, mask):
-    """(scale, shift) of channels c; of no normalisation, anything."""
-    if normalise is None:
+def load_normalization(normalize, c, mask):
+    """(scale, shift) of channels c; of no normalization, anything."""
+    if normalize is None:
         scale = c
         shift = c
     else:
-        scale_ptr, shift_ptr = normalise
+        scale_ptr, shift_ptr = normalize
         scale = tl.load(scale_ptr + c, mask=mask, other=0.0)
         shift = tl.load(shift_ptr + c, mask=mask, other=0.0)
     return scale, shift
 
 
 @triton.jit
-def load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE: tl.constexpr):
+def load_normalized(x_ptr, offsets, mask, normalize, scale, shift, DTYPE: tl.constexpr):
     """x, or of bytes x * scale + shift in DTYPE; zero where masked, as padding comes after it.
 
     scale and shift are those of the offsets' last axis, in float32.
     """
     x = tl.load(x_ptr + offsets, mask=mask, other=0)
-    if normalise is not None:
-        x = narrow(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
+    if normalize is not None:
+        x = downcast(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
         x = tl.where(mask, x, 0.0)
     return x
 
@@ -226,7 +226,7 @@ def pack_kernel(
 
 def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
     """The filters as ``convolve`` takes them."""
-    w = replay.contiguous(w) if device.wide(0, w) else w
+    w = replay.contiguous(w) if device.int64_index(0, w) else w
     k_tiles, turns = cdiv(g.K, tile.columns), cdiv(g.R * run.segment, tile.depth)
     shape = k_tiles, turns, 2 * tile.columns, tile.depth
     packed = replay.new(w, shape, contiguous_strides(shape))
@@ -258,7 +258,7 @@ def halves(tile):
 def convolve(
     x_ptr,
     packed_ptr,
-    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    normalize,  # scale and shift[C], float32, of x in bytes, or None
     at,  # n_mask, h, w of each pair's first output and tap, that row's place in x, the next tap's
     x_strides,
     sizes,  # H, W
@@ -299,7 +299,7 @@ def convolve(
         x_offsets = (x_rows + w0 * x_strides.w)[:, None]
         x_offsets += (c * x_strides.c + column * x_strides.w)[None, :]
     x_mask &= n_mask[:, None]
-    scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
+    scale, shift = load_normalization(normalize, c, (j >= 0) & (c < C))
     line = depth // SEGMENT
     if LINES > 1:
         x_offsets += (line * x_step)[None, :]
@@ -319,7 +319,7 @@ def convolve(
                 x_mask & within(h0[:, None] + (r * FILTERS.step_h)[None, :], H) & (r < R)[None, :]
             )
         x_at = x_offsets + tl.multiple_of(i * (LINES * x_step), UNIT)
-        x = load_normalised(x_ptr, x_at, mask, normalise, scale, shift, DTYPE)
+        x = load_normalized(x_ptr, x_at, mask, normalize, scale, shift, DTYPE)
         if HALF is not None:
             x = tl.where(seen[None, :], x, 0.0)
         w_at = i * (2 * COLUMNS * DEPTH) + (m * DEPTH)[:, None] + depth[None, :]
@@ -336,17 +336,17 @@ def pair_fprop_kernel(
     bias_ptr,  # [K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    y_strides,  # the residual's, then y's: n, k, p, q, encoded
+    sizes,  # N, H, W, P, Q, encoded
     origin,  # of the walk along the height and the width
-    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    normalize,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # a Block
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
@@ -358,10 +358,10 @@ def pair_fprop_kernel(
     K: tl.constexpr = FILTERS.K
     K_TILES: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
     TURNS: tl.constexpr = (FILTERS.R * RUN.segment + DEPTH - 1) // DEPTH
-    N, H, W, P, Q = plain(sizes)
-    x_strides = plain_strides(x_strides)
+    N, H, W, P, Q = decode_ints(sizes)
+    x_strides = decode_strides(x_strides)
     origin_h, origin_w = origin
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     k_tile = pid % K_TILES
     n, p, q = pixel(pid // K_TILES * PAIRS + tl.arange(0, PAIRS), P, (Q + 1) // 2)
     h = p * FILTERS.stride_h + origin_h
@@ -371,17 +371,17 @@ def pair_fprop_kernel(
     x_sizes = (H, W)
     packed_ptr += k_tile * (TURNS * 2 * COLUMNS * DEPTH)
     both = convolve(
-        x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, None, PRECISION
+        x_ptr, packed_ptr, normalize, at, x_strides, x_sizes, FILTERS, RUN, TILE, None, PRECISION
     )
     even, odd = halves(both)
     total = tl.sum(both)
     if total != total:
         # A NaN, perhaps of what a neighbour alone sees.
         even = convolve(
-            x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, 0, PRECISION
+            x_ptr, packed_ptr, normalize, at, x_strides, x_sizes, FILTERS, RUN, TILE, 0, PRECISION
         )
         odd = convolve(
-            x_ptr, packed_ptr, normalise, at, x_strides, x_sizes, FILTERS, RUN, TILE, 1, PRECISION
+            x_ptr, packed_ptr, normalize, at, x_strides, x_sizes, FILTERS, RUN, TILE, 1, PRECISION
         )
 
     acc = tl.join(even, odd).reshape(COLUMNS, 2 * PAIRS).trans()
@@ -409,14 +409,14 @@ def fprop(call: Fprop, tile: Tile) -> None:
             **operands(x=x),
             packed_ptr=packed,
             **results(call.epilogue, y),
-            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q)),
+            sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q)),
             origin=(g.walk.origin_h, g.walk.origin_w),
-            normalise=call.normalization,
+            normalize=call.normalization,
             FILTERS=Filters.of(g),
             RUN=known,
             TILE=Block.of(tile),
             PRECISION=call.precision,
-            WIDE=device.wide(2 * pairs, x, call.epilogue.residual, y),
+            INT64_INDEX=device.int64_index(2 * pairs, x, call.epilogue.residual, y),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -475,19 +475,19 @@ def pair_wgrad_kernel(
     dy_ptr,  # [N, K, P, Q]
     dw_ptr,  # [parts, K, C, R, S] or None
     db_ptr,  # [parts, K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    dy_strides,  # n, k, p, q, encoded
     dw_strides,  # part, k, c, r, s
     walk,  # as _wgrad_walk gives it
     origin,  # of the walk along the height and the width
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
-    normalise,  # scale and shift[C], float32, of x in bytes, or None
+    normalize,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # a _Patch
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
 
@@ -514,14 +514,14 @@ def pair_wgrad_kernel(
     K_TILES: tl.constexpr = (2 * K + ROWS - 1) // ROWS
     LINES: tl.constexpr = COLUMNS // RUN.segment
     LINE_TILES: tl.constexpr = 1 if dw_ptr is None else (R + LINES - 1) // LINES
-    x_strides = plain_strides(x_strides)
-    dy_strides = plain_strides(dy_strides)
+    x_strides = decode_strides(x_strides)
+    dy_strides = decode_strides(dy_strides)
     sizes, divisors = walk
-    N, H, W, P, Q, splits, singles, tall, wide, wide_single = plain(sizes)
-    by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = plain(divisors)
+    N, H, W, P, Q, splits, singles, tall, wide, wide_single = decode_ints(sizes)
+    by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = decode_ints(divisors)
     origin_h, origin_w = origin
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     line_tile = pid % LINE_TILES
     k_tile = pid // LINE_TILES % K_TILES
     split = pid // (LINE_TILES * K_TILES)
@@ -553,7 +553,7 @@ def pair_wgrad_kernel(
     place = column % RUN.segment + zero
     j = place - RUN.lead
     c, column = run_element(j, C, RUN.columns, RUN.flat)
-    scale, shift = load_normalisation(normalise, c, (j >= 0) & (c < C))
+    scale, shift = load_normalization(normalize, c, (j >= 0) & (c < C))
     if RUN.flat:
         # Along the width, x is one axis of W * C elements, and a run goes its C-th part as far.
         width = W * C // UNIT * UNIT  # a multiple of the unit, as is the start of a run
@@ -573,7 +573,7 @@ def pair_wgrad_kernel(
 
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
     db = tl.zeros((ROWS, 16), tl.float32)
-    ones = narrow(tl.full((HEIGHT * WIDTH, 16), 1.0, tl.float32), DTYPE)
+    ones = downcast(tl.full((HEIGHT * WIDTH, 16), 1.0, tl.float32), DTYPE)
     for patch in loop(split * turns, tl.minimum((split + 1) * turns, patches)):
         row = quotient(patch, wide, by_wide, wide_shift)
         n = quotient(row, tall, by_tall, tall_shift)
@@ -608,7 +608,7 @@ def pair_wgrad_kernel(
             w = tl.multiple_of(tl.where(across_in < across - first, w, width), UNIT)
             x_mask = within(h[:, None] + h_in[None, :], H)
             x_mask &= within(w[:, None] + w_in[None, :], width)
-            x = load_normalised(x_ptr + x_at, x_in, x_mask, normalise, scale, shift, DTYPE)
+            x = load_normalized(x_ptr + x_at, x_in, x_mask, normalize, scale, shift, DTYPE)
             fence_copies()
             dw = dot(dy, x, dw, PRECISION)
         if db_ptr is not None:
@@ -661,7 +661,7 @@ def _wgrad_walk(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Wal
         single = cdiv(shares * deep, max(1, deep + g.N * wide))
         singles = max(1, min(single, shares - 1))
         splits = max(1, shares - singles)
-    sizes = unspecialised((g.N, g.H, g.W, g.P, g.Q, splits, singles, tall, wide, deep))
+    sizes = encode_ints((g.N, g.H, g.W, g.P, g.Q, splits, singles, tall, wide, deep))
     return _Walk(splits + singles, 2 * splits + singles, sizes, divisors(tall, wide, deep))
 
 
@@ -696,12 +696,12 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 origin=(g.walk.origin_h, g.walk.origin_w),
                 pooled=expansion,
                 POOL=window,
-                normalise=call.normalization,
+                normalize=call.normalization,
                 FILTERS=Filters.of(g),
                 RUN=known,
                 TILE=_Patch(tile.rows, columns, height, width),
                 PRECISION=call.precision,
-                WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
+                INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
                 num_warps=warps,
                 num_stages=stages,
                 **device.all_registers(x.device),
@@ -709,9 +709,9 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
 
 
 ENGINE = Engine(
-    "pair_conv",
+    "paired_columns",
     tiles=tiles,
     launchers={Fprop: fprop, Wgrad: wgrad},
     fuses={"fprop": frozenset({"bytes"}), "wgrad": frozenset({"bytes", "pool_gradient"})},
-    predict=model.predict_direct,
+    predict=cost_model.predict_direct,
 )

@@ -3,7 +3,7 @@
 With few channels, a row of the filter is one run of S x C elements that lie together in x as well,
 c fastest in channels_last and s fastest in NCHW: it becomes one segment of the product's depth,
 cut into (c, s) once, outside the loop over the rows. dgrad runs on parts of dx and w, one for each
-parity of the stride, as in engine 1. Sizes and strides are in elements.
+phase of the stride, as in engine 1. Sizes and strides are in elements.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, model
+from . import cost_model, device
 from .device import loop
 from .engine import Dgrad, Engine, Fprop, Wgrad
 from .epilogue import results, store_result
@@ -22,44 +22,44 @@ from .expansion import load_expanded, pooled
 from .geometry import Conv2dGeometry, Direction
 from .indexing import (
     cdiv,
+    decode_ints,
+    decode_strides,
     dgrad_walk,
     dot,
+    downcast,
+    encode_ints,
     fence_copies,
-    narrow,
     operands,
     pixel,
-    plain,
-    plain_strides,
     pointers,
     power_of_2,
     program,
     reduction_block,
     reduction_turns,
-    unspecialised,
-    widen,
+    upcast,
     within,
 )
-from .pair_conv import FEW, load_normalisation, load_normalised
+from .paired_columns import FEW, load_normalization, load_normalized
 from .problem import Problem
 from .split_sum import gradients
 from .tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
 
 
 @triton.jit
-def indices(COUNT: tl.constexpr, WIDE: tl.constexpr):
+def indices(COUNT: tl.constexpr, INT64_INDEX: tl.constexpr):
     """0 .. COUNT - 1, as wide as the offsets that are computed from them."""
     i = tl.arange(0, COUNT)
-    if WIDE:
+    if INT64_INDEX:
         i = i.to(tl.int64)
     return i
 
 
 @triton.jit
-def lines(BLOCK: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr):
+def lines(BLOCK: tl.constexpr, SEGMENT: tl.constexpr, INT64_INDEX: tl.constexpr):
     """(line, place) of a block's elements, laid in lines of SEGMENT; of one line, the scalar 0."""
-    place = indices(BLOCK, WIDE)
+    place = indices(BLOCK, INT64_INDEX)
     if BLOCK == SEGMENT:
-        line = program(WIDE) * 0
+        line = program(INT64_INDEX) * 0
     else:
         line = place // SEGMENT
         place = place % SEGMENT
@@ -109,7 +109,7 @@ def sum_pixels(
         else:
             where = n[None, :], k[:, None], p[None, :], q[None, :]
             dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
-        acc += widen(dy, ACC)
+        acc += upcast(dy, ACC)
     return tl.sum(acc, axis=1)
 
 
@@ -120,16 +120,16 @@ def few_channel_fprop_kernel(
     bias_ptr,  # [groups * K] or None
     residual_ptr,  # like y, or None
     y_ptr,  # [N, groups * K, P, Q]
-    x_strides,  # n, c, h, w, unspecialised
+    x_strides,  # n, c, h, w, encoded
     w_strides,  # k, c, r, s
-    y_strides,  # the residual's, then y's: n, k, p, q, unspecialised
-    sizes,  # N, H, W, P, Q, unspecialised
+    y_strides,  # the residual's, then y's: n, k, p, q, encoded
+    sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
-    normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
+    normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Segments
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
@@ -145,13 +145,13 @@ def few_channel_fprop_kernel(
     SEGMENT: tl.constexpr = TILE.segment
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
+    N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
+    x_strides = decode_strides(x_strides)
     w_k, w_c, w_r, w_s = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
     group = pid // column_tiles % groups
     row = pid // (column_tiles * groups) * ROWS + tl.arange(0, ROWS)
@@ -164,12 +164,12 @@ def few_channel_fprop_kernel(
     h0 = p * stride_h + origin_h
     w0 = q * stride_w + origin_w
     x_ptr += group * C * x_strides.c
-    line, place = lines(DEPTH, SEGMENT, WIDE)
+    line, place = lines(DEPTH, SEGMENT, INT64_INDEX)
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for part in loop(tl.cdiv(S * C, SEGMENT)):
         c, s, inside = row_element(part * SEGMENT + place, C, S, TILE.channels_fastest)
         w = w0[:, None] + s * step_w
-        scale, shift = load_normalisation(normalise, group * C + c, inside)
+        scale, shift = load_normalization(normalize, group * C + c, inside)
         # [ROWS, DEPTH]
         along = (n * x_strides.n)[:, None] + (c * x_strides.c)[None, :] + w * x_strides.w
         along_mask = (row_mask[:, None] & inside[None, :]) & within(w, W)
@@ -183,7 +183,7 @@ def few_channel_fprop_kernel(
                 x_mask &= (r < R)[None, :]
                 w_mask &= r < R
             x_offsets = along + h * x_strides.h
-            x_tile = load_normalised(x_ptr, x_offsets, x_mask, normalise, scale, shift, DTYPE)
+            x_tile = load_normalized(x_ptr, x_offsets, x_mask, normalize, scale, shift, DTYPE)
             # [DEPTH, COLUMNS]
             w_mask = w_mask[:, None] & k_mask[None, :]
             w_offsets = (w_along + r * w_r)[:, None] + (k * w_k)[None, :]
@@ -201,14 +201,14 @@ def few_channel_dgrad_kernel(
     w_ptr,  # [groups * K, C, R, S]
     bias_ptr,  # [groups * C] or None
     dx_ptr,  # [N, groups * C, H, W]
-    dy_strides,  # n, k, p, q, unspecialised
+    dy_strides,  # n, k, p, q, encoded
     w_strides,  # k, c, r, s; then where the first tap is
-    dx_strides,  # n, c, h, w, unspecialised
-    sizes,  # N, P, Q, H, W, unspecialised
+    dx_strides,  # n, c, h, w, encoded
+    sizes,  # N, P, Q, H, W, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     placement,  # a Placement
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * w[k,c,r,s] + bias[c].
@@ -223,19 +223,19 @@ def few_channel_dgrad_kernel(
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, P, Q, H, W = plain(sizes)
+    N, P, Q, H, W = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    dy_strides = plain_strides(dy_strides)
+    dy_strides = decode_strides(dy_strides)
     w_k, w_c, w_r, w_s, w_first = w_strides
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
     dx_step_h, dx_first_h, dx_step_w, dx_first_w = placement
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     group = pid % groups
     row = pid // groups * ROWS + tl.arange(0, ROWS)
     n, h, w = pixel(row, H, W)
     row_mask = n < N
-    c = indices(COLUMNS, WIDE)
+    c = indices(COLUMNS, INT64_INDEX)
     c_mask = c < C
 
     p0 = h * stride_h + origin_h
@@ -258,7 +258,7 @@ def few_channel_dgrad_kernel(
         w_offsets = k * w_k + (r * w_r + s * w_s)
         w_offsets = w_columns[:, None] + w_offsets[None, :]
         w_tile = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
-        acc += widen(dy, ACC)[:, None, :] * widen(w_tile, ACC)[None, :, :]
+        acc += upcast(dy, ACC)[:, None, :] * upcast(w_tile, ACC)[None, :, :]
 
     acc = tl.sum(acc, axis=2)
     h = h * dx_step_h + dx_first_h
@@ -274,18 +274,18 @@ def few_channel_wgrad_kernel(
     dy_ptr,  # [N, groups * K, P, Q]
     dw_ptr,  # [splits, groups * K, C, R, S] or None
     db_ptr,  # [splits, groups * K] or None
-    x_strides,  # n, c, h, w, unspecialised
-    dy_strides,  # n, k, p, q, unspecialised
+    x_strides,  # n, c, h, w, encoded
+    dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, c, r, s
-    sizes,  # N, H, W, P, Q, unspecialised
+    sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     splits,
     pooled,  # of dy as load_expanded takes it, or None
     POOL: tl.constexpr,  # its Window, or None
-    normalise,  # scale and shift[groups * C], float32, of x in bytes, or None
+    normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Segments
 ):
     """dw[k,c,r,s] = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w], and db[k] = sum of dy[n,k,p,q].
@@ -301,13 +301,13 @@ def few_channel_wgrad_kernel(
     SEGMENT: tl.constexpr = TILE.segment
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    N, H, W, P, Q = plain(sizes)
+    N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
-    x_strides = plain_strides(x_strides)
-    dy_strides = plain_strides(dy_strides)
+    x_strides = decode_strides(x_strides)
+    dy_strides = decode_strides(dy_strides)
     stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
 
-    pid = program(WIDE)
+    pid = program(INT64_INDEX)
     parts = tl.cdiv(S * C, SEGMENT)
     column_tiles = 0
     if dw_ptr is not None:
@@ -332,15 +332,15 @@ def few_channel_wgrad_kernel(
             db = sum_pixels(
                 dy_ptr, dy_strides, places, k, k_mask, at, turns, DEPTH, ACC, pooled, POOL
             )
-            db = narrow(db, db_ptr.dtype.element_ty)
+            db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
-        line, place = lines(COLUMNS, SEGMENT, WIDE)
+        line, place = lines(COLUMNS, SEGMENT, INT64_INDEX)
         c, s, inside = row_element(tile % parts * SEGMENT + place, C, S, TILE.channels_fastest)
         r = tile // parts * (COLUMNS // SEGMENT) + line
         if COLUMNS > SEGMENT:
             inside &= r < R
-        scale, shift = load_normalisation(normalise, group * C + c, inside)
+        scale, shift = load_normalization(normalize, group * C + c, inside)
         x_columns = (group * C + c) * x_strides.c
         x_columns += r * step_h * x_strides.h + s * step_w * x_strides.w
         acc = tl.zeros((ROWS, COLUMNS), ACC)
@@ -365,13 +365,13 @@ def few_channel_wgrad_kernel(
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
             offsets = n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
             offsets = offsets[:, None] + x_columns[None, :]
-            x = load_normalised(x_ptr, offsets, mask, normalise, scale, shift, DTYPE)
+            x = load_normalized(x_ptr, offsets, mask, normalize, scale, shift, DTYPE)
             fence_copies()
             acc = dot(tl.trans(dy), x, acc, PRECISION)
         dw_split, dw_k, dw_c, dw_r, dw_s = dw_strides
         offsets = c * dw_c + (r * dw_r + s * dw_s)
         offsets = split * dw_split + (k * dw_k)[:, None] + offsets[None, :]
-        dw = narrow(acc, dw_ptr.dtype.element_ty)
+        dw = downcast(acc, dw_ptr.dtype.element_ty)
         tl.store(dw_ptr + offsets, dw, mask=k_mask[:, None] & inside[None, :])
 
 
@@ -408,12 +408,12 @@ def fprop(call: Fprop, tile: Tile) -> None:
         w_ptr=w,
         w_strides=w.stride(),
         **results(call.epilogue, y),
-        sizes=unspecialised((g.N, g.H, g.W, P, Q)),
+        sizes=encode_ints((g.N, g.H, g.W, P, Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         walk=tuple(g.walk),
-        normalise=call.normalization,
+        normalize=call.normalization,
         PRECISION=call.precision,
-        WIDE=device.wide(g.N * P * Q, x, w, call.epilogue.residual, y),
+        INT64_INDEX=device.int64_index(g.N * P * Q, x, w, call.epilogue.residual, y),
         TILE=_segments(x, g, tile, tile.depth),
         num_warps=tile.warps,
         num_stages=overlapped(tile, computed=call.normalization is not None),
@@ -421,7 +421,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
 
 
 def dgrad(call: Dgrad, tile: Tile) -> None:
-    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each parity of the stride.
+    """dx[N,C,H,W], the gradient of x, plus bias[C]; one launch for each phase of the stride.
 
     The precision takes no part: the products are formed outside the tensor cores, in float32.
     """
@@ -438,11 +438,11 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
             **operands(dy=dy, dx=dx),
             **pointers(w=w, bias=call.bias),
             w_strides=(k, c, r * row.tap_step, s * column.tap_step, first),
-            sizes=unspecialised((g.N, P, Q, row.count, column.count)),
+            sizes=encode_ints((g.N, P, Q, row.count, column.count)),
             reduction=(g.groups, K, C, row.taps, column.taps),
             walk=tuple(walk),
             placement=tuple(placement),
-            WIDE=device.wide(g.N * g.H * g.W, dy, w, dx),
+            INT64_INDEX=device.int64_index(g.N * g.H * g.W, dy, w, dx),
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -467,15 +467,15 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             device=x.device,
             **operands(x=x, dy=dy),
             **parts,
-            sizes=unspecialised((g.N, g.H, g.W, g.P, g.Q)),
+            sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q)),
             reduction=(g.groups, g.K // g.groups, g.C // g.groups, g.R, g.S),
             walk=tuple(g.walk),
             splits=tile.splits,
             pooled=expansion,
             POOL=window,
-            normalise=call.normalization,
+            normalize=call.normalization,
             PRECISION=call.precision,
-            WIDE=device.wide(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
+            INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
             TILE=_segments(x, g, tile, tile.columns),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed),
@@ -562,9 +562,9 @@ def _interpreter_tile(direction: Direction, g: Conv2dGeometry) -> Tile:
 
 
 ENGINE = Engine(
-    "direct_conv",
+    "few_channels",
     tiles=tiles,
     launchers={Fprop: fprop, Dgrad: dgrad, Wgrad: wgrad},
     fuses={"fprop": frozenset({"bytes"}), "wgrad": frozenset({"bytes", "pool_gradient"})},
-    predict=model.predict_direct,
+    predict=cost_model.predict_direct,
 )

@@ -1,10 +1,10 @@
-"""What ends the program in one line."""
+"""Errors that the command line reports in one line."""
 
 USAGE = 2
 FAILURE = 1
 
 
-class Problem(Exception):
+class UsageError(Exception):
     """Something that whoever started the program can put right; its text names what and where.
 
     ``code`` is the program's exit code: USAGE for arguments and the files they name, FAILURE for
@@ -16,6 +16,6 @@ class Problem(Exception):
         self.code = code
 
 
-def missing(package: str, use: str, extra: str = "train") -> Problem:
+def missing(package: str, use: str, extra: str = "train") -> UsageError:
     """The problem that an optional package is not installed; ``extra`` brings it."""
-    return Problem(f"{use} needs {package}: pip install 'triton-cnn[{extra}]'")
+    return UsageError(f"{use} needs {package}: pip install 'triton-cnn[{extra}]'")
