@@ -20,7 +20,7 @@ from tolerance import assert_close
 from torch import Tensor
 
 from kernels import max_pool
-from kernels.device import Device, describe, launch, launches, wide
+from kernels.device import Device, describe, int64_index, launch, launches
 from kernels.geometry import Pool2dGeometry, is_channels_last, largest_offset, output_strides
 from kernels.indexing import _compiled_decode_ints, _compiled_quotient, divisors, encode_ints
 from kernels.tile import Tile, is_valid
@@ -630,7 +630,7 @@ def test_offsets_beyond_32_bits(axis, device):
     strides[axis] = 2**30
     x, y, dx, ddy, z = (buffer.as_strided(shape, strides, 128 * slot) for slot in range(5))
     assert largest_offset(shape, strides) >= 2**31
-    assert wide(0, x)
+    assert int64_index(0, x)
     values = random(shape, torch.float16, device, 0)
     x.copy_(values)
     for result in (y, dx, ddy, z):
