@@ -282,10 +282,10 @@ class Reader:
 def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
     """The engine's kernel, of several for the phases of a stride the one with most taps.
 
-    An engine may leave a convolution to another module's kernel.
+    An engine's other kernels, which lay out filters, multiply nothing.
     """
-    kernels = [k for k in launched if module_of(k) == f"kernels.{plan.engine.name}"]
-    kernels = kernels or [k for k in launched if "tt.dot" in k.asm["ttir"]]
+    own = [k for k in launched if module_of(k) == f"kernels.{plan.engine.name}"]
+    kernels = [k for k in own if "tt.dot" in k.asm["ttir"]] or own
     if len(kernels) == 1:
         return kernels[0]
     work = [row.count * row.taps * column.count * column.taps for row, column in g.dgrad()]

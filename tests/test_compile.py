@@ -10,9 +10,8 @@ import statistics
 import subprocess
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +20,8 @@ import torch
 from bench import compiled, selection
 from bench.__main__ import main
 from kernels import device
+from kernels.engine import Call, Dgrad, Engine, Fprop, Plan, Wgrad
 from kernels.geometry import Conv2dGeometry
-from kernels.planner import Plan
 from kernels.tile import Tile
 
 ROOT = Path(__file__).parents[1]
@@ -199,7 +198,7 @@ def test_operators_under_their_own_names_are_read(tmp_path):
     assert rows.keys() == set(NAMED_OPS)
     assert {row["spill_bytes"] for row in rows.values()} == {0}
     engines = {op: (row["engine"], row["kernel"]) for op, row in rows.items()}
-    assert engines["first_layer_wgrad"] == ("few_channels", "pair_wgrad_kernel")
+    assert engines["first_layer_wgrad"] == ("paired_columns", "pair_wgrad_kernel")
     assert engines["conv_relu_max_pool_backward"] == engines["first_layer_wgrad"]
     assert rows["conv_relu"]["binary"] != rows["first_layer"]["binary"]
     run(*read, "--suite", "lenet5_n256", "--layer", "C1", "--op", "fprop", "--bias", "--relu")
@@ -242,10 +241,11 @@ def plan_lines(capsys, *arguments: str) -> dict[tuple[str, str], list[str]]:
 def test_plan_has_a_line_for_each_layer_and_direction(capsys):
     lines = plan_lines(capsys, "--arch", "sm_90", "--suite", "resnet50_v1.5", "--dtype", "bf16")
     assert len(lines) == 3 * 23
-    for (layer, _), words in lines.items():
+    for (layer, direction), words in lines.items():
         engine, tile, box, splits, ms = words[3:8]
         if layer == "stem":
-            assert (engine, box) == ("few_channels", "-")
+            paired = direction != "dgrad"
+            assert (engine, box) == ("paired_columns" if paired else "few_channels", "-")
         else:
             assert engine == "descriptor_gemm"
             assert str(math.prod(map(int, box.split("x")))) in tile.split("x")
@@ -273,42 +273,34 @@ def test_plan_sums_layers_as_often_as_the_network_has_them(capsys):
     assert float(ms.removesuffix(" ms")) == pytest.approx(expected, abs=1e-3)
 
 
-class Engine(ModuleType):
-    """Notes how it is called."""
+def noting(calls: list[Call]) -> Engine:
+    """An engine that notes what it is called with."""
 
-    calls: dict[str, tuple[tuple, dict]]
+    def launch(call: Call, tile: Tile) -> None:
+        calls.append(call)
 
-    def __init__(self):
-        super().__init__("engine")
-        self.calls = {}
-        for name in selection.DIRECTIONS:
-            setattr(self, name, partial(self._note, name))
-
-    def _note(self, name: str, *arguments: Any, **options: Any) -> None:
-        self.calls[name] = arguments, options
+    return Engine("engine", lambda problem: (), dict.fromkeys((Fprop, Dgrad, Wgrad), launch))
 
 
 def test_an_epilogue_is_launched_where_it_is_asked_for():
     g = Conv2dGeometry(2, 8, 6, 5, 16, 3, 3)
     x, w, y = tensors = selection.operands(g, torch.bfloat16)
-    plain, full = Engine(), Engine()
+    plain, full = [], []
     for direction in selection.DIRECTIONS:
         arguments = direction, g, tensors
-        compiled.launch(*arguments, Plan(plain, Tile(1, 1), 1.0, "L2"), "ieee")
+        compiled.launch(*arguments, Plan(noting(plain), Tile(1, 1), 1.0, "L2"), "ieee")
         parts = {"bias": True, "relu": True, "residual": True}
-        compiled.launch(*arguments, Plan(full, Tile(1, 1), 1.0, "L2"), "ieee", **parts)
-    (*_, bias, residual, _, _, _), options = plain.calls["fprop"]
-    assert (bias, residual, options["relu"]) == (None, None, False)
-    (*operands, bias, residual, result, _, _), options = full.calls["fprop"]
-    assert operands[0] is x
-    assert operands[1] is w
-    assert bias.shape == (16,)
+        compiled.launch(*arguments, Plan(noting(full), Tile(1, 1), 1.0, "L2"), "ieee", **parts)
+    fprop, dgrad, wgrad = plain
+    assert fprop == Fprop(x, w, y, g, "ieee")
+    assert wgrad.db is None
+    fprop, other_dgrad, wgrad = full
+    bias, residual, relu, _ = fprop.epilogue
+    assert (fprop.x, fprop.w, fprop.y) == (x, w, y)
+    assert bias.shape == wgrad.db.shape == (16,)
     assert residual is y
-    assert result is y
-    assert options["relu"]
-    assert plain.calls["wgrad"][0][3] is None
-    assert full.calls["wgrad"][0][3].shape == (16,)
-    assert plain.calls["dgrad"] == full.calls["dgrad"]
+    assert relu
+    assert other_dgrad == dgrad
 
 
 @pytest.mark.parametrize(
@@ -328,11 +320,11 @@ def test_the_row_is_of_the_phase_with_most_taps(kernel, padding, launches, chose
     def launched(module: str, name: str) -> SimpleNamespace:
         function = SimpleNamespace(__module__=module)
         source = SimpleNamespace(fn=SimpleNamespace(fn=function))
-        return SimpleNamespace(src=source, name=name)
+        return SimpleNamespace(src=source, name=name, asm={"ttir": "tt.dot"})
 
-    kernels = [launched("engine", str(i)) for i in range(launches)]
+    kernels = [launched("kernels.engine", str(i)) for i in range(launches)]
     others = [launched("other", "sum"), *kernels, launched("other", "sum")]
-    plan = Plan(Engine(), Tile(1, 1), 1.0, "L2")
+    plan = Plan(noting([]), Tile(1, 1), 1.0, "L2")
     assert compiled.principal(others, g, plan).name == str(chosen)
 
 
