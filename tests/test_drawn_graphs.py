@@ -31,7 +31,7 @@ PATTERNS = {
     "conv2d + residual + relu": 2,
     "conv2d_relu_max_pool2d": 3,
     "conv2d_dgrad": 1,
-    "max_pool2d": 25,
+    "max_pool2d": 20,
 }
 """The operators that fusion makes of the rest, and how many at least in each part."""
 
