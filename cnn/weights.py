@@ -1,8 +1,8 @@
 """Weights in files of every usual kind, and how they become a model's."""
 
 import json
-from collections import OrderedDict
 from collections.abc import Iterator
+from copy import copy
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -171,8 +171,10 @@ def _of_this_version(parameters: dict[str, Tensor], own: dict[str, Any]) -> dict
     Layers of batch normalization of before torch 0.4.1 do not count their batches.
     """
     counters = [name for name in own if name.endswith("num_batches_tracked")]
-    found = OrderedDict({name: own[name] for name in counters} | parameters)
-    found._metadata = getattr(own, "_metadata", None)  # type: ignore[attr-defined]
+    counts = {name: own[name] for name in counters}
+    found = copy(own)  # as torch made it, with the versions beside its items
+    found.clear()
+    found.update(counts | parameters)
     return found
 
 
