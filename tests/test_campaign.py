@@ -23,6 +23,8 @@ from kernels import device, library, planner
 from kernels.geometry import Conv2dGeometry
 from kernels.problem import Problem
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCHEMA = json.loads((ROOT / "bench" / "campaign.schema.json").read_text())
 HOPPER = device.typical(GPUTarget("cuda", 90, 32))

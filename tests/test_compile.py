@@ -24,6 +24,8 @@ from kernels.engine import Call, Dgrad, Engine, Fprop, Plan, Wgrad
 from kernels.geometry import Conv2dGeometry
 from kernels.tile import Tile
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PRODUCTS = {

@@ -18,6 +18,8 @@ from bench.counted import least_bytes
 from bench.emulator.counters import Counters, sample
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SCHEMA = json.loads((ROOT / "bench" / "counted.schema.json").read_text())
 WARP = SimpleNamespace(idx=np.arange(32), n=32)

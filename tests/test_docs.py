@@ -265,6 +265,7 @@ def words(svg: str) -> list[str]:
     return re.findall(r"<text\b[^>]*>([^<]*)</text>", svg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_what_the_script_draws(name, tmp_path):
     """Its words and numbers are; where they stand is up to matplotlib's version."""

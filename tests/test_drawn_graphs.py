@@ -16,6 +16,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from cnn.compile_backend import fuse, triton_cnn
 
 pytestmark = [
+    pytest.mark.slow,
     # Dynamo looks for the gradients of its inputs, which are no leaves here.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     # Inductor imports what it is in.

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from cnn.compile_backend import compile_report
 
+pytestmark = pytest.mark.slow
+
 FUSED = {
     "alexnet": {"conv2d + relu": 2, "conv2d + relu + max_pool2d": 3},
     "vgg16": {"conv2d + relu": 8, "conv2d + relu + max_pool2d": 5},
