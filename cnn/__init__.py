@@ -10,8 +10,8 @@ from kernels.autotune import enabled as autotune
 from kernels.device import warm_up
 
 from . import functional, models
-from .convert import convert, revert
-from .export import export, export_onnx
+from .conversion import convert, revert
+from .exporting import export, export_onnx
 from .layers import (
     Conv2d,
     ConvReLU2d,
@@ -20,7 +20,7 @@ from .layers import (
     MaxPool2d,
     MaxUnpool2d,
 )
-from .summary import summary
+from .summaries import summary
 
 __version__ = "0.1.0"
 """Packages, checkpoints and ``python -m cnn --version`` read it here."""

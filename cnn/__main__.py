@@ -26,13 +26,12 @@ from kernels.device import INTERPRET, launches
 from . import __version__, data, models, networks, show, weights
 from . import checkpoint as checkpoints
 from .config import OPTIMIZERS, SCHEDULES, Config, Setting
+from .console import tell
 from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
 from .data import load as load_data
+from .distributed import ProcessGroup
 from .errors import FAILURE, UsageError
 from .evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
-from .group import Group
-from .interruption import Interrupted, Interruption
-from .journal import tell
 from .options import (
     AMP,
     Parser,
@@ -53,6 +52,7 @@ from .options import (
     share,
     whole,
 )
+from .signals import Interrupted, Signals
 from .text import plain
 from .train import Run
 
@@ -184,7 +184,7 @@ def train(args: argparse.Namespace) -> None:
         folder = args.output or source.parent
         if not source.exists():
             checkpoints.load(source)  # which says so, before a folder is made
-    group = Group(args.device)
+    group = ProcessGroup(args.device)
     with checkpoints.claimed(folder) if group.first else nullcontext(True) as locked:
         if not locked:
             tell(f"{folder}: its file system has no locks, which would keep other runs out")
@@ -198,7 +198,7 @@ def _train(
     given: dict[str, Any],
     folder: Path,
     source: Path | None,
-    group: Group,
+    group: ProcessGroup,
 ) -> None:
     """Train in a folder that no other run uses, on from the checkpoint ``source`` if there is."""
     checkpoint = None
@@ -229,8 +229,8 @@ def _train(
             run.begin_folder(source)
         tell(run.task)
     try:
-        with Interruption() as interruption:
-            run.go(interruption)
+        with Signals() as signals:
+            run.go(signals)
         if group.first:
             print(f"kernels: {engine(group.device)}\n{plain(run.outcome)}")
     except Interrupted as interrupted:

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import __version__
 from .data import Description
 from .errors import UsageError
+from .files import write
 
 T = TypeVar("T")
 
@@ -75,27 +76,6 @@ def seal(file: BytesIO) -> None:
 def digest(contents: memoryview | bytes) -> bytes:
     """DIGITS letters that are others for other contents."""
     return hashlib.blake2b(contents, digest_size=DIGITS // 2).hexdigest().encode()
-
-
-def write(path: Path, contents: Any) -> None:
-    """Replace ``path`` by a file of ``contents`` in one step that outlasts a loss of power."""
-    path = path.resolve()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from .checkpoint import write
+from .console import Progress
 from .data import UNCOUNTED, Preparation, Watch
+from .distributed import ProcessGroup
 from .errors import FAILURE, UsageError
-from .group import Group
-from .interruption import ignore_in_worker
-from .journal import Progress, new_figure, png
+from .figures import new_figure, png
+from .files import write
+from .signals import ignore_in_worker
 from .text import caption, plain
 
 BATCH = 256
@@ -108,7 +109,13 @@ class Evaluator:
     """Validates models with a data set that the processes of ``group`` share."""
 
     def __init__(
-        self, data: Any, prepare: Preparation, amp: str, watch: Watch, group: Group, workers: int
+        self,
+        data: Any,
+        prepare: Preparation,
+        amp: str,
+        watch: Watch,
+        group: ProcessGroup,
+        workers: int,
     ):
         share = Subset(data, range(group.rank, len(data), group.world))
         pinned = prepare.device.type == "cuda"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import data, models
-from .convert import convert
+from .conversion import convert
 from .errors import UsageError
 from .models.classifier import renew
 from .text import meant

@@ -16,7 +16,7 @@ from kernels.device import INTERPRET
 from . import data, networks
 from .checkpoint import of_run
 from .errors import UsageError
-from .summary import summary
+from .summaries import summary
 from .text import meant, plain
 
 AMP = ("bf16", "fp16", "off")

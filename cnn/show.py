@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Subset
 
 from . import checkpoint as checkpoints
 from . import data, models, networks, visualize, weights
-from .checkpoint import write
+from .console import tell
 from .data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
 from .errors import FAILURE, UsageError
-from .journal import png, tell
+from .figures import png
+from .files import write
 from .models import hed
 from .options import (
     add_common,

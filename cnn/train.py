@@ -19,13 +19,15 @@ from torch.utils.data import DataLoader
 from . import checkpoint as checkpoints
 from . import networks, weights
 from .config import OPTIMIZERS, SCHEDULES, Config, Setting
+from .console import Progress, tell
 from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
+from .distributed import ProcessGroup
 from .errors import FAILURE, UsageError
 from .evaluate import Evaluator, autocast, in_workers, tally
-from .group import Group
-from .interruption import Interrupted, Interruption
-from .journal import Journal, Progress, Row, tell
+from .files import write
+from .log import Row, RunLog
 from .options import check_size
+from .signals import Interrupted, Signals
 
 
 @dataclass
@@ -69,7 +71,7 @@ def _sound(tensor: Tensor) -> bool:
 class Run:
     """A model in training with all that its next step depends on."""
 
-    def __init__(self, config: Config, setting: Setting, data: Data, group: Group):
+    def __init__(self, config: Config, setting: Setting, data: Data, group: ProcessGroup):
         self.config, self.setting, self.data, self.group = config, setting, data, group
         self.position = Position()
         self.totals = torch.zeros(3, dtype=torch.float64, device=group.device)
@@ -141,18 +143,18 @@ class Run:
         """The model to use: of averaged parameters where there are."""
         return self.average.module if self.average else self.model
 
-    def go(self, interruption: Interruption) -> None:
+    def go(self, signals: Signals) -> None:
         """Train until it is over, or interrupted: then raises Interrupted after saving."""
-        journal = None
+        log = None
         if self.group.first:
-            journal = Journal(self.setting.folder, self.position.epoch)
+            log = RunLog(self.setting.folder, self.position.epoch)
         while not self.over:
             begun, step = time.monotonic(), self.position.step
-            self._train(interruption)
+            self._train(signals)
             images = (self.position.step - step) * self.config.batch_size
             rate = images / (time.monotonic() - begun)
-            self._finish(rate, interruption, journal)
-        if journal and self.position.epoch < self.config.epochs:
+            self._finish(rate, signals, log)
+        if log and self.position.epoch < self.config.epochs:
             reason = f"none of the last {self.config.patience} epochs was better"
             tell(f"stopped after epoch {self.position.epoch} of {self.config.epochs}: {reason}")
 
@@ -163,7 +165,7 @@ class Run:
         waited = self.position.epoch - best["epoch"] if best else 0
         return self.position.epoch >= self.config.epochs or 0 < patience <= waited
 
-    def _train(self, interruption: Interruption) -> None:
+    def _train(self, signals: Signals) -> None:
         """The steps of an epoch that are left."""
         config, position = self.config, self.position
         weights.training(self.network)
@@ -182,7 +184,7 @@ class Run:
                     count = max(count, 1)  # none where all images are broken
                     bar.show(loss=f"{loss / count:.4f}", accuracy=f"{right / count:.3f}")
                     diverged = not math.isfinite(loss)  # which ends the attempt to save
-                signal, due = self.group.highest(interruption.signal, self._due() or diverged)
+                signal, due = self.group.highest(signals.signal, self._due() or diverged)
                 if signal or (due and position.step < steps):
                     self.save()
                 if signal:
@@ -215,13 +217,13 @@ class Run:
             return time.monotonic() - self._saved >= self.setting.save_every
         return self.position.step % self.setting.save_every == 0
 
-    def _finish(self, rate: float, interruption: Interruption, journal: Journal | None) -> None:
+    def _finish(self, rate: float, signals: Signals, log: RunLog | None) -> None:
         """Validate the model, tell and save."""
 
         def between() -> None:
-            if interruption.signal and self.group.world == 1:
+            if signals.signal and self.group.world == 1:
                 self.save()
-                raise Interrupted(interruption.signal, self._kept)
+                raise Interrupted(signals.signal, self._kept)
 
         position = self.position
         self._check_finite()
@@ -244,7 +246,7 @@ class Run:
         position.epoch += 1
         position.step = 0
         self.totals.zero_()
-        if journal:
+        if log:
             lost = len(self.batches) * self.config.batch_size - int(count)
             tell(
                 f"epoch {position.epoch}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
@@ -252,7 +254,7 @@ class Run:
                 f"validation accuracy {val_accuracy:.4f}  {rate:.0f} images/s"
                 + (f"  {lost} broken images skipped" if lost else "")
             )
-            journal.write(position.rows, last=self.over)
+            log.write(position.rows, last=self.over)
         better = position.best is row
         kept = self.setting.keep_every and position.epoch % self.setting.keep_every == 0
         names = {"best.pt": better, f"epoch-{position.epoch}.pt": kept}
@@ -291,7 +293,7 @@ class Run:
             path.unlink()
         if best:
             weights.save(best[0], folder / "best.safetensors")
-            checkpoints.write(folder / "best.pt", best[1])
+            write(folder / "best.pt", best[1])
 
     @property
     def last(self) -> Path:

@@ -16,6 +16,7 @@ from . import networks
 from .checkpoint import DIGITS, FORMAT, MARK, digest
 from .data import Description
 from .errors import UsageError
+from .files import write
 from .models.classifier import auxiliary, classifiers, renew
 
 KEYS = {"format", "versions", "config", "description", "state_dict"}
@@ -89,7 +90,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     }
     whole = safetensors.torch.save(tensors, {OWN: json.dumps(about)})
     at = whole.index(MARK) + len(MARK)
-    checkpoints.write(path, whole[:at] + digest(whole) + whole[at + DIGITS :])
+    write(path, whole[:at] + digest(whole) + whole[at + DIGITS :])
 
 
 def _unpacked_safetensors(whole: bytes, path: Path) -> tuple[dict[str, Any], bool]:

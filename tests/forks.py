@@ -106,7 +106,7 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401  (which optimizers import)
 
     from cnn import models
-    from cnn.journal import curves
+    from cnn.log import curves
 
     # Fonts are found once.
     curves([{"epoch": 1, "train_loss": 1, "val_loss": 2, "train_accuracy": 0, "val_accuracy": 1}])

@@ -17,6 +17,7 @@ import cnn
 from cnn import checkpoint as checkpoints
 from cnn import weights
 from cnn.errors import UsageError
+from cnn.files import write
 
 CONTENTS = {key: {} for key in checkpoints.KEYS - {"format", "versions"}}
 
@@ -73,7 +74,7 @@ def test_the_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synchronise)
     monkeypatch.setattr(Path, "replace", rename)
-    checkpoints.write(tmp_path / "x", b"new")
+    write(tmp_path / "x", b"new")
     part, *rest = calls
     assert re.fullmatch(rf"{tmp_path}/\.x\.\d+\.part", part)
     assert rest == ["rename", str(tmp_path)]
@@ -81,14 +82,14 @@ def test_the_contents_reach_the_disk_before_the_name(tmp_path, monkeypatch):
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    checkpoints.write(path, b"old")
+    write(path, b"old")
 
     def full(number):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
-        checkpoints.write(path, b"new")
+        write(path, b"new")
     assert caught.value.filename == str(path)
     assert files(tmp_path) == ["last.pt"]
     assert path.read_bytes() == b"old"
@@ -96,7 +97,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_a_link_stays_one(tmp_path):
     (tmp_path / "link").symlink_to("file")
-    checkpoints.write(tmp_path / "link", b"new")
+    write(tmp_path / "link", b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_bytes() == b"new"
 

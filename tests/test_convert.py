@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import cnn
-from cnn.convert import SWAPS
+from cnn.conversion import SWAPS
 
 ROOT = Path(__file__).parents[1]
 

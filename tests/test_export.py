@@ -1,7 +1,6 @@
 """Networks leave by torch.export, ONNX, AOTInductor and checkpoints, and come back."""
 
 import copy
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch.testing import assert_close
 
 import cnn
 import cnn.functional as F
+from cnn import exporting
 from cnn.errors import UsageError
 from cnn.models import resnet
 from tests import hand_made
@@ -217,8 +217,7 @@ def test_bad_arguments(monkeypatch):
         cnn.export_onnx(cnn.Conv2d(1, 1, 1), x)
     with pytest.raises(ValueError, match=r"dynamic_batch takes no dynamic_shapes, got \{\}"):
         cnn.export_onnx(layer, x, dynamic_batch=True, dynamic_shapes={})
-    here = sys.modules["cnn.export"]  # cnn.export itself is the function
-    monkeypatch.setattr(here, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None if name == "onnxscript" else name)
     text = r"^exporting to ONNX needs onnxscript: pip install 'triton-cnn\[export\]'$"
     with pytest.raises(UsageError, match=text):
         cnn.export_onnx(layer, x)

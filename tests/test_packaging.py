@@ -30,7 +30,8 @@ kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.tuning_cache
 kernels.autotune
 kernels.library
 kernels.functions
-cnn.arguments cnn.autocast cnn.errors cnn.text
+cnn.arguments cnn.autocast cnn.errors cnn.text cnn.files
+cnn.console cnn.figures
 cnn.composed
 cnn.functional
 cnn.layers
@@ -38,8 +39,8 @@ cnn.graph_effects cnn.graph_layout
 cnn.graph_lowering
 cnn.graph_fusion
 cnn.compile_backend
-cnn.summary cnn.export
-cnn.convert
+cnn.summaries cnn.exporting
+cnn.conversion
 cnn.models.alexnet cnn.models.lenet5 cnn.models.resnet cnn.models.classifier
 cnn.models.vgg
 cnn.models.hed cnn.models.vgg_small cnn.models.zfnet
@@ -50,10 +51,10 @@ cnn.data.files cnn.data.parts
 cnn.data.custom cnn.data.folder
 cnn.data.augment cnn.data.sets
 cnn.data
-cnn.checkpoint cnn.group cnn.interruption cnn.networks
+cnn.checkpoint cnn.distributed cnn.signals cnn.networks
 cnn.weights
 cnn.trained
-cnn.journal
+cnn.log
 cnn.evaluate
 cnn.visualize.layers cnn.visualize.pictures cnn.visualize.page
 cnn.visualize.deconvnet cnn.visualize.maps cnn.visualize.occlusion cnn.visualize.invariance

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cnn.journal import new_figure, png
-from cnn.summary import table
+from cnn.console import table
+from cnn.figures import new_figure, png
 from cnn.text import caption, lines, plain
 from cnn.visualize.page import page
 

@@ -28,12 +28,12 @@ from torch.utils.data import TensorDataset
 import cnn
 from cnn import __main__ as cli
 from cnn import checkpoint as checkpoints
-from cnn import data, journal, models
+from cnn import data, log, models
+from cnn.console import Progress
 from cnn.data import Preparation, Watch
+from cnn.distributed import ProcessGroup
 from cnn.evaluate import Evaluator
-from cnn.group import Group
-from cnn.interruption import ignore_in_worker
-from cnn.journal import Progress
+from cnn.signals import ignore_in_worker
 from cnn.train import Run
 from kernels.device import INTERPRET
 
@@ -108,7 +108,7 @@ def test_accuracy_and_loss_count():
     sets = TensorDataset(images, labels)
     prepare = Preparation(data.Description(("a",), 2, (0.0,), (1.0,)), torch.device("cpu"))
     test = Evaluator(
-        sets, prepare, "off", Watch(sets, "stop", print), Group(torch.device("cpu")), 0
+        sets, prepare, "off", Watch(sets, "stop", print), ProcessGroup(torch.device("cpu")), 0
     )
     calls = []
     loss, accuracy = test(nn.Flatten(), lambda: calls.append(0))
@@ -217,7 +217,7 @@ def test_two_processes_validate_the_model_that_is_saved(cpu, noise, tmp_path):
     model.load_state_dict(checkpoints.load(tmp_path / "last.pt")["state_dict"])
     sets = data.load(noise, val=True)
     alone = torch.device("cpu")
-    rest = "off", Watch(sets.val, "stop", print), Group(alone), 0
+    rest = "off", Watch(sets.val, "stop", print), ProcessGroup(alone), 0
     validate = Evaluator(sets.val, Preparation(sets.description, alone), *rest)
     loss, _ = validate(model, lambda: None)
     assert numbers(tmp_path)[0]["val_loss"] == pytest.approx(loss, rel=1e-6)
@@ -323,9 +323,9 @@ def test_tensorboard_gets_each_epoch_where_it_is_installed(monkeypatch, tmp_path
 
     board = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    monkeypatch.setattr(journal, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setattr(log, "find_spec", lambda name: name == "tensorboard")
     rows = [{"epoch": epoch, "val_loss": 0.5 / epoch} for epoch in (1, 2)]
-    journal.Journal(tmp_path, 1).write(rows, last=False)
+    log.RunLog(tmp_path, 1).write(rows, last=False)
     assert told == [(str(tmp_path), 2), ("epoch", 2, 2), ("val_loss", 0.25, 2), "flush"]
     assert (tmp_path / "log.csv").read_text() == "epoch,val_loss\n1,0.5\n2,0.25\n"
 
@@ -333,7 +333,7 @@ def test_tensorboard_gets_each_epoch_where_it_is_installed(monkeypatch, tmp_path
 def test_drawing_without_matplotlib_names_the_extra(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     rows = [{"epoch": 1, "train_loss": 1, "val_loss": 1, "train_accuracy": 1, "val_accuracy": 1}]
-    journal.Journal(tmp_path, 0).write(rows, last=True)
+    log.RunLog(tmp_path, 0).write(rows, last=True)
     line = "drawing curves needs matplotlib: pip install 'triton-cnn[train]'\n"
     assert capsys.readouterr().err == line
     assert files(tmp_path) == {"log.csv", "log.jsonl"}
@@ -651,7 +651,7 @@ def test_all_processes_end_if_a_run_diverges(cpu, noise, tmp_path):
 
 def test_a_log_is_json():
     with pytest.raises(ValueError, match="not JSON compliant"):
-        journal.Journal(Path(), 0).write([{"epoch": 1, "train_loss": math.nan}], last=True)
+        log.RunLog(Path(), 0).write([{"epoch": 1, "train_loss": math.nan}], last=True)
 
 
 BAD = {

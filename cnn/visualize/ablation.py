@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from ..console import Progress, table
 from ..data import UNCOUNTED
 from ..evaluate import tally
-from ..journal import Progress, new_figure
-from ..summary import table
+from ..figures import new_figure
 from ..text import caption
 from .layers import calls, check_class, evaluating, find, first_tensor, hooked, outputs
 from .pictures import SIZE

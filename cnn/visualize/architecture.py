@@ -10,8 +10,9 @@ from torch import nn
 
 from kernels._private import Convolution
 
-from ..journal import new_figure
-from ..summary import by, summary, table
+from ..console import by, table
+from ..figures import new_figure
+from ..summaries import summary
 from ..text import caption
 from .layers import evaluating
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from kernels.geometry import ReceptiveField
 
 from .. import functional as F
-from ..journal import Progress
+from ..console import Progress
 from .layers import check_images, evaluating, field_of, outputs
 from .pictures import panels, pixels, signed, tiles
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels._private import pytree
 from kernels.geometry import ReceptiveField
 
-from ..summary import Layer, summary
+from ..summaries import Layer, summary
 
 
 @contextmanager

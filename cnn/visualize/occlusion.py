@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..journal import Progress, new_figure
-from ..summary import table
+from ..console import Progress, table
+from ..figures import new_figure
 from ..text import caption
 from .layers import (
     calls,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..journal import new_figure
+from ..figures import new_figure
 from ..text import caption
 
 SIZE = 8.0

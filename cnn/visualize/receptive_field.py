@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from kernels.geometry import ReceptiveField
 
-from ..journal import new_figure
-from ..summary import by, table
+from ..console import by, table
+from ..figures import new_figure
 from ..text import caption
 from .layers import calls, check_images, field_of
 from .pictures import SIZE, colours, frame, pixels, show

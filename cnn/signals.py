@@ -17,7 +17,7 @@ class Interrupted(Exception):
         self.kept = kept
 
 
-class Interruption:
+class Signals:
     """Within it, ``signal`` is 0 until one of SIGNALS arrives, and then its number.
 
     SIGHUP does not count if it is ignored, as nohup has it.
@@ -34,7 +34,7 @@ class Interruption:
             raise KeyboardInterrupt
         self.signal = number
 
-    def __enter__(self) -> "Interruption":
+    def __enter__(self) -> "Signals":
         kept_off = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         taken = [n for n in SIGNALS if not (n == signal.SIGHUP and kept_off)]
         self._before = {n: signal.signal(n, self._take) for n in taken}

@@ -1,6 +1,5 @@
 """What a network is made of: a table of its layers, found without computing anything."""
 
-from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kernels._private import TorchDispatchMode, defaults_of, pytree
 from kernels.geometry import Pair, ReceptiveField
 
-from .text import plain
+from .console import by, table
 
 
 class Layer(NamedTuple):
@@ -46,19 +45,6 @@ class Summary(NamedTuple):
             rows.append((name, kind, by(size), seen, *(f"{number:,}" for number in numbers)))
         rows.append(("total", "", "", "", f"{self.parameters:,}", f"{self.flops:,}"))
         return table(rows, "<<>>>>")
-
-
-def table(rows: Sequence[Sequence[str]], sides: str) -> str:
-    """Rows as lines whose columns stand below each other, each at its left < or its right >."""
-    rows = [[*map(plain, row)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    form = "  ".join(f"{{:{side}{n}}}" for side, n in zip(sides, widths, strict=True))
-    return "\n".join(form.format(*row).rstrip() for row in rows)
-
-
-def by(size: Iterable[int]) -> str:
-    """A size as text: 3x224x224."""
-    return "x".join(map(str, size))
 
 
 def summary(

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from . import layers
 from .arguments import DTYPES
-from .summary import table
+from .console import table
 
 SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: layers.Conv2d,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .errors import UsageError
 
 
-class Group:
+class ProcessGroup:
     """The processes of a run. Without torchrun there is one, and nothing is exchanged.
 
     ``rank`` is this process's number of ``world``. The first writes files and speaks.

@@ -1,0 +1,25 @@
+"""Figures without a window, and their contents as PNG files."""
+
+import io
+import warnings
+from typing import Any
+
+from .errors import missing
+
+
+def new_figure(use: str, **options: Any):
+    """An empty figure of matplotlib's that no window knows of."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise missing("matplotlib", f"drawing {use}") from None
+    return Figure(**options)
+
+
+def png(figure: Any) -> bytes:
+    """A figure as the contents of a PNG file."""
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for it
+        figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

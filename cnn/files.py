@@ -1,0 +1,26 @@
+"""Files that are written whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, contents: Any) -> None:
+    """Replace ``path`` by a file of ``contents`` in one step that outlasts a loss of power."""
+    path = path.resolve()
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
