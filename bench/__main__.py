@@ -1,6 +1,6 @@
 """Benchmarks: results go to stdout, progress and errors to stderr.
 
-Exit codes: 0; 1 where a kernel failed or there is nothing to report; 2 for arguments, files or
+Exit codes: 0; 1 if a kernel failed or there is nothing to report; 2 for arguments, files or
 machines that cannot be used; 130 after Ctrl-C.
 """
 

@@ -57,7 +57,7 @@ class Instruction(NamedTuple):
     def macs(self, warps: int) -> int | None:
         """Multiply-adds when each of a block's warps executes it, as its name gives the shape.
 
-        None where the name does not: Blackwell's UTC*MMA, which one thread issues for the block.
+        None if the name does not: Blackwell's UTC*MMA, which one thread issues for the block.
         """
         if found := _GROUP_SIZES.match(self.opcode):
             return prod(map(int, found.groups())) * warps // 4
@@ -70,7 +70,7 @@ class Steady(NamedTuple):
     """A thread's instructions in one turn of the steady loop, and after it for one tile.
 
     ``macs`` are the multiply-adds of a turn that a block of ``warps`` makes on tensor cores, None
-    where the code does not tell.
+    if the code does not tell.
     """
 
     tensor_core_instructions: int

@@ -302,7 +302,7 @@ def _error(problem: peers.Problem, inputs: peers.Inputs, device: torch.device) -
 
 
 def _lost(row: Row, device: torch.device) -> str:
-    """Why the GPU takes no more work, as after an illegal access; empty where it does."""
+    """Why the GPU takes no more work, as after an illegal access; empty if it does."""
     if device.type == "cpu" or "errors" not in row:
         return ""
     try:

@@ -76,7 +76,7 @@ def is_same_code(one: str, other: str) -> bool:
 
 
 def _output(*command: str) -> str:
-    """The first line that a program prints; "unknown" where it cannot be run."""
+    """The first line that a program prints; "unknown" if it cannot be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
@@ -85,7 +85,7 @@ def _output(*command: str) -> str:
 
 
 def set_torch(dtype: Dtype, device: torch.device, search: bool = True) -> None:
-    """Set this process's PyTorch for such products: TF32 only where asked for; cuDNN may search."""
+    """Set this process's PyTorch for such products: TF32 only if asked for; cuDNN may search."""
     if device.type == "cpu":
         return
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul

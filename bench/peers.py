@@ -334,7 +334,7 @@ def problem(case: Case) -> Problem:
 
 
 def contender(name: str, of: Problem) -> Contender:
-    """ "ours" or a peer, by name. Raises where a peer cannot do it."""
+    """ "ours" or a peer, by name. Raises if a peer cannot do it."""
     if name == "cudnn_nchw":
         return of.eager().nchw()
     return of.eager() if name == "cudnn" else getattr(of, name)()

@@ -18,7 +18,7 @@ from .report import load
 
 
 def device_named(name: str) -> torch.device:
-    """The CPU or the GPU that a run measures. Raises UsageError where there is none."""
+    """The CPU or the GPU that a run measures. Raises UsageError if there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "no GPU here; --device cpu runs all of it on tiny layers but measures nothing"

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, draw, write. Returns the exit code: 1 where there is nothing to read."""
+    """Read, draw, write. Returns the exit code: 1 if there is nothing to read."""
     try:
         measured = _measured(args.results)
         if not measured:
@@ -87,7 +87,7 @@ def _measured(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What a command kept in ``path``. Raises ValueError where that is not JSON with rows."""
+    """What a command kept in ``path``. Raises ValueError if that is not JSON with rows."""
     try:
         results = json.loads(path.read_text())
     except ValueError as error:

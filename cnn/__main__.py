@@ -160,7 +160,7 @@ def _configuration(command: Parser) -> None:
     add("--label-smoothing", type=share, metavar="X", help=help)
     help = f"decay of a moving average of the parameters, as 0.999; 0 is none ({Config.ema})"
     add("--ema", type=share, metavar="X", help=help)
-    add("--augment", **switch, help="shift images, and mirror them where that makes sense")
+    add("--augment", **switch, help="shift images, and mirror them if that makes sense")
     add("--amp", choices=AMP, help=f"16-bit arithmetic ({Config.amp})")
     add("--channels-last", **switch, help="keep images and maps in NHWC")
     add("--compile", **switch, help="through torch.compile")

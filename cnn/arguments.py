@@ -57,11 +57,11 @@ _TENSORS = {Tensor, Parameter}
 
 
 def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
-    """All that the checks and plan look at, so that they are made once; None where it may not
-    be kept.
+    """The key of a call in a cache: all that its checks and its plan read. None if it may not be
+    kept.
 
-    Numbers that are equal need not be alike: True and 1.0 are refused where 1 is not. So only
-    calls with plain numbers are kept, and none that is traced or cast on the way.
+    Only ints, strings and None are cached: True == 1 == 1.0, but only 1 is a valid stride. Nor is a
+    call that is traced or cast on the way.
     """
     if torch.compiler.is_compiling() or is_function_mode_enabled():
         return None

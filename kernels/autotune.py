@@ -1,4 +1,4 @@
-"""Measures the planner's best few plans where that is asked for, and remembers which was quickest.
+"""Measures the planner's best few plans if that is asked for, and remembers which was quickest.
 
 Off by default: ``enabled(True)`` or the environment variable TRITON_CNN_AUTOTUNE=1, read at import,
 turns it on. The operators then ask ``choose`` in the planner's place. A plan must give the right
@@ -184,7 +184,7 @@ def expected_results(
 
     Values come from the reference in float64, magnitudes from the reference on absolute values. A
     few images are taken at a time, so that float64 costs little memory; what is kept is float32
-    where that is finer than the results.
+    if that is finer than the results.
     """
     g, direction = problem.g, problem.direction
     images = max(1, _PART // (prod(g.x_shape[1:]) + prod(g.y_shape[1:])))
@@ -305,9 +305,9 @@ class Tuner:
         operands in float64 and for any part of the batch. ``variant`` names what else makes other
         binaries: fused operands, a ReLU.
 
-        Raises RuntimeError if no plan is right. During a CUDA graph's capture, where nothing can be
+        Raises RuntimeError if no plan is right. During a CUDA graph's capture, when nothing can be
         measured, an unknown class takes the planner's own choice; so it does if there is no memory
-        to measure in, at the price of a warning, and where nothing is launched or computed.
+        to measure in, at the price of a warning, and if nothing is launched or computed.
         """
         where = tensors[0].device  # type: ignore[union-attr]  the first operand is never None
         plan = self._plans.get((problem, variant, where))

@@ -234,8 +234,8 @@ def is_warming_up() -> bool:
 
 
 def may_replay() -> bool:
-    """Whether a call that was recorded stands for one made now: within another one, or where
-    launches only compile, it is made in full.
+    """Whether recordings may be replayed: not inside another recording, nor while launches only
+    compile.
     """
     return recorder.recording is None and _launching.mode not in ("compile", "warm_up")
 

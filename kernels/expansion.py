@@ -1,4 +1,5 @@
-"""The gradient of a map that was max-pooled, without the map: dy and one offset for each window.
+"""Backward of ReLU and max-pool from dy and one offset per window alone, without the map: a kernel
+of its own, and a load for other kernels.
 
 ``offsets[n,k,pp,pq]`` is the tap ``r * S + s`` of the window's pixel that won; any other value, as
 255 in uint8 or -1 in int16, stands for a window without gradient: its maximum was not above zero,
@@ -142,8 +143,8 @@ def expand_kernel(
     """dz[n,k,p,q] = sum of dy[n,k,pp,pq] over the windows that the pixel won, db[k] = sum of dz.
 
     A window starts in each block of stride x stride pixels, so that pixels at one place of their
-    blocks have the same taps, and ask no window in vain. One program writes ``turns`` tiles of
-    ROWS blocks by COLUMNS channels, and their part of db.
+    blocks have the same taps, and no window is loaded for nothing. One program writes ``turns``
+    tiles of ROWS blocks by COLUMNS channels, and their part of db.
     """
     N, P, Q, blocks_p, blocks_q = decode_ints(sizes)
     dy_strides = decode_strides(dy_strides)

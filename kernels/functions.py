@@ -30,8 +30,9 @@ def channels_last(*tensors: Tensor) -> bool:
 
 
 class _Numbers:
-    """What a Function takes besides tensors, in one piece, as each argument costs time: what makes
-    the result of the tensors, how they lie, and the operator's numbers.
+    """A Function's arguments other than tensors, as one object, because each argument of ``apply``
+    costs time: the callable that computes the result, the tensors' shapes and strides, and the
+    operator's own arguments.
     """
 
     __slots__ = ("make", "numbers", "shapes", "strides")
@@ -240,7 +241,7 @@ class Conv2dDgrad(Operator):
 
 
 class Conv2dWgrad(Operator):
-    """(dw, db) = the gradients of weight and, where asked for, bias: from x and dy.
+    """(dw, db) = the gradients of weight and, if asked for, bias: from x and dy.
 
     Numbers: w's size and strides, stride, padding, dilation, groups, precision, bias.
     """
@@ -490,7 +491,7 @@ class Call:
 
     def again(self, *tensors: Tensor | None) -> Callable[..., Any] | None:
         """After a call that nothing watched: the same, for tensors that differ from these in their
-        elements alone, with what follows from the rest done once. None where it is not kept.
+        elements alone, with what follows from the rest done once. None if it is not kept.
         """
         function, result = self._function, self._result
         recording = library.recording_of(function.name, tensors, *self._numbers)

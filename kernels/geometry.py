@@ -319,7 +319,7 @@ class Conv2dGeometry:
     def dgrad_as_fprop(self) -> "Conv2dGeometry":
         """For stride 1: the convolution of dy with flipped, transposed filters that is dx.
 
-        Its padding is negative where the forward pass padded by more than the kernel reaches.
+        Its padding is negative if the forward pass padded by more than the kernel reaches.
         """
         if self.stride != (1, 1):
             raise ValueError(f"dgrad is one convolution only for stride 1, not {self.stride}")
@@ -437,7 +437,7 @@ class Window(Protocol):
 class ReceptiveField(NamedTuple):
     """Output (p, q) sees ``size`` input pixels from ``offset + stride * (p, q)`` on.
 
-    ``offset`` is negative where the first window starts in the padding.
+    ``offset`` is negative if the first window starts in the padding.
     """
 
     size: Pair = (1, 1)

@@ -158,7 +158,7 @@ def launching(name: str) -> Callable[..., Any]:
 
 
 def recording_of(name: str, operands: Sequence[Tensor | None], *rest: Any) -> Any:
-    """What a call of an operator, which has been made, replays; None where it is not kept."""
+    """What a call of an operator, which has been made, replays; None if it is not kept."""
     return _recordings.get(_key(name, (*operands, *rest), len(operands)))
 
 
@@ -246,7 +246,7 @@ def runs_kernels(x: Tensor) -> bool:
 
 
 def setting(x: Tensor) -> tuple | None:
-    """What kernels called on x depend on besides arguments; None where the call may not be kept."""
+    """What kernels called on x depend on besides arguments; None if the call may not be kept."""
     if is_watched() or not _may_replay():
         return None
     precision = x.dtype == torch.float32 and resolve_precision(None, x)
@@ -270,7 +270,7 @@ def _channels_last(*tensors: Tensor) -> bool:
 
 
 def _packed(w: Tensor, images: Sequence[Tensor | None], here: device.Device) -> Tensor:
-    """w, copied with its channels side by side where the images have theirs so: it is small, and
+    """w, copied with its channels side by side if the images have theirs so: it is small, and
     gathering it is not.
     """
     rows = all(t is None or t.stride(1) == 1 for t in images)
@@ -688,7 +688,7 @@ def _conv_pool_backward_empty(
 def _conv_pool_backward(
     dy, offsets, x, w, size, w_size, w_strides, *arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The map's gradient is read from dy and offsets, or where that is dearer written out once."""
+    """The map's gradient is read from dy and offsets, or if that is dearer written out once."""
     *geometry, precision, kernel, step, margin, channels_last, wanted = arguments
     need_dx, need_dw, need_db = wanted
     x_shape = dy.shape[0], w_size[1] * geometry[-1], *size

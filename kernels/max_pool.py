@@ -575,7 +575,7 @@ def max_unpool2d_kernel(
     BLOCK: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """y[n,c,h,w] = the last x[n,c,p,q] whose index is h * W + w; 0 where there is none.
+    """y[n,c,h,w] = the last x[n,c,p,q] whose index is h * W + w; 0 if there is none.
 
     One program writes PLANES planes (n, c): zeros first, then x in blocks of BLOCK elements.
     Barriers order the blocks; within one, an element yields to a later one of the same index.

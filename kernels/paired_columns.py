@@ -1,6 +1,6 @@
 """Convolution of few channels, and its weight gradient, by pairs of neighbouring outputs.
 
-Their windows overlap in one short run of x, which is loaded once, by wide words where the channels
+Their windows overlap in one short run of x, which is loaded once, by wide words if the channels
 lie side by side. fprop multiplies it by packed filters, which hold each filter twice, the second
 time shifted by the stride: for a run padded to a power of two that often is no product more than
 one output alone would take. wgrad multiplies it by dy of both outputs, and finds each filter's
@@ -270,8 +270,8 @@ def convolve(
 ):
     """[filters, pairs] in float32: one output of each pair, or both where HALF is None.
 
-    With both, an output's products with what its neighbour alone sees are zero times x: an infinity
-    or NaN there makes it NaN.
+    With both, an output's filter is zero outside its own window. So an infinity or NaN that only
+    its neighbour sees makes it NaN.
     """
     C: tl.constexpr = FILTERS.C
     R: tl.constexpr = FILTERS.R
@@ -495,8 +495,8 @@ def pair_wgrad_kernel(
     ``rows / 2`` filters' dy, of the first and the second output of each pair, by the runs that
     ``columns / segment`` rows of a filter meet. It sums a share of the pairs in float32, and writes
     what the first outputs and what the second ones add to dw as two parts. The products of an
-    output with what its neighbour alone sees are dropped, so x need not be finite there. For that
-    the last outputs of rows of odd length have programs, and single parts, of their own.
+    output with what only its neighbour sees are dropped, so x need not be finite there. The last
+    column of an odd width therefore has programs of its own, which write one part instead of two.
 
     A turn's pairs are a patch: so many rows of y, and of each so many pairs, or the last output in
     so many images. Indices that end in _in are of a place within a patch, the same in every turn.

@@ -78,7 +78,7 @@ def plan_fused(fusion: Fusion, problem: Problem) -> Plan | None:
 
 @lru_cache(maxsize=4096)
 def plan_expanded(problem: Problem, pool: Pool2dGeometry) -> Plan | None:
-    """The plan of a gradient that expands a pooled one as it is read, in any layout; None where it
+    """The plan of a gradient that expands a pooled one as it is read, in any layout; None if it
     had better be written out first.
     """
     if cost_model.expands_first(problem, pool):

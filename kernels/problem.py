@@ -43,7 +43,7 @@ def layout_of(images: Iterable[Tensor | None], filters: Iterable[Tensor]) -> Lay
 
 
 def _is_aligned(t: Tensor, *, ordered: bool) -> bool:
-    """Whether rows of channels start on 16 bytes, and where asked follow one another in order."""
+    """Whether rows of channels start on 16 bytes, and if asked follow one another in order."""
     (N, _, H, W), (n, _, h, w) = t.shape, t.stride()
     unit = 16 // t.element_size()
     end = 0

@@ -1,5 +1,5 @@
-"""Calls that come again. The first of its kind is recorded: what it allocated, and what it launched
-on what. The next ones do that again over their own tensors and work nothing else out.
+"""Record and replay calls of operators. The first call of a kind records its allocations and its
+launches; later ones repeat them on their own tensors, without planning.
 
 Planning a launch takes ten times as long as making it. But plan, grid, strides and descriptors
 follow from the operands' shapes, strides, dtypes and alignment alone, so a call that agrees in

@@ -77,7 +77,7 @@ def box_of(tile: Tile) -> Box:
 
 
 def overlapped(tile: Tile, computed: bool) -> int:
-    """How many turns of its loop Triton may overlap: a single one where the left operand of the
+    """How many turns of its loop Triton may overlap: a single one if the left operand of the
     product is ``computed`` from what is loaded.
 
     Hopper takes such an operand from registers, and Triton 3.6 lets the next turn write them while

@@ -92,7 +92,7 @@ def _minutes(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what there is time for. Returns the exit code: 1 where a check failed."""
+    """Do what there is time for. Returns the exit code: 1 if a check failed."""
     if args.device == "cpu" and not args.emulate and not INTERPRET:
         # Only under the interpreter do CPU tensors take the path of a GPU's.
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -177,7 +177,7 @@ class _Campaign:
             keep(results, self._args.json)
 
     def _row(self, item: Item) -> Row | None:
-        """One item's row; None where time ended first."""
+        """One item's row; None if time ended first."""
         begun = time.monotonic()
         try:
             row = self._ask(item)
@@ -195,7 +195,7 @@ class _Campaign:
         return row
 
     def _ask(self, request: Any) -> Any:
-        """A worker's answer, of a new one where there is none."""
+        """A worker's answer, of a new one if there is none."""
         self._worker = self._worker or Worker(self._serve)
         left = self._end - time.monotonic()
         most = _MOST_SECONDS if self._args.device == "cuda" else left
@@ -263,7 +263,7 @@ def _compile_seconds() -> list[float]:
 
 
 def run_item(item: Item, where: torch.device, seconds: list[float]) -> Row:
-    """The row of an item, also where it raises; ``lost``: the device takes no more work."""
+    """The row of an item, also if it raises; ``lost``: the device takes no more work."""
     begun = time.monotonic()
     seconds.clear()
     lost = False

@@ -3,7 +3,7 @@
 An operator is called again and again, alone and beside other work, as what goes wrong by timing
 shows as a difference between repeats. New memory is NaN in each call, so that what is not written
 is seen and what an earlier call left cannot stand for it. The first result is compared with
-``references``' on the same device in float64, or in float32 where that is large.
+``references``' on the same device in float64, or in float32 if that is large.
 """
 
 from collections import Counter

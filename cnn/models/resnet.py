@@ -121,7 +121,7 @@ class ResNet(nn.Module):
 
 
 def _shortcut(channels: int, width: int, stride: int) -> nn.Module:
-    """The identity, or where the shape changes a 1x1 convolution: option B of the paper."""
+    """The identity, or if the shape changes a 1x1 convolution: option B of the paper."""
     if stride == 1 and channels == width:
         return nn.Identity()
     convolution = Conv2d(channels, width, 1, stride, bias=False)

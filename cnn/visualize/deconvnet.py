@@ -161,7 +161,7 @@ class Projections:
         places: their pixels (p, q), [M, top, 2].
         images: what the network saw, [M, top, C, H, W].
         projections: of the activations, or of the whole maps, to the pixels, [M, top, C, H, W].
-        field: what a pixel of the maps sees of the image; None where that is all, or not known, or
+        field: what a pixel of the maps sees of the image; None if that is all, or not known, or
             whole maps were projected.
     """
 
@@ -178,7 +178,7 @@ class Projections:
         """Projections and images, cut to what each activation saw: [M, top, C, h, w] both.
 
         A cut has the size of the receptive field. Where this reaches beyond the image, the cut is
-        moved into it, and is the image where that is smaller.
+        moved into it, and is the image if that is smaller.
         """
         if self.field is None:
             return self.projections, self.images

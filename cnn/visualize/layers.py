@@ -49,7 +49,7 @@ def map_layers(model: nn.Module, x: Tensor) -> list[str]:
 def field_of(model: nn.Module, name: str, x: Tensor) -> ReceptiveField:
     """The receptive field of a layer's outputs on x[N, C, H, W].
 
-    Raises ValueError where the layer sees everything, or what it sees is not known.
+    Raises ValueError if the layer sees everything, or what it sees is not known.
     """
     find(model, name)
     field = next((row.field for row in reversed(calls(model, x)) if row.name == name), None)
@@ -126,14 +126,14 @@ def wide(t: Tensor) -> Tensor:
 
 
 def check_images(x: Tensor, name: str, axes: str = "[N, C, H, W]") -> None:
-    """Raises ValueError where the argument ``name`` is not of floats and axes with pixels."""
+    """Raises ValueError if the argument ``name`` is not of floats and axes with pixels."""
     count = axes.count(",") + 1
     if x.dim() != count or not x.is_floating_point() or not all(x.shape[count - 3 :]):
         raise ValueError(f"{name} must be floats {axes}, got {x.dtype} {list(x.shape)}")
 
 
 def probabilities(result: Tensor | None) -> Tensor | None:
-    """Those of classes, of what a model gives: logits [N, classes]. None where it is not that."""
+    """Those of classes, of what a model gives: logits [N, classes]. None if it is not that."""
     return None if result is None or result.dim() != 2 else wide(result).softmax(1)
 
 
@@ -145,7 +145,7 @@ def class_names(given: Sequence[str], count: int) -> tuple[str, ...]:
 
 
 def check_class(number: int, count: int, name: str) -> int:
-    """Raises ValueError where the argument ``name`` is not one of a model's ``count`` classes."""
+    """Raises ValueError if the argument ``name`` is not one of a model's ``count`` classes."""
     if not 0 <= number < count:
         known = f"one of the {count} classes that the model gives, from 0 on"
         raise ValueError(f"{name} must be {known}, got {name}={number}")
@@ -153,7 +153,7 @@ def check_class(number: int, count: int, name: str) -> int:
 
 
 def check_maps(y: Tensor, name: str) -> Tensor:
-    """Raises ValueError where y, which the layer ``name`` gave, is not [N, K, P, Q]."""
+    """Raises ValueError if y, which the layer ``name`` gave, is not [N, K, P, Q]."""
     if y.dim() != 4:
         size = list(y.shape)
         raise ValueError(f"layer must give maps [N, K, P, Q], got {size} of layer={name!r}")

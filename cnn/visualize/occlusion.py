@@ -240,7 +240,7 @@ def _last_maps(model: nn.Module, x: Tensor) -> str | None:
 
 
 def _look(model: nn.Module, images: Tensor, layer: str | None) -> tuple[Any, Any]:
-    """Probabilities [N, classes] and the layer's maps [N, K, P, Q]; None where there are none."""
+    """Probabilities [N, classes] and the layer's maps [N, K, P, Q]; None if there are none."""
     result, found = run(model, images, [] if layer is None else [layer])
     return probabilities(result), None if layer is None else check_maps(found[layer], layer)
 

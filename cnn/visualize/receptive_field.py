@@ -21,7 +21,7 @@ Box = tuple[int, int, int, int]
 class Seen(NamedTuple):
     """What the pixel ``position`` of a layer's maps sees.
 
-    ``box`` reaches beyond the image where the layer sees padding.
+    ``box`` reaches beyond the image if the layer sees padding.
     """
 
     layer: str
@@ -47,7 +47,7 @@ class ReceptiveFields:
         return table(rows, "<>>>>>")
 
     def figure(self) -> Any:
-        """The image with a rectangle a layer, dashed where it sees padding.
+        """The image with a rectangle a layer, dashed if it sees padding.
 
         Of what is outside the image, no more shows than half the image's size on each side.
         """
