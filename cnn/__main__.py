@@ -180,10 +180,8 @@ def train(args: argparse.Namespace) -> None:
     folder = args.output or Path("runs", known_as)
     source = args.resume
     if source:
-        source = folder / "last.pt" if source is LAST else checkpoints.of_run(source, "last.pt")
+        source = checkpoints.latest(folder / "last.pt" if source is LAST else source)
         folder = args.output or source.parent
-        if not source.exists():
-            checkpoints.load(source)  # which says so, before a folder is made
     group = ProcessGroup(args.device)
     with checkpoints.claimed(folder) if group.first else nullcontext(True) as locked:
         if not locked:

@@ -87,11 +87,12 @@ def claimed(folder: Path) -> Iterator[bool]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("a")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK  # of a pipe, which nobody reads, an error
+        file = os.open(folder / ".lock", flags, 0o666)
     except OSError as error:
         raise UsageError(f"cannot write {folder}: {error.strerror}") from None
-    with file:
-        locked = _lock(file.fileno(), folder)
+    with os.fdopen(file, "a"):
+        locked = _lock(file, folder)
         try:
             for name in (*FILES, "epoch-*.pt", "last.pt.try"):
                 for part in folder.glob(f".{name}.*.part"):
@@ -129,6 +130,19 @@ def kept(folder: Path) -> dict[int, Path]:
 def of_run(path: Path, name: str = "best.pt") -> Path:
     """The file ``path``, or the checkpoint ``name`` of the run whose folder it is."""
     return path / name if path.is_dir() else path
+
+
+def latest(path: Path) -> Path:
+    """The file ``path``, or last.pt of the run whose folder it is.
+
+    Raises UsageError if there is none.
+    """
+    last = of_run(path, "last.pt")
+    if not last.exists():
+        best = last.with_name("best.pt")  # a run that was killed early may have no other
+        hint = f"; --resume {best} --overwrite goes on from its best" if best.exists() else ""
+        raise UsageError(f"cannot read {last}: No such file or directory{hint}")
+    return last
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -23,17 +23,26 @@ class RunLog:
     The files are written whole from all rows so far, so that they agree with the checkpoint.
     """
 
-    def __init__(self, folder: Path, begun: int):
+    def __init__(self, folder: Path, rows: list[Row]):
         self.folder = folder
         self._drawn = time.monotonic()
         self._board = None
         if find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder), purge_step=begun + 1)
+            self._board = SummaryWriter(str(folder), purge_step=len(rows) + 1)
+        if rows:
+            self._write_files(rows, last=False)
 
     def write(self, rows: list[Row], *, last: bool) -> None:
         """Tell of a new epoch, the last of ``rows``."""
+        self._write_files(rows, last=last)
+        if self._board:
+            for name, value in rows[-1].items():
+                self._board.add_scalar(name, value, rows[-1]["epoch"])
+            self._board.flush()
+
+    def _write_files(self, rows: list[Row], *, last: bool) -> None:
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
@@ -48,10 +57,6 @@ class RunLog:
                 if last:
                     tell(str(problem))
             self._drawn = time.monotonic()
-        if self._board:
-            for name, value in rows[-1].items():
-                self._board.add_scalar(name, value, rows[-1]["epoch"])
-            self._board.flush()
 
 
 def curves(rows: list[Row]) -> bytes:

@@ -147,7 +147,7 @@ class Run:
         """Train until it is over, or interrupted: then raises Interrupted after saving."""
         log = None
         if self.group.first:
-            log = RunLog(self.setting.folder, self.position.epoch)
+            log = RunLog(self.setting.folder, self.position.rows)
         while not self.over:
             begun, step = time.monotonic(), self.position.step
             self._train(signals)
@@ -275,15 +275,19 @@ class Run:
         return UsageError(f"{where} {how}: lower --lr; {self._kept}", FAILURE)
 
     def _state(self) -> Iterator[Tensor]:
-        """What is learnt, and what the optimizer keeps of it."""
+        """What is learnt, with batch statistics, and what the optimizer keeps of it."""
         for model in (self.model, self.averaged):
             yield from model.parameters()
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    yield from module.buffers()
         for kept in self.optimizer.state.values():
             yield from filter(torch.is_tensor, kept.values())
 
     def begin_folder(self, source: Path | None) -> None:
-        """Clear the folder of another run, and give it the best of the run of ``source``."""
+        """Clear the folder, and copy to it the checkpoint ``source`` and the best of its run."""
         best, past, folder = None, self.position.best, self.setting.folder
+        last = source.read_bytes() if source else None
         if source and past and (path := source.with_name("best.pt")).exists():
             with suppress(UsageError):
                 found = checkpoints.load(path)
@@ -294,6 +298,8 @@ class Run:
         if best:
             weights.save(best[0], folder / "best.safetensors")
             write(folder / "best.pt", best[1])
+        if last:
+            write(self.last, last)
 
     @property
     def last(self) -> Path:

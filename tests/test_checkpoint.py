@@ -240,6 +240,12 @@ def test_a_run_begins_without_what_a_killed_one_was_writing(tmp_path):
         assert files(folder) == [".last-confusion.png.9.part", ".lock", "last.pt"]
 
 
+def test_a_pipe_in_place_of_the_lock_holds_nobody_up(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UsageError, match="cannot write"), checkpoints.claimed(tmp_path):
+        pass
+
+
 @pytest.mark.parametrize(
     ("number", "given"),
     [

@@ -325,7 +325,7 @@ def test_tensorboard_gets_each_epoch_where_it_is_installed(monkeypatch, tmp_path
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     monkeypatch.setattr(log, "find_spec", lambda name: name == "tensorboard")
     rows = [{"epoch": epoch, "val_loss": 0.5 / epoch} for epoch in (1, 2)]
-    log.RunLog(tmp_path, 1).write(rows, last=False)
+    log.RunLog(tmp_path, rows[:1]).write(rows, last=False)
     assert told == [(str(tmp_path), 2), ("epoch", 2, 2), ("val_loss", 0.25, 2), "flush"]
     assert (tmp_path / "log.csv").read_text() == "epoch,val_loss\n1,0.5\n2,0.25\n"
 
@@ -463,6 +463,28 @@ def test_a_run_goes_back_to_its_best_only_if_it_is_said(cpu, finished, tmp_path)
     assert (code, files(run)) == (0, files(finished)), err
 
 
+def test_a_run_that_was_killed_before_its_last_checkpoint(cpu, finished, tmp_path):
+    """Of the first epoch, after its best: a line says how to go on, and so it goes on."""
+    for name in ("best.pt", "best.safetensors", "log.csv"):
+        shutil.copy(finished / name, tmp_path)
+    argv = "train", "--resume"
+    code, out, err = cpu.run(*argv, tmp_path)
+    best = tmp_path / "best.pt"
+    hint = f"--resume {best} --overwrite goes on from its best"
+    lacking = f"python -m cnn: cannot read {tmp_path}/last.pt: No such file or directory; {hint}\n"
+    assert (code, out, err) == (2, "", lacking)
+    code, _, err = cpu.run(*argv, best, "--overwrite")
+    assert code == 0, err
+    assert f"resumed {best}: epoch 1 of 1" in err
+
+
+def test_a_finished_run_is_whole_in_another_folder(cpu, finished, tmp_path):
+    code, _, err = cpu.run("train", "--resume", finished, "--output", tmp_path)
+    assert (code, files(tmp_path)) == (0, files(finished) - {"epoch-1.pt", "curves.png"}), err
+    assert_same_runs(finished, tmp_path)
+    assert (tmp_path / "best.pt").read_bytes() == (finished / "best.pt").read_bytes()
+
+
 def changed(part: str, **changes: object):
     """A part of a checkpoint with other values, or without those that are None."""
 
@@ -577,12 +599,18 @@ def poison_optimizer(run: Run) -> None:
     next(iter(run.optimizer.state.values()))["exp_avg"][0] = torch.inf
 
 
+def poison_statistics(run: Run) -> None:
+    norm = next(module for module in run.model.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.running_var[0] = torch.nan
+
+
 DIVERGED = {
     "loss": ("the loss of epoch 2 is nan", 2, poison_model),
     "parameters": ("not all parameters of epoch 2 are finite", 4, poison_model),
     "optimizer": ("not all parameters of epoch 2 are finite", 4, poison_optimizer),
     "loss within an epoch": ("the loss of epoch 2 is nan", 2, poison_model),
     "parameters within an epoch": ("not all parameters of epoch 2 are finite", 2, poison_optimizer),
+    "statistics within it": ("not all parameters of epoch 2 are finite", 2, poison_statistics),
     "validation": ("the validation loss of epoch 2 is nan", None, None),
 }
 
@@ -651,7 +679,7 @@ def test_all_processes_end_if_a_run_diverges(cpu, noise, tmp_path):
 
 def test_a_log_is_json():
     with pytest.raises(ValueError, match="not JSON compliant"):
-        log.RunLog(Path(), 0).write([{"epoch": 1, "train_loss": math.nan}], last=True)
+        log.RunLog(Path(), []).write([{"epoch": 1, "train_loss": math.nan}], last=True)
 
 
 BAD = {
