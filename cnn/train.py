@@ -279,7 +279,7 @@ class Run:
         for model in (self.model, self.averaged):
             yield from model.parameters()
             for module in model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, weights.NORMS):
                     yield from module.buffers()
         for kept in self.optimizer.state.values():
             yield from filter(torch.is_tensor, kept.values())
