@@ -40,8 +40,8 @@ demo: $(READY)
 	$(PY) -m cnn eval $(VENV)/lenet5-digits
 
 # Style and types, and a case of each test of the operators and their kernels, in the interpreter.
-CHECKED := conv depthwise few_channels descriptor_gemm conv_pool descriptor_pool stem_pool max_pool \
-	expansion layers
+CHECKED := conv depthwise few_channels descriptor_gemm conv_pool conv_pool_descriptors \
+	conv_pool_few_channels max_pool pool_gradient layers
 
 check: lint
 	$(PY) -m pytest --sample 1 $(PYTEST_ARGS) $(CHECKED:%=tests/test_%.py)

@@ -16,10 +16,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import device, library, max_pool, planner
-from kernels.engine import Epilogue, Fprop
+from kernels import device, library, planner
+from kernels.conv.engine import Fprop
+from kernels.conv.paired_columns import FEW
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
-from kernels.paired_columns import FEW
+from kernels.lang.epilogue import Epilogue
+from kernels.pool import max_pool
 from kernels.problem import Problem, layout_of
 
 from . import selection, suites

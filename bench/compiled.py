@@ -23,10 +23,12 @@ import triton
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels import expansion, library, max_pool, planner
+from kernels import library, planner
+from kernels.conv.engine import Call, Dgrad, Fprop, Plan, PooledConv, Wgrad
 from kernels.device import Device
-from kernels.engine import Call, Dgrad, Epilogue, Fprop, Plan, PooledConv, Wgrad
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
+from kernels.lang.epilogue import Epilogue
+from kernels.pool import max_pool, pool_gradient
 from kernels.problem import Problem, layout_of
 from kernels.tile import Tile
 
@@ -186,13 +188,13 @@ def launch_block_backward(
     precision = library.resolve_precision(dtype.precision, x)
     directions: list[Direction] = ["dgrad"] * wanted[0] + ["wgrad"]
     plans = [
-        planner.plan_expanded(Problem(direction, g, x.dtype, precision, gpu), pool)
+        planner.plan_pool_gradient(Problem(direction, g, x.dtype, precision, gpu), pool)
         for direction in directions
     ]
     if plans[0] is not None and all(plans):
         return plans[0].engine.name, plans[0].tile
-    walk = expansion.walk_of(z, pool, True)
-    return "expansion", Tile(walk.rows, walk.columns)
+    walk = pool_gradient.walk_of(z, pool, True)
+    return "pool_gradient", Tile(walk.rows, walk.columns)
 
 
 def launch_pool(op: str, g: Pool2dGeometry, dtype: torch.dtype, gpu: Device) -> tuple[str, Tile]:
@@ -252,7 +254,7 @@ class Reader:
             kernel = self._launched[-1]  # the first may lay out filters
         elif isinstance(g, suites.Block):
             engine, tile = launch_block_backward(g, dtype, self._gpu)
-            kernel = self._launched[0]  # what expands the pooled gradient, alone or in its loads
+            kernel = self._launched[0]  # what finds the map's gradient, alone or in its loads
         else:
             engine, tile = launch_pool(case.op, g, dtype.torch, self._gpu)
             (kernel,) = self._launched
@@ -284,7 +286,7 @@ def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
 
     An engine's other kernels, which lay out filters, multiply nothing.
     """
-    own = [k for k in launched if module_of(k) == f"kernels.{plan.engine.name}"]
+    own = [k for k in launched if module_of(k).rpartition(".")[2] == plan.engine.name]
     kernels = [k for k in own if "tt.dot" in k.asm["ttir"]] or own
     if len(kernels) == 1:
         return kernels[0]

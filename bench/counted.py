@@ -17,10 +17,11 @@ import torch
 import triton
 from tqdm import tqdm
 
-from kernels import cost_model, device, max_pool
+from kernels import cost_model, device
+from kernels.conv.engine import Plan
 from kernels.device import Device
-from kernels.engine import Plan
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry, read_pixels
+from kernels.pool import max_pool
 from kernels.tile import Tile
 
 from . import compiled, emulator, measure, record, selection, suites

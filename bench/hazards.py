@@ -52,7 +52,7 @@ def check(kernel: Any) -> Verdict:
     products = [p for p in (sass.effects(ins).product for ins in instructions) if p]
     return Verdict(
         binary=sha256(kernel.asm["cubin"]).hexdigest()[:16],
-        kernel=f"{module_of(kernel).rpartition('.')[2]}.{kernel.metadata.name}",
+        kernel=f"{module_of(kernel).removeprefix('kernels.')}.{kernel.metadata.name}",
         products=len(products),
         operands=sum(bool(product.operand) for product in products),
         hazards=tuple(map(str, dataflow.find(instructions, kernel.metadata.name))),

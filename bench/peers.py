@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import library, planner
 from kernels.device import describe
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
-from kernels.max_pool import offset_dtype
+from kernels.pool.max_pool import offset_dtype
 from kernels.problem import Problem as Planned
 from kernels.problem import layout_of
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import device, library, planner
 from kernels._private import GPUTarget
-from kernels.engine import Plan
+from kernels.conv.engine import Plan
 from kernels.geometry import Conv2dGeometry, Direction, output_strides
 from kernels.problem import Problem, layout_of
 from kernels.tile import Tile

@@ -20,11 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from kernels import functions
 from kernels._private import is_quantizing
-from kernels.geometry import (
-    conv_transpose_output_size,
-    conv_transpose_padding,
-    pool_output_size,
-)
+from kernels.geometry import conv_transpose_output_size, conv_transpose_padding, pool_output_size
 
 from . import composed
 from .arguments import (

@@ -62,7 +62,7 @@ class ChannelsLast(_Pass):
 def _digest_of_sources() -> bytes:
     digest = hashlib.sha256()
     for folder in (Path(kernels.__file__).parent, Path(__file__).parent):
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.digest()
 

@@ -1,7 +1,7 @@
 """How Sphinx builds the documentation: ``make docs``."""
 
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
@@ -22,8 +22,8 @@ autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False
 
 # A jitted function is documented as the plain one that it was made of.
-for _found in iter_modules(kernels.__path__):
-    _module = import_module(f"kernels.{_found.name}")
+for _found in walk_packages(kernels.__path__, "kernels."):
+    _module = import_module(_found.name)
     for _name, _value in [*vars(_module).items()]:
         if isinstance(_value, JITFunction | InterpretedFunction):
             setattr(_module, _name, _value.fn)

@@ -22,7 +22,8 @@ from triton.backends.compiler import GPUTarget
 import cnn.__main__
 import cnn.functional as F
 from cnn import data
-from kernels import cost_model, descriptor_tiles, device, paired_columns, planner
+from kernels import cost_model, device, planner
+from kernels.conv import descriptor_tiles, paired_columns
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, full_padding, receptive_field
 from kernels.problem import Problem
 from kernels.tile import Tile, blocks_per_multiprocessor

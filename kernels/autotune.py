@@ -30,8 +30,8 @@ from triton.testing import do_bench
 
 from . import planner
 from ._private import FakeTensor, PTXASError
+from .conv.engine import Plan
 from .device import fork_safe_lock, is_emulated
-from .engine import Plan
 from .geometry import Direction, largest_offset
 from .problem import Problem
 from .tuning_cache import Record, Store, cache_folder, versions_of

@@ -30,7 +30,7 @@ _TURN = 110
 # The same of engine 1, for each element of a turn's depth: it gathers its operands.
 _GATHERED = {"fprop": 4.0, "dgrad": 4.0, "wgrad": 5.5}
 _DIRECT = 0.25  # engine 3's share of the tensor cores' rate
-# Instructions of a thread to expand one element of a pooled map's gradient in a load, for each
+# Instructions of a thread to find one element of a pooled map's gradient in a load, for each
 # window that may hold it, and the channels whose products share the load: SASS has 6 to 9.
 _EXPANDED = 7
 _SHARED = 64
@@ -201,11 +201,11 @@ def wgrad_work(g: Conv2dGeometry, tile: Tile) -> Work:
     return Work(g.groups * ceil(K / tile.rows) * columns, turns)
 
 
-def expands_first(problem: Problem, pool: Pool2dGeometry) -> bool:
+def writes_pool_gradient(problem: Problem, pool: Pool2dGeometry) -> bool:
     """Whether dgrad or wgrad of a map that was pooled had better read its gradient written out by
-    ``expansion.expand`` than expand it in each of its loads. The batch takes no part.
+    ``pool_gradient.write`` than find it in each of its loads. The batch takes no part.
 
-    Written out, each element takes memory's time for one store and one load; expanded in loads, the
+    Written out, each element takes memory's time for one store and one load; found in loads, the
     schedulers' for each read of it, by dgrad for each tap. Engine 2 reads only what is written.
     Triton 3.6 does not compile a product of float64 whose operand is chosen by offsets of bytes.
     """

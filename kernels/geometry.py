@@ -485,3 +485,18 @@ def read_pixels(g: Conv2dGeometry | Pool2dGeometry) -> int:
         at = {p * stride + tap * dilation - before for p in range(places) for tap in range(taps)}
         read.append(len(at & set(range(size))))
     return prod(read)
+
+
+class Placement(NamedTuple):
+    """Result (p, q) is in row ``p * step_p + first_p`` of y, likewise in its column."""
+
+    step_p: int = 1
+    first_p: int = 0
+    step_q: int = 1
+    first_q: int = 0
+
+
+def dgrad_walk(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
+    """How one phase of dx, at its place, is a convolution of dy."""
+    walk = IndexMap(1, row.origin, -row.step, 1, column.origin, -column.step)
+    return walk, Placement(row.stride, row.first, column.stride, column.first)

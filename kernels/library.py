@@ -16,30 +16,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
-from . import (
-    aten,
-    autotune,
-    device,
-    epilogue,
-    expansion,
-    max_pool,
-    planner,
-    replay,
-    vmap,
-)
+from . import aten, autotune, device, planner, replay, vmap
 from ._private import constant_while_traced, is_transformed, is_watched
+from .conv import relu_backward
+from .conv.engine import Call, Dgrad, Fprop, Normalization, Plan, PooledConv, Wgrad
 from .device import describe
-from .engine import (
-    Call,
-    Dgrad,
-    Epilogue,
-    Fprop,
-    Normalization,
-    Plan,
-    PooledConv,
-    PoolGradient,
-    Wgrad,
-)
 from .geometry import (
     Conv2dGeometry,
     Direction,
@@ -49,6 +30,9 @@ from .geometry import (
     is_channels_last,
     output_strides,
 )
+from .lang.epilogue import Epilogue
+from .pool import max_pool, max_unpool, pool_gradient
+from .pool.pool_gradient import PoolGradient
 from .problem import Problem, layout_of
 
 _library = torch.library.Library("triton_cnn", "DEF")
@@ -176,7 +160,7 @@ def meet_subclasses() -> None:
 
 @cache
 def _register_sharding() -> None:
-    from . import sharding  # half a second, of which few have need
+    from . import sharding
 
     sharding.register()
 
@@ -484,7 +468,7 @@ def _relu_backward_empty(dy: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Ten
 
 def _relu_backward(dy: Tensor, y: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
     dz, db = _relu_backward_empty(dy, y, bias)
-    epilogue.relu_backward(dy, y, dz, db if bias else None)
+    relu_backward.relu_backward(dy, y, dz, db if bias else None)
     return dz, db
 
 
@@ -590,7 +574,7 @@ def _max_unpool2d_empty(x, indices, size):
 
 def _max_unpool2d(x, indices, size):
     y = _max_unpool2d_empty(x, indices, size)
-    max_pool.max_unpool2d(x, indices, y)
+    max_unpool.max_unpool2d(x, indices, y)
     return y
 
 
@@ -600,7 +584,7 @@ def _max_unpool2d_backward_empty(dy, indices):
 
 def _max_unpool2d_backward(dy, indices):
     dx = _max_unpool2d_backward_empty(dy, indices)
-    max_pool.max_unpool2d_backward(dy, indices, dx)
+    max_unpool.max_unpool2d_backward(dy, indices, dx)
     return dx
 
 
@@ -697,7 +681,7 @@ def _conv_pool_backward(
     here, kind = describe(dy.device), resolve_precision(precision, dy)
     directions: list[Direction] = ["dgrad"] * need_dx + ["wgrad"] * (need_dw or need_db)
     plans = {
-        direction: planner.plan_expanded(Problem(direction, g, dy.dtype, kind, here), pool)
+        direction: planner.plan_pool_gradient(Problem(direction, g, dy.dtype, kind, here), pool)
         for direction in directions
     }
     if 0 not in dy.shape and 0 not in x_shape and all(plans.values()):
@@ -710,7 +694,7 @@ def _conv_pool_backward(
             plan.engine.launch(call, plan.tile)
         return dx, dw, db
     dz = _new(dy, g.y_shape, channels_last)
-    expansion.expand(dy, offsets, dz, db if need_db else None, pool)
+    pool_gradient.write(dy, offsets, dz, db if need_db else None, pool)
     if need_dx:
         dx = _conv2d_dgrad(dz, w, None, size, *geometry, precision, channels_last)
     if need_dw:

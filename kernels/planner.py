@@ -9,33 +9,12 @@ families, so that few binaries serve all sizes; ``cost_model`` predicts which of
 from dataclasses import replace
 from functools import lru_cache
 
-from . import (
-    conv_pool,
-    cost_model,
-    depthwise,
-    descriptor_gemm,
-    descriptor_pool,
-    few_channels,
-    implicit_gemm,
-    paired_columns,
-    stem_pool,
-)
-from .engine import Engine, Fusion, Plan, PoolingEngine
+from . import conv_pool, cost_model
+from .conv import ENGINES
+from .conv.engine import Fusion, Plan, PoolingEngine
 from .geometry import Pool2dGeometry
 from .problem import Problem
 from .tile import Tile
-
-ENGINES: list[Engine] = [
-    depthwise.ENGINE,
-    paired_columns.ENGINE,
-    few_channels.ENGINE,
-    descriptor_gemm.ENGINE,
-    implicit_gemm.ENGINE,
-]
-"""Of those that take a problem, the first is launched; the last takes almost all."""
-
-POOLING_ENGINES: list[PoolingEngine] = [stem_pool.ENGINE, descriptor_pool.ENGINE, conv_pool.ENGINE]
-"""In the same way, of a convolution, ReLU and max-pool as one."""
 
 
 @lru_cache(maxsize=4096)
@@ -77,11 +56,11 @@ def plan_fused(fusion: Fusion, problem: Problem) -> Plan | None:
 
 
 @lru_cache(maxsize=4096)
-def plan_expanded(problem: Problem, pool: Pool2dGeometry) -> Plan | None:
-    """The plan of a gradient that expands a pooled one as it is read, in any layout; None if it
-    had better be written out first.
+def plan_pool_gradient(problem: Problem, pool: Pool2dGeometry) -> Plan | None:
+    """The plan, in any layout, of a direction that finds the map's gradient from the pooled one as
+    it reads; None if the map's had better be written out first.
     """
-    if cost_model.expands_first(problem, pool):
+    if cost_model.writes_pool_gradient(problem, pool):
         return None
     return plan_fused("pool_gradient", problem._replace(layout="scattered"))
 
@@ -94,7 +73,7 @@ def plan_pooled(problem: Problem, pool: Pool2dGeometry) -> tuple[PoolingEngine, 
 
 def pooled_family(problem: Problem, pool: Pool2dGeometry) -> list[tuple[PoolingEngine, Tile]]:
     """Those that some batch and image size of the layer may get, the best for this one first."""
-    for engine in POOLING_ENGINES:
+    for engine in conv_pool.ENGINES:
         if found := [(engine, tile) for tile in engine.tiles(problem, pool)]:
             return found
     raise AssertionError(problem)

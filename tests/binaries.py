@@ -24,20 +24,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import suites
-from kernels import (
-    depthwise,
-    device,
-    epilogue,
-    expansion,
-    few_channels,
-    implicit_gemm,
-    library,
-    max_pool,
-    paired_columns,
-    planner,
-)
-from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
+from kernels import device, library, planner
+from kernels.conv import depthwise, few_channels, implicit_gemm, paired_columns, relu_backward
+from kernels.conv.engine import Dgrad, Fprop, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
+from kernels.lang.epilogue import Epilogue
+from kernels.pool import max_pool, max_unpool, pool_gradient
 from kernels.problem import Problem
 from kernels.tile import Tile
 
@@ -124,7 +116,7 @@ def launch_convolution(direction: str, g: Conv2dGeometry, channels_last: bool) -
 
 
 def launch_pool(direction: str, g: Pool2dGeometry, channels_last: bool) -> None:
-    """All kernels of a direction, and with the gradients a ReLU's and an expansion."""
+    """All kernels of a direction, and with the gradients a ReLU's and a pooling's."""
     x, y = empty(g.x_shape, channels_last), empty(g.y_shape, channels_last)
     offsets = empty(g.y_shape, channels_last, max_pool.offset_dtype(g))
     indices = empty(g.y_shape, channels_last, torch.int64)
@@ -132,15 +124,15 @@ def launch_pool(direction: str, g: Pool2dGeometry, channels_last: bool) -> None:
     forward = max_pool.choose_tile("forward", g, channels_last, gpu)
     if direction == "forward":
         max_pool.max_pool2d(x, g, y, offsets, indices, forward)
-        max_pool.max_unpool2d(y, indices, x)
+        max_unpool.max_unpool2d(y, indices, x)
     else:
         backward = max_pool.choose_tile("backward", g, channels_last, gpu)
         max_pool.max_pool2d_backward(y, offsets, x, g, backward)
         max_pool.max_pool2d_gather(x, offsets, y, g, forward)
-        max_pool.max_unpool2d_backward(x, indices, y)
+        max_unpool.max_unpool2d_backward(x, indices, y)
         bias = torch.empty(g.C, dtype=x.dtype, device="meta")
-        epilogue.relu_backward(y, y, y, bias)
-        expansion.expand(y, offsets, x, bias, g)
+        relu_backward.relu_backward(y, y, y, bias)
+        pool_gradient.write(y, offsets, x, bias, g)
 
 
 def launch_block(window: Any, direction: str, g: Conv2dGeometry, channels_last: bool) -> None:
@@ -213,7 +205,7 @@ def compiled() -> Iterator[tuple[str, list[int]]]:
         x, y = empty(g.x_shape, True), empty(g.y_shape, True)
         tile = max_pool.choose_tile("forward", g, True, device.describe(x.device))
         max_pool.max_pool2d(x, g, y, None, None, tile)
-        epilogue.relu_backward(y, y, y)
+        relu_backward.relu_backward(y, y, y)
         g = replace(LAYERS["depthwise"], N=3, C=72, H=57, W=45, K=72, stride=(1, 1), groups=72)
         for direction in ("fprop", "dgrad"):
             launch_convolution(direction, g, True)

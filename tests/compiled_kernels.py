@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 from bench import compiled, fences, selection
-from kernels import descriptor_pool, device, epilogue, expansion, max_pool, planner, stem_pool
-from kernels.engine import Dgrad, PooledConv, PoolGradient, Wgrad
+from kernels import conv_pool, device, planner
+from kernels.conv import relu_backward
+from kernels.conv.engine import Dgrad, PooledConv, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
+from kernels.pool import max_pool, max_unpool, pool_gradient
+from kernels.pool.pool_gradient import PoolGradient
 from kernels.problem import Problem
 
 ONE = ((1, 1), (1, 1))
@@ -81,7 +84,7 @@ STEMS = (
     ("alexnet conv1", (3, 3), (0, 0), torch.bfloat16, "ieee", True),
     ("lenet5 conv1", (2, 2), (0, 0), torch.bfloat16, "ieee", True),
 )
-# Layers whose gradient is expanded in loads where 2 x 2 pools follow.
+# Layers whose gradient is found in loads where 2 x 2 pools follow.
 EXPANDED = (
     ("1x1", "dgrad", "channels_last"),
     ("1x1", "wgrad", "channels_last"),
@@ -129,14 +132,14 @@ def fused_poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
         g = LAYERS[layer]
         pool = Pool2dGeometry(*g.y_shape, *window)
         problem = Problem("fprop", g, dtype, precision, gpu, "aligned")
-        if not descriptor_pool.supports(problem, pool):
+        if not conv_pool.descriptor_gemm.supports(problem, pool):
             continue
         x, w, _ = selection.operands(g, dtype)
         y, offsets = (_meta(pool.y_shape, t, channels_last=True) for t in (dtype, torch.uint8))
-        tile = descriptor_pool.family(problem, pool)[0]
+        tile = conv_pool.descriptor_gemm.family(problem, pool)[0]
         launched.clear()
         call = PooledConv(x, w, x.new_empty(g.K), y, offsets, g, pool, precision)
-        descriptor_pool.ENGINE.launch(call, tile)
+        conv_pool.descriptor_gemm.ENGINE.launch(call, tile)
         found = _found(f"{layer} {window}", dtype, launched) | found
     return found
 
@@ -164,13 +167,13 @@ def launch_pool(
     max_pool.max_pool2d(x, g, y, offsets, indices, forward)
     max_pool.max_pool2d_backward(y, offsets, x, g, backward)
     max_pool.max_pool2d_gather(x, offsets, y, g, forward)
-    max_pool.max_unpool2d(y, indices, x)
-    max_pool.max_unpool2d_backward(x, indices, y)
-    epilogue.relu_backward(y, y, y)
+    max_unpool.max_unpool2d(y, indices, x)
+    max_unpool.max_unpool2d_backward(x, indices, y)
+    relu_backward.relu_backward(y, y, y)
 
 
-def expansions(gpu: device.Device, launched: list[Any]) -> Kernels:
-    """Gradients of pooled results: written out, and where that is dearer expanded in loads."""
+def pool_gradients(gpu: device.Device, launched: list[Any]) -> Kernels:
+    """Gradients of pooled results: written out, and where that is dearer found in loads."""
     found: Kernels = {}
     for g, dtype, channels_last in POOLS if _comes_first(gpu) else POOLS[1::2]:
         launched.clear()
@@ -178,8 +181,8 @@ def expansions(gpu: device.Device, launched: list[Any]) -> Kernels:
         dy = _meta(g.y_shape, dtype, channels_last)
         offsets = _meta(g.y_shape, torch.uint8, channels_last)
         db = dz.new_empty(g.C)
-        expansion.expand(dy, offsets, dz, db, g)
-        epilogue.relu_backward(dz, dz, dz, db)
+        pool_gradient.write(dy, offsets, dz, db, g)
+        relu_backward.relu_backward(dz, dz, dz, db)
         found = _found(f"{g.kernel} channels_last={channels_last}", dtype, launched) | found
     for layer, direction, layout in EXPANDED:
         launched.clear()
@@ -213,7 +216,9 @@ def stems(gpu: device.Device, launched: list[Any]) -> Kernels:
         g = LAYERS[layer]
         pool = Pool2dGeometry(g.N, g.K, g.P, g.Q, kernel, (2, 2), padding)
         layout = "channels_last" if channels_last else "scattered"
-        tiles = list(stem_pool.tiles(Problem("fprop", g, dtype, precision, gpu, layout), pool))
+        tiles = list(
+            conv_pool.few_channels.tiles(Problem("fprop", g, dtype, precision, gpu, layout), pool)
+        )
         if not tiles:
             continue
         x, w, y = (
@@ -225,7 +230,7 @@ def stems(gpu: device.Device, launched: list[Any]) -> Kernels:
         launched.clear()
         offsets = torch.empty_like(y, dtype=torch.uint8)
         call = PooledConv(x, w, x.new_empty(g.K), y, offsets, g, pool, precision)
-        stem_pool.ENGINE.launch(call, *tiles)
+        conv_pool.few_channels.ENGINE.launch(call, *tiles)
         found = _found(f"{layer} pooled {layout}", dtype, launched) | found
     return found
 
@@ -236,7 +241,7 @@ def entry(where: str, dtype: str, kernel: Any) -> dict[str, Any]:
     return {
         "where": where,
         "kernel": kernel.metadata.name,
-        "engine": kernel.src.fn.fn.__module__.rpartition(".")[2],
+        "engine": kernel.src.fn.fn.__module__.removeprefix("kernels."),
         "dtype": dtype,
         "unfenced_products": fences.unfenced(kernel.asm.get("ptx", "")),
         "spill_bytes": code.spill_bytes if code else compiled.usage(kernel).spill_bytes,
@@ -248,7 +253,7 @@ def entry(where: str, dtype: str, kernel: Any) -> dict[str, Any]:
 def main(arch: str) -> None:
     with selection.compiling(arch) as (gpu, launched), compiled.timing():
         found = convolutions(gpu, launched) | poolings(gpu, launched)
-        found |= expansions(gpu, launched)
+        found |= pool_gradients(gpu, launched)
         found |= fused_poolings(gpu, launched) | stems(gpu, launched)
         json.dump([entry(*kernel) for kernel in found.values()], sys.stdout, indent=1)
 

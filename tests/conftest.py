@@ -28,15 +28,15 @@ EMULATED: dict[str, str] = {
     "test_depthwise.py": "",
     "test_dispatch.py": "kept or given_back",
     "test_descriptor_gemm.py": "",
-    "test_descriptor_pool.py": "",
+    "test_conv_pool_descriptors.py": "",
     "test_device.py": "counted_and or threads",
     "test_few_channels.py": "",
-    "test_expansion.py": "",
+    "test_pool_gradient.py": "",
     "test_functional.py": "float8 or bytes",
     "test_max_pool.py": "",
     "test_properties.py": "",
     "test_replay.py": "",
-    "test_stem_pool.py": "",
+    "test_conv_pool_few_channels.py": "",
 }
 """What ``--emulate`` runs: files whose tests launch kernels. If not all tests of a file do, those
 whose name contains one of these words."""

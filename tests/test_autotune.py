@@ -20,11 +20,13 @@ import torch
 from cases import GROUPED, PLAIN, STRIDED, operands, sliced
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import aten, autotune, few_channels, implicit_gemm, planner, tuning_cache
+from kernels import aten, autotune, planner, tuning_cache
 from kernels.autotune import Tuner
+from kernels.conv import few_channels, implicit_gemm
+from kernels.conv.engine import Dgrad, Fprop, Plan, Wgrad
 from kernels.device import Device, describe
-from kernels.engine import Dgrad, Epilogue, Fprop, Plan, Wgrad
 from kernels.geometry import Conv2dGeometry
+from kernels.lang.epilogue import Epilogue
 from kernels.problem import Problem
 from kernels.tile import Tile
 

@@ -32,8 +32,10 @@ HOPPER = device.typical(GPUTarget("cuda", 90, 32))
 # Faults, each in an engine or operator of its own, and a right one among them.
 PLANTED = """
 import os, sys
-from kernels import depthwise, device, epilogue, expansion, paired_columns
-from kernels.engine import Fprop
+from kernels import device
+from kernels.conv import depthwise, paired_columns, relu_backward
+from kernels.conv.engine import Fprop
+from kernels.pool import pool_gradient
 from bench.__main__ import main
 
 launch = device.launch
@@ -57,8 +59,8 @@ def broken(call, tile):
 depthwise.ENGINE.launchers[Fprop] = wrong
 device.launch = moody
 paired_columns.ENGINE.launchers[Fprop] = broken
-epilogue.relu_backward = lambda *args: None
-expansion.expand = lambda *args: os.abort()
+relu_backward.relu_backward = lambda *args: None
+pool_gradient.write = lambda *args: os.abort()
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -147,9 +149,9 @@ def test_every_operator_and_engine_is_checked_and_wgrad_first():
         for direction in ("fprop", "wgrad")
         for dtype in ("bf16", "fp16")
     }
-    expected |= {("stem_pool", None, dtype) for dtype in items.CHECKED}
-    expected |= {("conv_pool", None, dtype) for dtype in items.CHECKED}
-    expected |= {("descriptor_pool", None, dtype) for dtype in ("bf16", "fp16", "tf32")}
+    expected |= {("few_channels", None, dtype) for dtype in items.CHECKED}
+    expected |= {("implicit_gemm", None, dtype) for dtype in items.CHECKED}
+    expected |= {("descriptor_gemm", None, dtype) for dtype in ("bf16", "fp16", "tf32")}
     assert expected <= engines
 
 

@@ -20,7 +20,7 @@ import torch
 from bench import compiled, selection
 from bench.__main__ import main
 from kernels import device
-from kernels.engine import Call, Dgrad, Engine, Fprop, Plan, Wgrad
+from kernels.conv.engine import Call, Dgrad, Engine, Fprop, Plan, Wgrad
 from kernels.geometry import Conv2dGeometry
 from kernels.tile import Tile
 
@@ -29,33 +29,33 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PRODUCTS = {
-    ("implicit_gemm", "fprop_kernel"),
-    ("implicit_gemm", "wgrad_kernel"),
-    ("few_channels", "few_channel_fprop_kernel"),
-    ("few_channels", "few_channel_wgrad_kernel"),
-    ("paired_columns", "pair_fprop_kernel"),
-    ("paired_columns", "pair_wgrad_kernel"),
+    ("conv.implicit_gemm", "fprop_kernel"),
+    ("conv.implicit_gemm", "wgrad_kernel"),
+    ("conv.few_channels", "few_channel_fprop_kernel"),
+    ("conv.few_channels", "few_channel_wgrad_kernel"),
+    ("conv.paired_columns", "pair_fprop_kernel"),
+    ("conv.paired_columns", "pair_wgrad_kernel"),
 }
-STEM_PRODUCTS = {("stem_pool", "stem_pool_kernel")}  # on NVIDIA's GPUs
+STEM_PRODUCTS = {("conv_pool.few_channels", "few_channel_pool_kernel")}  # on NVIDIA's GPUs
 DESCRIPTOR_PRODUCTS = {  # on Hopper and later
-    ("descriptor_gemm", "product_kernel"),
-    ("descriptor_gemm", "wgrad_kernel"),
-    ("descriptor_pool", "pooled_product_kernel"),
+    ("conv.descriptor_gemm", "product_kernel"),
+    ("conv.descriptor_gemm", "wgrad_kernel"),
+    ("conv_pool.descriptor_gemm", "pooled_product_kernel"),
 }
 OTHERS = {
-    ("paired_columns", "pack_kernel"),
-    ("split_sum", "split_sum_kernel"),
-    ("few_channels", "few_channel_dgrad_kernel"),
-    ("depthwise", "depthwise_kernel"),
-    ("depthwise", "depthwise_wgrad_kernel"),
-    ("epilogue", "relu_backward_kernel"),
-    ("expansion", "expand_kernel"),
-    ("max_pool", "max_pool2d_kernel"),
-    ("max_pool", "max_pool2d_backward_kernel"),
-    ("max_pool", "max_pool2d_far_backward_kernel"),
-    ("max_pool", "max_pool2d_gather_kernel"),
-    ("max_pool", "max_unpool2d_kernel"),
-    ("max_pool", "max_unpool2d_backward_kernel"),
+    ("conv.paired_columns", "pack_kernel"),
+    ("lang.split_sum", "split_sum_kernel"),
+    ("conv.few_channels", "few_channel_dgrad_kernel"),
+    ("conv.depthwise", "depthwise_kernel"),
+    ("conv.depthwise", "depthwise_wgrad_kernel"),
+    ("conv.relu_backward", "relu_backward_kernel"),
+    ("pool.pool_gradient", "pool_gradient_kernel"),
+    ("pool.max_pool", "max_pool2d_kernel"),
+    ("pool.max_pool", "max_pool2d_backward_kernel"),
+    ("pool.max_pool", "max_pool2d_far_backward_kernel"),
+    ("pool.max_pool", "max_pool2d_gather_kernel"),
+    ("pool.max_unpool", "max_unpool2d_kernel"),
+    ("pool.max_unpool", "max_unpool2d_backward_kernel"),
 }
 
 
@@ -86,7 +86,7 @@ def test_no_kernel_spills_in_16_bits_and_products_use_tensor_cores(arch):
     multiplying = [k for k in narrow if k["tensor_core_instructions"] is not None]
     assert _names(multiplying) == products
     assert [kernel for kernel in multiplying if not kernel["tensor_core_instructions"]] == []
-    pooling = [kernel for kernel in multiplying if kernel["engine"] == "descriptor_pool"]
+    pooling = [kernel for kernel in multiplying if kernel["engine"] == "conv_pool.descriptor_gemm"]
     # A thread's, for 128 accumulators: rounding, pooling, switches, stores.
     assert [kernel for kernel in pooling if kernel["epilogue_instructions"] > 1200] == []
 
@@ -102,8 +102,8 @@ from collections import Counter
 import torch
 
 from bench import compiled, selection
-from kernels import max_pool
 from kernels.geometry import Pool2dGeometry, channels_last_strides
+from kernels.pool import max_pool
 
 
 def empty(shape, dtype):
@@ -192,7 +192,7 @@ def _check_identities(binaries: dict[tuple[str, str], str], path: Path) -> None:
 
 
 def test_operators_under_their_own_names_are_read(tmp_path):
-    """conv_relu is fprop with its epilogue; a block's gradient shows what expands it."""
+    """conv_relu is fprop with its epilogue; a block's gradient shows what finds it."""
     path = tmp_path / "report.json"
     read = ("-m", "bench", "compiled", "--json", str(path))
     run(*read, "--suite", "lenet5_n256", "--layer", "C1", "C1+pool", "--op", *NAMED_OPS)
@@ -200,7 +200,7 @@ def test_operators_under_their_own_names_are_read(tmp_path):
     assert rows.keys() == set(NAMED_OPS)
     assert {row["spill_bytes"] for row in rows.values()} == {0}
     engines = {op: (row["engine"], row["kernel"]) for op, row in rows.items()}
-    assert engines["first_layer_wgrad"] == ("paired_columns", "pair_wgrad_kernel")
+    assert engines["first_layer_wgrad"] == ("conv.paired_columns", "pair_wgrad_kernel")
     assert engines["conv_relu_max_pool_backward"] == engines["first_layer_wgrad"]
     assert rows["conv_relu"]["binary"] != rows["first_layer"]["binary"]
     run(*read, "--suite", "lenet5_n256", "--layer", "C1", "--op", "fprop", "--bias", "--relu")

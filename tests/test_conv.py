@@ -43,10 +43,12 @@ from tolerance import (
 
 import cnn.functional as F
 from kernels import device as kernel_device
-from kernels import implicit_gemm, planner
+from kernels import planner
+from kernels.conv import implicit_gemm
+from kernels.conv.engine import Dgrad, Fprop, Wgrad
 from kernels.device import Device
-from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
 from kernels.geometry import is_channels_last, output_strides
+from kernels.lang.epilogue import Epilogue
 from kernels.problem import Problem
 from kernels.tile import Tile
 

@@ -300,18 +300,16 @@ def test_flops_are_those_of_the_convolution(device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("pool", ["2x2/2", "3x3/2, padded", "2x2/3"])
 @pytest.mark.parametrize("convolution", ["3x3", "strides", "groups"])
-def test_gradients_that_are_expanded_as_they_are_read(
-    convolution, pool, dtype, device, monkeypatch
-):
+def test_gradients_that_are_found_as_they_are_read(convolution, pool, dtype, device, monkeypatch):
     """Where the planner finds that cheaper; here it always does."""
-    monkeypatch.setattr(cost_model, "expands_first", lambda *_: False)
-    planner.plan_expanded.cache_clear()
+    monkeypatch.setattr(cost_model, "writes_pool_gradient", lambda *_: False)
+    planner.plan_pool_gradient.cache_clear()
     arguments, kernel = CONVOLUTIONS[convolution]
     groups, before = arguments[-1], launches()
     x = integers((2, 12, 7, 8), device, 1, 2, dtype)
     w = integers((6, 12 // groups, *kernel), device, 2, 1, dtype)
     compare(x, w, integers((6,), device, 3, dtype=dtype), arguments, POOLS[pool])
-    assert launches().get("expand_kernel", 0) == before.get("expand_kernel", 0)
+    assert launches().get("pool_gradient_kernel", 0) == before.get("pool_gradient_kernel", 0)
     # A first layer's own gradient is not asked for.
     x = integers((2, 3, 9, 8), device, 1, dtype=dtype)
     w = integers((5, 3, 3, 3), device, 2, dtype=dtype).requires_grad_()
@@ -320,5 +318,5 @@ def test_gradients_that_are_expanded_as_they_are_read(
     v = w.detach().cpu().double().requires_grad_()
     right = unfused(x.cpu().double(), v, None, (2, 1, 1, 1), POOLS[pool])
     assert torch.equal(dw.cpu().double(), *torch.autograd.grad(right.sum(), v))
-    assert launches().get("expand_kernel", 0) == before.get("expand_kernel", 0)
-    planner.plan_expanded.cache_clear()
+    assert launches().get("pool_gradient_kernel", 0) == before.get("pool_gradient_kernel", 0)
+    planner.plan_pool_gradient.cache_clear()

@@ -18,11 +18,12 @@ from tolerance import (
     torch_conv_transpose2d,
 )
 
-from kernels import depthwise
 from kernels import device as kernel_device
+from kernels.conv import depthwise
+from kernels.conv.engine import Dgrad, Fprop, Wgrad
 from kernels.device import Device
-from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
 from kernels.geometry import output_strides
+from kernels.lang.epilogue import Epilogue
 from kernels.problem import Problem
 from kernels.tile import Tile, is_valid
 

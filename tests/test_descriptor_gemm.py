@@ -37,12 +37,14 @@ from test_properties import geometries
 from tolerance import assert_close, double, evaluate, float32_convolutions, torch_conv2d
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels import descriptor_gemm, library, planner
 from kernels import device as kernel_device
-from kernels.descriptor_gemm import takes_pairs
-from kernels.descriptor_tiles import keeps_places_apart, read_phases, supports
+from kernels import library, planner
+from kernels.conv import descriptor_gemm
+from kernels.conv.descriptor_gemm import takes_pairs
+from kernels.conv.descriptor_tiles import keeps_places_apart, read_phases, supports
+from kernels.conv.engine import Dgrad, Fprop, Wgrad
 from kernels.device import INTERPRET, Device
-from kernels.engine import Dgrad, Epilogue, Fprop, Wgrad
+from kernels.lang.epilogue import Epilogue
 from kernels.problem import Problem, layout_of
 from kernels.tile import Tile, is_valid
 

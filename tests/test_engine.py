@@ -12,22 +12,13 @@ from tolerance import assert_operator_close, torch_conv2d
 from cnn import functional
 from kernels import device as kernel_device
 from kernels import library, planner
+from kernels.conv.engine import Engine, Fprop
 from kernels.device import launches, loop
-from kernels.engine import Engine, Fprop
-from kernels.epilogue import results, store_result
 from kernels.geometry import Conv2dGeometry
-from kernels.indexing import (
-    cdiv,
-    decode_ints,
-    decode_strides,
-    dot,
-    encode_ints,
-    pixel,
-    program,
-)
-from kernels.indexing import (
-    operands as arguments,
-)
+from kernels.lang.epilogue import results, store_result
+from kernels.lang.integers import cdiv, decode_ints, decode_strides, encode_ints, pixel, program
+from kernels.lang.integers import operands as arguments
+from kernels.lang.numerics import dot
 from kernels.problem import Problem
 from kernels.tile import Block, Tile
 

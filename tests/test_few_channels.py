@@ -19,10 +19,13 @@ from tolerance import (
 )
 
 from kernels import device as kernel_device
-from kernels import expansion, few_channels, paired_columns
+from kernels.conv import few_channels, paired_columns
+from kernels.conv.engine import Dgrad, Fprop, Normalization, Wgrad
 from kernels.device import Device
-from kernels.engine import Dgrad, Epilogue, Fprop, Normalization, PoolGradient, Wgrad
 from kernels.geometry import Pool2dGeometry, output_strides
+from kernels.lang.epilogue import Epilogue
+from kernels.pool import pool_gradient
+from kernels.pool.pool_gradient import PoolGradient
 from kernels.problem import Problem
 from kernels.tile import INTERPRETER_ELEMENTS, Tile, is_valid
 
@@ -470,7 +473,7 @@ def test_gradients_of_pairs_expand_a_pooled_one(g, device):
     dy = random(pool.y_shape, x.dtype, device, seed=5).mul_(2).round_()
     offsets = torch.randint(0, 9, pool.y_shape, dtype=torch.uint8, device=device)
     dz, db = x.new_empty(g.y_shape), x.new_full((g.K,), torch.nan)
-    expansion.expand(dy, offsets, dz, None, pool)
+    pool_gradient.write(dy, offsets, dz, None, pool)
     for engine, tile in paired_wgrad_plans(g, x.dtype, device):
         dw = torch.full_like(w, torch.nan)
         engine.launch(Wgrad(x, dy, dw, db, g, pooled=PoolGradient(pool, offsets)), tile)

@@ -73,8 +73,8 @@ from dataclasses import replace
 import torch
 
 from bench import compiled, dataflow, selection
-from kernels import descriptor_gemm
-from kernels.engine import Wgrad
+from kernels.conv import descriptor_gemm
+from kernels.conv.engine import Wgrad
 from kernels.geometry import Conv2dGeometry
 from kernels.tile import Tile
 
@@ -108,9 +108,10 @@ import json
 import torch
 
 from bench import compiled, dataflow, selection
-from kernels import few_channels, implicit_gemm
-from kernels.engine import Fprop, Normalization, PoolGradient, Wgrad
+from kernels.conv import few_channels, implicit_gemm
+from kernels.conv.engine import Fprop, Normalization, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.pool.pool_gradient import PoolGradient
 from kernels.tile import Tile
 
 pads = (1, 1), (1, 1)
@@ -119,7 +120,7 @@ pool = Pool2dGeometry(8, 64, 56, 56, (2, 2), (2, 2))
 first = Conv2dGeometry(8, 3, 56, 56, 64, 7, 7, padding=pads)
 
 
-def expanded(x, w, y):
+def of_pooled(x, w, y):
     dy = selection.empty(pool.y_shape, x.dtype, False)
     call = Wgrad(x, dy, w, None, layer, "tf32", pooled=PoolGradient(pool, dy.byte()))
     implicit_gemm.wgrad(call, Tile(128, 64, 32, warps=8, stages=3))
@@ -132,7 +133,7 @@ def widened(x, w, y):
 
 found = {}
 with selection.compiling("sm_90") as (_, launched):
-    for g, engine, launch in ((layer, implicit_gemm, expanded), (first, few_channels, widened)):
+    for g, engine, launch in ((layer, implicit_gemm, of_pooled), (first, few_channels, widened)):
         hazards = []
         for rule in (engine.overlapped, lambda tile, computed: tile.stages):
             engine.overlapped = rule
@@ -148,7 +149,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not OLD_TRITON.exists(), reason="no environment with Triton 3.6.0")
 def test_a_computed_operand_is_overwritten_where_triton_3_6_overlaps_turns():
-    """Of a pooled gradient that is expanded as it is loaded, and of an image of bytes."""
+    """Of a map's gradient that is found as it is loaded, and of an image of bytes."""
     for ruled, overlapped in json.loads(run(OLD_TRITON, "-c", COMPUTED)).values():
         assert ruled == []
         assert {kind for kind, *_ in overlapped} == {"operand of a product in flight"}
@@ -496,8 +497,10 @@ def verdicts(monkeypatch, tmp_path) -> dict[str, hazards.Verdict]:
     return found
 
 
-CLEAN = hazards.Verdict("0123", "descriptor_gemm.product_kernel", 8, 0, ())
-FAULTY = hazards.Verdict("4567", "descriptor_gemm.wgrad_kernel", 8, 8, ("R60 by 'LDSM'", "R64"))
+CLEAN = hazards.Verdict("0123", "conv.descriptor_gemm.product_kernel", 8, 0, ())
+FAULTY = hazards.Verdict(
+    "4567", "conv.descriptor_gemm.wgrad_kernel", 8, 8, ("R60 by 'LDSM'", "R64")
+)
 
 
 def test_a_hazard_is_told_and_is_a_failure(verdicts, capsys, tmp_path):
@@ -511,7 +514,7 @@ def test_a_hazard_is_told_and_is_a_failure(verdicts, capsys, tmp_path):
         ["resnet18", "tf32", "3", "2"],
         ["vgg16", "tf32", "3", "2"],
     ]
-    told = "python -m bench hazards: 4567 (descriptor_gemm.wgrad_kernel): R60 by 'LDSM'"
+    told = "python -m bench hazards: 4567 (conv.descriptor_gemm.wgrad_kernel): R60 by 'LDSM'"
     assert printed.err.splitlines()[-1] == told
     report = json.loads(path.read_text())
     assert report["command"] == f"python -m bench hazards {' '.join(options)}"
@@ -524,7 +527,7 @@ def test_a_hazard_is_told_and_is_a_failure(verdicts, capsys, tmp_path):
         "with_register_operands": 1,
         "with_hazards": 1,
         "hazards": 2,
-        "kernels_with_hazards": ["descriptor_gemm.wgrad_kernel"],
+        "kernels_with_hazards": ["conv.descriptor_gemm.wgrad_kernel"],
     }
 
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 from torch import Tensor
 
-from kernels import max_pool
 from kernels.device import Device, describe, int64_index, launch, launches
 from kernels.geometry import Pool2dGeometry, is_channels_last, largest_offset, output_strides
-from kernels.indexing import _compiled_decode_ints, _compiled_quotient, divisors, encode_ints
+from kernels.lang.integers import _compiled_decode_ints, _compiled_quotient, divisors, encode_ints
+from kernels.pool import max_pool, max_unpool
 from kernels.tile import Tile, is_valid
 
 LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
@@ -134,13 +134,13 @@ def gather(ddx: Tensor, offsets: Tensor, g: Pool2dGeometry, tile: Tile | None = 
 
 def unpool(x: Tensor, indices: Tensor, size: tuple[int, int]) -> Tensor:
     y = poisoned((*x.shape[:2], *size), x.dtype, x)
-    max_pool.max_unpool2d(x, indices, y)
+    max_unpool.max_unpool2d(x, indices, y)
     return y
 
 
 def unpool_backward(dy: Tensor, indices: Tensor) -> Tensor:
     dx = poisoned(indices.shape, dy.dtype, indices)
-    max_pool.max_unpool2d_backward(dy, indices, dx)
+    max_unpool.max_unpool2d_backward(dy, indices, dx)
     return dx
 
 
@@ -562,7 +562,7 @@ def test_an_index_outside_raises_before_anything_is_written(bad):
         torch.ops.aten.max_unpool2d(x, indices, (3, 4))
     y, before = poisoned((1, 2, 3, 4), torch.float32, x), launches()
     with pytest.raises(RuntimeError, match=rf"index {bad} is outside \[0, 12\).* size 3x4"):
-        max_pool.max_unpool2d(x, indices, y)
+        max_unpool.max_unpool2d(x, indices, y)
     assert y.isnan().all()
     assert launches() == before
 
@@ -579,7 +579,7 @@ from triton.backends.compiler import GPUTarget
 from kernels import device, max_pool
 with device.compile_only(GPUTarget("cuda", 90, 32)) as compiled:
     x = torch.empty(1, 8, 4, 4, device="meta")
-    max_pool.max_unpool2d(x, x.to(torch.int64), torch.empty(1, 8, 8, 8, device="meta"))
+    max_unpool.max_unpool2d(x, x.to(torch.int64), torch.empty(1, 8, 8, 8, device="meta"))
 print(compiled[0].asm["ptx"])
 """
 
@@ -645,9 +645,9 @@ def test_offsets_beyond_32_bits(axis, device):
     assert_same(dx, pool_backward(values, offsets, g))
     max_pool.max_pool2d_gather(x, offsets, ddy, g, forward)
     assert_same(ddy, expected)
-    max_pool.max_unpool2d(x, indices, z)
+    max_unpool.max_unpool2d(x, indices, z)
     assert_same(z, unpool(values, indices, (3, 3)))
-    max_pool.max_unpool2d_backward(x, indices, z)
+    max_unpool.max_unpool2d_backward(x, indices, z)
     assert_same(z, expected)
 
 

@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 
 from bench import plan as bench_plan
 from bench import selection, suites
-from kernels import (
-    cost_model,
-    depthwise,
-    descriptor_gemm,
-    few_channels,
-    implicit_gemm,
-    paired_columns,
-    planner,
-)
+from kernels import cost_model, planner
 from kernels import device as devices
+from kernels.conv import depthwise, descriptor_gemm, few_channels, implicit_gemm, paired_columns
 from kernels.device import Device
 from kernels.geometry import Conv2dGeometry
 from kernels.problem import Problem

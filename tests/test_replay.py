@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import cnn.functional as F
-from kernels import autotune, descriptor_gemm, descriptor_pool, device, library, planner, replay
+from kernels import autotune, conv_pool, device, library, planner, replay
+from kernels.conv import descriptor_gemm
+from kernels.conv.engine import Dgrad, Fprop, PooledConv, Wgrad
 from kernels.device import Device, launches
-from kernels.engine import Dgrad, Fprop, PooledConv, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.problem import Problem
 
@@ -230,8 +231,10 @@ def test_descriptors_are_made_over_the_new_tensors(direction):
         pool = Pool2dGeometry(*y_shape, (2, 2), (2, 2), (0, 0))
         y = replay.new(x, pool.y_shape, random(*pool.y_shape).stride())
         offsets = replay.new(y, y.shape, y.stride(), torch.uint8)
-        tile = descriptor_pool.tiles(Problem("fprop", g, dtype, "ieee", HOPPER, "aligned"), pool)[0]
-        descriptor_pool.ENGINE.launch(PooledConv(x, w, None, y, offsets, g, pool), tile)
+        tile = conv_pool.descriptor_gemm.tiles(
+            Problem("fprop", g, dtype, "ieee", HOPPER, "aligned"), pool
+        )[0]
+        conv_pool.descriptor_gemm.ENGINE.launch(PooledConv(x, w, None, y, offsets, g, pool), tile)
         return y, offsets
 
     function = {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad, "pooled": pooled}[direction]

@@ -8,8 +8,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from kernels import max_pool
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.pool import max_pool
 
 from .. import suites
 from ..measure import DTYPES

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels.aten import conv2d, conv2d_dgrad, conv2d_wgrad
 from kernels.geometry import Pool2dGeometry, conv_places
-from kernels.max_pool import offset_dtype
+from kernels.pool.max_pool import offset_dtype
 
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad"]
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import planner
-from kernels.engine import Plan
+from kernels.conv.engine import Plan
 from kernels.geometry import Conv2dGeometry, Direction
 
 from .. import compiled

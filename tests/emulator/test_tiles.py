@@ -14,8 +14,9 @@ from tolerance import assert_close, double, evaluate_torch, torch_conv2d
 from bench import emulator
 from kernels import device as devices
 from kernels import planner
-from kernels.engine import Dgrad, Epilogue, Fprop, Plan, Wgrad
+from kernels.conv.engine import Dgrad, Fprop, Plan, Wgrad
 from kernels.geometry import Conv2dGeometry, Direction
+from kernels.lang.epilogue import Epilogue
 from kernels.problem import Layout, Problem
 
 TALL, WIDE = (1, 1, 0, 0), (0, 0, 1, 1)

@@ -4,7 +4,7 @@ The map between convolution and pooling is never stored. One program computes a 
 pixels by channels: for each tap of the pooling window it forms the product of a convolution at the
 pixels under that tap, and keeps the larger values and where they came from. Windows that do not
 overlap cost no product more than the convolution alone; others form those of shared pixels anew.
-What is kept for backward is one offset a window: see ``expansion``. Sizes and strides are in
+What is kept for backward is one offset a window: see ``pool_gradient``. Sizes and strides are in
 elements.
 """
 
@@ -15,31 +15,27 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from . import device
-from .device import loop
-from .engine import PooledConv, PoolingEngine
-from .geometry import Pool2dGeometry
-from .indexing import (
+from .. import device
+from ..conv.engine import PooledConv, PoolingEngine
+from ..conv.pointer_tiles import pointer_tiles
+from ..device import loop
+from ..geometry import Pool2dGeometry
+from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
-    dot,
-    downcast,
     encode_ints,
     encode_strides,
-    fence_copies,
     operands,
     pixel,
     pointers,
     program,
-    reduction_block,
-    reduction_turns,
-    upcast,
     within,
 )
-from .pointer_tiles import pointer_tiles
-from .problem import Problem
-from .tile import Block, Tile, block_for
+from ..lang.numerics import dot, downcast, fence_copies, upcast
+from ..lang.reduction import reduction_block, reduction_turns
+from ..problem import Problem
+from ..tile import Block, Tile, block_for
 
 
 class _Window(NamedTuple):
@@ -194,4 +190,4 @@ def _waste(channels: int, tile: Tile) -> tuple[float, int]:
     return taken / channels, -tile.rows * tile.columns
 
 
-ENGINE = PoolingEngine("conv_pool", tiles=tiles, launch=conv2d_relu_max_pool2d)
+ENGINE = PoolingEngine("implicit_gemm", tiles=tiles, launch=conv2d_relu_max_pool2d)

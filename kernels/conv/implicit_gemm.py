@@ -13,33 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
-from .device import loop
-from .engine import Dgrad, Engine, Epilogue, Fprop, PoolGradient, Wgrad
-from .epilogue import results, store_result
-from .expansion import load_expanded, pooled
-from .geometry import Conv2dGeometry
-from .indexing import (
-    Placement,
+from .. import device
+from ..device import loop
+from ..geometry import Conv2dGeometry, Placement, dgrad_walk
+from ..lang.epilogue import Epilogue, results, store_result
+from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
-    dgrad_walk,
-    dot,
-    downcast,
     encode_ints,
-    fence_copies,
     operands,
     pixel,
     program,
-    reduction_block,
-    reduction_turns,
-    upcast,
     within,
 )
+from ..lang.numerics import dot, downcast, fence_copies, upcast
+from ..lang.reduction import reduction_block, reduction_turns
+from ..lang.split_sum import gradients
+from ..pool.pool_gradient import PoolGradient, load_pool_gradient, pooled
+from ..tile import Block, Tile, overlapped
+from .engine import Dgrad, Engine, Fprop, Wgrad
 from .pointer_tiles import pointer_tiles
-from .split_sum import gradients
-from .tile import Block, Tile, overlapped
 
 
 @triton.jit
@@ -56,7 +50,7 @@ def fprop_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     placement,  # a Placement
-    pooled,  # of a map's gradient x as load_expanded takes it, or None
+    pooled,  # of a map's gradient x as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -107,7 +101,7 @@ def fprop_kernel(
             x_tile = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
         else:
             where = n[:, None], (group * C + c)[None, :], h, w
-            x_tile = load_expanded(x_ptr, x_strides, pooled, where, x_mask, POOL)
+            x_tile = load_pool_gradient(x_ptr, x_strides, pooled, where, x_mask, POOL)
         # [DEPTH, COLUMNS]
         w_mask = inside[:, None] & k_mask[None, :]
         w_offsets = c * w_c + (r * w_r + s * w_s)
@@ -144,7 +138,7 @@ def _multiply(
     gradient: PoolGradient | None = None,
 ) -> None:
     N, _, P, Q = y.shape
-    expansion, window = pooled(gradient)
+    maxima, window = pooled(gradient)
     wide = device.int64_index(N * P * Q, x, w, epilogue.residual, y, gradient and gradient.offsets)
     for pixels, product in products:
         groups, K, *_ = product.reduction
@@ -156,7 +150,7 @@ def _multiply(
             w_ptr=w,
             **results(epilogue, y),
             **product._asdict(),
-            pooled=expansion,
+            pooled=maxima,
             POOL=window,
             PRECISION=precision,
             INT64_INDEX=wide,
@@ -187,7 +181,7 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
 
     Each phase of the stride is a stride-1 convolution of dy with its own taps of w, exchanged
     K and C, that writes its own pixels of dx. dy may be the gradient of the pooled result: see
-    ``expansion``.
+    ``pool_gradient``.
     """
     products = _dgrad_products(call.g, call.w.stride())
     added = Epilogue(call.bias)
@@ -227,7 +221,7 @@ def wgrad_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     splits,
-    pooled,  # of dy as load_expanded takes it, or None
+    pooled,  # of dy as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
@@ -280,7 +274,7 @@ def wgrad_kernel(
                     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
                 else:
                     where = n[None, :], k[:, None], p[None, :], q[None, :]
-                    dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
+                    dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
                 db += tl.sum(upcast(dy, ACC), axis=1)
             db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
@@ -305,7 +299,7 @@ def wgrad_kernel(
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
             else:
                 where = n[:, None], k[None, :], p[:, None], q[:, None]
-                dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
+                dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
             # [DEPTH, COLUMNS]
             offsets = n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
@@ -323,7 +317,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
     The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. dy
-    may be the gradient of the pooled result: see ``expansion``.
+    may be the gradient of the pooled result: see ``pool_gradient``.
     """
     g, x, dy = call.g, call.x, call.dy
     K, C, R, S = g.K // g.groups, g.C // g.groups, g.R, g.S
@@ -332,7 +326,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
     if call.dw is not None:
         depth = C * R * S
         tiles += cdiv(depth, tile.columns) if tile.packed else R * S * cdiv(C, tile.columns)
-    expansion, window = pooled(call.pooled)
+    maxima, window = pooled(call.pooled)
     offsets = call.pooled and call.pooled.offsets
     with gradients(call.dw, call.db, tile.splits) as parts:
         device.launch(
@@ -345,7 +339,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             reduction=(g.groups, K, C, R, S),
             walk=tuple(g.walk),
             splits=tile.splits,
-            pooled=expansion,
+            pooled=maxima,
             POOL=window,
             PRECISION=call.precision,
             INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"], offsets),

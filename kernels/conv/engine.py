@@ -11,10 +11,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from torch import Tensor
 
-from . import cost_model
-from .geometry import Conv2dGeometry, Direction, Pool2dGeometry
-from .problem import Problem
-from .tile import Tile
+from .. import cost_model
+from ..geometry import Conv2dGeometry, Direction, Pool2dGeometry
+from ..lang.epilogue import Epilogue
+from ..pool.pool_gradient import PoolGradient
+from ..problem import Problem
+from ..tile import Tile
 
 Fusion = Literal["bytes", "scale", "pool_gradient"]
 """What only some engines fuse: see ``Normalization``, ``Epilogue.scale`` and ``PoolGradient``."""
@@ -25,24 +27,6 @@ class Normalization(NamedTuple):
 
     scale: Tensor
     shift: Tensor
-
-
-class PoolGradient(NamedTuple):
-    """What makes a map's gradient of its pooled one, dy: the pooling, and the tap that won each of
-    its windows. See ``expansion``.
-    """
-
-    pool: Pool2dGeometry
-    offsets: Tensor
-
-
-class Epilogue(NamedTuple):
-    """What is done to a result before it is stored: relu?(scale * y + bias + residual)."""
-
-    bias: Tensor | None = None  # [K]
-    residual: Tensor | None = None  # like y
-    relu: bool = False
-    scale: Tensor | None = None  # [K], float32
 
 
 _PLAIN = Epilogue()

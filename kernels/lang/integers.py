@@ -19,13 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._private import cuda_capability_geq
-from .device import INTERPRET
-from .geometry import IndexMap, Taps
+from ..device import INTERPRET
 
 _INTERPRET = tl.constexpr(INTERPRET)
-# From 3.7 on Triton fences copies itself (triton-lang/triton#9610).
-_FENCES = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 _ODD = tl.constexpr(2**20 + 1)
 _CENTRE = tl.constexpr(3 * 2**30)
 _ALIGNED = 16  # what Triton tells apart; in elements, so that a row of them takes whole vectors
@@ -163,21 +159,6 @@ quotient = _interpreted_quotient if INTERPRET else _compiled_quotient
 """i // size, for i >= 0, by what ``divisors`` made of the size: a shift, a product, a shift."""
 
 
-class Placement(NamedTuple):
-    """Result (p, q) is in row ``p * step_p + first_p`` of y, likewise in its column."""
-
-    step_p: int = 1
-    first_p: int = 0
-    step_q: int = 1
-    first_q: int = 0
-
-
-def dgrad_walk(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
-    """How one phase of dx, at its place, is a convolution of dy."""
-    walk = IndexMap(1, row.origin, -row.step, 1, column.origin, -column.step)
-    return walk, Placement(row.stride, row.first, column.stride, column.first)
-
-
 @triton.jit
 def program(INT64_INDEX: tl.constexpr):
     """This program's number, as wide as the offsets that are computed from it."""
@@ -193,90 +174,3 @@ def pixel(i, P, Q):
     row = i // Q
     n = row // P
     return n, row - n * P, i - row * Q
-
-
-@triton.jit
-def reduction_turns(C, R, S, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """How many blocks ``reduction_block`` cuts channels and taps into."""
-    if PACKED:
-        turns = tl.cdiv(C * R * S, BLOCK)
-    else:
-        turns = R * S * tl.cdiv(C, BLOCK)
-    return turns
-
-
-@triton.jit
-def reduction_block(i, C, R, S, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """(c, r, s, inside) of the i-th block of the reduction over channels and taps.
-
-    Packed, c runs fastest over one long axis, and r and s are vectors like it; otherwise a block
-    has channels of one tap, and r and s are scalars.
-    """
-    if PACKED:
-        crs = i * BLOCK + tl.arange(0, BLOCK)
-        tap = crs // C
-        c = crs - tap * C
-        r = tap // S
-        inside = r < R
-    else:
-        blocks = tl.cdiv(C, BLOCK)
-        tap = i // blocks
-        c = (i - tap * blocks) * BLOCK + tl.arange(0, BLOCK)
-        r = tap // S
-        inside = c < C
-    return c, r, tap - r * S, inside
-
-
-@triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b.
-
-    The interpreter is wrong on bfloat16, and sums float32 in an order that depends on the tile's
-    shape and on the processor: there it is given float64, of which the sum is rounded once.
-    """
-    if _INTERPRET:
-        wide = tl.dot(upcast(a, tl.float64), upcast(b, tl.float64), out_dtype=tl.float64)
-        return (acc + wide).to(acc.dtype)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def fence_copies():
-    """Let asynchronous products see what cp.async has copied to shared memory.
-
-    From Hopper on they read by another proxy than copies write, and PTX asks for a fence between.
-    It belongs between the loads of a turn and its dot, where Triton waits for the copies first.
-    Triton 3.6 takes no such instruction in a loop for Blackwell.
-    """
-    if _FENCES and not _INTERPRET:
-        if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
-            tl.inline_asm_elementwise(
-                "fence.proxy.async.shared::cta; mov.b32 $0, 0;",
-                "=r,r",
-                [0],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-
-
-@triton.jit
-def upcast(tile, DTYPE: tl.constexpr):
-    """The tile as float32 or float64, exactly."""
-    if _INTERPRET and tile.dtype == tl.bfloat16:
-        tile = (tile.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif _INTERPRET and tile.dtype.is_fp8():  # which it cannot make float64
-        tile = tile.to(tl.float32)
-    return tile.to(DTYPE)
-
-
-@triton.jit
-def downcast(tile, DTYPE: tl.constexpr):
-    """The tile of float32 or float64 in a result's dtype, rounded to nearest even."""
-    if _INTERPRET and DTYPE == tl.bfloat16:
-        bits = tile.to(tl.float32).to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        # Rounding must not carry a NaN's bits into infinity.
-        bits = tl.where(tile != tile, 0x7FC0, rounded)
-        tile = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    return tile.to(DTYPE)

@@ -23,16 +23,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import device, implicit_gemm
+from .. import device
+from ..device import Device, loop
+from ..geometry import Conv2dGeometry, Taps
+from ..lang.descriptors import filters, image_pairs, images
+from ..lang.epilogue import Epilogue, relu
+from ..lang.integers import cdiv, decode_ints, encode_ints, program
+from ..lang.numerics import dot, downcast, upcast
+from ..lang.split_sum import gradients
+from ..tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of
+from . import implicit_gemm
 from .descriptor_tiles import descriptor_tiles, read_phases
-from .descriptors import filters, image_pairs, images
-from .device import Device, loop
-from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
-from .epilogue import relu
-from .geometry import Conv2dGeometry, Taps
-from .indexing import cdiv, decode_ints, dot, downcast, encode_ints, program, upcast
-from .split_sum import gradients
-from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of
+from .engine import Dgrad, Engine, Fprop, Wgrad
 
 
 @triton.jit

@@ -22,27 +22,27 @@ import torch
 import triton
 import triton.language as tl
 
-from . import cost_model, descriptor_tiles, device
-from .descriptor_gemm import add_products, reads
-from .descriptors import filters, rows_first
-from .device import INTERPRET, Device, loop
-from .engine import PooledConv, PoolingEngine
-from .epilogue import relu
-from .geometry import Conv2dGeometry, Pair, Pool2dGeometry
-from .indexing import (
+from .. import cost_model, device
+from ..conv import descriptor_tiles
+from ..conv.descriptor_gemm import add_products, reads
+from ..conv.engine import PooledConv, PoolingEngine
+from ..device import INTERPRET, Device, loop
+from ..geometry import Conv2dGeometry, Pair, Pool2dGeometry
+from ..lang.descriptors import filters, rows_first
+from ..lang.epilogue import relu
+from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
-    downcast,
     encode_ints,
     encode_strides,
     pointers,
     power_of_2,
-    upcast,
     within,
 )
-from .problem import Problem
-from .tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of, is_valid
+from ..lang.numerics import downcast, upcast
+from ..problem import Problem
+from ..tile import Box, BoxBlock, Tile, blocks_per_multiprocessor, box_of, is_valid
 
 _INTERPRET = tl.constexpr(INTERPRET)
 
@@ -536,4 +536,4 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
     )
 
 
-ENGINE = PoolingEngine("descriptor_pool", tiles=tiles, launch=conv2d_relu_max_pool2d)
+ENGINE = PoolingEngine("descriptor_gemm", tiles=tiles, launch=conv2d_relu_max_pool2d)

@@ -13,8 +13,9 @@ from cases import case_id, conv_case, in_strides, random, sliced
 from tolerance import assert_close
 
 from kernels import device as kernel_device
-from kernels import paired_columns, stem_pool
-from kernels.engine import PooledConv
+from kernels.conv import paired_columns
+from kernels.conv.engine import PooledConv
+from kernels.conv_pool import few_channels
 from kernels.geometry import Pool2dGeometry
 from kernels.problem import Problem
 
@@ -66,7 +67,7 @@ def operands(g, dtype, device, layout="channels_last"):
 def tiles(g, pool, dtype, device):
     """The chosen tile, and one that takes several programs, turns and tiles of filters."""
     here = kernel_device.describe(device)
-    (chosen,) = stem_pool.tiles(Problem("fprop", g, dtype, "ieee", here), pool)
+    (chosen,) = few_channels.tiles(Problem("fprop", g, dtype, "ieee", here), pool)
     turn = max(16, paired_columns.segment(g))  # the least that holds a run
     return chosen, replace(chosen, rows=256, columns=16, depth=turn, box=(1, 16, 16))
 
@@ -74,7 +75,7 @@ def tiles(g, pool, dtype, device):
 def run(x, w, bias, g, pool, tile, layout="channels_last", offsets=True):
     y = LAYOUTS[layout](x.new_full(pool.y_shape, torch.nan))
     taps = torch.full_like(y, 77, dtype=torch.uint8) if offsets else None
-    stem_pool.conv2d_relu_max_pool2d(PooledConv(x, w, bias, y, taps, g, pool), tile)
+    few_channels.conv2d_relu_max_pool2d(PooledConv(x, w, bias, y, taps, g, pool), tile)
     return y, taps
 
 
@@ -228,7 +229,7 @@ def test_what_is_supported(device):
     here = kernel_device.describe(device)
 
     def supports(g, pool, dtype=torch.float16):
-        return stem_pool.supports(Problem("fprop", g, dtype, "ieee", here), pool)
+        return few_channels.supports(Problem("fprop", g, dtype, "ieee", here), pool)
 
     assert supports(RESNET, pool_of(RESNET, (3, 3), (1, 1)))
     assert not supports(RESNET, pool_of(RESNET, (3, 3)), torch.float64)

@@ -16,21 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost_model, device, replay
-from .device import Device, loop
-from .engine import Engine, Fprop, Wgrad
-from .epilogue import results, store_result
-from .expansion import load_expanded, pooled
-from .geometry import Conv2dGeometry, contiguous_strides
-from .indexing import (
+from .. import cost_model, device, replay
+from ..device import Device, loop
+from ..geometry import Conv2dGeometry, contiguous_strides
+from ..lang.epilogue import results, store_result
+from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
     divisors,
-    dot,
-    downcast,
     encode_ints,
-    fence_copies,
     operands,
     pixel,
     pointers,
@@ -39,9 +34,12 @@ from .indexing import (
     quotient,
     within,
 )
-from .problem import Problem
-from .split_sum import gradients
-from .tile import INTERPRETER_ELEMENTS, Block, Tile
+from ..lang.numerics import dot, downcast, fence_copies
+from ..lang.split_sum import gradients
+from ..pool.pool_gradient import load_pool_gradient, pooled
+from ..problem import Problem
+from ..tile import INTERPRETER_ELEMENTS, Block, Tile
+from .engine import Engine, Fprop, Wgrad
 
 FEW = 4
 """Channels of a group, at most, that count as few."""
@@ -480,7 +478,7 @@ def pair_wgrad_kernel(
     dw_strides,  # part, k, c, r, s
     walk,  # as _wgrad_walk gives it
     origin,  # of the walk along the height and the width
-    pooled,  # of dy as load_expanded takes it, or None
+    pooled,  # of dy as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     normalize,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # the Filters
@@ -592,7 +590,7 @@ def pair_wgrad_kernel(
             outputs = q + tl.where(single, 0, 2 * across_in)
             outputs = half[:, None] + outputs[None, :]
             where = images[None, :], k[:, None], (p + p_in)[None, :], outputs
-            dy = load_expanded(dy_ptr, dy_strides, pooled, where, dy_mask, POOL)
+            dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, dy_mask, POOL)
         if dw_ptr is not None:
             # [pairs, COLUMNS]
             h = p * FILTERS.stride_h + origin_h
@@ -675,7 +673,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
     width = min(tile.patch[1], tile.depth)
     height = tile.depth // width
     walk = _wgrad_walk(g, tile.splits, height, width)
-    expansion, window = pooled(call.pooled)
+    maxima, window = pooled(call.pooled)
     offsets = call.pooled and call.pooled.offsets
     run = run_of(x, g)
     with gradients(call.dw, call.db, walk.parts) as parts:
@@ -694,7 +692,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 **parts,
                 walk=(walk.sizes, walk.divisors),
                 origin=(g.walk.origin_h, g.walk.origin_w),
-                pooled=expansion,
+                pooled=maxima,
                 POOL=window,
                 normalize=call.normalization,
                 FILTERS=Filters.of(g),

@@ -15,26 +15,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device
-from .device import loop
-from .engine import PoolGradient
-from .geometry import Pair, Pool2dGeometry
-from .indexing import (
+from .. import device
+from ..device import loop
+from ..geometry import Pair, Pool2dGeometry
+from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
-    downcast,
     encode_ints,
     encode_strides,
     operands,
     pixel,
     program,
-    upcast,
     within,
 )
-from .split_sum import ChannelWalk, channel_walk, parts_like, split_sum
+from ..lang.numerics import downcast, upcast
+from ..lang.split_sum import ChannelWalk, channel_walk, parts_like, split_sum
 
 _UNROLLED = 36  # windows times pixels, at most, for loops over them to be unrolled
+
+
+class PoolGradient(NamedTuple):
+    """What makes a map's gradient of its pooled one, dy: the pooling, and the tap that won each of
+    its windows. See ``pool_gradient``.
+    """
+
+    pool: Pool2dGeometry
+    offsets: Tensor
 
 
 class Window(NamedTuple):
@@ -108,7 +115,7 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
 
 
 @triton.jit
-def load_expanded(dy_ptr, dy_strides, pooled, where, mask, WINDOW: tl.constexpr):
+def load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, WINDOW: tl.constexpr):
     """The map's gradient at where = (n, k, p, q), from dy[N,K,PP,PQ]; 0 where ``mask`` is not set.
 
     The indices broadcast to the mask's shape; ``dy_strides`` are plain.
@@ -125,7 +132,7 @@ def load_expanded(dy_ptr, dy_strides, pooled, where, mask, WINDOW: tl.constexpr)
 
 # The number of turns follows the batch, unlike that of the channels.
 @triton.jit(do_not_specialize=["turns"])
-def expand_kernel(
+def pool_gradient_kernel(
     dy_ptr,  # [N, K, PP, PQ]
     dz_ptr,  # [N, K, P, Q]
     db_ptr,  # [parts, K] or None
@@ -183,27 +190,25 @@ def _blocks(size: int, padding: int, stride: int) -> int:
 
 
 def walk_of(dz: Tensor, pool: Pool2dGeometry, summed: bool) -> ChannelWalk:
-    """How ``expand`` walks the map, in blocks of the pooling's stride."""
+    """How ``write`` walks the map, in blocks of the pooling's stride."""
     blocks = map(_blocks, dz.shape[2:], pool.padding, pool.stride)
     return channel_walk(dz, dz.shape[0] * prod(blocks), 2048, summed)
 
 
-def expand(
-    dy: Tensor, offsets: Tensor, dz: Tensor, db: Tensor | None, pool: Pool2dGeometry
-) -> None:
+def write(dy: Tensor, offsets: Tensor, dz: Tensor, db: Tensor | None, pool: Pool2dGeometry) -> None:
     """dz[N,K,P,Q], the map's gradient, and its sum db[K], from dy[N,K,PP,PQ] and the offsets."""
     N, K, P, Q = dz.shape
     blocks_p, blocks_q = map(_blocks, (P, Q), pool.padding, pool.stride)
     walk = walk_of(dz, pool, db is not None)
-    expansion, window = pooled(PoolGradient(pool, offsets))
+    maxima, window = pooled(PoolGradient(pool, offsets))
     parts = parts_like(db, walk.parts)
     device.launch(
-        expand_kernel,
+        pool_gradient_kernel,
         (walk.programs,),
         device=dz.device,
         **operands(dy=dy, dz=dz),
         db_ptr=parts,
-        pooled=expansion,
+        pooled=maxima,
         sizes=encode_ints((N, P, Q, blocks_p, blocks_q)),
         K=K,
         turns=walk.turns,

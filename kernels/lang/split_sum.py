@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, replay
-from .device import loop
-from .indexing import cdiv, downcast, power_of_2, program
+from .. import device, replay
+from ..device import loop
+from .integers import cdiv, power_of_2, program
+from .numerics import downcast
 
 
 # The elements are a layer's weights: their number, unlike that of the parts, knows no batch.

@@ -11,10 +11,8 @@ are written by *cells*, the pixels that one step of the windows passes: the wind
 cell are loaded once, and which tap of theirs a pixel is follows from its place in the cell.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
-from math import gcd
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,26 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import device, replay
-from .device import Device, loop
-from .geometry import Pair, Pool2dGeometry
-from .indexing import (
-    Strides,
-    cdiv,
-    decode_ints,
-    decode_strides,
-    divisors,
-    downcast,
-    encode_ints,
-    operands,
-    pointers,
-    power_of_2,
-    program,
-    quotient,
-    upcast,
-    within,
-)
-from .tile import Tile
+from .. import device
+from ..device import Device
+from ..geometry import Pair, Pool2dGeometry
+from ..lang.integers import decode_ints, encode_ints, pointers, within
+from ..lang.numerics import downcast, upcast
+from ..tile import Tile
+from .tiling import offset_at, pixels_and_channels, tile_for, tiled_launch, unit_strides
 
 _INTERPRET = tl.constexpr(device.INTERPRET)
 _VECTOR = 16  # bytes of the widest load
@@ -67,25 +52,7 @@ def choose_tile(
 ) -> Tile:
     """The tile for a walk over a pooling's results, as forward and gather take it, or its input."""
     rows, columns = (g.P, g.Q) if direction == "forward" else _cells(g)
-    return _tile(g.N * rows * columns, g.C, channels_last, device)
-
-
-def _tile(places: int, channels: int, channels_last: bool, device: Device) -> Tile:
-    """A tile that lies along the axis of a tensor that is contiguous.
-
-    Eight channels for each thread are one load of 16 bytes in 16 bits. Where pixels lie side by
-    side a thread has one of them in four channels, which share its addresses. The interpreter
-    takes its time by the program, not by the element.
-    """
-    columns = power_of_2(channels)
-    if device.backend == "interpreter":
-        columns = min(columns, 1024)
-        return Tile(min(power_of_2(places), 2**18 // columns), columns)
-    if not channels_last:
-        columns = min(columns, 4)
-        return Tile(512 // columns, columns)
-    columns = min(columns, 64)
-    return Tile(1024 // columns, columns)
+    return tile_for(g.N * rows * columns, g.C, channels_last, device)
 
 
 class _Window(NamedTuple):
@@ -204,94 +171,6 @@ class _Cell(NamedTuple):
         return cls(g.stride, first, earliest, g.covering, pixels)
 
 
-class _Tile(NamedTuple):
-    rows: int  # places
-    columns: int  # channels
-    unit: int  # that divides C and all strides but that of channels
-    int64_index: bool  # whether offsets need 64 bits
-    channels_inside: bool  # whether neighbouring threads have neighbouring channels, else places
-
-
-class _Launch(NamedTuple):
-    """One launch without its tensors."""
-
-    grid: tuple[int]
-    arguments: dict[str, Any]
-
-
-def _launch(
-    places: tuple[int, int, int],
-    C: int,
-    tile: Tile,
-    tensors: Sequence[Tensor],
-    **own: Any,
-) -> _Launch:
-    """A walk over places (n, p, q) by C channels of these tensors, of which the first has values.
-    ``own``: what the kernel takes besides.
-
-    Where channels lie side by side the unit is what C and the strides of dense tensors have in
-    common, up to a vector: it makes aligned loads, and depends neither on the batch nor the image.
-    """
-    N, P, Q = places
-    rows = [_row_strides(t.shape, t.stride()) for t in tensors]
-    unit = 1
-    channels = [t.stride(1) for t in tensors]
-    if set(channels) == {1} and max(map(max, rows)) < 2**31:
-        vector = _VECTOR // tensors[0].element_size()
-        unit = gcd(vector, C, *(stride for strides in rows for stride in strides))
-    column_tiles = cdiv(C, tile.columns)
-    walk = encode_ints((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
-    int64_index = device.int64_index(N * P * Q, *tensors)
-    strides = tuple(
-        (2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
-        for (n, h, w), c in zip(rows, channels, strict=True)
-    )
-    block = _Tile(tile.rows, tile.columns, unit, int64_index, channels[-1] == 1)
-    arguments = {"strides": strides, "walk": walk, **own, "TILE": block}
-    return _Launch((cdiv(N * P * Q, tile.rows) * column_tiles,), arguments)
-
-
-def _row_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int]:
-    """Strides of n, h and w; that of an axis of one element may be anything."""
-    n, _, h, w = strides
-    return 0 if shape[0] == 1 else n, 0 if shape[2] == 1 else h, w
-
-
-@triton.jit
-def _strides(strides, TILE: tl.constexpr):
-    """A tensor's Strides, all but that of c multiples of the unit."""
-    n, c, h, w = decode_strides(strides)
-    return Strides(n * TILE.unit, c, h * TILE.unit, w * TILE.unit)
-
-
-@triton.jit
-def _places_and_channels(walk, TILE: tl.constexpr):
-    """(n, p, q, c, mask) of this program's tile of N x P x Q places by C channels.
-
-    Places are [rows, 1] and channels [1, columns], or channels come first; the mask has both.
-    """
-    N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = decode_ints(
-        walk
-    )
-    pid = program(TILE.int64_index)
-    row_tile = quotient(pid, column_tiles, by_tiles, shift_tiles)
-    place = row_tile * TILE.rows + tl.arange(0, TILE.rows)
-    c = (pid - row_tile * column_tiles) * TILE.columns + tl.arange(0, TILE.columns)
-    if TILE.channels_inside:
-        place, c = place[:, None], c[None, :]
-    else:
-        place, c = place[None, :], c[:, None]
-    row = quotient(place, Q, by_Q, shift_Q)
-    n = quotient(row, P, by_P, shift_P)
-    return n, row - n * P, place - row * Q, c, (n < N) & (c < C * TILE.unit)
-
-
-@triton.jit
-def _at(n, c, h, w, strides):
-    """Where a tensor's elements [n, c, h, w] are."""
-    return n * strides.n + h * strides.h + w * strides.w + c * strides.c
-
-
 @triton.jit
 def _reached(place, SIZE, WINDOW: tl.constexpr, AXIS: tl.constexpr):
     """(origin, first, last): where a window's tap 0 lies, and which of its taps are inside."""
@@ -311,12 +190,12 @@ def max_pool2d_kernel(
     y_ptr,
     offsets_ptr,  # or None
     indices_ptr,  # or None
-    strides,  # of each of these, see _strides
-    walk,  # over y, see _places_and_channels
+    strides,  # of each of these, see unit_strides
+    walk,  # over y, see pixels_and_channels
     sizes,  # H, W, encoded
     WINDOW: tl.constexpr,  # a _Window
     TAPS: tl.constexpr,  # the _Taps to take
-    TILE: tl.constexpr,  # a _Tile
+    TILE: tl.constexpr,  # a PixelTile
 ):
     """y[n,c,p,q] = max over r,s of x[n,c,h,w], and the tap that won, and its index h * W + w.
 
@@ -325,9 +204,9 @@ def max_pool2d_kernel(
     One program writes a tile of pixels by channels; values are compared in their own dtype.
     """
     H, W = decode_ints(sizes)
-    n, p, q, c, mask = _places_and_channels(walk, TILE)
+    n, p, q, c, mask = pixels_and_channels(walk, TILE)
     x_strides, y_strides, offsets_strides, indices_strides = strides
-    x_strides = _strides(x_strides, TILE)
+    x_strides = unit_strides(x_strides, TILE)
     S: tl.constexpr = WINDOW.kernel[1]
     h0, r0, r1 = _reached(p, H, WINDOW, 0)
     w0, s0, s1 = _reached(q, W, WINDOW, 1)
@@ -357,16 +236,16 @@ def max_pool2d_kernel(
         winner = tl.where(greater | (x != x), (r * S + s).to(tl.int32), winner)
         best = tl.where(x != x, x, tl.where(greater, x, best))
 
-    at = _at(n, c, p, q, _strides(y_strides, TILE))
+    at = offset_at(n, c, p, q, unit_strides(y_strides, TILE))
     tl.store(y_ptr + at, downcast(best, DTYPE), mask=mask)
     if offsets_ptr is not None:
-        at = _at(n, c, p, q, _strides(offsets_strides, TILE))
+        at = offset_at(n, c, p, q, unit_strides(offsets_strides, TILE))
         tl.store(offsets_ptr + at, winner.to(offsets_ptr.dtype.element_ty), mask=mask)
     if indices_ptr is not None:
         h = h0 + winner // S * WINDOW.dilation[0]
         w = w0 + winner % S * WINDOW.dilation[1]
         index = tl.where(winner < 0, -1, h.to(tl.int64) * W + w)
-        at = _at(n, c, p, q, _strides(indices_strides, TILE))
+        at = offset_at(n, c, p, q, unit_strides(indices_strides, TILE))
         tl.store(indices_ptr + at, index, mask=mask)
 
 
@@ -385,7 +264,7 @@ def max_pool2d(
     """
     results = [y if t is None else t for t in (y, offsets, indices)]
     own = {"sizes": encode_ints((g.H, g.W)), "WINDOW": _Window.of(g), "TAPS": _Taps.of(g)}
-    launch = _launch((g.N, g.P, g.Q), g.C, tile, (x, *results), **own)
+    launch = tiled_launch((g.N, g.P, g.Q), g.C, tile, (x, *results), **own)
     device.launch(
         max_pool2d_kernel,
         launch.grid,
@@ -401,11 +280,11 @@ def max_pool2d_backward_kernel(
     dy_ptr,
     offsets_ptr,
     dx_ptr,
-    strides,  # of each of these, see _strides
-    walk,  # over cells, see _places_and_channels
+    strides,  # of each of these, see unit_strides
+    walk,  # over cells, see pixels_and_channels
     sizes,  # H, W, P, Q, encoded
     CELL: tl.constexpr,  # a _Cell
-    TILE: tl.constexpr,  # a _Tile
+    TILE: tl.constexpr,  # a PixelTile
 ):
     """dx[n,c,h,w] = sum of dy[n,c,p,q] over the windows that pixel (h, w) won.
 
@@ -414,24 +293,24 @@ def max_pool2d_backward_kernel(
     in float32 (float64 for float64).
     """
     H, W, P, Q = decode_ints(sizes)
-    n, u, v, c, mask = _places_and_channels(walk, TILE)
+    n, u, v, c, mask = pixels_and_channels(walk, TILE)
     dy_strides, offsets_strides, dx_strides = strides
-    dy_strides = _strides(dy_strides, TILE)
-    offsets_strides = _strides(offsets_strides, TILE)
-    dx_strides = _strides(dx_strides, TILE)
+    dy_strides = unit_strides(dy_strides, TILE)
+    offsets_strides = unit_strides(offsets_strides, TILE)
+    dx_strides = unit_strides(dx_strides, TILE)
     dys = ()
     offsets = ()
     for i in tl.static_range(CELL.windows[0] * CELL.windows[1]):
         p = u + (CELL.earliest[0] + i // CELL.windows[1])
         q = v + (CELL.earliest[1] + i % CELL.windows[1])
         covers = mask & within(p, P) & within(q, Q)
-        offsets_at = offsets_ptr + _at(n, c, p, q, offsets_strides)
+        offsets_at = offsets_ptr + offset_at(n, c, p, q, offsets_strides)
         offsets += (tl.load(offsets_at, mask=covers, other=-1),)
-        dys += (tl.load(dy_ptr + _at(n, c, p, q, dy_strides), mask=covers, other=0.0),)
+        dys += (tl.load(dy_ptr + offset_at(n, c, p, q, dy_strides), mask=covers, other=0.0),)
 
     DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    dx_cells = dx_ptr + _at(n, c, u * CELL.size[0], v * CELL.size[1], dx_strides)
+    dx_cells = dx_ptr + offset_at(n, c, u * CELL.size[0], v * CELL.size[1], dx_strides)
     for i in tl.static_range(len(CELL.pixels)):
         dx = tl.zeros(mask.shape, ACC)
         for j in tl.static_range(len(CELL.pixels[i])):
@@ -450,12 +329,12 @@ def max_pool2d_far_backward_kernel(
     dy_ptr,
     offsets_ptr,
     dx_ptr,
-    strides,  # of each of these, see _strides
-    walk,  # over dx, see _places_and_channels
+    strides,  # of each of these, see unit_strides
+    walk,  # over dx, see pixels_and_channels
     sizes,  # P, Q, encoded
     WINDOW: tl.constexpr,  # a _Window
     WINDOWS: tl.constexpr,  # how many may cover a pixel, along each axis
-    TILE: tl.constexpr,  # a _Tile
+    TILE: tl.constexpr,  # a PixelTile
 ):
     """The same for windows or strides of many pixels: each pixel asks the windows that cover it.
 
@@ -463,11 +342,11 @@ def max_pool2d_far_backward_kernel(
     """
     P, Q = decode_ints(sizes)
     dy_strides, offsets_strides, dx_strides = strides
-    dy_strides = _strides(dy_strides, TILE)
-    offsets_strides = _strides(offsets_strides, TILE)
+    dy_strides = unit_strides(dy_strides, TILE)
+    offsets_strides = unit_strides(offsets_strides, TILE)
     R: tl.constexpr = WINDOW.kernel[0]
     S: tl.constexpr = WINDOW.kernel[1]
-    n, h, w, c, mask = _places_and_channels(walk, TILE)
+    n, h, w, c, mask = pixels_and_channels(walk, TILE)
     h0 = h + WINDOW.padding[0]
     w0 = w + WINDOW.padding[1]
     p0 = h0 // WINDOW.stride[0] - (WINDOWS[0] - 1)
@@ -493,7 +372,7 @@ def max_pool2d_far_backward_kernel(
             dy = tl.load(dy_rows + q * dy_strides.w, mask=covers, other=0.0)
             tap = r // WINDOW.dilation[0] * S + s // WINDOW.dilation[1]
             dx += tl.where(covers & (offset == tap), upcast(dy, ACC), 0.0)
-    at = _at(n, c, h, w, _strides(dx_strides, TILE))
+    at = offset_at(n, c, h, w, unit_strides(dx_strides, TILE))
     tl.store(dx_ptr + at, downcast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -507,7 +386,7 @@ def max_pool2d_backward(
     if _by_cells(g):
         kernel = max_pool2d_backward_kernel
         own = {"sizes": encode_ints((g.H, g.W, g.P, g.Q)), "CELL": _Cell.of(g)}
-    launch = _launch((g.N, *_cells(g)), g.C, tile, (dy, offsets, dx), **own)
+    launch = tiled_launch((g.N, *_cells(g)), g.C, tile, (dy, offsets, dx), **own)
     device.launch(
         kernel,
         launch.grid,
@@ -523,181 +402,39 @@ def max_pool2d_gather_kernel(
     ddx_ptr,
     offsets_ptr,
     ddy_ptr,
-    strides,  # of each of these, see _strides
-    walk,  # over ddy, see _places_and_channels
+    strides,  # of each of these, see unit_strides
+    walk,  # over ddy, see pixels_and_channels
     WINDOW: tl.constexpr,  # a _Window
-    TILE: tl.constexpr,  # a _Tile
+    TILE: tl.constexpr,  # a PixelTile
 ):
     """ddy[n,c,p,q] = ddx[n,c,h,w] at the pixel that won window (p, q); 0 where there was none.
 
     One program writes a tile of pixels by channels.
     """
-    n, p, q, c, mask = _places_and_channels(walk, TILE)
+    n, p, q, c, mask = pixels_and_channels(walk, TILE)
     ddx_strides, offsets_strides, ddy_strides = strides
-    at = _at(n, c, p, q, _strides(offsets_strides, TILE))
+    at = offset_at(n, c, p, q, unit_strides(offsets_strides, TILE))
     offset = tl.load(offsets_ptr + at, mask=mask, other=0).to(tl.int32)
     found = mask & (offset >= 0) & (offset < WINDOW.kernel[0] * WINDOW.kernel[1])
     r = offset // WINDOW.kernel[1]
     s = offset % WINDOW.kernel[1]
     h = p * WINDOW.stride[0] - WINDOW.padding[0] + r * WINDOW.dilation[0]
     w = q * WINDOW.stride[1] - WINDOW.padding[1] + s * WINDOW.dilation[1]
-    at = _at(n, c, h, w, _strides(ddx_strides, TILE))
+    at = offset_at(n, c, h, w, unit_strides(ddx_strides, TILE))
     ddy = tl.load(ddx_ptr + at, mask=found, other=0.0)
-    tl.store(ddy_ptr + _at(n, c, p, q, _strides(ddy_strides, TILE)), ddy, mask=mask)
+    tl.store(ddy_ptr + offset_at(n, c, p, q, unit_strides(ddy_strides, TILE)), ddy, mask=mask)
 
 
 def max_pool2d_gather(
     ddx: Tensor, offsets: Tensor, ddy: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
     """ddy[N,C,P,Q] from ddx[N,C,H,W] and offsets[N,C,P,Q]: the gradient of the gradient."""
-    launch = _launch((g.N, g.P, g.Q), g.C, tile, (ddx, offsets, ddy), WINDOW=_Window.of(g))
+    launch = tiled_launch((g.N, g.P, g.Q), g.C, tile, (ddx, offsets, ddy), WINDOW=_Window.of(g))
     device.launch(
         max_pool2d_gather_kernel,
         launch.grid,
         device=ddx.device,
         **pointers(ddx=ddx, offsets=offsets, ddy=ddy),
-        **launch.arguments,
-        num_warps=tile.warps,
-    )
-
-
-@triton.jit
-def max_unpool2d_kernel(
-    x_ptr,
-    indices_ptr,
-    y_ptr,
-    x_strides,  # n, c, p, q, encoded; so are those of indices
-    indices_strides,
-    y_strides,  # n, c, h, w, encoded
-    sizes,  # N, H * W, W, P * Q, Q, encoded
-    C,
-    INT64_INDEX: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    """y[n,c,h,w] = the last x[n,c,p,q] whose index is h * W + w; 0 if there is none.
-
-    One program writes PLANES planes (n, c): zeros first, then x in blocks of BLOCK elements.
-    Barriers order the blocks; within one, an element yields to a later one of the same index.
-    """
-    N, HW, W, PQ, Q = decode_ints(sizes)
-    x_strides = decode_strides(x_strides)
-    indices_strides = decode_strides(indices_strides)
-    y_strides = decode_strides(y_strides)
-    plane = (program(INT64_INDEX) * PLANES + tl.arange(0, PLANES))[:, None]
-    n = plane // C
-    c = plane % C
-
-    hw = tl.arange(0, 8 * BLOCK).to(plane.dtype)[None, :]
-    for _ in loop(tl.cdiv(HW, 8 * BLOCK)):
-        zero = tl.zeros((PLANES, 8 * BLOCK), y_ptr.dtype.element_ty)
-        tl.store(y_ptr + _at(n, c, hw // W, hw % W, y_strides), zero, mask=(n < N) & (hw < HW))
-        hw += 8 * BLOCK
-
-    place = tl.arange(0, BLOCK)
-    pq = place.to(plane.dtype)[None, :]
-    for _ in loop(tl.cdiv(PQ, BLOCK)):
-        mask = (n < N) & (pq < PQ)
-        p = pq // Q
-        q = pq % Q
-        index = tl.load(indices_ptr + _at(n, c, p, q, indices_strides), mask=mask, other=0)
-        inside = (index >= 0) & (index < HW)
-        tl.device_assert(inside, "max_unpool2d: an index lies outside the result", mask=mask)
-        x = tl.load(x_ptr + _at(n, c, p, q, x_strides), mask=mask, other=0.0)
-        inside = inside & mask
-        index = tl.where(inside, index, -1).to(plane.dtype)
-        # [PLANES, BLOCK, BLOCK]
-        repeated = (index[:, :, None] == index[:, None, :]) & (place[:, None] < place[None, :])
-        last = tl.max(repeated.to(tl.int32), axis=2) == 0
-        tl.debug_barrier()
-        tl.store(y_ptr + _at(n, c, index // W, index % W, y_strides), x, mask=inside & last)
-        pq += BLOCK
-
-
-def max_unpool2d(x: Tensor, indices: Tensor, y: Tensor) -> None:
-    """y[N,C,H,W] from x[N,C,P,Q] and int64 indices[N,C,P,Q], flat over H * W: zero elsewhere.
-
-    Of equal indices the last in the order of p and q wins. An index outside raises RuntimeError on
-    a CPU; on a GPU it fails a device-side assertion. Nothing is written outside y either way.
-    """
-    N, C, H, W = y.shape
-    P, Q = x.shape[2:]
-    indices = replay.derive(indices, partial(_checked, H=H, W=W))
-    tile = _unpool_tile(y)
-    device.launch(
-        max_unpool2d_kernel,
-        (cdiv(N * C, tile.columns),),
-        device=x.device,
-        **operands(x=x, indices=indices, y=y),
-        sizes=encode_ints((N, H * W, W, P * Q, Q)),
-        C=C,
-        INT64_INDEX=device.int64_index(max(N * C, H * W, P * Q), x, indices, y),
-        BLOCK=tile.rows,
-        PLANES=tile.columns,
-        num_warps=tile.warps,
-        # Assertions are compiled in debug mode only, which must not check all arithmetic as well.
-        debug=True,
-        sanitize_overflow=False,
-    )
-
-
-def _checked(indices: Tensor, H: int, W: int) -> Tensor:
-    if indices.device.type == "cpu" and indices.numel():
-        for bad in indices.aminmax():
-            if not 0 <= bad < H * W:
-                raise RuntimeError(
-                    f"max_unpool2d: index {bad.item()} is outside [0, {H * W}), "
-                    f"the range for a result of size {H}x{W}"
-                )
-    return indices
-
-
-def _unpool_tile(y: Tensor) -> Tile:
-    """A block of pixels, short as it is compared with itself, by some planes (n, c)."""
-    N, C = y.shape[:2]
-    if device.INTERPRET:
-        return Tile(32, min(power_of_2(N * C), 1024))
-    return Tile(16, 16) if y.stride(1) == 1 else Tile(32, 4)
-
-
-@triton.jit
-def max_unpool2d_backward_kernel(
-    dy_ptr,
-    indices_ptr,
-    dx_ptr,
-    strides,  # of each of these, see _strides
-    walk,  # over dx, see _places_and_channels
-    sizes,  # H * W, W, encoded
-    TILE: tl.constexpr,  # a _Tile
-):
-    """dx[n,c,p,q] = dy[n,c,h,w] where indices[n,c,p,q] = h * W + w; 0 for an index outside.
-
-    One program writes a tile of pixels by channels.
-    """
-    HW, W = decode_ints(sizes)
-    n, p, q, c, mask = _places_and_channels(walk, TILE)
-    dy_strides, indices_strides, dx_strides = strides
-    at = _at(n, c, p, q, _strides(indices_strides, TILE))
-    index = tl.load(indices_ptr + at, mask=mask, other=0)
-    inside = mask & (index >= 0) & (index < HW)
-    index = tl.where(inside, index, 0).to(n.dtype)
-    at = _at(n, c, index // W, index % W, _strides(dy_strides, TILE))
-    dx = tl.load(dy_ptr + at, mask=inside, other=0.0)
-    tl.store(dx_ptr + _at(n, c, p, q, _strides(dx_strides, TILE)), dx, mask=mask)
-
-
-def max_unpool2d_backward(dy: Tensor, indices: Tensor, dx: Tensor) -> None:
-    """dx[N,C,P,Q] from dy[N,C,H,W] and the forward pass's indices; equal ones all get dy."""
-    N, C, H, W = dy.shape
-    P, Q = dx.shape[2:]
-    tile = _tile(N * P * Q, C, dx.stride(1) == 1, device.describe(dy.device))
-    sizes = encode_ints((H * W, W))
-    launch = _launch((N, P, Q), C, tile, (dy, indices, dx), sizes=sizes)
-    device.launch(
-        max_unpool2d_backward_kernel,
-        launch.grid,
-        device=dy.device,
-        **pointers(dy=dy, indices=indices, dx=dx),
         **launch.arguments,
         num_warps=tile.warps,
     )

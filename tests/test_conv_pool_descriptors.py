@@ -14,9 +14,9 @@ from cases import conv_case, operands, params
 from test_descriptor_gemm import DTYPES, TARGET, TF32, aligned, assert_written_in_view_alone
 from tolerance import assert_close, double, float32_convolutions, torch_conv2d
 
-from kernels.descriptor_pool import conv2d_relu_max_pool2d, family, supports
+from kernels.conv.engine import PooledConv
+from kernels.conv_pool.descriptor_gemm import conv2d_relu_max_pool2d, family, supports
 from kernels.device import INTERPRET, Device, describe
-from kernels.engine import PooledConv
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
 from kernels.problem import Problem
 from kernels.tile import Tile, is_valid

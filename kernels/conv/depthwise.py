@@ -17,28 +17,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost_model, device, replay
-from .device import loop
-from .engine import Dgrad, Engine, Epilogue, Fprop, Wgrad
-from .epilogue import finish, results
-from .geometry import Conv2dGeometry, Direction, Pair, Taps
-from .indexing import (
+from .. import cost_model, device, replay
+from ..device import loop
+from ..geometry import Conv2dGeometry, Direction, Pair, Taps
+from ..lang.epilogue import Epilogue, finish, results
+from ..lang.integers import (
     Strides,
     cdiv,
     decode_ints,
     decode_strides,
-    downcast,
     encode_ints,
     operands,
     pixel,
     power_of_2,
     program,
-    upcast,
     within,
 )
-from .problem import Problem
-from .split_sum import gradients
-from .tile import INTERPRETER_ELEMENTS, Tile
+from ..lang.numerics import downcast, upcast
+from ..lang.split_sum import gradients
+from ..problem import Problem
+from ..tile import INTERPRETER_ELEMENTS, Tile
+from .engine import Dgrad, Engine, Fprop, Wgrad
 
 
 class _AxisWalk(NamedTuple):

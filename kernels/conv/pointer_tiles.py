@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import torch
 
-from .cost_model import split
-from .geometry import Conv2dGeometry, Direction
-from .problem import Problem
-from .tile import Tile, block_for, is_valid
+from ..cost_model import split
+from ..geometry import Conv2dGeometry, Direction
+from ..problem import Problem
+from ..tile import Tile, block_for, is_valid
 
 # Rows, columns, warps: in 16 bits; there, with an address for each element, which fills
 # the registers sooner; in float32 through tensor cores; and without them.

@@ -14,35 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost_model, device
-from .device import loop
-from .engine import Dgrad, Engine, Fprop, Wgrad
-from .epilogue import results, store_result
-from .expansion import load_expanded, pooled
-from .geometry import Conv2dGeometry, Direction
-from .indexing import (
+from .. import cost_model, device
+from ..device import loop
+from ..geometry import Conv2dGeometry, Direction, dgrad_walk
+from ..lang.epilogue import results, store_result
+from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
-    dgrad_walk,
-    dot,
-    downcast,
     encode_ints,
-    fence_copies,
     operands,
     pixel,
     pointers,
     power_of_2,
     program,
-    reduction_block,
-    reduction_turns,
-    upcast,
     within,
 )
+from ..lang.numerics import dot, downcast, fence_copies, upcast
+from ..lang.reduction import reduction_block, reduction_turns
+from ..lang.split_sum import gradients
+from ..pool.pool_gradient import load_pool_gradient, pooled
+from ..problem import Problem
+from ..tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
+from .engine import Dgrad, Engine, Fprop, Wgrad
 from .paired_columns import FEW, load_normalization, load_normalized
-from .problem import Problem
-from .split_sum import gradients
-from .tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
 
 
 @triton.jit
@@ -108,7 +103,7 @@ def sum_pixels(
             dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
         else:
             where = n[None, :], k[:, None], p[None, :], q[None, :]
-            dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
+            dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
         acc += upcast(dy, ACC)
     return tl.sum(acc, axis=1)
 
@@ -281,7 +276,7 @@ def few_channel_wgrad_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     walk,  # an IndexMap
     splits,
-    pooled,  # of dy as load_expanded takes it, or None
+    pooled,  # of dy as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
@@ -356,7 +351,7 @@ def few_channel_wgrad_kernel(
                 dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
             else:
                 where = n[:, None], k[None, :], p[:, None], q[:, None]
-                dy = load_expanded(dy_ptr, dy_strides, pooled, where, mask, POOL)
+                dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
             # [DEPTH, COLUMNS]
             h0 = p * stride_h + origin_h
             w0 = q * stride_w + origin_w
@@ -453,11 +448,11 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
     The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. x may
-    have bytes, dy be the gradient of a pooled result: see ``expansion``.
+    have bytes, dy be the gradient of a pooled result: see ``pool_gradient``.
     """
     x, dy, g = call.x, call.dy, call.g
     computed = call.pooled is not None or call.normalization is not None
-    expansion, window = pooled(call.pooled)
+    maxima, window = pooled(call.pooled)
     offsets = call.pooled and call.pooled.offsets
     column_tiles = (0 if call.dw is None else _tap_tiles(g, tile)) + (call.db is not None)
     with gradients(call.dw, call.db, tile.splits) as parts:
@@ -471,7 +466,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             reduction=(g.groups, g.K // g.groups, g.C // g.groups, g.R, g.S),
             walk=tuple(g.walk),
             splits=tile.splits,
-            pooled=expansion,
+            pooled=maxima,
             POOL=window,
             normalize=call.normalization,
             PRECISION=call.precision,

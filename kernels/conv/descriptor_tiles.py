@@ -6,11 +6,11 @@ from math import ceil, inf, prod
 
 import torch
 
-from .cost_model import split
-from .device import Device
-from .geometry import Conv2dGeometry, Direction, Taps
-from .problem import Problem
-from .tile import Box, Tile, block_for, blocks_per_multiprocessor, is_valid
+from ..cost_model import split
+from ..device import Device
+from ..geometry import Conv2dGeometry, Direction, Taps
+from ..problem import Problem
+from ..tile import Box, Tile, block_for, blocks_per_multiprocessor, is_valid
 
 # By the bytes of an element; the ring takes what shared memory is left. fprop and dgrad: pixels,
 # channels, warps; wgrad: filters, channels, warps.

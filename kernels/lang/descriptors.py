@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import replay
-from .geometry import Taps
-from .tile import Box
+from .. import replay
+from ..geometry import Taps
+from ..tile import Box
 
 
 def _descriptor(

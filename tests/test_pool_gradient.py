@@ -12,11 +12,14 @@ import torch.nn.functional as TF
 from cases import case_id, conv_case, in_strides, random, sliced
 from torch import Tensor
 
-from kernels import epilogue, expansion, implicit_gemm, max_pool, planner
-from kernels.cost_model import expands_first
+from kernels import planner
+from kernels.conv import implicit_gemm, relu_backward
+from kernels.conv.engine import Dgrad, Wgrad
+from kernels.cost_model import writes_pool_gradient
 from kernels.device import Device, describe
-from kernels.engine import Dgrad, PoolGradient, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.pool import max_pool, pool_gradient
+from kernels.pool.pool_gradient import PoolGradient
 from kernels.problem import Problem
 from kernels.tile import Tile
 
@@ -129,7 +132,7 @@ def test_gradients_of_a_convolution_that_was_pooled(g, window, dtype, layout, de
 
 @pytest.mark.parametrize(("dtype", "layout"), RUNS, ids=case_and_run)
 @pytest.mark.parametrize("window", POOLS, ids=case_and_run)
-def test_expanding_is_the_backward_of_pooling_bit_for_bit(window, dtype, layout, device):
+def test_it_is_the_backward_of_pooling_bit_for_bit(window, dtype, layout, device):
     pool = Pool2dGeometry(2, 5, 9, 11, *window)
     z = random(pool.x_shape, dtype, device, 0)
     dy = laid_out(random(pool.y_shape, dtype, device, 1), layout)
@@ -139,14 +142,14 @@ def test_expanding_is_the_backward_of_pooling_bit_for_bit(window, dtype, layout,
     max_pool.max_pool2d_backward(dy, offsets, right, pool, tile)
 
     dz, db = poisoned(pool.x_shape, dtype, device, layout), poisoned((5,), dtype, device)
-    expansion.expand(dy, offsets, dz, db, pool)
+    pool_gradient.write(dy, offsets, dz, db, pool)
     assert torch.equal(dz, right)
     assert_sums(db, dz)
     if dz._base is not None:
         assert (~dz._base.isnan()).sum() == dz.numel()
 
     again = torch.full_like(dz, torch.nan)
-    expansion.expand(dy, offsets, again, None, pool)
+    pool_gradient.write(dy, offsets, again, None, pool)
     assert torch.equal(again, dz)
 
 
@@ -160,7 +163,7 @@ def assert_sums(db: Tensor, dz: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=case_and_run)
 @pytest.mark.parametrize("window", POOLS[:2], ids=case_and_run)
-def test_gradients_are_those_of_the_expanded_map_bit_for_bit(window, dtype, device):
+def test_gradients_are_those_of_the_written_map_bit_for_bit(window, dtype, device):
     g = conv_case(2, 6, (7, 8), 9, (3, 2), padding=(1, 1, 1, 0))
     tile = Tile(64, 64, 64, packed=True, splits=2)
     pool = pool_of(g, window)
@@ -169,7 +172,7 @@ def test_gradients_are_those_of_the_expanded_map_bit_for_bit(window, dtype, devi
         for i, shape in enumerate((g.x_shape, g.w_shape, g.y_shape, pool.y_shape))
     )
     offsets, dz = winners(z, pool), poisoned(g.y_shape, dtype, device)
-    expansion.expand(dy, offsets, dz, None, pool)
+    pool_gradient.write(dy, offsets, dz, None, pool)
     results = []
     for gradient, won in ((dz, None), (dy, PoolGradient(pool, offsets))):
         dx, dw = poisoned(g.x_shape, dtype, device), poisoned(g.w_shape, dtype, device)
@@ -186,7 +189,7 @@ def test_a_pooled_gradient_by_hand(device):
     dy = torch.tensor([[[[2.0, 3.0, 5.0]]]], device=device)
     dz, db = poisoned(pool.x_shape, dy.dtype, device), poisoned((1,), dy.dtype, device)
     offsets = torch.tensor([[[[2, 0, 255]]]], dtype=torch.uint8, device=device)
-    expansion.expand(dy, offsets, dz, db, pool)
+    pool_gradient.write(dy, offsets, dz, db, pool)
     assert dz.flatten().tolist() == [0, 0, 5, 0, 0, 0, 0]
     assert db.tolist() == [5]
 
@@ -215,7 +218,7 @@ def test_what_is_not_finite_goes_to_the_winner_alone(window, device):
     offsets[0, 0, 1, 1:] = torch.tensor([0, 1], device=device)
     offsets[0, 1] = 255
     dz, db = poisoned(pool.x_shape, dy.dtype, device), poisoned((2,), dy.dtype, device)
-    expansion.expand(dy, offsets, dz, db, pool)
+    pool_gradient.write(dy, offsets, dz, db, pool)
     assert dz[0, 0].isnan().sum() == 1
     assert dz[0, 0].isinf().sum() == 1
     assert not dz[0, 1].any()
@@ -229,7 +232,7 @@ def test_a_relus_backward_sums_its_channels(dtype, layout, device):
     y[0, 0, 0, 0], y[1, 1, 1, 1] = torch.nan, 0
     dy[1, 1, 1, 1] = torch.inf
     dz, db = poisoned(shape, dtype, device, layout), poisoned((70,), dtype, device)
-    epilogue.relu_backward(dy, y, dz, db)
+    relu_backward.relu_backward(dy, y, dz, db)
     assert torch.equal(dz, torch.where(y <= 0, 0, dy))
     assert_sums(db, dz)
 
@@ -241,7 +244,7 @@ def test_sums_repeat_bit_for_bit_over_many_tiles(device):
     sums = []
     for _ in range(2):
         dz, db = poisoned(shape, dy.dtype, device), poisoned((2,), dy.dtype, device)
-        epilogue.relu_backward(dy, y, dz, db)
+        relu_backward.relu_backward(dy, y, dz, db)
         assert torch.equal(dz, dy)
         assert_sums(db, dz)
         sums.append(db)
@@ -267,8 +270,8 @@ STEM = conv_case(8, 3, (224, 224), 64, (7, 7), (2, 2), (3, 3, 3, 3))
     ],
     ids=lambda value: case_and_run(value) if not isinstance(value, Device) else f"sm_{value.arch}",
 )
-def test_what_is_expanded_first_does_not_follow_the_batch(direction, g, window, gpu, first):
+def test_what_is_written_first_does_not_follow_the_batch(direction, g, window, gpu, first):
     for n in (1, 8, 1000):
         g = replace(g, N=n)
         problem = Problem(direction, g, torch.bfloat16, "ieee", gpu)
-        assert expands_first(problem, pool_of(g, window)) == first
+        assert writes_pool_gradient(problem, pool_of(g, window)) == first

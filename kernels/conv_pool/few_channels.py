@@ -19,25 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import device
-from .device import INTERPRET, Device
-from .engine import PooledConv, PoolingEngine
-from .geometry import Conv2dGeometry, Pool2dGeometry
-from .indexing import (
-    cdiv,
-    decode_ints,
-    decode_strides,
-    downcast,
-    encode_ints,
-    encode_strides,
-    operands,
-    pointers,
-    power_of_2,
-    program,
-    upcast,
-    within,
-)
-from .paired_columns import (
+from .. import device
+from ..conv.engine import PooledConv, PoolingEngine
+from ..conv.paired_columns import (
     DEEPEST,
     FEW,
     Filters,
@@ -48,8 +32,23 @@ from .paired_columns import (
     segment,
     to_launch,
 )
-from .problem import Problem
-from .tile import INTERPRETER_ELEMENTS, Tile
+from ..device import INTERPRET, Device
+from ..geometry import Conv2dGeometry, Pool2dGeometry
+from ..lang.integers import (
+    cdiv,
+    decode_ints,
+    decode_strides,
+    encode_ints,
+    encode_strides,
+    operands,
+    pointers,
+    power_of_2,
+    program,
+    within,
+)
+from ..lang.numerics import downcast, upcast
+from ..problem import Problem
+from ..tile import INTERPRETER_ELEMENTS, Tile
 
 _INTERPRET = tl.constexpr(INTERPRET)
 _LAST = tl.constexpr(15)  # what the first tap is numbered; the t-th has t less
@@ -318,7 +317,7 @@ def tile_keys(
 
 
 @triton.jit
-def stem_pool_kernel(
+def few_channel_pool_kernel(
     x_ptr,  # [N, C, H, W]
     packed_ptr,  # as pack_kernel writes it
     bias_ptr,  # [K] or None
@@ -385,7 +384,7 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
     packed = pack(call.w, g, tile, run)
     for known in to_launch(run):
         device.launch(
-            stem_pool_kernel,
+            few_channel_pool_kernel,
             (programs,),
             device=x.device,
             **operands(x=x, y=y),
@@ -404,4 +403,4 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         )
 
 
-ENGINE = PoolingEngine("stem_pool", tiles=tiles, launch=conv2d_relu_max_pool2d)
+ENGINE = PoolingEngine("few_channels", tiles=tiles, launch=conv2d_relu_max_pool2d)

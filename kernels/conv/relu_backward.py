@@ -1,0 +1,84 @@
+"""The first step of a gradient through a fused ReLU: its mask, and the sum that is the bias's."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import device
+from ..device import loop
+from ..lang.integers import decode_ints, decode_strides, encode_ints, operands, pixel, program
+from ..lang.numerics import downcast, upcast
+from ..lang.split_sum import channel_walk, parts_like, split_sum
+
+
+# The number of turns follows the batch, unlike that of the channels.
+@triton.jit(do_not_specialize=["turns"])
+def relu_backward_kernel(
+    dy_ptr,
+    y_ptr,
+    dz_ptr,
+    db_ptr,  # [parts, K] or None
+    dy_strides,  # n, k, p, q, encoded; so are the others
+    y_strides,
+    dz_strides,
+    sizes,  # N, P, Q, encoded
+    K,
+    turns,
+    INT64_INDEX: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dz = 0 where y <= 0, else dy, and db[k] = sum of dz[n,k,p,q].
+
+    A NaN in y passes dy on, and a masked infinity gives 0. One program writes ``turns`` tiles of
+    ROWS pixels by COLUMNS channels, and their part of db.
+    """
+    N, P, Q = decode_ints(sizes)
+    dy_strides = decode_strides(dy_strides)
+    y_strides = decode_strides(y_strides)
+    dz_strides = decode_strides(dz_strides)
+    pid = program(INT64_INDEX)
+    column_tiles = tl.cdiv(K, COLUMNS)
+    part = pid // column_tiles
+    k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
+    db = tl.zeros((ROWS, COLUMNS), ACC)
+    for i in loop(turns):
+        n, p, q = pixel((part * turns + i) * ROWS + tl.arange(0, ROWS), P, Q)
+        mask = (n < N)[:, None] & (k < K)[None, :]
+        at = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
+        dy = tl.load(dy_ptr + (at[:, None] + (k * dy_strides.c)[None, :]), mask=mask, other=0.0)
+        at = n * y_strides.n + p * y_strides.h + q * y_strides.w
+        y = tl.load(y_ptr + (at[:, None] + (k * y_strides.c)[None, :]), mask=mask, other=0.0)
+        dz = tl.where(upcast(y, ACC) <= 0, 0.0, dy)
+        at = n * dz_strides.n + p * dz_strides.h + q * dz_strides.w
+        tl.store(dz_ptr + (at[:, None] + (k * dz_strides.c)[None, :]), dz, mask=mask)
+        db += upcast(dz, ACC)
+    if db_ptr is not None:
+        db = downcast(tl.sum(db, axis=0), db_ptr.dtype.element_ty)
+        tl.store(db_ptr + part * K + k, db, mask=k < K)
+
+
+def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -> None:
+    """dz[N,K,P,Q] = the gradient before a ReLU with output y, from the gradient dy after it.
+
+    db[K], if there is one, is its sum: the gradient of a bias that was added before the ReLU.
+    """
+    N, K, P, Q = y.shape
+    walk = channel_walk(y, N * P * Q, 4096, db is not None)
+    parts = parts_like(db, walk.parts)
+    device.launch(
+        relu_backward_kernel,
+        (walk.programs,),
+        device=y.device,
+        **operands(dy=dy, y=y, dz=dz),
+        db_ptr=parts,
+        sizes=encode_ints((N, P, Q)),
+        K=K,
+        turns=walk.turns,
+        INT64_INDEX=device.int64_index(N * P * Q, dy, y, dz),
+        ROWS=walk.rows,
+        COLUMNS=walk.columns,
+        num_warps=walk.warps,
+    )
+    split_sum(parts, db)

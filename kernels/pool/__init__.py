@@ -1,0 +1,1 @@
+"""Max-pooling, its inverse and their gradients."""
