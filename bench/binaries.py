@@ -145,13 +145,13 @@ def _eighths(g: Conv2dGeometry, layout: str, arguments: tuple) -> None:
 
 def _pooling(g: Pool2dGeometry, dtype: Dtype, layout: str) -> None:
     x, y = (_empty(shape, dtype.torch, layout) for shape in (g.x_shape, g.y_shape))
-    offsets = _empty(g.y_shape, max_pool.offset_dtype(g), layout)
+    argmax = _empty(g.y_shape, max_pool.argmax_dtype(g), layout)
     indices = _empty(g.y_shape, torch.int64, layout)
     window = g.kernel, g.stride, g.padding, g.dilation, g.ceil_mode
     for with_offsets, with_indices in ((False, False), (True, False), (False, True)):
         library._max_pool2d(x, *window, with_offsets, with_indices)
-    library._max_pool2d_backward(y, offsets, x.shape[2:], *window, layout != "scattered")
-    library._max_pool2d_gather(x, offsets, *window)
+    library._max_pool2d_backward(y, argmax, x.shape[2:], *window, layout != "scattered")
+    library._max_pool2d_gather(x, argmax, *window)
     library._max_unpool2d(y, indices, x.shape[2:])
     library._max_unpool2d_backward(x, indices)
 
@@ -160,7 +160,7 @@ def _block(block: suites.Block, dtype: Dtype, layout: str) -> None:
     g, pool = block
     x, dy = (_empty(shape, dtype.torch, layout) for shape in (g.x_shape, pool.y_shape))
     w = selection.empty(g.w_shape, dtype.torch, layout != "scattered")
-    offsets = _empty(pool.y_shape, max_pool.offset_dtype(pool), layout)
+    argmax = _empty(pool.y_shape, max_pool.argmax_dtype(pool), layout)
     (top, bottom), (left, right) = g.padding
     how = g.stride, (top, bottom, left, right), g.dilation, g.groups, dtype.precision
     window = pool.kernel, pool.stride, pool.padding
@@ -169,5 +169,5 @@ def _block(block: suites.Block, dtype: Dtype, layout: str) -> None:
     sizes = x.shape[2:], w.shape, w.stride()
     for wanted in ((g.C > 4, True, True), (g.C > 4, True, False)):
         library._conv_pool_backward(
-            dy, offsets, x, w, *sizes, *how, *window, layout != "scattered", wanted
+            dy, argmax, x, w, *sizes, *how, *window, layout != "scattered", wanted
         )

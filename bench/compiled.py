@@ -161,11 +161,11 @@ def launch_block(block: suites.Block, dtype: measure.Dtype, gpu: Device) -> tupl
     g, pool = block
     x, w, _ = selection.operands(g, dtype.torch)
     y = selection.empty(pool.y_shape, dtype.torch)
-    offsets = selection.empty(pool.y_shape, max_pool.offset_dtype(pool))
+    argmax = selection.empty(pool.y_shape, max_pool.argmax_dtype(pool))
     precision = library.resolve_precision(dtype.precision, x)
     problem = Problem("fprop", g, x.dtype, precision, gpu, layout_of((x, y), (w,)))
     engine, tile = planner.plan_pooled(problem, pool)
-    engine.launch(PooledConv(x, w, x.new_zeros(g.K), y, offsets, g, pool, precision), tile)
+    engine.launch(PooledConv(x, w, x.new_zeros(g.K), y, argmax, g, pool, precision), tile)
     return engine.name, tile
 
 
@@ -178,13 +178,13 @@ def launch_block_backward(
     g, pool = block
     x, w, z = selection.operands(g, dtype.torch)
     dy = selection.empty(pool.y_shape, dtype.torch)
-    offsets = selection.empty(pool.y_shape, max_pool.offset_dtype(pool))
+    argmax = selection.empty(pool.y_shape, max_pool.argmax_dtype(pool))
     padding = (*g.padding[0], *g.padding[1])
     geometry = g.stride, padding, g.dilation, g.groups, dtype.precision
     window = pool.kernel, pool.stride, pool.padding
     wanted = g.C > 4, True, True
     sizes = x.shape[2:], w.shape, w.stride()
-    library._conv_pool_backward(dy, offsets, x, w, *sizes, *geometry, *window, True, wanted)
+    library._conv_pool_backward(dy, argmax, x, w, *sizes, *geometry, *window, True, wanted)
     precision = library.resolve_precision(dtype.precision, x)
     directions: list[Direction] = ["dgrad"] * wanted[0] + ["wgrad"]
     plans = [
@@ -193,20 +193,20 @@ def launch_block_backward(
     ]
     if plans[0] is not None and all(plans):
         return plans[0].engine.name, plans[0].tile
-    walk = pool_gradient.walk_of(z, pool, True)
-    return "pool_gradient", Tile(walk.rows, walk.columns)
+    tiles = pool_gradient.tiles_of(z, pool, True)
+    return "pool_gradient", Tile(tiles.rows, tiles.columns)
 
 
 def launch_pool(op: str, g: Pool2dGeometry, dtype: torch.dtype, gpu: Device) -> tuple[str, Tile]:
-    """Launch a pooling, or its backward pass, with offsets."""
+    """Launch a pooling, or its backward pass, with its argmax."""
     x, y = selection.empty(g.x_shape, dtype), selection.empty(g.y_shape, dtype)
-    offsets = selection.empty(g.y_shape, max_pool.offset_dtype(g))
+    argmax = selection.empty(g.y_shape, max_pool.argmax_dtype(g))
     forward = op == "max_pool"
     tile = max_pool.choose_tile("forward" if forward else "backward", g, True, gpu)
     if forward:
-        max_pool.max_pool2d(x, g, y, offsets, None, tile)
+        max_pool.max_pool2d(x, g, y, argmax, None, tile)
     else:
-        max_pool.max_pool2d_backward(y, offsets, x, g, tile)
+        max_pool.max_pool2d_backward(y, argmax, x, g, tile)
     return "max_pool", tile
 
 
@@ -272,7 +272,7 @@ class Reader:
             "engine": engine,
             "tile": selection.tile_text(tile),
             "box": tile.box,
-            "splits": tile.splits,
+            "split_k": tile.split_k,
             **code._asdict(),
             "loop_turns": turns or None,
             "issue_share": issue_share(code, case.dtype, self._gpu),
@@ -378,7 +378,7 @@ _COLUMNS = {
     "engine": 16,
     "tile": 12,
     "box": 9,
-    "splits": 6,
+    "split_k": 6,
     "warps": 5,
     "stages": 6,
     "registers": 9,

@@ -127,9 +127,9 @@ def assumed(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: P
             1, None, None, macs, None, None, g.bytes(size, direction), plan.ms, plan.limit
         )
     works = cost_model.launches(direction, g, tile)
-    turns = sum(work.programs * work.turns for work in works)
+    turns = sum(work.programs * work.k_tiles for work in works)
     return Assumed(
-        launches=len(works) + (tile.splits > 1),
+        launches=len(works) + (tile.split_k > 1),
         programs=sum(work.programs for work in works),
         turns=turns,
         macs=turns * tile.rows * tile.columns * tile.depth,
@@ -144,12 +144,12 @@ def assumed(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: P
 def least_bytes(op: str, g: suites.Geometry, itemsize: int) -> int:
     """Least traffic of memory: what any tap reads, once, and what is written."""
     if isinstance(g, Pool2dGeometry):
-        kept = prod(g.y_shape) * (itemsize + max_pool.offset_dtype(g).itemsize)
+        kept = prod(g.y_shape) * (itemsize + max_pool.argmax_dtype(g).itemsize)
         x = read_pixels(g) if op == "max_pool" else g.H * g.W
         return kept + g.N * g.C * x * itemsize
     if isinstance(g, suites.Block):
         conv, pool = g
-        kept = prod(pool.y_shape) * (itemsize + max_pool.offset_dtype(pool).itemsize)
+        kept = prod(pool.y_shape) * (itemsize + max_pool.argmax_dtype(pool).itemsize)
         read = conv.N * conv.C * read_pixels(conv)
         if op == "conv_relu_max_pool":
             return kept + itemsize * (read + prod(conv.w_shape))
@@ -196,7 +196,7 @@ def count(case: suites.Case, gpu: Device) -> Row:
         "engine": engine,
         "tile": selection.tile_text(tile),
         "box": tile.box,
-        "splits": tile.splits,
+        "split_k": tile.split_k,
         "counted": {
             "launches": len(launches),
             "turns": round(turns) or None,

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import library, planner
 from kernels.device import describe
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
-from kernels.pool.max_pool import offset_dtype
+from kernels.pool.max_pool import argmax_dtype
 from kernels.problem import Problem as Planned
 from kernels.problem import layout_of
 
@@ -166,8 +166,8 @@ class MaxPool:
         self._window = (g.kernel, g.stride, g.padding, g.dilation)
 
     def work(self, itemsize: int) -> tuple[int, int]:
-        """No products, and the least bytes moved, with the offsets."""
-        return 0, self.g.bytes(itemsize, offset_dtype(self.g).itemsize)
+        """No products, and the least bytes moved, with the argmax."""
+        return 0, self.g.bytes(itemsize, argmax_dtype(self.g).itemsize)
 
     def inputs(self, draw: Draw) -> Inputs:
         """x, and dy for the backward pass."""
@@ -188,7 +188,7 @@ class MaxPool:
         if self.op == "max_pool":
             return Contender(forward)
         return Contender(
-            lambda dy, offsets: ops.max_pool2d_backward(dy, offsets, (g.H, g.W), *window, True),
+            lambda dy, argmax: ops.max_pool2d_backward(dy, argmax, (g.H, g.W), *window, True),
             lambda x, dy: (dy, forward(x)[1]),
         )
 
@@ -203,14 +203,14 @@ class MaxPool:
         )
 
     def inductor(self) -> Contender:
-        """What Inductor makes of a training step: offsets of one byte between the passes."""
+        """What Inductor makes of a training step: an argmax of one byte between the passes."""
         aten, g = torch.ops.aten, self.g
         window = (*self._window, g.ceil_mode)
 
         pool, places = inductors_pooling(window, (g.H, g.W))
 
-        def backward(dy: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-            return aten.max_pool2d_with_indices_backward(dy, x, *window, places(offsets))
+        def backward(dy: Tensor, x: Tensor, argmax: Tensor) -> Tensor:
+            return aten.max_pool2d_with_indices_backward(dy, x, *window, places(argmax))
 
         if self.op == "max_pool":
             return Contender(pool).compiled()
@@ -244,7 +244,7 @@ class ConvPool:
         self._wanted = (g.C > 4, True, True)
 
     def work(self, itemsize: int) -> tuple[int, int]:
-        """Floating-point operations, and the least bytes: x, w, the result and its offsets, once
+        """Floating-point operations, and the least bytes: x, w, the result and its argmax, once
         each and their gradients.
         """
         g, pool = self.block
@@ -272,9 +272,9 @@ class ConvPool:
         def forward(x: Tensor, w: Tensor, bias: Tensor) -> Inputs:
             return ops.conv2d_relu_max_pool2d(x, w, bias, *numbers, *window, True)
 
-        def backward(dy: Tensor, offsets: Tensor, x: Tensor, w: Tensor) -> Tensor:
+        def backward(dy: Tensor, argmax: Tensor, x: Tensor, w: Tensor) -> Tensor:
             about = (g.H, g.W), w.shape, w.stride(), *numbers, *window, True, self._wanted
-            return ops.conv2d_relu_max_pool2d_backward(dy, offsets, x, w, *about)[1]
+            return ops.conv2d_relu_max_pool2d_backward(dy, argmax, x, w, *about)[1]
 
         if self.op == "conv_relu_max_pool":
             return Contender(forward)

@@ -14,7 +14,7 @@ from . import selection, suites
 from .errors import UsageError
 from .measure import DTYPES
 
-_HEAD = ("layer", "op", "dtype", "engine", "tile", "box", "splits", "ms", "limit")
+_HEAD = ("layer", "op", "dtype", "engine", "tile", "box", "split_k", "ms", "limit")
 _WIDTHS = (22, 6, 7, 16, 12, 9, 7, 9, 0)
 
 
@@ -56,7 +56,7 @@ def lines(cases: Iterable[suites.Case]) -> Iterator[str]:
                 plan.engine.name,
                 tile,
                 box,
-                plan.tile.splits,
+                plan.tile.split_k,
                 f"{plan.ms:.4f}",
                 plan.limit,
             )

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from kernels import library
 from kernels._private import is_any_autocast_enabled, is_function_mode_enabled, is_watched
-from kernels.geometry import Pair, conv_places, full_padding, same_padding
+from kernels.geometry import Pair, conv_output_sizes, full_padding, same_padding
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 PRECISIONS = ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")
@@ -126,7 +126,7 @@ def convolution(
     K, channels, R, S = weight_sizes(weight, groups)
     check_channels(input, bias, channels * groups, K)
     pads = conv_padding(padding, (R, S), steps, spread)
-    size = conv_places(input.shape[-2:], (R, S), steps, pads, spread)
+    size = conv_output_sizes(input.shape[-2:], (R, S), steps, pads, spread)
     require(size[0] >= 1 and size[1] >= 1)
     return Convolution(steps, pads, spread, groups, size, unbatched)
 

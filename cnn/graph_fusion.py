@@ -154,7 +154,7 @@ def _pool_maxima(conv: Node, reader: Node) -> _Fused:
         raise Refusal("max_pool2d has dilation, ceil_mode or indices")
     pool = {name: window[name] for name in ("kernel", "stride", "padding")}
     arguments |= {f"pool_{name}": pair for name, pair in pool.items()}
-    return _ops.conv2d_relu_max_pool2d.default, arguments | {"offsets": window["offsets"]}
+    return _ops.conv2d_relu_max_pool2d.default, arguments | {"argmax": window["argmax"]}
 
 
 FUSIONS = (_add_residual, _apply_relu, _pool_maxima)

@@ -178,7 +178,7 @@ def _max_pool2d(
     if indices and any(user.target is not operator.getitem for user in node.users):
         raise Refusal("its maxima and indices are handed on in one tuple")
     kernel, steps, pads = pooling(kernel_size, stride, padding)
-    # Without a gradient the offsets of the maxima are not kept.
+    # Without a gradient the argmax is not kept.
     kept = results[0].requires_grad
     numbers = kernel, steps, pads, pair(dilation, 1), bool(ceil_mode), kept, indices
     made = _call(node, _ops.max_pool2d.default, *operands, *numbers)

@@ -349,7 +349,7 @@ def implicit_gemm() -> Figure:
     pixels = [[4 * h + w for w in range(4)] for h in range(4)]
     cells(axes, pixels, [[shade(pixel) for pixel in row] for row in pixels], (0, 6))
     outline(axes, (-1, 5), (6, 6), GREY, dashed=True, width=1)
-    stride_h, top, step_h, stride_w, left, step_w = g.walk
+    stride_h, top, step_h, stride_w, left, step_w = g.index_map
     texts, colours = [], []
     for p in range(g.P):
         for q in range(g.Q):
@@ -394,7 +394,7 @@ def descriptor_box() -> Figure:
     """Boxes that a descriptor loads: shifted by a tap, and of one phase under a stride of two."""
     figure, (left, right) = new(7.6, 3.7, 2)
     g = Conv2dGeometry(1, 1, 8, 8, 1, 3, 3, padding=((1, 1), (1, 1)))
-    _, top, step_h, _, start, step_w = g.walk
+    _, top, step_h, _, start, step_w = g.index_map
     cells(left, [[""] * 10] * 10, PALE[GREY], (-1, -1))
     cells(left, [[""] * 8] * 8, PALE[BLUE])
     for (r, s), colour in (((0, 0), ORANGE), ((2, 2), GREEN)):
@@ -411,8 +411,8 @@ def descriptor_box() -> Figure:
     cells(right, [[""] * 10] * 10, PALE[GREY], (-1, -1))
     cells(right, [[""] * 8] * 8, shades)
     for (r, s), marker in (((0, 0), "o"), ((1, 2), "x")):
-        rows = [p * g.stride[0] + g.walk.origin_h + r for p in range(g.P)]
-        columns = [q * g.stride[1] + g.walk.origin_w + s for q in range(g.Q)]
+        rows = [p * g.stride[0] + g.index_map.origin_h + r for p in range(g.P)]
+        columns = [q * g.stride[1] + g.index_map.origin_w + s for q in range(g.Q)]
         points = [(w + 0.5, h + 0.5) for h in rows for w in columns]
         colour = tints[rows[0] % 2][columns[0] % 2]
         options = {"linestyle": "", "marker": marker, "color": colour, "markersize": 6}
@@ -550,7 +550,7 @@ def planner_model() -> Figure:
         together = here.multiprocessors * blocks_per_multiprocessor(tile, 2, here)
         in_waves = -(-work.programs // together) * together
         for name, programs in (("tensor cores", in_waves), ("L2", work.programs)):
-            parts[name].append(1e3 * programs * work.turns * turn[name] / everywhere)
+            parts[name].append(1e3 * programs * work.k_tiles * turn[name] / everywhere)
         parts["memory"].append(1e3 * LAYER.bytes(2) / (here.peaks.memory * 1e6))
     for i, (name, colour) in enumerate(zip(parts, (BLUE, GREEN, PURPLE), strict=True)):
         at = [j + 0.25 * (i - 1) for j in range(len(shown))]
@@ -580,10 +580,10 @@ def wgrad_splits() -> Figure:
     figure, (axes,) = new(6.4, 2.7, 1)
     problem = Problem("wgrad", LAYER, torch.bfloat16, "ieee", hopper(), "aligned")
     best = planner.plan(problem)
-    splits = [*range(1, 33)]
-    times = [1e3 * cost_model.predict(problem, replace(best.tile, splits=n)).ms for n in splits]
-    axes.plot(splits, times, color=BLUE, marker=".")
-    axes.plot(best.tile.splits, 1e3 * best.ms, "D", color=ORANGE, label="the planner's choice")
+    split_k = [*range(1, 33)]
+    times = [1e3 * cost_model.predict(problem, replace(best.tile, split_k=n)).ms for n in split_k]
+    axes.plot(split_k, times, color=BLUE, marker=".")
+    axes.plot(best.tile.split_k, 1e3 * best.ms, "D", color=ORANGE, label="the planner's choice")
     axes.set(xlabel="parts of the sum over pixels", ylabel="predicted µs", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""A convolution's three walks on ATen, which measured plans are checked against.
+"""A convolution's three directions on ATen, which measured plans are checked against.
 
 Each has its operator's arguments and gives its result, layout included.
 """

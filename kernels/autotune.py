@@ -113,7 +113,7 @@ def _order(direction: Direction, plan: Plan) -> tuple:
     tile = plan.tile
     if direction == "wgrad":
         return (plan.engine,)
-    return plan.engine, tile.depth, tile.packed, tile.splits
+    return plan.engine, tile.depth, tile.packed, tile.split_k
 
 
 def _record(plan: Plan) -> Record:
@@ -121,7 +121,7 @@ def _record(plan: Plan) -> Record:
 
 
 def _recall(records: list[Record], plans: list[Plan]) -> Plan | None:
-    """The first of the records that is among the plans, if need be with splits of its own.
+    """The first of the records that is among the plans, if need be with its own split_k.
 
     Splits follow the exact size, and are no part of a binary.
     """
@@ -134,7 +134,7 @@ def _recall(records: list[Record], plans: list[Plan]) -> Plan | None:
 
 
 def _without_splits(record: Record) -> Record:
-    return {**record, "splits": None}
+    return {**record, "split_k": None}
 
 
 # What is right.

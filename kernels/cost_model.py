@@ -45,10 +45,10 @@ class Prediction(NamedTuple):
 
 
 class Work(NamedTuple):
-    """One launch: programs (or tiles of a persistent one), and the turns of each."""
+    """One launch: programs (or tiles of a persistent one), and the k_tiles of each."""
 
     programs: int
-    turns: int
+    k_tiles: int
 
 
 def rate(dtype: torch.dtype, precision: str, device: Device) -> float:
@@ -61,7 +61,7 @@ def rate(dtype: torch.dtype, precision: str, device: Device) -> float:
 
 
 def macs(direction: Direction, g: Conv2dGeometry) -> int:
-    """Multiply-adds that a direction walks: dgrad leaves out what meets no pixel's phase."""
+    """Multiply-adds of a direction: dgrad leaves out what meets no pixel's phase."""
     per_tap = g.K * (g.C // g.groups)
     if direction != "dgrad":
         return g.N * g.P * g.Q * per_tap * g.R * g.S
@@ -103,14 +103,14 @@ def predict(problem: Problem, tile: Tile) -> Prediction:
     turn = turn_cycles(direction, tile, itemsize, per_cycle, device)
     ms, waits = 0.0, Counter[Limit]()
     for work in works:
-        busy: Times = {name: work.turns * each for name, each in turn.items()}
+        busy: Times = {name: work.k_tiles * each for name, each in turn.items()}
         busy["memory"] = memory * everywhere / programs
         limit, taken = cycles(work.programs, busy, tile, itemsize, device)
         waits[limit] += taken
         ms += taken * device.multiprocessors / everywhere
     launch = _LAUNCH * len(works)
-    if tile.splits > 1:
-        parts = 4 * (tile.splits * 2 + 1) * prod(g.w_shape)
+    if tile.split_k > 1:
+        parts = 4 * (tile.split_k * 2 + 1) * prod(g.w_shape)
         launch += _LAUNCH + parts / (device.peaks.memory * 1e6)
     # Of an image without pixels nothing is launched.
     return Prediction(ms + launch, "launch" if launch >= ms else waits.most_common(1)[0][0])
@@ -156,49 +156,49 @@ def cycles(
 def launches(direction: Direction, g: Conv2dGeometry, tile: Tile) -> list[Work]:
     """What an engine launches for one direction, dgrad's phases apart."""
     if direction == "wgrad":
-        programs, turns = wgrad_work(g, tile)
+        programs, k_tiles = wgrad_work(g, tile)
         shares = [1.0]
         if tile.box:  # one launch for each phase of x that has taps
             taps = [h.taps * w.taps for h, w in g.dgrad()]
             shares = [count / (g.R * g.S) for count in taps if count]
-        turns = ceil(turns / tile.splits)
-        return [Work(round(programs * share) * tile.splits, turns) for share in shares]
+        k_tiles = ceil(k_tiles / tile.split_k)
+        return [Work(round(programs * share) * tile.split_k, k_tiles) for share in shares]
     columns, reduction = (g.K, g.C) if direction == "fprop" else (g.C, g.K)
     if direction == "fprop":
-        walks = [(g.N, g.P, g.Q, g.R * g.S)]
+        phases = [(g.N, g.P, g.Q, g.R * g.S)]
     else:
-        walks = [(g.N, h.count, w.count, h.taps * w.taps) for h, w in g.dgrad()]
+        phases = [(g.N, h.count, w.count, h.taps * w.taps) for h, w in g.dgrad()]
     if tile.box and g.pointwise:
-        walks = [(g.N * g.H * g.W, 1, 1, 1)]
+        phases = [(g.N * g.H * g.W, 1, 1, 1)]
     column_tiles = g.groups * ceil(columns // g.groups / tile.columns)
     works = []
-    for *pixels, taps in walks:
+    for *pixels, taps in phases:
         if tile.box:
             rows = prod(ceil(size / length) for size, length in zip(pixels, tile.box, strict=True))
         else:
             rows = ceil(prod(pixels) / tile.rows)
-        works.append(Work(rows * column_tiles, _turns(reduction // g.groups, taps, tile)))
+        works.append(Work(rows * column_tiles, _k_tiles(reduction // g.groups, taps, tile)))
     return works
 
 
-def _turns(channels: int, taps: int, tile: Tile) -> int:
+def _k_tiles(channels: int, taps: int, tile: Tile) -> int:
     if tile.packed:
         return ceil(channels * taps / tile.depth)
     return taps * ceil(channels / tile.depth)
 
 
 def wgrad_work(g: Conv2dGeometry, tile: Tile) -> Work:
-    """Programs and turns of wgrad in one part."""
+    """Programs and k_tiles of wgrad in one part."""
     K, C = g.K // g.groups, g.C // g.groups
     columns = (
         ceil(C * g.R * g.S / tile.columns) if tile.packed else (g.R * g.S * ceil(C / tile.columns))
     )
     pixels = (g.N * g.H * g.W, 1, 1) if g.pointwise else (g.N, g.P, g.Q)
     if tile.box:
-        turns = prod(ceil(size / length) for size, length in zip(pixels, tile.box, strict=True))
+        k_tiles = prod(ceil(size / length) for size, length in zip(pixels, tile.box, strict=True))
     else:
-        turns = ceil(prod(pixels) / tile.depth)
-    return Work(g.groups * ceil(K / tile.rows) * columns, turns)
+        k_tiles = ceil(prod(pixels) / tile.depth)
+    return Work(g.groups * ceil(K / tile.rows) * columns, k_tiles)
 
 
 def writes_pool_gradient(problem: Problem, pool: Pool2dGeometry) -> bool:
@@ -225,10 +225,10 @@ def writes_pool_gradient(problem: Problem, pool: Pool2dGeometry) -> bool:
 
 def split(g: Conv2dGeometry, tile: Tile, device: Device) -> Iterator[Tile]:
     """wgrad's reduction in one part, and in as many as fill the device once, twice and four times,
-    of at least eight turns each.
+    of at least eight k_tiles each.
     """
-    works = launches("wgrad", g, replace(tile, splits=1))
-    programs, turns = max(works)  # of the phase with most taps
+    works = launches("wgrad", g, replace(tile, split_k=1))
+    programs, k_tiles = max(works)  # of the phase with most taps
     room = blocks_per_multiprocessor(tile, 2, device) * device.multiprocessors
-    parts = {1} | {min(turns // 8, fill * room // max(1, programs)) for fill in (1, 2, 4)}
-    yield from (replace(tile, splits=splits) for splits in sorted(parts) if splits > 0)
+    parts = {1} | {min(k_tiles // 8, fill * room // max(1, programs)) for fill in (1, 2, 4)}
+    yield from (replace(tile, split_k=split_k) for split_k in sorted(parts) if split_k > 0)

@@ -278,7 +278,7 @@ def all_registers(where: torch.device) -> dict[str, int]:
 
 
 def int64_index(pixels: int, *tensors: torch.Tensor | None) -> bool:
-    """Whether offsets need 64 bits: a tensor's largest, or the count of pixels walked.
+    """Whether offsets need 64 bits: a tensor's largest, or the count of pixels.
 
     A margin of one tile is kept, as the last program's masked rows lie beyond the end.
     """

@@ -1,8 +1,8 @@
 """The operators as differentiable functions: a torch.autograd.Function each, no arithmetic.
 
-The three walks of a convolution are one another's derivatives (fprop, dgrad and wgrad are linear
-in each argument), and so are pooling's backward and gather; so every derivative of any order is
-again a kernel. All arguments are batched and normalized: see ``library``.
+The three directions of a convolution are one another's derivatives (fprop, dgrad and wgrad are
+linear in each argument), and so are pooling's backward and gather; so every derivative of any order
+is again a kernel. All arguments are batched and normalized: see ``library``.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from ._private import (
     enable_single_level_autograd_function,
     record_as_now,
 )
-from .geometry import Pair, conv_places, is_channels_last
+from .geometry import Pair, conv_output_sizes, is_channels_last
 
 _ops = torch.ops.triton_cnn
 Padding = tuple[int, int, int, int]
@@ -270,9 +270,9 @@ class Conv2dWgrad(Operator):
 
 
 class MaxPool2d(Operator):
-    """(y, offsets, indices): the winners' taps for backward, flat indices for the caller.
+    """(y, argmax, indices): the winners' taps for backward, flat indices for the caller.
 
-    Numbers: kernel, stride, padding, dilation, ceil_mode, offsets, indices.
+    Numbers: kernel, stride, padding, dilation, ceil_mode, argmax, indices.
     """
 
     name = "max_pool2d"
@@ -280,15 +280,15 @@ class MaxPool2d(Operator):
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
         _, ctx.call = inputs
-        _, offsets, indices = output
-        ctx.mark_non_differentiable(offsets, indices)
-        ctx.save_for_backward(offsets)
+        _, argmax, indices = output
+        ctx.mark_non_differentiable(argmax, indices)
+        ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx: Any, dy, _offsets, _indices):
-        (offsets,), call = ctx.saved_tensors, ctx.call
+        (argmax,), call = ctx.saved_tensors, ctx.call
         numbers = call.shapes[0][2:], *call.numbers[:5], call.channels_last(0)
-        dx = _apply(MaxPool2dBackward, dy, offsets, numbers=numbers)
+        dx = _apply(MaxPool2dBackward, dy, argmax, numbers=numbers)
         return dx, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
@@ -302,13 +302,13 @@ class MaxPool2dBackward(Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        _, offsets, ctx.call = inputs
-        ctx.save_for_backward(offsets)
+        _, argmax, ctx.call = inputs
+        ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx: Any, ddx):
-        (offsets,), window = ctx.saved_tensors, ctx.call.numbers[1:-1]
-        ddy = _apply(MaxPool2dGather, ddx, offsets, numbers=window)
+        (argmax,), window = ctx.saved_tensors, ctx.call.numbers[1:-1]
+        ddy = _apply(MaxPool2dGather, ddx, argmax, numbers=window)
         return ddy, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
@@ -322,23 +322,23 @@ class MaxPool2dGather(Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        _, offsets, ctx.call = inputs
-        ctx.save_for_backward(offsets)
+        _, argmax, ctx.call = inputs
+        ctx.save_for_backward(argmax)
 
     @staticmethod
     def backward(ctx: Any, ddy):
-        (offsets,), call = ctx.saved_tensors, ctx.call
+        (argmax,), call = ctx.saved_tensors, ctx.call
         numbers = call.shapes[0][2:], *call.numbers, call.channels_last(0)
-        ddx = _apply(MaxPool2dBackward, ddy, offsets, numbers=numbers)
+        ddx = _apply(MaxPool2dBackward, ddy, argmax, numbers=numbers)
         return ddx, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 class Conv2dReluMaxPool2d(Operator):
-    """(y, offsets) of y = max_pool(relu(conv(x, w) + bias)). The offsets hold the ReLU's mask, so
+    """(y, argmax) of y = max_pool(relu(conv(x, w) + bias)). The argmax holds the ReLU's mask, so
     neither y nor the map is kept.
 
     Numbers: stride, padding, dilation, groups, precision; the pooling's kernel, stride, padding;
-    offsets.
+    argmax.
     """
 
     name = "conv2d_relu_max_pool2d"
@@ -346,18 +346,18 @@ class Conv2dReluMaxPool2d(Operator):
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
         x, w, _, ctx.call = inputs
-        _, offsets = output
-        ctx.mark_non_differentiable(offsets)
+        _, argmax = output
+        ctx.mark_non_differentiable(argmax)
         need_dx, need_dw = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(offsets, x if need_dw else None, w if need_dx else None)
+        ctx.save_for_backward(argmax, x if need_dw else None, w if need_dx else None)
 
     @staticmethod
     def backward(ctx: Any, dy, _offsets):
-        (offsets, x, w), call = ctx.saved_tensors, ctx.call
+        (argmax, x, w), call = ctx.saved_tensors, ctx.call
         wanted = ctx.needs_input_grad[:3]
         sizes = call.shapes[0][2:], call.shapes[1], call.strides[1]
         numbers = *sizes, *call.numbers[:-1], call.channels_last(0, 1), wanted
-        grads = _apply(Conv2dReluMaxPool2dBackward, dy, offsets, x, w, numbers=numbers)
+        grads = _apply(Conv2dReluMaxPool2dBackward, dy, argmax, x, w, numbers=numbers)
         grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
         return *grads, *[None] * (len(ctx.needs_input_grad) - 3)
 
@@ -366,7 +366,7 @@ class Conv2dReluMaxPool2dBackward(Operator):
     """(dx, dw, db), those that are wanted: dgrad, wgrad and channel sum of the map's gradient dz,
     which has each dy where its window's winner lies.
 
-    Numbers: x's size, w's size and strides; the forward pass's up to offsets; channels_last,
+    Numbers: x's size, w's size and strides; the forward pass's up to argmax; channels_last,
     wanted.
     """
 
@@ -374,17 +374,17 @@ class Conv2dReluMaxPool2dBackward(Operator):
 
     @staticmethod
     def setup_context(ctx: Any, inputs, output):
-        dy, offsets, x, w, ctx.call = inputs
-        ctx.save_for_backward(dy, offsets, x, w)
+        dy, argmax, x, w, ctx.call = inputs
+        ctx.save_for_backward(dy, argmax, x, w)
 
     @staticmethod
     def backward(ctx: Any, ddx, ddw, ddb):
-        dy, offsets, x, w = ctx.saved_tensors
+        dy, argmax, x, w = ctx.saved_tensors
         size, w_size, _, *rest = ctx.call.numbers
         *conv, kernel, stride, padding, _, (want_dx, want_dw, want_db) = rest
         conv, window = tuple(conv), (kernel, stride, padding, (1, 1), False)
         need_ddy, _, need_x, need_w, *others = ctx.needs_input_grad
-        places = conv_places(size, w_size[2:], *conv[:3])
+        places = conv_output_sizes(size, w_size[2:], *conv[:3])
         ddy = dx = dw = ddz = None
         if need_ddy:
             if want_db:
@@ -393,10 +393,10 @@ class Conv2dReluMaxPool2dBackward(Operator):
                 ddz = _plain_conv2d(ddx, w, None, conv, ddz)
             if want_dw:
                 ddz = _plain_conv2d(x, ddw, None, conv, ddz)
-            ddy = _apply(MaxPool2dGather, ddz, offsets, numbers=window)
+            ddy = _apply(MaxPool2dGather, ddz, argmax, numbers=window)
         if need_x or need_w:
             numbers = places, *window, channels_last(dy)
-            dz = _apply(MaxPool2dBackward, dy, offsets, numbers=numbers)
+            dz = _apply(MaxPool2dBackward, dy, argmax, numbers=numbers)
             if need_x and want_dw:
                 numbers = size, *conv, channels_last(x, ddw)
                 dx = _apply(Conv2dDgrad, dz, ddw, None, numbers=numbers)

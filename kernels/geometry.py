@@ -16,12 +16,12 @@ Direction = Literal["fprop", "dgrad", "wgrad"]
 
 
 def conv_output_size(size: int, kernel: int, stride: int, padding: Pair, dilation: int) -> int:
-    """Number of places a kernel takes along one axis; ``padding`` is (before, after)."""
+    """Number of outputs of a convolution along one axis; ``padding`` is (before, after)."""
     before, after = padding
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def conv_places(
+def conv_output_sizes(
     size: Sequence[int],
     kernel: Sequence[int],
     stride: Sequence[int],
@@ -273,7 +273,7 @@ class Conv2dGeometry:
         return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == ((0, 0), (0, 0))
 
     @property
-    def walk(self) -> IndexMap:
+    def index_map(self) -> IndexMap:
         (top, _), (left, _) = self.padding
         (stride_h, stride_w), (step_h, step_w) = self.stride, self.dilation
         return IndexMap(stride_h, -top, step_h, stride_w, -left, step_w)
@@ -305,7 +305,7 @@ class Conv2dGeometry:
     def dgrad(self) -> tuple[tuple[Taps, Taps], ...]:
         """dx as stride[0] * stride[1] independent stride-1 convolutions, one for each phase.
 
-        No zeros are inserted, and no tap is walked that cannot contribute. A phase may have no
+        No zeros are inserted, and no tap is visited that cannot contribute. A phase may have no
         tap at all: its pixels get zero.
         """
         rows, columns = (
@@ -496,7 +496,7 @@ class Placement(NamedTuple):
     first_q: int = 0
 
 
-def dgrad_walk(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
+def dgrad_index_map(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
     """How one phase of dx, at its place, is a convolution of dy."""
-    walk = IndexMap(1, row.origin, -row.step, 1, column.origin, -column.step)
-    return walk, Placement(row.stride, row.first, column.stride, column.first)
+    index_map = IndexMap(1, row.origin, -row.step, 1, column.origin, -column.step)
+    return index_map, Placement(row.stride, row.first, column.stride, column.first)

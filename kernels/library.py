@@ -25,7 +25,7 @@ from .geometry import (
     Conv2dGeometry,
     Direction,
     Pool2dGeometry,
-    conv_places,
+    conv_output_sizes,
     dense_strides,
     is_channels_last,
     output_strides,
@@ -316,11 +316,11 @@ def _fastest(problem: Problem, call: Call, reference: Callable[..., Any]) -> Pla
     return autotune.choose(problem, call.operands, run, reference, variant)
 
 
-# Convolution: three walks over one geometry.
+# Convolution in its three directions.
 
 
 def _conv2d_empty(x, w, bias, residual, stride, padding, dilation, groups, precision, relu):
-    size = conv_places(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    size = conv_output_sizes(x.shape[2:], w.shape[2:], stride, padding, dilation)
     return _new(x, (x.shape[0], w.shape[0], *size), _channels_last(x, w))
 
 
@@ -367,7 +367,7 @@ def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, 
 def _conv2d_bytes_empty(
     x, w, bias, scale, shift, stride, padding, dilation, groups, precision, relu
 ):
-    size = conv_places(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    size = conv_output_sizes(x.shape[2:], w.shape[2:], stride, padding, dilation)
     return _new(w, (x.shape[0], w.shape[0], *size), _channels_last(x, w))
 
 
@@ -515,7 +515,7 @@ _define(
 )
 
 
-# Max-pooling: its offsets are the tap that won in each window.
+# Max-pooling: its argmax is the tap that won in each window.
 
 
 def _pool(x_shape, kernel, stride, padding, dilation, ceil_mode) -> Pool2dGeometry:
@@ -523,48 +523,48 @@ def _pool(x_shape, kernel, stride, padding, dilation, ceil_mode) -> Pool2dGeomet
     return Pool2dGeometry(*x_shape, *pairs, ceil_mode)  # type: ignore[arg-type]
 
 
-def _max_pool2d_empty(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices):
+def _max_pool2d_empty(x, kernel, stride, padding, dilation, ceil_mode, argmax, indices):
     g = _pool(x.shape, kernel, stride, padding, dilation, ceil_mode)
     y = _new(x, g.y_shape, _channels_last(x))
-    offset_dtype = max_pool.offset_dtype(g)
-    kept = _like(y, offset_dtype) if offsets else _vector(y, 0, offset_dtype)
+    argmax_dtype = max_pool.argmax_dtype(g)
+    kept = _like(y, argmax_dtype) if argmax else _vector(y, 0, argmax_dtype)
     return y, kept, _like(y, torch.int64) if indices else _vector(y, 0, torch.int64)
 
 
-def _max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices):
-    results = _max_pool2d_empty(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices)
+def _max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, argmax, indices):
+    results = _max_pool2d_empty(x, kernel, stride, padding, dilation, ceil_mode, argmax, indices)
     g = _pool(x.shape, kernel, stride, padding, dilation, ceil_mode)
     y, kept, flat = results
     tile = max_pool.choose_tile("forward", g, _channels_last(x), describe(x.device))
-    max_pool.max_pool2d(x, g, y, kept if offsets else None, flat if indices else None, tile)
+    max_pool.max_pool2d(x, g, y, kept if argmax else None, flat if indices else None, tile)
     return results
 
 
 def _max_pool2d_backward_empty(
-    dy, offsets, size, kernel, stride, padding, dilation, ceil_mode, channels_last
+    dy, argmax, size, kernel, stride, padding, dilation, ceil_mode, channels_last
 ):
     return _new(dy, (*dy.shape[:2], *size), channels_last)
 
 
 def _max_pool2d_backward(
-    dy, offsets, size, kernel, stride, padding, dilation, ceil_mode, channels_last
+    dy, argmax, size, kernel, stride, padding, dilation, ceil_mode, channels_last
 ):
     dx = _new(dy, (*dy.shape[:2], *size), channels_last)
     g = _pool(dx.shape, kernel, stride, padding, dilation, ceil_mode)
     tile = max_pool.choose_tile("backward", g, channels_last, describe(dy.device))
-    max_pool.max_pool2d_backward(dy, offsets, dx, g, tile)
+    max_pool.max_pool2d_backward(dy, argmax, dx, g, tile)
     return dx
 
 
-def _max_pool2d_gather_empty(ddx, offsets, kernel, stride, padding, dilation, ceil_mode):
-    return _like(offsets, ddx.dtype)
+def _max_pool2d_gather_empty(ddx, argmax, kernel, stride, padding, dilation, ceil_mode):
+    return _like(argmax, ddx.dtype)
 
 
-def _max_pool2d_gather(ddx, offsets, kernel, stride, padding, dilation, ceil_mode):
-    ddy = _like(offsets, ddx.dtype)
+def _max_pool2d_gather(ddx, argmax, kernel, stride, padding, dilation, ceil_mode):
+    ddy = _like(argmax, ddx.dtype)
     g = _pool(ddx.shape, kernel, stride, padding, dilation, ceil_mode)
     tile = max_pool.choose_tile("forward", g, _channels_last(ddy), describe(ddx.device))
-    max_pool.max_pool2d_gather(ddx, offsets, ddy, g, tile)
+    max_pool.max_pool2d_gather(ddx, argmax, ddy, g, tile)
     return ddy
 
 
@@ -589,18 +589,18 @@ def _max_unpool2d_backward(dy, indices):
 
 
 _define(
-    f"max_pool2d(Tensor x, {_POOL}, bool offsets, bool indices) -> (Tensor, Tensor, Tensor)",
+    f"max_pool2d(Tensor x, {_POOL}, bool argmax, bool indices) -> (Tensor, Tensor, Tensor)",
     _max_pool2d,
     _max_pool2d_empty,
 )
 _define(
-    f"max_pool2d_backward(Tensor dy, Tensor offsets, SymInt[2] size, {_POOL}, bool channels_last)"
+    f"max_pool2d_backward(Tensor dy, Tensor argmax, SymInt[2] size, {_POOL}, bool channels_last)"
     " -> Tensor",
     _max_pool2d_backward,
     _max_pool2d_backward_empty,
 )
 _define(
-    f"max_pool2d_gather(Tensor ddx, Tensor offsets, {_POOL}) -> Tensor",
+    f"max_pool2d_gather(Tensor ddx, Tensor argmax, {_POOL}) -> Tensor",
     _max_pool2d_gather,
     _max_pool2d_gather_empty,
 )
@@ -627,28 +627,28 @@ def _conv_pool_geometries(
 
 
 def _conv_pool_empty(
-    x, w, bias, stride, padding, dilation, groups, precision, kernel, step, margin, offsets
+    x, w, bias, stride, padding, dilation, groups, precision, kernel, step, margin, argmax
 ) -> tuple[Tensor, Tensor]:
-    size = conv_places(x.shape[2:], w.shape[2:], stride, padding, dilation)
+    size = conv_output_sizes(x.shape[2:], w.shape[2:], stride, padding, dilation)
     pool = _pool((x.shape[0], w.shape[0], *size), kernel, step, margin, (1, 1), False)
     y = _new(x, pool.y_shape, _channels_last(x, w))
-    dtype = max_pool.offset_dtype(pool)
-    return y, _like(y, dtype) if offsets else _vector(y, 0, dtype)
+    dtype = max_pool.argmax_dtype(pool)
+    return y, _like(y, dtype) if argmax else _vector(y, 0, dtype)
 
 
 def _conv_pool(
-    x, w, bias, stride, padding, dilation, groups, precision, kernel, step, margin, offsets
+    x, w, bias, stride, padding, dilation, groups, precision, kernel, step, margin, argmax
 ) -> tuple[Tensor, Tensor]:
     geometry = stride, padding, dilation, groups
     window = kernel, step, margin
-    y, kept = _conv_pool_empty(x, w, bias, *geometry, precision, *window, offsets)
+    y, kept = _conv_pool_empty(x, w, bias, *geometry, precision, *window, argmax)
     g, pool = _conv_pool_geometries(x.shape, w.shape, *geometry, *window)
     precision, here = resolve_precision(precision, x), describe(x.device)
     if 0 in y.shape:
         return y, kept
     w = _packed(w, (x,), here)
     bias = None if bias is None else replay.contiguous(bias)
-    call = PooledConv(x, w, bias, y, kept if offsets else None, g, pool, precision)
+    call = PooledConv(x, w, bias, y, kept if argmax else None, g, pool, precision)
     problem = Problem("fprop", g, x.dtype, precision, here, layout_of((x, y), (w,)))
     warm = device.is_warming_up()
     plans = planner.pooled_family(problem, pool) if warm else [planner.plan_pooled(problem, pool)]
@@ -658,7 +658,7 @@ def _conv_pool(
 
 
 def _conv_pool_backward_empty(
-    dy, offsets, x, w, size, w_size, w_strides, *arguments
+    dy, argmax, x, w, size, w_size, w_strides, *arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     *_, groups, _, _, _, _, channels_last, (need_dx, need_dw, need_db) = arguments
     shape = dy.shape[0], w_size[1] * groups, *size
@@ -670,14 +670,14 @@ def _conv_pool_backward_empty(
 
 
 def _conv_pool_backward(
-    dy, offsets, x, w, size, w_size, w_strides, *arguments
+    dy, argmax, x, w, size, w_size, w_strides, *arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The map's gradient is read from dy and offsets, or if that is dearer written out once."""
+    """The map's gradient is read from dy and argmax, or if that is dearer written out once."""
     *geometry, precision, kernel, step, margin, channels_last, wanted = arguments
     need_dx, need_dw, need_db = wanted
     x_shape = dy.shape[0], w_size[1] * geometry[-1], *size
     g, pool = _conv_pool_geometries(x_shape, w_size, *geometry, kernel, step, margin)
-    dx, dw, db = _conv_pool_backward_empty(dy, offsets, x, w, size, w_size, w_strides, *arguments)
+    dx, dw, db = _conv_pool_backward_empty(dy, argmax, x, w, size, w_size, w_strides, *arguments)
     here, kind = describe(dy.device), resolve_precision(precision, dy)
     directions: list[Direction] = ["dgrad"] * need_dx + ["wgrad"] * (need_dw or need_db)
     plans = {
@@ -685,7 +685,7 @@ def _conv_pool_backward(
         for direction in directions
     }
     if 0 not in dy.shape and 0 not in x_shape and all(plans.values()):
-        won = PoolGradient(pool, offsets)
+        won = PoolGradient(pool, argmax)
         if (plan := plans.get("dgrad")) is not None:
             plan.engine.launch(Dgrad(dy, w, dx, g, kind, pooled=won), plan.tile)
         if (plan := plans.get("wgrad")) is not None:
@@ -694,7 +694,7 @@ def _conv_pool_backward(
             plan.engine.launch(call, plan.tile)
         return dx, dw, db
     dz = _new(dy, g.y_shape, channels_last)
-    pool_gradient.write(dy, offsets, dz, db if need_db else None, pool)
+    pool_gradient.write(dy, argmax, dz, db if need_db else None, pool)
     if need_dx:
         dx = _conv2d_dgrad(dz, w, None, size, *geometry, precision, channels_last)
     if need_dw:
@@ -704,12 +704,12 @@ def _conv_pool_backward(
 
 _define(
     f"conv2d_relu_max_pool2d(Tensor x, Tensor w, Tensor? bias, {_CONV}, SymInt[2] pool_kernel,"
-    " SymInt[2] pool_stride, SymInt[2] pool_padding, bool offsets) -> (Tensor, Tensor)",
+    " SymInt[2] pool_stride, SymInt[2] pool_padding, bool argmax) -> (Tensor, Tensor)",
     _conv_pool,
     _conv_pool_empty,
 )
 _define(
-    "conv2d_relu_max_pool2d_backward(Tensor dy, Tensor offsets, Tensor? x, Tensor? w, SymInt[2]"
+    "conv2d_relu_max_pool2d_backward(Tensor dy, Tensor argmax, Tensor? x, Tensor? w, SymInt[2]"
     f" size, SymInt[4] w_size, SymInt[4] w_strides, {_CONV}, SymInt[2] pool_kernel, SymInt[2]"
     " pool_stride, SymInt[2] pool_padding, bool channels_last, bool[3] wanted)"
     " -> (Tensor, Tensor, Tensor)",
@@ -756,7 +756,7 @@ def _conv_pool_flops(x, w, bias, stride, padding, dilation, groups, *_, **__) ->
 
 @register_flop_formula(torch.ops.triton_cnn.conv2d_relu_max_pool2d_backward)
 def _conv_pool_backward_flops(
-    dy, offsets, x, w, size, w_size, w_strides, stride, padding, dilation, groups, *rest, **__
+    dy, argmax, x, w, size, w_size, w_strides, stride, padding, dilation, groups, *rest, **__
 ) -> int:
     need_dx, need_dw, _ = rest[-1]
     x_size = dy[0], w_size[1] * groups, *size

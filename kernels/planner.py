@@ -35,15 +35,15 @@ def candidates(problem: Problem) -> list[Plan]:
 
 
 def family(problem: Problem) -> list[Plan]:
-    """Every plan that some batch and image size of a layer may get, with splits of one and of two,
+    """Every plan that some batch and image size of a layer may get, with ``split_k`` 1 and 2,
     which stand for any number: what to compile so that a new size compiles nothing.
     """
     wgrad = problem.direction == "wgrad"
     plans = candidates(problem._replace(any_size=wgrad))
     tiles = {
-        (plan.engine, replace(plan.tile, splits=splits)): plan
+        (plan.engine, replace(plan.tile, split_k=split_k)): plan
         for plan in plans
-        for splits in ((1, 2) if wgrad else (1,))
+        for split_k in ((1, 2) if wgrad else (1,))
     }
     return [plan._replace(tile=tile) for (_, tile), plan in tiles.items()]
 

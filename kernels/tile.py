@@ -14,11 +14,11 @@ Box = tuple[int, int, int]  # pixels along n, p, q
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One program's ``rows x columns`` block of a product, walked ``depth`` deep a turn.
+    """One program's ``rows x columns`` block of a product, taken ``depth`` deep a turn.
 
     fprop and dgrad: rows are pixels, columns are channels of the result, depth the reduction over
     channels and taps. wgrad: rows are filters k, columns (c, r, s), depth pixels; its depth is cut
-    into ``splits`` parts, added up in a second pass. ``packed`` runs the reduction over channels
+    into ``split_k`` parts, added up in a second pass. ``packed`` runs the reduction over channels
     and taps together, for channels that do not fill a block; otherwise each turn has one tap.
     Pooling and depthwise kernels have no depth: rows are pixels, columns channels; of depthwise
     ones a row is a ``patch`` of pixels along p and q. Where ``paired_columns`` sums wgrad, rows are
@@ -30,7 +30,7 @@ class Tile:
     columns: int
     depth: int = 1
     packed: bool = False
-    splits: int = 1
+    split_k: int = 1
     warps: int = 4
     stages: int = 2
     box: Box | None = None
@@ -103,7 +103,7 @@ _ADDRESSES = 60  # registers of a thread beside its accumulator
 def is_valid(tile: Tile, itemsize: int, device: Device) -> bool:
     """The single statement of which tiles may be launched, for elements of ``itemsize`` bytes."""
     sizes = (tile.rows, tile.columns, tile.depth, *(tile.box or ()))
-    if any(size < 1 or size & (size - 1) for size in sizes) or tile.splits < 1:
+    if any(size < 1 or size & (size - 1) for size in sizes) or tile.split_k < 1:
         return False
     areas = (tile.rows * tile.columns, tile.rows * tile.depth, tile.columns * tile.depth)
     if tile.box is not None and not _is_valid_box(tile, itemsize, device):

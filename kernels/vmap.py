@@ -112,23 +112,23 @@ def _conv_pool(info, in_dims, x, w, bias, stride, padding, dilation, groups, *re
         axis, groups = _CHANNELS, groups * size
         w, bias = _fold(w, w_dim, size, 0), _fold(bias, bias_dim, size, 0)
     x = _fold(x, x_dim, size, axis)
-    y, offsets = _ops.conv2d_relu_max_pool2d(x, w, bias, stride, padding, dilation, groups, *rest)
+    y, argmax = _ops.conv2d_relu_max_pool2d(x, w, bias, stride, padding, dilation, groups, *rest)
     wants_offsets = rest[-1]
-    offsets = _unfold(offsets, size, axis) if wants_offsets else offsets
-    return (_unfold(y, size, axis), offsets), (axis, axis if wants_offsets else None)
+    argmax = _unfold(argmax, size, axis) if wants_offsets else argmax
+    return (_unfold(y, size, axis), argmax), (axis, axis if wants_offsets else None)
 
 
-def _conv_pool_backward(info, in_dims, dy, offsets, x, w, size, w_size, _, *rest):
+def _conv_pool_backward(info, in_dims, dy, argmax, x, w, size, w_size, _, *rest):
     """Each mapped problem is a group of its own."""
     count, (dy_dim, offsets_dim, x_dim, w_dim) = info.batch_size, in_dims[:4]
     stride, padding, dilation, groups, *others, wanted = rest
     dy = _fold(dy, dy_dim, count, _CHANNELS)
-    offsets = _fold(offsets, offsets_dim, count, _CHANNELS)
+    argmax = _fold(argmax, offsets_dim, count, _CHANNELS)
     x, w = _fold(x, x_dim, count, _CHANNELS), _fold(w, w_dim, count, 0)
     w_size = (w_size[0] * count, *w_size[1:])
     numbers = stride, padding, dilation, groups * count, *others, wanted
     grads = _ops.conv2d_relu_max_pool2d_backward(
-        dy, offsets, x, w, size, w_size, contiguous_strides(w_size), *numbers
+        dy, argmax, x, w, size, w_size, contiguous_strides(w_size), *numbers
     )
     axes = (_CHANNELS, 0, 0)
     unfolded = (

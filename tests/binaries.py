@@ -111,28 +111,28 @@ def launch_convolution(direction: str, g: Conv2dGeometry, channels_last: bool) -
         engine.launch(Dgrad(y, w, x, g), tile)
     else:
         # One part needs no second pass, and so another binary.
-        tile = replace(tile, splits=2 + g.N % 15)
+        tile = replace(tile, split_k=2 + g.N % 15)
         engine.launch(Wgrad(x, y, w, bias, g), tile)
 
 
 def launch_pool(direction: str, g: Pool2dGeometry, channels_last: bool) -> None:
     """All kernels of a direction, and with the gradients a ReLU's and a pooling's."""
     x, y = empty(g.x_shape, channels_last), empty(g.y_shape, channels_last)
-    offsets = empty(g.y_shape, channels_last, max_pool.offset_dtype(g))
+    argmax = empty(g.y_shape, channels_last, max_pool.argmax_dtype(g))
     indices = empty(g.y_shape, channels_last, torch.int64)
     gpu = device.describe(x.device)
     forward = max_pool.choose_tile("forward", g, channels_last, gpu)
     if direction == "forward":
-        max_pool.max_pool2d(x, g, y, offsets, indices, forward)
+        max_pool.max_pool2d(x, g, y, argmax, indices, forward)
         max_unpool.max_unpool2d(y, indices, x)
     else:
         backward = max_pool.choose_tile("backward", g, channels_last, gpu)
-        max_pool.max_pool2d_backward(y, offsets, x, g, backward)
-        max_pool.max_pool2d_gather(x, offsets, y, g, forward)
+        max_pool.max_pool2d_backward(y, argmax, x, g, backward)
+        max_pool.max_pool2d_gather(x, argmax, y, g, forward)
         max_unpool.max_unpool2d_backward(x, indices, y)
         bias = torch.empty(g.C, dtype=x.dtype, device="meta")
         relu_backward.relu_backward(y, y, y, bias)
-        pool_gradient.write(y, offsets, x, bias, g)
+        pool_gradient.write(y, argmax, x, bias, g)
 
 
 def launch_block(window: Any, direction: str, g: Conv2dGeometry, channels_last: bool) -> None:
@@ -142,7 +142,7 @@ def launch_block(window: Any, direction: str, g: Conv2dGeometry, channels_last: 
     w = torch.empty_strided(
         g.w_shape, output_strides(g.w_shape, channels_last), dtype=x.dtype, device="meta"
     )
-    bias, offsets = torch.empty(g.K, dtype=x.dtype, device="meta"), y.to(torch.uint8)
+    bias, argmax = torch.empty(g.K, dtype=x.dtype, device="meta"), y.to(torch.uint8)
     padding = (*g.padding[0], *g.padding[1])
     arguments = (g.stride, padding, g.dilation, g.groups, None, *window)
     if direction == "forward":
@@ -150,7 +150,7 @@ def launch_block(window: Any, direction: str, g: Conv2dGeometry, channels_last: 
     else:
         sizes = x.shape[2:], w.shape, w.stride()
         wanted = g.C > 4, True, True  # images need no gradient
-        library._conv_pool_backward(y, offsets, x, w, *sizes, *arguments, channels_last, wanted)
+        library._conv_pool_backward(y, argmax, x, w, *sizes, *arguments, channels_last, wanted)
 
 
 def sizes() -> Iterator[tuple[int, int, int]]:

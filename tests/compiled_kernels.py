@@ -135,10 +135,10 @@ def fused_poolings(gpu: device.Device, launched: list[Any]) -> Kernels:
         if not conv_pool.descriptor_gemm.supports(problem, pool):
             continue
         x, w, _ = selection.operands(g, dtype)
-        y, offsets = (_meta(pool.y_shape, t, channels_last=True) for t in (dtype, torch.uint8))
+        y, argmax = (_meta(pool.y_shape, t, channels_last=True) for t in (dtype, torch.uint8))
         tile = conv_pool.descriptor_gemm.family(problem, pool)[0]
         launched.clear()
-        call = PooledConv(x, w, x.new_empty(g.K), y, offsets, g, pool, precision)
+        call = PooledConv(x, w, x.new_empty(g.K), y, argmax, g, pool, precision)
         conv_pool.descriptor_gemm.ENGINE.launch(call, tile)
         found = _found(f"{layer} {window}", dtype, launched) | found
     return found
@@ -158,15 +158,15 @@ def launch_pool(
     g: Pool2dGeometry, dtype: torch.dtype, channels_last: bool, gpu: device.Device
 ) -> None:
     x, y = _meta(g.x_shape, dtype, channels_last), _meta(g.y_shape, dtype, channels_last)
-    offsets = _meta(g.y_shape, max_pool.offset_dtype(g), channels_last)
+    argmax = _meta(g.y_shape, max_pool.argmax_dtype(g), channels_last)
     indices = _meta(g.y_shape, torch.int64, channels_last)
     forward, backward = (
         max_pool.choose_tile(direction, g, channels_last, gpu)
         for direction in ("forward", "backward")
     )
-    max_pool.max_pool2d(x, g, y, offsets, indices, forward)
-    max_pool.max_pool2d_backward(y, offsets, x, g, backward)
-    max_pool.max_pool2d_gather(x, offsets, y, g, forward)
+    max_pool.max_pool2d(x, g, y, argmax, indices, forward)
+    max_pool.max_pool2d_backward(y, argmax, x, g, backward)
+    max_pool.max_pool2d_gather(x, argmax, y, g, forward)
     max_unpool.max_unpool2d(y, indices, x)
     max_unpool.max_unpool2d_backward(x, indices, y)
     relu_backward.relu_backward(y, y, y)
@@ -179,9 +179,9 @@ def pool_gradients(gpu: device.Device, launched: list[Any]) -> Kernels:
         launched.clear()
         dz = _meta(g.x_shape, dtype, channels_last)
         dy = _meta(g.y_shape, dtype, channels_last)
-        offsets = _meta(g.y_shape, torch.uint8, channels_last)
+        argmax = _meta(g.y_shape, torch.uint8, channels_last)
         db = dz.new_empty(g.C)
-        pool_gradient.write(dy, offsets, dz, db, g)
+        pool_gradient.write(dy, argmax, dz, db, g)
         relu_backward.relu_backward(dz, dz, dz, db)
         found = _found(f"{g.kernel} channels_last={channels_last}", dtype, launched) | found
     for layer, direction, layout in EXPANDED:
@@ -190,8 +190,8 @@ def pool_gradients(gpu: device.Device, launched: list[Any]) -> Kernels:
         pool = Pool2dGeometry(g.N, g.K, g.P, g.Q, (2, 2), (2, 2))
         x, w, _ = selection.operands(g, dtype, channels_last)
         dy = _meta(pool.y_shape, dtype, channels_last)
-        offsets = _meta(pool.y_shape, torch.uint8, channels_last)
-        won = PoolGradient(pool, offsets)
+        argmax = _meta(pool.y_shape, torch.uint8, channels_last)
+        won = PoolGradient(pool, argmax)
         plan = planner.plan(Problem(direction, g, dtype, "ieee", gpu, layout))
         if direction == "dgrad":
             call = Dgrad(dy, w, x, g, pooled=won)
@@ -228,8 +228,8 @@ def stems(gpu: device.Device, launched: list[Any]) -> Kernels:
             for shape in (g.x_shape, g.w_shape, pool.y_shape)
         )
         launched.clear()
-        offsets = torch.empty_like(y, dtype=torch.uint8)
-        call = PooledConv(x, w, x.new_empty(g.K), y, offsets, g, pool, precision)
+        argmax = torch.empty_like(y, dtype=torch.uint8)
+        call = PooledConv(x, w, x.new_empty(g.K), y, argmax, g, pool, precision)
         conv_pool.few_channels.ENGINE.launch(call, *tiles)
         found = _found(f"{layer} pooled {layout}", dtype, launched) | found
     return found

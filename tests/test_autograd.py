@@ -278,7 +278,7 @@ def operator_samples(device, dtype):
     wide_x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
     conv = ([2, 1], [1, 1, 1, 0], [1, 1], 2, None)
     pool = ([2, 3], [2, 2], [1, 1], [1, 1], True)
-    pooled, offsets, _ = torch.ops.triton_cnn.max_pool2d(x.detach(), *pool, True, False)
+    pooled, argmax, _ = torch.ops.triton_cnn.max_pool2d(x.detach(), *pool, True, False)
     pooled.requires_grad_()
     fused, won = torch.ops.triton_cnn.conv2d_relu_max_pool2d(
         *(t.detach() for t in (x, w, bias)), *conv, *pool[:3], True
@@ -337,8 +337,8 @@ def operator_samples(device, dtype):
             (wide_x, *pool, True, False),
             (x.detach(), *pool, False, False),
         ],
-        "max_pool2d_backward": [(pooled, offsets, [5, 7], *pool, False)],
-        "max_pool2d_gather": [(x, offsets, *pool)],
+        "max_pool2d_backward": [(pooled, argmax, [5, 7], *pool, False)],
+        "max_pool2d_gather": [(x, argmax, *pool)],
         "max_unpool2d": [(values, indices, [5, 7])],
         "max_unpool2d_backward": [(unpooled, indices)],
         "relu_backward": [(y, (y - 0.5).detach(), True), (y, (y - 0.5).detach(), False)],

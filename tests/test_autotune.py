@@ -196,7 +196,7 @@ def test_only_plans_that_add_as_the_first_does_compete(tmp_path, direction, quic
         *[plan._replace(tile=replace(plan.tile, depth=32)) for plan in plans(64)],
         *[plan._replace(tile=replace(plan.tile, packed=False)) for plan in plans(128)],
         *plans(256, engine=few_channels),
-        *plans(512, splits=2),
+        *plans(512, split_k=2),
         *plans(32),
     ]
     ms = {16: 6.0, 32: 5.0, 64: 4.0, 128: 3.0, 256: 1.0, 512: 2.0}
@@ -221,7 +221,7 @@ def test_all_that_compete_at_any_batch_add_in_the_same_order(direction, layout):
         )
     ]
     assert len({plan.tile for plan in competing}) > 1
-    assert len({(p.engine, p.tile.depth, p.tile.packed, p.tile.splits) for p in competing}) == 1
+    assert len({(p.engine, p.tile.depth, p.tile.packed, p.tile.split_k) for p in competing}) == 1
 
 
 def test_a_remembered_plan_that_adds_in_another_order_does_not_count(tmp_path):
@@ -431,14 +431,14 @@ def test_a_winner_that_is_no_candidate_is_measured_again_and_both_are_kept(tmp_p
 
 
 def test_splits_follow_the_exact_size(tmp_path):
-    def split(splits):
-        return Fake(tmp_path, {16: 2.0, 32: 1.0}, candidates=plans(16, 32, splits=splits))
+    def split(split_k):
+        return Fake(tmp_path, {16: 2.0, 32: 1.0}, candidates=plans(16, 32, split_k=split_k))
 
     assert split(4).choose("wgrad") == 32
     fewer = split(3)
     assert fewer.choose("wgrad") == 32
     assert fewer.timed == []
-    both = plans(32, splits=2) + plans(32, splits=4)
+    both = plans(32, split_k=2) + plans(32, split_k=4)
     problem = problem_of(PLAIN, torch.float32, direction="wgrad")
     (path,) = files(tmp_path)
     store = tuning_cache.Store(tmp_path, tuning_cache.versions_of(CPU, describe(CPU)))
@@ -773,7 +773,7 @@ def test_nothing_is_measured_while_a_graph_is_captured(tmp_path, monkeypatch):
     ids=["strided", "grouped"],
 )
 def test_the_first_engine_passes_and_is_timed(tmp_path, device, g, dtype):
-    """All three walks of the kernels themselves, with the timer that a user gets."""
+    """All three directions of the kernels themselves, with the timer that a user gets."""
     o = operands(g, dtype, device, "channels_last")
     pads = (*g.padding[0], *g.padding[1])
     rest = (g.stride, pads, g.dilation, g.groups, None)

@@ -112,11 +112,11 @@ def empty(shape, dtype):
 
 def launch(gpu, dtype, channels, *window):
     g = Pool2dGeometry(4, channels, 27, 31, *window)
-    x, y, offsets = empty(g.x_shape, dtype), empty(g.y_shape, dtype), empty(g.y_shape, torch.uint8)
+    x, y, argmax = empty(g.x_shape, dtype), empty(g.y_shape, dtype), empty(g.y_shape, torch.uint8)
     forward, backward = (max_pool.choose_tile(way, g, True, gpu) for way in ("forward", "backward"))
     max_pool.max_pool2d(x, g, y, None, None, forward)
-    max_pool.max_pool2d(x, g, y, offsets, None, forward)
-    max_pool.max_pool2d_backward(y, offsets, x, g, backward)
+    max_pool.max_pool2d(x, g, y, argmax, None, forward)
+    max_pool.max_pool2d_backward(y, argmax, x, g, backward)
 
 
 with selection.compiling("sm_90") as (gpu, launched):
@@ -127,7 +127,7 @@ with selection.compiling("sm_90") as (gpu, launched):
 
 
 def test_a_thread_pools_eight_channels_by_the_widest_accesses():
-    """Of values without offsets, with offsets, and of gradients: each window's are read once for
+    """Of values without argmax, with argmax, and of gradients: each window's are read once for
     the four pixels of a cell. Channels are a multiple of 8, pixels and batches of nothing.
     """
     assert json.loads(run("-c", POOLINGS)) == [
@@ -229,7 +229,7 @@ NAMED_OPS = (
 # Without compiling.
 
 
-HEAD = "layer op dtype engine tile box splits ms limit"
+HEAD = "layer op dtype engine tile box split_k ms limit"
 
 
 def plan_lines(capsys, *arguments: str) -> dict[tuple[str, str], list[str]]:
@@ -244,14 +244,14 @@ def test_plan_has_a_line_for_each_layer_and_direction(capsys):
     lines = plan_lines(capsys, "--arch", "sm_90", "--suite", "resnet50_v1.5", "--dtype", "bf16")
     assert len(lines) == 3 * 23
     for (layer, direction), words in lines.items():
-        engine, tile, box, splits, ms = words[3:8]
+        engine, tile, box, split_k, ms = words[3:8]
         if layer == "stem":
             paired = direction != "dgrad"
             assert (engine, box) == ("paired_columns" if paired else "few_channels", "-")
         else:
             assert engine == "descriptor_gemm"
             assert str(math.prod(map(int, box.split("x")))) in tile.split("x")
-        assert int(splits) >= 1
+        assert int(split_k) >= 1
         assert float(ms) > 0
 
 

@@ -456,13 +456,15 @@ TILES = (
     *(Tile(16, 16, depth, packed=True) for depth in (16, 32)),
 )
 SPLIT_TILES = tuple(
-    Tile(16, 16, 16, packed=packed, splits=splits) for packed in (False, True) for splits in (2, 4)
+    Tile(16, 16, 16, packed=packed, split_k=split_k)
+    for packed in (False, True)
+    for split_k in (2, 4)
 )
 
 
 def tile_id(tile):
     packed = "-packed" if tile.packed else ""
-    return f"{tile.rows}x{tile.columns}x{tile.depth}-splits{tile.splits}{packed}"
+    return f"{tile.rows}x{tile.columns}x{tile.depth}-splits{tile.split_k}{packed}"
 
 
 @pytest.mark.parametrize("tile", TILES, ids=tile_id)

@@ -56,11 +56,11 @@ def integers(g, dtype, device, bias=True):
     return draw(*g.x_shape), draw(*g.w_shape), draw(g.K) if bias else None
 
 
-def run(g, pool, x, w, bias, tile, *, offsets=True):
-    """(y, offsets) of the kernel, both in views of memory that must stay as it is."""
+def run(g, pool, x, w, bias, tile, *, argmax=True):
+    """(y, argmax) of the kernel, both in views of memory that must stay as it is."""
     y = aligned(x.new_full(pool.y_shape, torch.nan), spare=1)
     base = torch.full_like(y._base, UNTOUCHED, dtype=torch.uint8)
-    taps = base.as_strided(y.shape, y.stride(), y.storage_offset()) if offsets else None
+    taps = base.as_strided(y.shape, y.stride(), y.storage_offset()) if argmax else None
     call = PooledConv(aligned(x), aligned(w), bias, y, taps, g, pool, "tf32")
     conv2d_relu_max_pool2d(call, tile)
     if taps is not None:
@@ -73,7 +73,7 @@ def boxed(*box, columns=32, depth=16):
 
 
 def oracle(g, pool, x, w, bias):
-    """(y, offsets) by torch, in float64."""
+    """(y, argmax) by torch, in float64."""
     z = torch_conv2d(g)(double(x), double(w), double(bias), None).to(x.dtype).double().relu()
     y, index = TF.max_pool2d(z, pool.kernel, pool.stride, pool.padding, return_indices=True)
     rows, columns = (
@@ -154,7 +154,7 @@ def test_wide_offsets(monkeypatch, device):
 def test_without_offsets(device):
     x, w, bias = integers(SMALL, torch.bfloat16, device)
     pool = pooling(SMALL, *THREE)
-    y, _ = run(SMALL, pool, x, w, bias, boxed(8, 4, 8), offsets=False)
+    y, _ = run(SMALL, pool, x, w, bias, boxed(8, 4, 8), argmax=False)
     assert torch.equal(y.double().cpu(), oracle(SMALL, pool, x, w, bias)[0])
 
 
@@ -239,7 +239,7 @@ def test_of_several_nans_the_last_wins(window, dtype, device):
         y, taps = run(g, pool, x, w, bias, boxed(*box))
         assert torch.equal(y.double().cpu().nan_to_num(-1), expected.nan_to_num(-1))
         assert torch.equal(taps.long().cpu(), winners)
-        alone, _ = run(g, pool, x, w, bias, boxed(*box), offsets=False)
+        alone, _ = run(g, pool, x, w, bias, boxed(*box), argmax=False)
         assert torch.equal(alone.nan_to_num(-1), y.nan_to_num(-1))
 
 

@@ -72,9 +72,9 @@ def tiles(g, pool, dtype, device):
     return chosen, replace(chosen, rows=256, columns=16, depth=turn, box=(1, 16, 16))
 
 
-def run(x, w, bias, g, pool, tile, layout="channels_last", offsets=True):
+def run(x, w, bias, g, pool, tile, layout="channels_last", argmax=True):
     y = LAYOUTS[layout](x.new_full(pool.y_shape, torch.nan))
-    taps = torch.full_like(y, 77, dtype=torch.uint8) if offsets else None
+    taps = torch.full_like(y, 77, dtype=torch.uint8) if argmax else None
     few_channels.conv2d_relu_max_pool2d(PooledConv(x, w, bias, y, taps, g, pool), tile)
     return y, taps
 
@@ -112,14 +112,14 @@ def test_values_and_taps(g, pool, layout, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("g", "pool"), CASES[:3])
 def test_any_tile_gives_the_same(g, pool, dtype, device):
-    """In each dtype, without bias, and without offsets."""
+    """In each dtype, without bias, and without argmax."""
     x, w, _ = operands(g, dtype, device)
     y, taps = reference(x, w, None, g, pool)
     for tile in tiles(g, pool, dtype, device):
         ours, our_taps = run(x, w, None, g, pool, tile)
         assert torch.equal(ours.double().cpu(), y)
         assert torch.equal(our_taps.long().cpu(), taps)
-        assert torch.equal(run(x, w, None, g, pool, tile, offsets=False)[0], ours)
+        assert torch.equal(run(x, w, None, g, pool, tile, argmax=False)[0], ours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -64,7 +64,7 @@ def tile_of(direction, g, dtype, here, channels_last):
 def patched(patch):
     """Tiles in which a row is a patch of places, of as many channels a thread as on a GPU."""
     tile = Tile(16, 16, warps=1, patch=patch)
-    wgrad = replace(tile, patch=(1, patch[1]), splits=3)
+    wgrad = replace(tile, patch=(1, patch[1]), split_k=3)
     return {"fprop": tile, "dgrad": tile, "wgrad": wgrad}
 
 
@@ -164,11 +164,11 @@ def test_layouts(g, layout, device):
     check(g, operands(g, torch.float32, device, layout), chosen(g, torch.float32, device))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 9])
-def test_splits(splits, device):
+@pytest.mark.parametrize("split_k", [1, 2, 9])
+def test_splits(split_k, device):
     """One part, parts of several blocks, and more parts than blocks, so that some are empty."""
     g, tiles = STRIDED, patched((1, 2))
-    tiles["wgrad"] = replace(tiles["wgrad"], splits=splits)
+    tiles["wgrad"] = replace(tiles["wgrad"], split_k=split_k)
     check(g, operands(g, torch.float16, device), tiles)
 
 
@@ -278,12 +278,12 @@ def test_64_bit_offsets_change_nothing(device, monkeypatch):
     assert all(map(torch.equal, narrow, results(g, t, tiles)))
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-def test_no_images(splits, device):
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_no_images(split_k, device):
     g = replace(SAME, N=0)
     t = operands(g, torch.float32, device)
     tiles = chosen(g, torch.float32, device)
-    tiles["wgrad"] = replace(tiles["wgrad"], splits=splits)
+    tiles["wgrad"] = replace(tiles["wgrad"], split_k=split_k)
     y, dx, dw, db, _ = results(g, t, tiles)
     assert (y.shape, dx.shape) == (g.y_shape, g.x_shape)
     assert torch.equal(dw, torch.zeros_like(t.w))
@@ -313,7 +313,7 @@ def test_tiles_are_valid_and_their_patches_ignore_the_batch(dtype, target):
         assert direction != "wgrad" or tile.patch[0] == 1
         more = replace(g, N=7 * g.N + 1)
         other = tile_of(direction, more, dtype, target, channels_last)
-        assert replace(other, rows=tile.rows, splits=tile.splits) == tile, (g, direction)
+        assert replace(other, rows=tile.rows, split_k=tile.split_k) == tile, (g, direction)
 
 
 def test_what_is_supported():

@@ -95,10 +95,10 @@ def assert_written_in_view_alone(t, name="result"):
     assert written == t.numel(), f"{name}: {written} elements are written, not {t.numel()}"
 
 
-def blocks(direction, box, *, columns=16, depth=16, splits=1):
+def blocks(direction, box, *, columns=16, depth=16, split_k=1):
     """A tile with this box; wgrad's rows are as many as its columns."""
     if direction == "wgrad":
-        return Tile(columns, columns, prod(box), splits=splits, box=box)
+        return Tile(columns, columns, prod(box), split_k=split_k, box=box)
     return Tile(prod(box), columns, depth, box=box)
 
 
@@ -178,13 +178,13 @@ def test_case_list(g, dtype, direction, device):
 def test_split_case_list(g, device):
     """Three parts, of which some are empty."""
     box = BOXES[CONV_CASES.index(g) % len(BOXES)]
-    assert_engine("wgrad", g, torch.bfloat16, device, blocks("wgrad", box, splits=3))
+    assert_engine("wgrad", g, torch.bfloat16, device, blocks("wgrad", box, split_k=3))
 
 
-@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("split_k", [2, 5])
 @pytest.mark.parametrize("g", params((STRIDED, POINTWISE)))
-def test_splits(g, splits, device):
-    assert_engine("wgrad", g, torch.float32, device, blocks("wgrad", (1, 2, 8), splits=splits))
+def test_splits(g, split_k, device):
+    assert_engine("wgrad", g, torch.float32, device, blocks("wgrad", (1, 2, 8), split_k=split_k))
 
 
 def test_what_is_refused():
@@ -463,15 +463,15 @@ def test_groups(g, dtype, direction, device):
 
 @pytest.mark.parametrize("g", params(GROUPS))
 def test_wgrad_of_groups_smaller_than_a_block(g, device):
-    tile = blocks("wgrad", (1, 8, 8), columns=64, splits=2)
+    tile = blocks("wgrad", (1, 8, 8), columns=64, split_k=2)
     assert_engine("wgrad", g, torch.bfloat16, device, tile)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("split_k", [1, 3])
 @pytest.mark.parametrize("g", params((STRIDED, GROUPS[1])))
-def test_weights_gradient_in_any_dense_strides(g, splits, device):
+def test_weights_gradient_in_any_dense_strides(g, split_k, device):
     t, _ = problem(g, torch.float32, device)
-    tile = blocks("wgrad", (2, 4, 8), splits=splits)
+    tile = blocks("wgrad", (2, 4, 8), split_k=split_k)
     expected = launch("wgrad", g, t, tile)["dw"]
     for axes in ((0, 2, 3, 1), (1, 0, 3, 2)):
         shape = [g.w_shape[axis] for axis in axes]
@@ -586,7 +586,7 @@ def test_places_are_apart_if_no_window_outside_the_result_meets_x(g, box):
 @pytest.mark.parametrize(("g", "direction"), params((PLAIN, STRIDED, POINTWISE), DIRECTIONS))
 def test_repeats_bit_for_bit(g, direction, device):
     t, _ = problem(g, torch.bfloat16, device)
-    tile = blocks(direction, (2, 8, 8), splits=2 if direction == "wgrad" else 1)
+    tile = blocks(direction, (2, 8, 8), split_k=2 if direction == "wgrad" else 1)
     first, second = (launch(direction, g, t, tile) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -801,17 +801,17 @@ def test_each_candidate_of_the_planner(g, dtype, direction, device):
     box=st.sampled_from((*BOXES, *ANY_BOX)),
     columns=st.sampled_from((16, 32)),
     depth=st.sampled_from((16, 32)),
-    splits=st.integers(1, 3),
+    split_k=st.integers(1, 3),
     seed=st.integers(0, 2**20),
 )
-def test_any_geometry(g, dtype, box, columns, depth, splits, seed, device):
+def test_any_geometry(g, dtype, box, columns, depth, split_k, seed, device):
     t = operands(g, dtype, device, seed=seed)
     right = references(g, t)
     for direction in DIRECTIONS:
         if supports(direction, g, dtype, "tf32"):
             tile = blocks(direction, box, columns=columns, depth=depth)
             if direction == "wgrad":
-                tile = replace(tile, splits=splits)
+                tile = replace(tile, split_k=split_k)
             results = launch(direction, g, t, tile)
             assert_right(results, right)
             for name, result in results.items():

@@ -81,7 +81,7 @@ TINY = {
     # Several programs along each axis, rows of the filter in parts, several turns.
     "fprop": (few_channels.ENGINE, Tile(64, 16, 16)),
     "dgrad": (few_channels.ENGINE, Tile(64, 4, 8)),
-    "wgrad": (few_channels.ENGINE, Tile(16, 16, 64, splits=3)),
+    "wgrad": (few_channels.ENGINE, Tile(16, 16, 64, split_k=3)),
 }
 
 
@@ -177,11 +177,11 @@ def test_tiles(g, direction, tile, device):
     check(g, t, chosen(g, torch.float16, device) | {direction: (few_channels.ENGINE, tile)})
 
 
-@pytest.mark.parametrize(("g", "dtype", "splits"), params(TYPICAL, (torch.float16,), (1, 2, 9)))
-def test_splits(g, dtype, splits, device):
+@pytest.mark.parametrize(("g", "dtype", "split_k"), params(TYPICAL, (torch.float16,), (1, 2, 9)))
+def test_splits(g, dtype, split_k, device):
     """One part, parts of several turns, and more parts than turns, so that some are empty."""
     tiles = chosen(g, dtype, device)
-    tiles["wgrad"] = changed(tiles["wgrad"], depth=16, splits=splits)
+    tiles["wgrad"] = changed(tiles["wgrad"], depth=16, split_k=split_k)
     check(g, operands(g, dtype, device), tiles)
 
 
@@ -207,10 +207,10 @@ def test_dgrad_adds_the_bias_of_a_transposed_convolution(g, dtype, device):
     assert_close(ours, reference, same_dtype, magnitude)
 
 
-@pytest.mark.parametrize(("g", "splits"), params(TYPICAL, (1, 3)))
-def test_a_gradient_alone_is_the_same(g, splits, device):
+@pytest.mark.parametrize(("g", "split_k"), params(TYPICAL, (1, 3)))
+def test_a_gradient_alone_is_the_same(g, split_k, device):
     t = operands(g, torch.float32, device)
-    tiles = {"wgrad": changed(TINY["wgrad"], splits=splits)}
+    tiles = {"wgrad": changed(TINY["wgrad"], split_k=split_k)}
     both = wgrad(t.x, t.dy, t.w, g, tiles)
     only_dw, nothing = wgrad(t.x, t.dy, t.w, g, tiles, db=False)
     assert nothing is None
@@ -281,13 +281,13 @@ def test_64_bit_offsets_change_nothing(g, device, monkeypatch):
         assert all(map(torch.equal, narrow, results(g, t, tiles)))
 
 
-@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("split_k", [1, 3])
 @pytest.mark.parametrize("g", params(TYPICAL))
-def test_no_images(g, splits, device):
+def test_no_images(g, split_k, device):
     empty = replace(g, N=0)
     t = operands(empty, torch.float32, device)
     tiles = chosen(empty, torch.float32, device)
-    tiles["wgrad"] = changed(tiles["wgrad"], splits=splits)
+    tiles["wgrad"] = changed(tiles["wgrad"], split_k=split_k)
     y, dx, dw, db, _ = results(empty, t, tiles)
     assert (y.shape, dx.shape) == (empty.y_shape, empty.x_shape)
     assert torch.equal(dw, torch.zeros_like(t.w))
@@ -426,7 +426,7 @@ def paired_wgrad_plans(g, dtype, device):
     """The chosen tile, and one of several programs, shares and patches; some shares are empty."""
     plan = chosen(g, dtype, device)["wgrad"]
     columns = max(16, paired_columns.segment(g))
-    return plan, (paired_columns.ENGINE, Tile(16, columns, 16, splits=3, patch=(4, 4)))
+    return plan, (paired_columns.ENGINE, Tile(16, columns, 16, split_k=3, patch=(4, 4)))
 
 
 def exact_wgrad(g, x, w, dy):
@@ -471,12 +471,12 @@ def test_gradients_of_pairs_expand_a_pooled_one(g, device):
     x, w, *_ = integers(g, torch.float16, device, "channels_last")
     pool = Pool2dGeometry(*g.y_shape, (3, 3), (2, 2), (1, 1))
     dy = random(pool.y_shape, x.dtype, device, seed=5).mul_(2).round_()
-    offsets = torch.randint(0, 9, pool.y_shape, dtype=torch.uint8, device=device)
+    argmax = torch.randint(0, 9, pool.y_shape, dtype=torch.uint8, device=device)
     dz, db = x.new_empty(g.y_shape), x.new_full((g.K,), torch.nan)
-    pool_gradient.write(dy, offsets, dz, None, pool)
+    pool_gradient.write(dy, argmax, dz, None, pool)
     for engine, tile in paired_wgrad_plans(g, x.dtype, device):
         dw = torch.full_like(w, torch.nan)
-        engine.launch(Wgrad(x, dy, dw, db, g, pooled=PoolGradient(pool, offsets)), tile)
+        engine.launch(Wgrad(x, dy, dw, db, g, pooled=PoolGradient(pool, argmax)), tile)
         assert all(map(torch.equal, (dw, db), exact_wgrad(g, x, w, dz)))
 
 

@@ -90,19 +90,19 @@ def test_same_keeps_the_size_and_full_reaches_each_touching_placement(size, kern
 
 @examples(100)
 @given(axes())
-def test_dgrad_walks_each_meeting_once_and_nothing_that_misses(axis):
+def test_dgrad_visits_each_meeting_once_and_nothing_that_misses(axis):
     size, kernel, stride, (before, _), dilation = axis
     count = conv_output_size(*axis)
-    walked, pixels = Counter(), Counter()
+    visited, pixels = Counter(), Counter()
     for t in dgrad_taps(size, kernel, stride, before, dilation):
         for i in range(t.count):
             pixels[t.first + t.stride * i] += 1
             for j in range(t.taps):
                 place = t.origin + i - t.step * j
                 if 0 <= place < count:
-                    walked[t.first + t.stride * i, t.tap + t.tap_step * j, place] += 1
+                    visited[t.first + t.stride * i, t.tap + t.tap_step * j, place] += 1
     assert pixels == Counter(range(size))
-    assert walked == meetings(*axis)
+    assert visited == meetings(*axis)
 
 
 @examples(100)
@@ -110,9 +110,9 @@ def test_dgrad_walks_each_meeting_once_and_nothing_that_misses(axis):
 def test_dgrad_skips_taps_that_can_never_contribute(axis):
     size, kernel, stride, (before, _), dilation = axis
     for t in dgrad_taps(size, kernel, stride, before, dilation):
-        walked = {t.tap + t.tap_step * j for j in range(t.taps)}
+        visited = {t.tap + t.tap_step * j for j in range(t.taps)}
         useful = {r for r in range(kernel) if (t.first + before - r * dilation) % stride == 0}
-        assert walked == useful
+        assert visited == useful
 
 
 def test_dgrad_is_the_product_of_its_axes():

@@ -110,25 +110,25 @@ def tile_for(direction, g: Pool2dGeometry, like: Tensor) -> Tile:
 
 
 def pool(x: Tensor, g: Pool2dGeometry, tile: Tile | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, offsets, indices) of the kernel."""
+    """(y, argmax, indices) of the kernel."""
     y = poisoned(g.y_shape, x.dtype, x)
-    offsets = poisoned(g.y_shape, max_pool.offset_dtype(g), x)
+    argmax = poisoned(g.y_shape, max_pool.argmax_dtype(g), x)
     indices = poisoned(g.y_shape, torch.int64, x)
-    max_pool.max_pool2d(x, g, y, offsets, indices, tile or tile_for("forward", g, x))
-    return y, offsets, indices
+    max_pool.max_pool2d(x, g, y, argmax, indices, tile or tile_for("forward", g, x))
+    return y, argmax, indices
 
 
 def pool_backward(
-    dy: Tensor, offsets: Tensor, g: Pool2dGeometry, tile: Tile | None = None
+    dy: Tensor, argmax: Tensor, g: Pool2dGeometry, tile: Tile | None = None
 ) -> Tensor:
-    dx = poisoned(g.x_shape, dy.dtype, offsets)
-    max_pool.max_pool2d_backward(dy, offsets, dx, g, tile or tile_for("backward", g, dx))
+    dx = poisoned(g.x_shape, dy.dtype, argmax)
+    max_pool.max_pool2d_backward(dy, argmax, dx, g, tile or tile_for("backward", g, dx))
     return dx
 
 
-def gather(ddx: Tensor, offsets: Tensor, g: Pool2dGeometry, tile: Tile | None = None) -> Tensor:
-    ddy = poisoned(g.y_shape, ddx.dtype, offsets)
-    max_pool.max_pool2d_gather(ddx, offsets, ddy, g, tile or tile_for("forward", g, ddy))
+def gather(ddx: Tensor, argmax: Tensor, g: Pool2dGeometry, tile: Tile | None = None) -> Tensor:
+    ddy = poisoned(g.y_shape, ddx.dtype, argmax)
+    max_pool.max_pool2d_gather(ddx, argmax, ddy, g, tile or tile_for("forward", g, ddy))
     return ddy
 
 
@@ -179,25 +179,25 @@ def assert_gradient(dx: Tensor, dy: Tensor, x: Tensor, g: Pool2dGeometry, indice
 def assert_forward_as_torch(
     x: Tensor, g: Pool2dGeometry, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and indices are torch's, exactly. Returns (y, offsets, indices) of the kernel."""
-    y, offsets, indices = pool(x, g, tile)
+    """Values and indices are torch's, exactly. Returns (y, argmax, indices) of the kernel."""
+    y, argmax, indices = pool(x, g, tile)
     expected, expected_indices = torch_pool(x, g)
     assert_same(y, expected)
     assert_same(indices, expected_indices)
-    return y, offsets, indices
+    return y, argmax, indices
 
 
 def assert_all_as_torch(
     x: Tensor, dy: Tensor, g: Pool2dGeometry, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Forward, backward and gather. Returns the offsets and dx, for further checks."""
-    _, offsets, indices = assert_forward_as_torch(x, g, tile)
-    dx = pool_backward(dy, offsets, g, tile)
+    """Forward, backward and gather. Returns the argmax and dx, for further checks."""
+    _, argmax, indices = assert_forward_as_torch(x, g, tile)
+    dx = pool_backward(dy, argmax, g, tile)
     assert_gradient(dx, dy, x, g, indices)
     ddx = random(g.x_shape, x.dtype, x.device, 2)
     winners = ddx.flatten(2).gather(2, indices.flatten(2)).view(g.y_shape)
-    assert_same(gather(ddx, offsets, g, tile), winners)
-    return offsets, dx
+    assert_same(gather(ddx, argmax, g, tile), winners)
+    return argmax, dx
 
 
 @pytest.mark.parametrize(
@@ -234,11 +234,11 @@ def test_channels_that_are_whole_vectors_and_others(channels, first, dtype, devi
     g = pool_case(2, channels, (5, 7), (3, 3), (2, 2), (1, 1))
     x = among_channels(tied(g, dtype, device), first)
     dy = among_channels(random(g.y_shape, dtype, device, 1), first)
-    offsets, dx = assert_all_as_torch(x, dy, g)
+    argmax, dx = assert_all_as_torch(x, dy, g)
     y, codes = (among_channels(poisoned(g.y_shape, t, x), first) for t in (dtype, torch.uint8))
     tile = max_pool.choose_tile("forward", g, True, describe(x.device))
     max_pool.max_pool2d(x, g, y, codes, None, tile)
-    assert_same(codes, offsets)
+    assert_same(codes, argmax)
     assert_same(y, torch_pool(x, g)[0])
     again = among_channels(poisoned(g.x_shape, dtype, x), first)
     tile = max_pool.choose_tile("backward", g, True, describe(x.device))
@@ -249,16 +249,16 @@ def test_channels_that_are_whole_vectors_and_others(channels, first, dtype, devi
 @pytest.mark.parametrize("kernel", [(2, 2), (3, 3), (5, 5)], ids=str)
 @pytest.mark.parametrize("none", [(255, torch.uint8), (65535, torch.uint16), (-1, torch.int16)])
 def test_a_window_without_a_winner_gives_no_gradient(kernel, none, device):
-    """Whatever its gradient is, and whichever integers hold the offsets."""
+    """Whatever its gradient is, and whichever integers hold the argmax."""
     g = pool_case(2, 5, (8, 9), kernel, (2, 2), (1, 1))
     x, dy = tied(g, torch.float32, device), random(g.y_shape, torch.float32, device, 1)
-    _, offsets, _ = pool(x, g)
+    _, argmax, _ = pool(x, g)
     lost = random(g.y_shape, torch.float32, device, 2) > 0
-    expected = pool_backward(dy.masked_fill(lost, 0), offsets, g)
+    expected = pool_backward(dy.masked_fill(lost, 0), argmax, g)
     code, dtype = none
-    offsets = torch.where(lost, code, offsets.to(torch.int32)).to(dtype)
-    assert_same(pool_backward(dy.masked_fill(lost, torch.nan), offsets, g), expected)
-    assert_same(gather(torch.full_like(x, torch.nan), offsets, g).isnan(), ~lost)
+    argmax = torch.where(lost, code, argmax.to(torch.int32)).to(dtype)
+    assert_same(pool_backward(dy.masked_fill(lost, torch.nan), argmax, g), expected)
+    assert_same(gather(torch.full_like(x, torch.nan), argmax, g).isnan(), ~lost)
 
 
 def test_a_worked_example(device):
@@ -266,22 +266,22 @@ def test_a_worked_example(device):
     x = torch.tensor(
         [[1, 2, 0, 1], [4, 4, 3, 0], [0, 1, 9, 5], [2, 2, 1, 0]], dtype=torch.float32, device=device
     ).view(g.x_shape)
-    y, offsets, indices = pool(x, g)
+    y, argmax, indices = pool(x, g)
     assert y.flatten().tolist() == [9, 9, 9, 9]
-    assert offsets.flatten().tolist() == [8, 7, 5, 4]
+    assert argmax.flatten().tolist() == [8, 7, 5, 4]
     assert indices.flatten().tolist() == [10, 10, 10, 10]
     dy = torch.tensor([[1, 2], [4, 8]], dtype=torch.float32, device=device).view(g.y_shape)
-    dx = pool_backward(dy, offsets, g)
+    dx = pool_backward(dy, argmax, g)
     assert dx.flatten().nonzero().flatten().tolist() == [10]
     assert dx[0, 0, 2, 2].item() == 15
-    assert gather(x * 2, offsets, g).flatten().tolist() == [18, 18, 18, 18]
+    assert gather(x * 2, argmax, g).flatten().tolist() == [18, 18, 18, 18]
 
 
 def test_of_equal_values_the_first_wins(device):
     g = pool_case(1, 2, (4, 6), (2, 3))
     x = torch.tensor([0.0, -0.0] * 24, device=device).view(g.x_shape)
-    _, offsets, _ = assert_forward_as_torch(x, g)
-    assert not offsets.any()
+    _, argmax, _ = assert_forward_as_torch(x, g)
+    assert not argmax.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -312,9 +312,9 @@ def test_windows_of_one_value(value, device):
     """Of NaNs the last pixel wins, of -inf the first inside the image; it gets the gradient."""
     g = pool_case(2, 3, (5, 6), (3, 3), (2, 2), (1, 1))
     x = torch.full(g.x_shape, value, device=device)
-    _, offsets, indices = assert_forward_as_torch(x, g)
+    _, argmax, indices = assert_forward_as_torch(x, g)
     dy = random(g.y_shape, torch.float32, device, 1)
-    assert_gradient(pool_backward(dy, offsets, g), dy, x, g, indices)
+    assert_gradient(pool_backward(dy, argmax, g), dy, x, g, indices)
 
 
 def test_values_just_outside_a_window_do_not_leak(device):
@@ -323,10 +323,10 @@ def test_values_just_outside_a_window_do_not_leak(device):
     for h in (0, 1, 3, 4):
         for w in (0, 1, 3, 4):
             x[:, :, h, w] = h - w
-    y, offsets, _ = assert_forward_as_torch(x, g)
+    y, argmax, _ = assert_forward_as_torch(x, g)
     assert y.isfinite().all()
     covered = x.isfinite()
-    dx = pool_backward(torch.full_like(y, torch.inf), offsets, g)
+    dx = pool_backward(torch.full_like(y, torch.inf), argmax, g)
     assert (dx[~covered] == 0).all()
     assert dx.isinf().sum() == y.numel()
 
@@ -347,14 +347,14 @@ def test_windows_without_a_pixel(g, dtype, device):
     The windows take rows -1, 1 and 3 of an image with row 0 alone.
     """
     none = {torch.uint8: 2**8 - 1, torch.uint16: 2**16 - 1, torch.int32: -1}
-    y, offsets, indices = pool(tied(g, dtype, device), g)
+    y, argmax, indices = pool(tied(g, dtype, device), g)
     assert (y == -torch.inf).all()
     assert (indices == -1).all()
-    assert (offsets.to(torch.int64) == none[max_pool.offset_dtype(g)]).all()
-    dx = pool_backward(torch.full_like(y, torch.nan), offsets, g)
+    assert (argmax.to(torch.int64) == none[max_pool.argmax_dtype(g)]).all()
+    dx = pool_backward(torch.full_like(y, torch.nan), argmax, g)
     assert_same(dx, torch.zeros(g.x_shape, dtype=dtype))
     ddx = torch.full(g.x_shape, torch.nan, dtype=dtype, device=device)
-    assert_same(gather(ddx, offsets, g), torch.zeros_like(y))
+    assert_same(gather(ddx, argmax, g), torch.zeros_like(y))
 
 
 @pytest.mark.parametrize(
@@ -367,8 +367,8 @@ def test_windows_without_a_pixel(g, dtype, device):
     ],
     ids=str,
 )
-def test_offset_dtype(kernel, dtype):
-    assert max_pool.offset_dtype(pool_case(1, 1, (300, 300), kernel)) == dtype
+def test_argmax_dtype(kernel, dtype):
+    assert max_pool.argmax_dtype(pool_case(1, 1, (300, 300), kernel)) == dtype
 
 
 @pytest.mark.parametrize(
@@ -381,17 +381,17 @@ def test_offset_dtype(kernel, dtype):
 )
 def test_large_windows(g, device):
     x = tied(g, torch.float32, device)
-    offsets, _ = assert_all_as_torch(x, random(g.y_shape, torch.float32, device, 1), g)
-    assert offsets.to(torch.int64).max() > torch.iinfo(torch.uint8).max
+    argmax, _ = assert_all_as_torch(x, random(g.y_shape, torch.float32, device, 1), g)
+    assert argmax.to(torch.int64).max() > torch.iinfo(torch.uint8).max
     if g.taps > 2**16:
-        assert offsets.to(torch.int64).max() > torch.iinfo(torch.uint16).max
+        assert argmax.to(torch.int64).max() > torch.iinfo(torch.uint16).max
 
 
 def test_results_that_are_not_wanted(device):
     x = tied(OVERLAPPING, torch.float32, device)
-    y, offsets, indices = pool(x, OVERLAPPING)
+    y, argmax, indices = pool(x, OVERLAPPING)
     for wants_offsets, wants_indices in ((False, False), (True, False), (False, True)):
-        poisons = [torch.full_like(t, 77) for t in (y, offsets, indices)]
+        poisons = [torch.full_like(t, 77) for t in (y, argmax, indices)]
         max_pool.max_pool2d(
             *(x, OVERLAPPING, poisons[0]),
             poisons[1] if wants_offsets else None,
@@ -399,16 +399,16 @@ def test_results_that_are_not_wanted(device):
             tile_for("forward", OVERLAPPING, x),
         )
         assert_same(poisons[0], y)
-        assert_same(poisons[1], offsets if wants_offsets else torch.full_like(offsets, 77))
+        assert_same(poisons[1], argmax if wants_offsets else torch.full_like(argmax, 77))
         assert_same(poisons[2], indices if wants_indices else torch.full_like(indices, 77))
 
 
 def test_an_empty_batch_launches_nothing(device):
     g = pool_case(0, 3, (5, 5), (2, 2))
     before = launches()
-    y, offsets, indices = pool(torch.empty(g.x_shape, device=device), g)
-    assert pool_backward(y, offsets, g).shape == g.x_shape
-    assert gather(torch.empty(g.x_shape, device=device), offsets, g).shape == g.y_shape
+    y, argmax, indices = pool(torch.empty(g.x_shape, device=device), g)
+    assert pool_backward(y, argmax, g).shape == g.x_shape
+    assert gather(torch.empty(g.x_shape, device=device), argmax, g).shape == g.y_shape
     assert unpool(y, indices, (5, 5)).shape == g.x_shape
     assert unpool_backward(torch.empty(g.x_shape, device=device), indices).shape == g.y_shape
     assert launches() == before
@@ -417,8 +417,8 @@ def test_an_empty_batch_launches_nothing(device):
 def test_two_runs_agree_bitwise(device):
     g = CASES[3]
     x, dy = tied(g, torch.float16, device), random(g.y_shape, torch.float16, device, 1)
-    _, offsets, _ = pool(x, g)
-    runs = [pool_backward(dy, offsets, g).view(torch.int16) for _ in range(2)]
+    _, argmax, _ = pool(x, g)
+    runs = [pool_backward(dy, argmax, g).view(torch.int16) for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -468,13 +468,13 @@ def test_any_geometry(g, dtype, layout, nan, seed, device):
     x = laid_out(tied(g, dtype, device, seed), layout)
     if nan and layout != "expanded":
         x[x > 1] = torch.nan
-    y, offsets, indices = pool(x, g)
+    y, argmax, indices = pool(x, g)
     expected, expected_indices = torch_pool(x, g)
     found = has_pixel(g)
     assert_same(y, expected.masked_fill(~found, -torch.inf))
     assert_same(indices, expected_indices.masked_fill(~found, -1))
     dy = laid_out(random(g.y_shape, dtype, device, seed + 1), layout)
-    dx = pool_backward(dy, offsets, g)
+    dx = pool_backward(dy, argmax, g)
     if found.all():
         assert_gradient(dx, dy, x, g, indices)
     else:
@@ -576,7 +576,8 @@ def test_unpool_backward_reads_nothing_outside(device):
 COMPILE_UNPOOL = """
 import torch
 from triton.backends.compiler import GPUTarget
-from kernels import device, max_pool
+from kernels import device
+from kernels.pool import max_unpool
 with device.compile_only(GPUTarget("cuda", 90, 32)) as compiled:
     x = torch.empty(1, 8, 4, 4, device="meta")
     max_unpool.max_unpool2d(x, x.to(torch.int64), torch.empty(1, 8, 8, 8, device="meta"))
@@ -638,12 +639,12 @@ def test_offsets_beyond_32_bits(axis, device):
 
     g = pool_case(3, 3, (3, 3), (3, 3), (1, 1), (1, 1))
     forward, backward = tile_for("forward", g, y), tile_for("backward", g, dx)
-    expected, offsets, indices = pool(values, g)
+    expected, argmax, indices = pool(values, g)
     max_pool.max_pool2d(x, g, y, None, None, forward)
     assert_same(y, expected)
-    max_pool.max_pool2d_backward(x, offsets, dx, g, backward)
-    assert_same(dx, pool_backward(values, offsets, g))
-    max_pool.max_pool2d_gather(x, offsets, ddy, g, forward)
+    max_pool.max_pool2d_backward(x, argmax, dx, g, backward)
+    assert_same(dx, pool_backward(values, argmax, g))
+    max_pool.max_pool2d_gather(x, argmax, ddy, g, forward)
     assert_same(ddy, expected)
     max_unpool.max_unpool2d(x, indices, z)
     assert_same(z, unpool(values, indices, (3, 3)))

@@ -82,13 +82,13 @@ def test_wgrad_splits_its_pixels_until_the_device_is_full():
     g = LAYERS["3x3"]
     tile = planner.plan(Problem("wgrad", g, torch.bfloat16, "ieee", H100, "channels_last")).tile
     programs, turns = cost_model.wgrad_work(g, tile)
-    assert programs * tile.splits >= H100.multiprocessors
-    assert turns // tile.splits >= 8
+    assert programs * tile.split_k >= H100.multiprocessors
+    assert turns // tile.split_k >= 8
     tiny = replace(g, N=1, H=4, W=4)
     assert (
         planner.plan(
             Problem("wgrad", tiny, torch.bfloat16, "ieee", H100, "channels_last")
-        ).tile.splits
+        ).tile.split_k
         == 1
     )
 
@@ -100,7 +100,7 @@ def test_wgrad_splits_its_pixels_until_the_device_is_full():
         (Tile(128, 128, 64, stages=8), "shared memory"),
         (Tile(256, 256, 32, warps=4), "registers"),
         (Tile(64, 64, 0), "no depth"),
-        (Tile(64, 64, 32, splits=0), "no part"),
+        (Tile(64, 64, 32, split_k=0), "no part"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -162,7 +162,7 @@ def test_engine_and_order_do_not_depend_on_the_batch(suite, direction):
             for N in (1, 2, 7, 64, 513)
         ]
         assert len({(plan.engine, plan.tile.depth, plan.tile.packed) for plan in plans}) == 1
-        assert {plan.tile.splits for plan in plans} == {1}
+        assert {plan.tile.split_k for plan in plans} == {1}
 
 
 # The weight's gradient: boxes with one long axis, and an engine that no batch changes.
@@ -191,7 +191,7 @@ def test_wgrad_has_boxes_of_one_long_axis_and_one_engine(problem, batch, size):
     g, dtype, precision = problem
     rest = (dtype, precision, H100, "aligned")
     family = {
-        (plan.engine, replace(plan.tile, splits=min(2, plan.tile.splits)))
+        (plan.engine, replace(plan.tile, split_k=min(2, plan.tile.split_k)))
         for plan in planner.family(Problem("wgrad", g, *rest))
     }
     for tile in [tile for _, tile in family if tile.box]:
@@ -202,7 +202,7 @@ def test_wgrad_has_boxes_of_one_long_axis_and_one_engine(problem, batch, size):
     assert chosen.engine is other.engine is engine
     resized = planner.plan(Problem("wgrad", replace(g, N=batch, H=size[0], W=size[1]), *rest))
     for plan in (chosen, other, resized):
-        assert (plan.engine, replace(plan.tile, splits=min(2, plan.tile.splits))) in family
+        assert (plan.engine, replace(plan.tile, split_k=min(2, plan.tile.split_k))) in family
 
 
 MAPS = (

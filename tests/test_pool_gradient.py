@@ -89,7 +89,7 @@ def unfused(g: Conv2dGeometry, pool: Pool2dGeometry, x: Tensor, w: Tensor, bias:
 
 
 def problem(g: Conv2dGeometry, pool: Pool2dGeometry):
-    """(x, w, dy, offsets) and the gradients of x, w and bias, all in float64."""
+    """(x, w, dy, argmax) and the gradients of x, w and bias, all in float64."""
     inputs = [integers(shape, i) for i, shape in enumerate((g.x_shape, g.w_shape, (g.K,)))]
     leaves = [t.requires_grad_() for t in inputs]
     z, y = unfused(g, pool, *leaves)
@@ -113,10 +113,10 @@ def case_and_run(value) -> str:
 @pytest.mark.parametrize(("g", "window"), CASES, ids=case_and_run)
 def test_gradients_of_a_convolution_that_was_pooled(g, window, dtype, layout, device):
     pool = pool_of(g, window)
-    (x, w, dy, offsets), right = problem(g, pool)
+    (x, w, dy, argmax), right = problem(g, pool)
     x, w, dy = (laid_out(t.to(device, dtype), layout) for t in (x, w, dy))
-    offsets = in_strides(offsets.to(device), layout == "channels_last")
-    won = PoolGradient(pool, offsets)
+    argmax = in_strides(argmax.to(device), layout == "channels_last")
+    won = PoolGradient(pool, argmax)
 
     if g.C > 4:
         dx = poisoned(g.x_shape, dtype, device, layout)
@@ -136,20 +136,20 @@ def test_it_is_the_backward_of_pooling_bit_for_bit(window, dtype, layout, device
     pool = Pool2dGeometry(2, 5, 9, 11, *window)
     z = random(pool.x_shape, dtype, device, 0)
     dy = laid_out(random(pool.y_shape, dtype, device, 1), layout)
-    offsets = winners(z, pool)
+    argmax = winners(z, pool)
     right = poisoned(pool.x_shape, dtype, device)
     tile = max_pool.choose_tile("backward", pool, False, describe(device))
-    max_pool.max_pool2d_backward(dy, offsets, right, pool, tile)
+    max_pool.max_pool2d_backward(dy, argmax, right, pool, tile)
 
     dz, db = poisoned(pool.x_shape, dtype, device, layout), poisoned((5,), dtype, device)
-    pool_gradient.write(dy, offsets, dz, db, pool)
+    pool_gradient.write(dy, argmax, dz, db, pool)
     assert torch.equal(dz, right)
     assert_sums(db, dz)
     if dz._base is not None:
         assert (~dz._base.isnan()).sum() == dz.numel()
 
     again = torch.full_like(dz, torch.nan)
-    pool_gradient.write(dy, offsets, again, None, pool)
+    pool_gradient.write(dy, argmax, again, None, pool)
     assert torch.equal(again, dz)
 
 
@@ -165,16 +165,16 @@ def assert_sums(db: Tensor, dz: Tensor) -> None:
 @pytest.mark.parametrize("window", POOLS[:2], ids=case_and_run)
 def test_gradients_are_those_of_the_written_map_bit_for_bit(window, dtype, device):
     g = conv_case(2, 6, (7, 8), 9, (3, 2), padding=(1, 1, 1, 0))
-    tile = Tile(64, 64, 64, packed=True, splits=2)
+    tile = Tile(64, 64, 64, packed=True, split_k=2)
     pool = pool_of(g, window)
     x, w, z, dy = (
         random(shape, dtype, device, i)
         for i, shape in enumerate((g.x_shape, g.w_shape, g.y_shape, pool.y_shape))
     )
-    offsets, dz = winners(z, pool), poisoned(g.y_shape, dtype, device)
-    pool_gradient.write(dy, offsets, dz, None, pool)
+    argmax, dz = winners(z, pool), poisoned(g.y_shape, dtype, device)
+    pool_gradient.write(dy, argmax, dz, None, pool)
     results = []
-    for gradient, won in ((dz, None), (dy, PoolGradient(pool, offsets))):
+    for gradient, won in ((dz, None), (dy, PoolGradient(pool, argmax))):
         dx, dw = poisoned(g.x_shape, dtype, device), poisoned(g.w_shape, dtype, device)
         db = poisoned((g.K,), dtype, device)
         implicit_gemm.dgrad(Dgrad(gradient, w, dx, g, pooled=won), tile)
@@ -188,8 +188,8 @@ def test_a_pooled_gradient_by_hand(device):
     pool = Pool2dGeometry(1, 1, 1, 7, (1, 3), (1, 2))
     dy = torch.tensor([[[[2.0, 3.0, 5.0]]]], device=device)
     dz, db = poisoned(pool.x_shape, dy.dtype, device), poisoned((1,), dy.dtype, device)
-    offsets = torch.tensor([[[[2, 0, 255]]]], dtype=torch.uint8, device=device)
-    pool_gradient.write(dy, offsets, dz, db, pool)
+    argmax = torch.tensor([[[[2, 0, 255]]]], dtype=torch.uint8, device=device)
+    pool_gradient.write(dy, argmax, dz, db, pool)
     assert dz.flatten().tolist() == [0, 0, 5, 0, 0, 0, 0]
     assert db.tolist() == [5]
 
@@ -200,11 +200,11 @@ def test_a_window_of_more_than_255_taps(device):
     (x, w, dy, _), right = problem(g, pool)
     x, w, dy = (t.to(device, torch.float32) for t in (x, w, dy))
     bias = integers((g.K,), 2).to(device, torch.float32)
-    offsets = winners(unfused(g, pool, x, w, bias)[0], pool, -1, torch.int16)
-    assert offsets.max() > 255
+    argmax = winners(unfused(g, pool, x, w, bias)[0], pool, -1, torch.int16)
+    assert argmax.max() > 255
     dx = poisoned(g.x_shape, dy.dtype, device)
     engine, tile = planned("dgrad", g, dy.dtype, device)
-    engine.launch(Dgrad(dy, w, dx, g, pooled=PoolGradient(pool, offsets)), tile)
+    engine.launch(Dgrad(dy, w, dx, g, pooled=PoolGradient(pool, argmax)), tile)
     assert torch.equal(dx.cpu(), right[0].float())
 
 
@@ -212,13 +212,13 @@ def test_a_window_of_more_than_255_taps(device):
 def test_what_is_not_finite_goes_to_the_winner_alone(window, device):
     pool = Pool2dGeometry(1, 2, 6, 6, *window)
     z = random(pool.x_shape, torch.float32, device, 0)
-    offsets, dy = winners(z, pool), torch.zeros(pool.y_shape, device=device)
+    argmax, dy = winners(z, pool), torch.zeros(pool.y_shape, device=device)
     dy[0, 0, 1, 1], dy[0, 0, 1, 2] = torch.nan, torch.inf
     dy[0, 1] = torch.nan
-    offsets[0, 0, 1, 1:] = torch.tensor([0, 1], device=device)
-    offsets[0, 1] = 255
+    argmax[0, 0, 1, 1:] = torch.tensor([0, 1], device=device)
+    argmax[0, 1] = 255
     dz, db = poisoned(pool.x_shape, dy.dtype, device), poisoned((2,), dy.dtype, device)
-    pool_gradient.write(dy, offsets, dz, db, pool)
+    pool_gradient.write(dy, argmax, dz, db, pool)
     assert dz[0, 0].isnan().sum() == 1
     assert dz[0, 0].isinf().sum() == 1
     assert not dz[0, 1].any()

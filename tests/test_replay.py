@@ -230,12 +230,12 @@ def test_descriptors_are_made_over_the_new_tensors(direction):
     def pooled(x, w):
         pool = Pool2dGeometry(*y_shape, (2, 2), (2, 2), (0, 0))
         y = replay.new(x, pool.y_shape, random(*pool.y_shape).stride())
-        offsets = replay.new(y, y.shape, y.stride(), torch.uint8)
+        argmax = replay.new(y, y.shape, y.stride(), torch.uint8)
         tile = conv_pool.descriptor_gemm.tiles(
             Problem("fprop", g, dtype, "ieee", HOPPER, "aligned"), pool
         )[0]
-        conv_pool.descriptor_gemm.ENGINE.launch(PooledConv(x, w, None, y, offsets, g, pool), tile)
-        return y, offsets
+        conv_pool.descriptor_gemm.ENGINE.launch(PooledConv(x, w, None, y, argmax, g, pool), tile)
+        return y, argmax
 
     function = {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad, "pooled": pooled}[direction]
     left, right = {"dgrad": (y_shape, w_shape), "wgrad": (x_shape, y_shape)}.get(

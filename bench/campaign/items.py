@@ -48,7 +48,7 @@ class Forced(NamedTuple):
     def __str__(self) -> str:
         box = "x".join(map(str, self.tile.box or "-"))
         stages = f"{self.tile.warps}w{self.tile.stages}s"
-        return f"{self.engine} {selection.tile_text(self.tile)} {box} {stages}/{self.tile.splits}"
+        return f"{self.engine} {selection.tile_text(self.tile)} {box} {stages}/{self.tile.split_k}"
 
 
 @dataclass(frozen=True)
@@ -149,14 +149,14 @@ def _directions(
 
 
 def _family(
-    direction: Direction, name: str, g: suites.Geometry, dtype: str, here: Device, splits: int
+    direction: Direction, name: str, g: suites.Geometry, dtype: str, here: Device, split_k: int
 ) -> Iterator[Check]:
-    """Every tile that some batch and image size of a layer may get, of one number of splits."""
+    """Every tile that some batch and image size of a layer may get, of one ``split_k``."""
     assert isinstance(g, Conv2dGeometry)
     kind = DTYPES[dtype]
     problem = Problem(direction, g, kind.torch, kind.precision, here, "aligned")
     for plan in planner.family(problem):
-        if plan.tile.splits == splits:
+        if plan.tile.split_k == split_k:
             forced = Forced(plan.engine.name, plan.tile)
             yield Check(name, OPERATORS[direction], g, dtype, forced=forced)
 
@@ -280,7 +280,7 @@ def _timings(here: Device, small: bool) -> Iterator[Timing]:
 
 def _best_tiles(direction: Direction, g: Conv2dGeometry, here: Device) -> list[Forced]:
     """The best predicted of each kind of tile, rows and columns; if these are too few, the best of
-    the others, which differ from them in their boxes or splits.
+    the others, which differ from them in their boxes or ``split_k``.
     """
     kind = DTYPES["bf16"]
     best: dict[tuple, Forced] = {}

@@ -105,9 +105,9 @@ def _geometry(g: Conv2dGeometry) -> tuple[Any, ...]:
 def _pool_call(check: Check, source: Source, g: Pool2dGeometry) -> Call:
     x, dy = source.images(g.x_shape), source.images(g.y_shape)
     window = g.kernel, g.stride, g.padding, g.dilation, g.ceil_mode
-    offsets = source.derived(
+    argmax = source.derived(
         dy,
-        max_pool.offset_dtype(g),
+        max_pool.argmax_dtype(g),
         lambda: references.max_pool2d(x.float(), *window, True, False)[1],
     )
     if check.operator.startswith("max_unpool2d"):
@@ -119,8 +119,8 @@ def _pool_call(check: Check, source: Source, g: Pool2dGeometry) -> Call:
         return Call((x, indices), ())
     return {
         "max_pool2d": Call((x,), (*window, True, True)),
-        "max_pool2d_backward": Call((dy, offsets), ((g.H, g.W), *window, check.channels_last)),
-        "max_pool2d_gather": Call((x, offsets), window),
+        "max_pool2d_backward": Call((dy, argmax), ((g.H, g.W), *window, check.channels_last)),
+        "max_pool2d_gather": Call((x, argmax), window),
     }[check.operator]
 
 
@@ -131,13 +131,13 @@ def _block_call(check: Check, source: Source, block: suites.Block) -> Call:
     numbers = *_geometry(g), source.dtype.precision, pool.kernel, pool.stride, pool.padding
     if check.operator == "conv2d_relu_max_pool2d":
         return Call((x, w, bias), (*numbers, True))
-    offsets = source.derived(
+    argmax = source.derived(
         dy,
-        max_pool.offset_dtype(pool),
+        max_pool.argmax_dtype(pool),
         lambda: references.conv2d_relu_max_pool2d(
             x.float(), w.float(), bias.float(), *numbers, True
         )[1],
     )
     wanted = g.C > 4, True, True  # an image needs no gradient
     sizes = (g.H, g.W), w.shape, w.stride()
-    return Call((dy, offsets, x, w), (*sizes, *numbers, check.channels_last, wanted))
+    return Call((dy, argmax, x, w), (*sizes, *numbers, check.channels_last, wanted))

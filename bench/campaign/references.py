@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.aten import conv2d, conv2d_dgrad, conv2d_wgrad
-from kernels.geometry import Pool2dGeometry, conv_places
-from kernels.pool.max_pool import offset_dtype
+from kernels.geometry import Pool2dGeometry, conv_output_sizes
+from kernels.pool.max_pool import argmax_dtype
 
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad"]
 
@@ -47,10 +47,10 @@ def _taps(g: Pool2dGeometry) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def _winners(g: Pool2dGeometry, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _winners(g: Pool2dGeometry, argmax: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices[N, C, P * Q] of the winning pixels, and where a window has one at all."""
-    taps = offsets.to(torch.int64)
-    found = taps < g.taps if offsets.dtype != torch.int32 else taps >= 0
+    taps = argmax.to(torch.int64)
+    found = taps < g.taps if argmax.dtype != torch.int32 else taps >= 0
     rows, columns = _taps(g)
     first = rows[:, :1] * g.W + columns[:, 0]  # [P, Q], may lie outside
     apart = (rows[0, :, None] * g.W + columns[0]).flatten() - first[0, 0]  # [R * S]
@@ -59,7 +59,7 @@ def _winners(g: Pool2dGeometry, offsets: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(found, winners, 0).flatten(2), found
 
 
-def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices):
+def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, argmax, indices):
     g = _geometry(x.shape, kernel, stride, padding, dilation, ceil_mode)
     y, flat = torch.ops.aten.max_pool2d_with_indices(
         x, kernel, stride, padding, dilation, ceil_mode
@@ -72,25 +72,25 @@ def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, offsets, indices
     r = (flat // g.W - rows[:, :1]) // g.dilation[0]
     s = (flat % g.W - columns[:, 0]) // g.dilation[1]
     # No pixel at all is -1, which is the largest number of an unsigned dtype.
-    taps = torch.where(inside, r * g.kernel[1] + s, -1).to(offset_dtype(g))
+    taps = torch.where(inside, r * g.kernel[1] + s, -1).to(argmax_dtype(g))
     flat = torch.where(inside, flat, -1)
     return (
         y.masked_fill(~inside, -torch.inf),
-        taps if offsets else taps.new_empty(0),
+        taps if argmax else taps.new_empty(0),
         flat if indices else flat.new_empty(0),
     )
 
 
-def max_pool2d_backward(dy, offsets, size, *window_and_layout):
+def max_pool2d_backward(dy, argmax, size, *window_and_layout):
     g = _geometry((*dy.shape[:2], *size), *window_and_layout[:-1])
-    flat, found = _winners(g, offsets)
+    flat, found = _winners(g, argmax)
     dx = dy.new_zeros((g.N, g.C, g.H * g.W))
     return dx.scatter_add_(2, flat, torch.where(found, dy, 0).flatten(2)).view(g.x_shape)
 
 
-def max_pool2d_gather(ddx, offsets, *window):
+def max_pool2d_gather(ddx, argmax, *window):
     g = _geometry(ddx.shape, *window)
-    flat, found = _winners(g, offsets)
+    flat, found = _winners(g, argmax)
     return torch.where(found, ddx.flatten(2).gather(2, flat).view(g.y_shape), 0)
 
 
@@ -106,19 +106,19 @@ def max_unpool2d_backward(dy, indices):
 
 
 def conv2d_relu_max_pool2d(x, w, bias, *arguments):
-    *convolution, kernel, step, margin, offsets = arguments
+    *convolution, kernel, step, margin, argmax = arguments
     z = conv2d(x, w, bias, None, *convolution, True)
     y, taps, _ = max_pool2d(z, kernel, step, margin, (1, 1), False, True, False)
     taps = torch.where(y <= 0, -1, taps.to(torch.int64)).to(taps.dtype)
-    return y, taps if offsets else taps.new_empty(0)
+    return y, taps if argmax else taps.new_empty(0)
 
 
-def conv2d_relu_max_pool2d_backward(dy, offsets, x, w, size, w_size, w_strides, *arguments):
+def conv2d_relu_max_pool2d_backward(dy, argmax, x, w, size, w_size, w_strides, *arguments):
     *convolution, kernel, step, margin, channels_last, wanted = arguments
     stride, padding, dilation, *_ = convolution
-    places = conv_places(size, w_size[2:], stride, padding, dilation)
+    places = conv_output_sizes(size, w_size[2:], stride, padding, dilation)
     window = kernel, step, margin, (1, 1), False
-    dz = max_pool2d_backward(dy, offsets, places, *window, channels_last)
+    dz = max_pool2d_backward(dy, argmax, places, *window, channels_last)
     dx, dw, db = (dy.new_empty(0) for _ in range(3))
     if wanted[0]:
         dx = conv2d_dgrad(dz, w, None, size, *convolution, channels_last)

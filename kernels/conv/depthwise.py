@@ -40,7 +40,7 @@ from ..tile import INTERPRETER_ELEMENTS, Tile
 from .engine import Dgrad, Engine, Fprop, Wgrad
 
 
-class _AxisWalk(NamedTuple):
+class _AxisMap(NamedTuple):
     """Place p meets tap r in row (p * stride + origin) / every + r * step of x, and is row
     p * y_step + y_first of y. A patch's places are ``spacing`` apart; the first patch starts
     ``shift`` places before the first.
@@ -167,7 +167,7 @@ def depthwise_kernel(
     y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; encoded
     reduction,  # K, REPEAT, R, S; the first tap, and the steps between rows and columns
-    down,  # the _AxisWalk of p
+    down,  # the _AxisMap of p
     across,  # of q
     RELU: tl.constexpr,
     INT64_INDEX: tl.constexpr,
@@ -190,7 +190,7 @@ def depthwise_kernel(
     COLUMN_PLACES: tl.constexpr = LINES.columns.places
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q, column_strips, row_strips, turns = decode_ints(sizes)
+    N, H, W, P, Q, column_strips, row_strips, patches_per_strip = decode_ints(sizes)
     K, REPEAT, R, S, first, r_step, s_step = reduction
     K = K // UNIT * UNIT
     spacing_p, shift_p, stride_h, origin_h, step_h, step_p, first_p = down
@@ -218,8 +218,8 @@ def depthwise_kernel(
     start = tl.zeros((ROWS, COLUMNS), ACC)
     if bias_ptr is not None:
         start += upcast(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
-    for turn in loop(turns):
-        p0 = strip * turns + turn
+    for turn in loop(patches_per_strip):
+        p0 = strip * patches_per_strip + turn
         p0 = p0 // spacing_p * (spacing_p * ROW_PLACES) + p0 % spacing_p - shift_p
         h0 = (p0 * stride_h + origin_h) // LINES.rows.every
         sums = ()
@@ -257,20 +257,20 @@ def sum_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.sum(tl.reshape(flat, (COLUMNS, ROWS)), axis=1)[None, :]
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["split_k"])
 def depthwise_wgrad_kernel(
     x_ptr,  # [N, channels, H, W]
     dy_ptr,  # [N, K, P, Q]
-    dw_ptr,  # [splits, K, 1, R, S] or None
-    db_ptr,  # [splits, K] or None
+    dw_ptr,  # [split_k, K, 1, R, S] or None
+    db_ptr,  # [split_k, K] or None
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, 1, r, s
     sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; encoded
     reduction,  # K, REPEAT, R, S and what depthwise_kernel takes besides
-    down,  # the _AxisWalk of p
+    down,  # the _AxisMap of p
     across,  # of q
-    splits,
+    split_k,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Block
     LINES: tl.constexpr,  # the _Lines of a program
@@ -289,7 +289,7 @@ def depthwise_wgrad_kernel(
     PLACES: tl.constexpr = LINES.columns.places
     TAPS: tl.constexpr = R_TAPS * S_TAPS if dw_ptr is not None else 0
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    N, H, W, P, Q, column_strips, row_strips, turns = decode_ints(sizes)
+    N, H, W, P, Q, column_strips, row_strips, patches_per_strip = decode_ints(sizes)
     K, REPEAT, R, S, _, _, _ = reduction
     K = K // UNIT * UNIT
     _, _, stride_h, origin_h, step_h, _, _ = down
@@ -308,7 +308,7 @@ def depthwise_wgrad_kernel(
     r0 = part // (S // S_TAPS) * R_TAPS
     s0 = part % (S // S_TAPS) * S_TAPS
     split = pid // (column_tiles * parts)
-    blocks = tl.cdiv(tl.cdiv((pid * 0 + N) * column_strips * row_strips, ROWS), splits)
+    blocks = tl.cdiv(tl.cdiv((pid * 0 + N) * column_strips * row_strips, ROWS), split_k)
     x_ptr += k // REPEAT * x_strides.c
     dy_ptr += k * dy_strides.c
 
@@ -321,8 +321,8 @@ def depthwise_wgrad_kernel(
         n, strip, q0 = pixel(strip, column_strips, row_strips)
         q0 = q0 // spacing * (spacing * PLACES) + q0 % spacing
         w0 = q0 * stride_w + origin_w + s0 * step_w
-        for turn in loop(turns):
-            p = strip * turns + turn
+        for turn in loop(patches_per_strip):
+            p = strip * patches_per_strip + turn
             h0 = p * stride_h + origin_h + r0 * step_h
             mask = (n < N) & (p < P) & k_mask
             dys = ()
@@ -376,15 +376,15 @@ class _Axis(NamedTuple):
     tap_step: int
     apart: int
     every: int
-    walk: _AxisWalk
+    index_map: _AxisMap
 
 
 def _forward_axis(g: Conv2dGeometry, axis: int) -> _Axis:
     size, places = ((g.H, g.P), (g.W, g.Q))[axis]
     stride, dilation, (before, _) = g.stride[axis], g.dilation[axis], g.padding[axis]
     shared = gcd(stride, dilation)
-    walk = _AxisWalk(dilation // shared, 0, stride, -before, dilation, 1, 0)
-    return _Axis(size, places, g.kernel[axis], 0, 1, stride // shared, 1, walk)
+    index_map = _AxisMap(dilation // shared, 0, stride, -before, dilation, 1, 0)
+    return _Axis(size, places, g.kernel[axis], 0, 1, stride // shared, 1, index_map)
 
 
 def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
@@ -395,17 +395,17 @@ def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
     size, places = ((g.P, g.H), (g.Q, g.W))[axis]
     taps, stride, (before, _) = g.kernel[axis], g.stride[axis], g.padding[axis]
     origin = before - (taps - 1)
-    walk = _AxisWalk(1, origin % stride, 1, origin, 1, 1, 0)
-    return _Axis(size, places, taps, taps - 1, -1, 1, stride, walk)
+    index_map = _AxisMap(1, origin % stride, 1, origin, 1, 1, 0)
+    return _Axis(size, places, taps, taps - 1, -1, 1, stride, index_map)
 
 
 def _phase_axis(taps: Taps, size: int) -> _Axis:
     """One phase of dx: a convolution of stride 1 with taps of its own, flipped."""
     last = taps.taps - 1
     origin = taps.origin - last * taps.step
-    walk = _AxisWalk(taps.step, 0, 1, origin, taps.step, taps.stride, taps.first)
+    index_map = _AxisMap(taps.step, 0, 1, origin, taps.step, taps.stride, taps.first)
     first_tap = taps.tap + last * taps.tap_step
-    return _Axis(size, taps.count, taps.taps, first_tap, -taps.tap_step, 1, 1, walk)
+    return _Axis(size, taps.count, taps.taps, first_tap, -taps.tap_step, 1, 1, index_map)
 
 
 _HELD = 96  # registers of a thread that hold taps
@@ -434,7 +434,7 @@ def _axes(
     return [(_phase_axis(row, g.P), _phase_axis(column, g.Q)) for row, column in g.dgrad()]
 
 
-class _Walk(NamedTuple):
+class _Launch(NamedTuple):
     """What distinguishes one launch from another, besides its tensors."""
 
     strips: int
@@ -445,18 +445,18 @@ class _Walk(NamedTuple):
 _TURNS = 8  # patches of a strip, at most: they share rows of pixels through L1
 
 
-def _walks(
+def _launches(
     direction: Direction, g: Conv2dGeometry, tile: Tile, itemsize: int, multiprocessors: int
-) -> tuple[_Walk, ...]:
+) -> tuple[_Launch, ...]:
     K, repeat = (g.C, 1) if direction == "dgrad" else (g.K, g.K // g.C)
-    walks = []
+    launches = []
     for row, column in _axes(direction, g, tile, itemsize):
         R, S = _turn_taps(row.taps, column.taps, tile, itemsize)
         patches = _patches(row, tile.patch[0])
         row_strips = _patches(column, tile.patch[1])
         programs = cdiv(g.N * patches * row_strips, tile.rows) * cdiv(K, tile.columns)
-        turns = max(1, min(patches, _TURNS, programs // (8 * multiprocessors)))
-        column_strips = cdiv(patches, turns)
+        patches_per_strip = max(1, min(patches, _TURNS, programs // (8 * multiprocessors)))
+        column_strips = cdiv(patches, patches_per_strip)
         sizes = (g.N, row.size, column.size, row.places, column.places)
         first_tap = row.first_tap * g.S + column.first_tap
         tap_steps = row.tap_step * g.S, column.tap_step
@@ -466,20 +466,20 @@ def _walks(
             columns=_Line(width, S, column.apart, column.every),
         )
         arguments = {
-            "sizes": encode_ints((*sizes, column_strips, row_strips, turns)),
+            "sizes": encode_ints((*sizes, column_strips, row_strips, patches_per_strip)),
             "reduction": (K, repeat, row.taps, column.taps, first_tap, *tap_steps),
-            "down": tuple(row.walk),
-            "across": tuple(column.walk),
+            "down": tuple(row.index_map),
+            "across": tuple(column.index_map),
             "LINES": lines,
         }
-        walks.append(_Walk(g.N * column_strips * row_strips, lines, arguments))
-    return tuple(walks)
+        launches.append(_Launch(g.N * column_strips * row_strips, lines, arguments))
+    return tuple(launches)
 
 
 def _patches(axis: _Axis, places: int) -> int:
     """How many patches cover an axis; where a patch's places lie apart, others lie between them."""
-    spacing = axis.walk.spacing
-    return cdiv(axis.places + axis.walk.shift, places * spacing) * spacing
+    spacing = axis.index_map.spacing
+    return cdiv(axis.places + axis.index_map.shift, places * spacing) * spacing
 
 
 def _unit(channels: int, *tensors: Tensor | None) -> int:
@@ -512,15 +512,15 @@ def _convolve(
     fold = g.K // g.C if direction == "dgrad" else 1
     block = _Block(tile.rows, tile.columns, _unit(K, x, residual, y), fold)
     multiprocessors = device.describe(x.device).multiprocessors
-    for walk in _walks(direction, g, tile, x.element_size(), multiprocessors):
+    for launch in _launches(direction, g, tile, x.element_size(), multiprocessors):
         device.launch(
             depthwise_kernel,
-            (cdiv(walk.strips, tile.rows) * cdiv(K, tile.columns),),
+            (cdiv(launch.strips, tile.rows) * cdiv(K, tile.columns),),
             device=x.device,
             **operands(x=x),
             w_ptr=taps,
             **results(epilogue, y),
-            **walk.arguments,
+            **launch.arguments,
             INT64_INDEX=wide,
             TILE=block,
             num_warps=tile.warps,
@@ -544,22 +544,22 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
 def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,1,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    The strips are summed in ``tile.splits`` parts, which a second pass adds in a fixed order.
+    The strips are summed in ``tile.split_k`` parts, which a second pass adds in a fixed order.
     """
     x, dy, g = call.x, call.dy, call.g
     _, K, P, Q = dy.shape
     multiprocessors = device.describe(x.device).multiprocessors
-    (walk,) = _walks("wgrad", g, tile, x.element_size(), multiprocessors)
-    tap_parts = 1 if call.dw is None else _tap_parts(g, walk)
-    with gradients(call.dw, call.db, tile.splits) as parts:
+    (launch,) = _launches("wgrad", g, tile, x.element_size(), multiprocessors)
+    tap_parts = 1 if call.dw is None else _tap_parts(g, launch)
+    with gradients(call.dw, call.db, tile.split_k) as parts:
         device.launch(
             depthwise_wgrad_kernel,
-            (cdiv(K, tile.columns) * tap_parts * tile.splits,),
+            (cdiv(K, tile.columns) * tap_parts * tile.split_k,),
             device=x.device,
             **operands(x=x, dy=dy),
             **parts,
-            **walk.arguments,
-            splits=tile.splits,
+            **launch.arguments,
+            split_k=tile.split_k,
             INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"]),
             TILE=_Block(tile.rows, tile.columns, _unit(K, x, dy), fold=1),
             num_warps=tile.warps,
@@ -568,9 +568,9 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
         )
 
 
-def _tap_parts(g: Conv2dGeometry, walk: _Walk) -> int:
+def _tap_parts(g: Conv2dGeometry, launch: _Launch) -> int:
     """Among how many programs wgrad divides the taps."""
-    return g.R // walk.lines.rows.taps * (g.S // walk.lines.columns.taps)
+    return g.R // launch.lines.rows.taps * (g.S // launch.lines.columns.taps)
 
 
 def tiles(problem: Problem) -> Iterator[Tile]:
@@ -593,11 +593,11 @@ def _tile(problem: Problem) -> Tile:
     tile = _gpu_tile(direction, g, dtype.itemsize, channels, layout != "scattered")
     if direction != "wgrad":
         return tile
-    (walk,) = _walks("wgrad", g, tile, dtype.itemsize, device.multiprocessors)
-    programs = max(1, cdiv(g.K, tile.columns) * _tap_parts(g, walk))
+    (launch,) = _launches("wgrad", g, tile, dtype.itemsize, device.multiprocessors)
+    programs = max(1, cdiv(g.K, tile.columns) * _tap_parts(g, launch))
     # Four programs for each multiprocessor.
-    most = cdiv(walk.strips, tile.rows)
-    return replace(tile, splits=max(1, min(most, 4 * device.multiprocessors // programs)))
+    most = cdiv(launch.strips, tile.rows)
+    return replace(tile, split_k=max(1, min(most, 4 * device.multiprocessors // programs)))
 
 
 def _gpu_tile(

@@ -58,7 +58,7 @@ def add_products(
     box,  # n, p, q of its first pixel
     first,  # channel of x; channel of w along the depth; along the columns
     C,
-    walk,  # see Walk
+    phase_taps,  # PhaseTaps
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -69,13 +69,13 @@ def add_products(
     """
     COLUMNS: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[1]
-    turns, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = (
-        decode_ints(walk)
+    k_tiles, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = (
+        decode_ints(phase_taps)
     )
     n, p, q = box
     x_first, w_first, column = first
     c, r, s = 0, 0, 0
-    for _ in loop(turns):
+    for _ in loop(k_tiles):
         h = origin_h + r * step_h
         w = origin_w + s * step_w
         if len(x_desc.block_shape) == 5:
@@ -128,7 +128,7 @@ def product_kernel(
     y_desc,  # [N, P, Q, channels]
     tiles,
     sizes,  # boxes along p and q, column tiles of a group, groups, columns and depth of a group
-    walks,  # a Walk for each phase
+    phase_taps,  # PhaseTaps of each phase
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # whether w's channels are the columns
@@ -170,11 +170,11 @@ def product_kernel(
             first = (group * C, group * C, column)
         else:
             first = (group * C, 0, k)
-        for i in tl.static_range(len(walks)):
+        for i in tl.static_range(len(phase_taps)):
             x = x_descs[i]
             box = (n, p, q)
             acc = add_products(
-                acc, x, w_desc, box, first, C, walks[i], TRANSPOSED, PRECISION, DEPTH
+                acc, x, w_desc, box, first, C, phase_taps[i], TRANSPOSED, PRECISION, DEPTH
             )
         if scale_ptr is not None:
             acc = acc * tl.load(scale_ptr + channels, mask=mask, other=0.0)[:, None] + bias
@@ -189,12 +189,12 @@ def product_kernel(
         store_half(high, (n, p, q), k, residual_desc, y_desc, RELU)
 
 
-class Walk(NamedTuple):
+class PhaseTaps(NamedTuple):
     """How one phase's taps meet the pixels. For place p, its r-th row of taps reads the phase's
     row p + origin + r * step and is the filter's row tap + r * tap_step; likewise q and s.
     """
 
-    turns: int  # taps times blocks of channels
+    k_tiles: int  # taps times blocks of channels
     S: int
     origin_h: int
     origin_w: int
@@ -206,10 +206,10 @@ class Walk(NamedTuple):
     tap_step_w: int
 
 
-def _walk(row: Taps, column: Taps, blocks: int, sign: int) -> Walk:
+def _phase_taps(row: Taps, column: Taps, blocks: int, sign: int) -> PhaseTaps:
     """dgrad reads dy at origin - step (sign -1) from a pixel, fprop a pixel at the negative."""
-    return Walk(
-        turns=row.taps * column.taps * blocks,
+    return PhaseTaps(
+        k_tiles=row.taps * column.taps * blocks,
         S=column.taps,
         origin_h=-sign * row.origin,
         origin_w=-sign * column.origin,
@@ -249,23 +249,23 @@ def x_descs(*xs: TensorDescriptor) -> Descriptors:
 
 def reads(
     g: Conv2dGeometry, x: Tensor, box: Box, depth: int, *, flat: bool = False
-) -> tuple[Descriptors, list[Walk]]:
-    """How fprop's boxes read x: a descriptor and the walk of its taps for each phase, or one of
+) -> tuple[Descriptors, list[PhaseTaps]]:
+    """How fprop's boxes read x: a descriptor and the taps for each phase, or one of
     both for all. ``flat``: the pixels count as images of one.
     """
     blocks = cdiv(g.C // g.groups, depth)
     if takes_pairs(g, depth) and x.stride(3) == g.C:
         (top, _), (left, _) = g.padding
-        walk = Walk(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)
-        return x_descs(image_pairs(x, box, depth)), [walk]
+        phase_taps = PhaseTaps(g.R * g.S * blocks, g.S, -top, -left, *g.dilation, 0, 0, 1, 1)
+        return x_descs(image_pairs(x, box, depth)), [phase_taps]
     phases = read_phases(g)
     xs = [images(x, (*box, depth), phase, flat=flat) for phase in phases]
-    return x_descs(*xs), [_walk(*phase, blocks, 1) for phase in phases]
+    return x_descs(*xs), [_phase_taps(*phase, blocks, 1) for phase in phases]
 
 
 def _multiply(
     xs: Descriptors,
-    walks: list[Walk],
+    phase_taps: list[PhaseTaps],
     w: TensorDescriptor,
     epilogue: Epilogue,
     residual: TensorDescriptor | None,
@@ -300,7 +300,7 @@ def _multiply(
         y_desc=y,
         tiles=tiles,
         sizes=encode_ints((boxes_p, boxes_q, column_tiles, groups, channels, depth)),
-        walks=tuple([encode_ints(walk) for walk in walks]),
+        phase_taps=tuple([encode_ints(taps) for taps in phase_taps]),
         RELU=epilogue.relu,
         PRECISION=precision,
         TRANSPOSED=transposed,
@@ -315,11 +315,11 @@ def fprop(call: Fprop, tile: Tile) -> None:
     g, residual = call.g, call.epilogue.residual
     box, flat = box_of(tile), g.pointwise
     half = (*half_box(box), tile.columns)
-    xs, walks = reads(g, call.x, box, tile.depth, flat=flat)
+    xs, phase_taps = reads(g, call.x, box, tile.depth, flat=flat)
     added = None if residual is None else images(residual, half, flat=flat)
     stored = images(call.y, half, flat=flat)
     w_desc = filters(call.w, (tile.columns, tile.depth))
-    _multiply(xs, walks, w_desc, call.epilogue, added, stored, g, tile, call.precision)
+    _multiply(xs, phase_taps, w_desc, call.epilogue, added, stored, g, tile, call.precision)
 
 
 def dgrad(call: Dgrad, tile: Tile) -> None:
@@ -330,18 +330,21 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
     dys = x_descs(images(call.dy, (*box, tile.depth), flat=flat))
     w_desc = filters(call.w, (tile.depth, tile.columns))
     for phase in g.dgrad():
-        stored, walks = images(call.dx, half, phase, flat=flat), [_walk(*phase, blocks, -1)]
-        _multiply(dys, walks, w_desc, epilogue, None, stored, g, tile, call.precision, True)
+        stored, phase_taps = (
+            images(call.dx, half, phase, flat=flat),
+            [_phase_taps(*phase, blocks, -1)],
+        )
+        _multiply(dys, phase_taps, w_desc, epilogue, None, stored, g, tile, call.precision, True)
 
 
 @triton.jit
 def wgrad_kernel(
     x_desc,  # of one phase, [H, W, N, C], or [N, H, W, C] where the box is pixels of a row
     dy_desc,  # [P, Q, N, K], or [N, P, Q, K]
-    dw_ptr,  # [splits, groups * K, C, R, S]
+    dw_ptr,  # [split_k, groups * K, C, R, S]
     dw_strides,  # split, k, c, r, s
-    sizes,  # P, Q, boxes along p and q, turns, column and row tiles, taps, groups, K, C
-    walk,  # see Walk
+    sizes,  # P, Q, boxes along p and q, k_tiles, column and row tiles, taps, groups, K, C
+    phase_taps,  # PhaseTaps
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a BoxBlock
@@ -359,9 +362,11 @@ def wgrad_kernel(
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
-    P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, groups, K, C = decode_ints(sizes)
+    P, Q, boxes_p, boxes_q, k_tiles, column_tiles, row_tiles, taps, groups, K, C = decode_ints(
+        sizes
+    )
     _, S, origin_h, origin_w, step_h, step_w, tap_h, tap_w, tap_step_h, tap_step_w = decode_ints(
-        walk
+        phase_taps
     )
 
     pid = program(INT64_INDEX)
@@ -375,12 +380,12 @@ def wgrad_kernel(
     h = origin_h + r * step_h
     w = origin_w + s * step_w
 
-    first = (split * turns).to(tl.int32)
+    first = (split * k_tiles).to(tl.int32)
     q = first % boxes_q * BOX_Q
     p = first // boxes_q % boxes_p * BOX_P
     n = first // (boxes_q * boxes_p) * BOX_N
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in loop(turns):
+    for _ in loop(k_tiles):
         if BOX_N * BOX_P == 1:
             dy = dy_desc.load([n, p, q, group * K + k])
             x = x_desc.load([n, p + h, q + w, group * C + c])
@@ -415,15 +420,15 @@ def _channel_sum_tile(g: Conv2dGeometry, here: Device) -> Tile:
     Never a single part, which would write db itself, by another binary.
     """
     programs = cdiv(g.K // g.groups, 64) * g.groups
-    turns = cdiv(g.N * g.P * g.Q, 64)
-    splits = max(2, min(turns // 8, 2 * here.multiprocessors // programs))
-    return Tile(64, 64, 64, splits=splits)
+    k_tiles = cdiv(g.N * g.P * g.Q, 64)
+    split_k = max(2, min(k_tiles // 8, 2 * here.multiprocessors // programs))
+    return Tile(64, 64, 64, split_k=split_k)
 
 
 def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    One launch for each phase of the stride. The boxes are summed in ``tile.splits`` parts, which
+    One launch for each phase of the stride. The boxes are summed in ``tile.split_k`` parts, which
     a second pass adds in a fixed order.
     """
     x, dy, dw, g = call.x, call.dy, call.dw, call.g
@@ -436,28 +441,28 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
     K, C, flat = g.K // g.groups, g.C // g.groups, g.pointwise
     N, P, Q = (g.N * g.P * g.Q, 1, 1) if flat else (g.N, g.P, g.Q)
     boxes_n, boxes_p, boxes_q = cdiv(N, n), cdiv(P, p), cdiv(Q, q)
-    turns = cdiv(boxes_n * boxes_p * boxes_q, tile.splits)
+    k_tiles = cdiv(boxes_n * boxes_p * boxes_q, tile.split_k)
     column_tiles, row_tiles = cdiv(C, tile.columns), cdiv(K, tile.rows)
     images_last = n * p > 1
     box = (p, q, n) if images_last else (n, p, q)
     dy_desc = images(dy, (*box, tile.rows), flat=flat, images_last=images_last)
-    with gradients(dw, None, tile.splits) as parts:
+    with gradients(dw, None, tile.split_k) as parts:
         for phase in read_phases(g):
             row, column = phase
             taps = row.taps * column.taps
             block = (*box, tile.columns)
             x_desc = images(x, block, phase, flat=flat, images_last=images_last)
-            sizes = (P, Q, boxes_p, boxes_q, turns, column_tiles, row_tiles, taps, g.groups, K, C)
+            sizes = (P, Q, boxes_p, boxes_q, k_tiles, column_tiles, row_tiles, taps, g.groups, K, C)
             device.launch(
                 wgrad_kernel,
-                (column_tiles * row_tiles * taps * g.groups * tile.splits,),
+                (column_tiles * row_tiles * taps * g.groups * tile.split_k,),
                 device=x.device,
                 x_desc=x_desc,
                 dy_desc=dy_desc,
                 dw_ptr=parts["dw_ptr"],
                 dw_strides=parts["dw_strides"],
                 sizes=encode_ints(sizes),
-                walk=encode_ints(_walk(row, column, 1, 1)),
+                phase_taps=encode_ints(_phase_taps(row, column, 1, 1)),
                 PRECISION=call.precision,
                 INT64_INDEX=device.int64_index(0, parts["dw_ptr"]),
                 TILE=BoxBlock.of(tile),

@@ -164,7 +164,7 @@ class Plan(NamedTuple):
 class PooledConv:
     """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)).
 
-    offsets[N,K,PP,PQ], of ``max_pool.offset_dtype(pool)``, are the taps that won, all bits set
+    argmax[N,K,PP,PQ], of ``max_pool.argmax_dtype(pool)``, are the taps that won, all bits set
     where no gradient flows; None are not wanted.
     """
 
@@ -172,7 +172,7 @@ class PooledConv:
     w: Tensor
     bias: Tensor | None
     y: Tensor
-    offsets: Tensor | None
+    argmax: Tensor | None
     g: Conv2dGeometry
     pool: Pool2dGeometry
     precision: str = "ieee"

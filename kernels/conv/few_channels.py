@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import cost_model, device
 from ..device import loop
-from ..geometry import Conv2dGeometry, Direction, dgrad_walk
+from ..geometry import Conv2dGeometry, Direction, dgrad_index_map
 from ..lang.epilogue import results, store_result
 from ..lang.integers import (
     cdiv,
@@ -31,7 +31,7 @@ from ..lang.integers import (
     within,
 )
 from ..lang.numerics import dot, downcast, fence_copies, upcast
-from ..lang.reduction import reduction_block, reduction_turns
+from ..lang.reduction import reduction_block, reduction_tiles
 from ..lang.split_sum import gradients
 from ..pool.pool_gradient import load_pool_gradient, pooled
 from ..problem import Problem
@@ -81,19 +81,19 @@ def sum_pixels(
     k,
     k_mask,
     first,
-    turns,
+    k_tiles,
     DEPTH: tl.constexpr,
     ACC: tl.constexpr,
     pooled=None,
     POOL: tl.constexpr = None,
 ):
-    """db[k], the sum of dy over ``turns`` blocks of DEPTH pixels from the ``first`` block on.
+    """db[k], the sum of dy over ``k_tiles`` blocks of DEPTH pixels from the ``first`` block on.
 
     ``places`` are how many pixels there are, P and Q; ``pooled`` and POOL as for wgrad.
     """
     pixels, P, Q = places
     acc = tl.zeros((k.shape[0], DEPTH), ACC)
-    for i in loop(turns):
+    for i in loop(k_tiles):
         at = (first + i) * DEPTH + tl.arange(0, DEPTH)
         n, p, q = pixel(at, P, Q)
         offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
@@ -120,7 +120,7 @@ def few_channel_fprop_kernel(
     y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # an IndexMap
+    index_map,  # an IndexMap
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     RELU: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,10 +129,10 @@ def few_channel_fprop_kernel(
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
-    h and w are where ``walk`` has (p, q) and (r, s) meet; x is zero outside. x in bytes counts as
-    x * scale[c] + shift[c], rounded to w's dtype. One program writes one rows x columns tile of one
-    group, accumulated in float32 (float64 for float64). A turn's depth is ``depth / segment`` rows
-    of the filter, each padded to a segment.
+    h and w are where ``index_map`` has (p, q) and (r, s) meet; x is zero outside. In bytes it
+    counts as x * scale[c] + shift[c], rounded to w's dtype. One program writes one rows x columns
+    tile of one group, accumulated in float32 (float64 for float64). A turn's depth is
+    ``depth / segment`` rows of the filter, each padded to a segment.
     """
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
@@ -144,7 +144,7 @@ def few_channel_fprop_kernel(
     groups, K, C, R, S = reduction
     x_strides = decode_strides(x_strides)
     w_k, w_c, w_r, w_s = w_strides
-    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = index_map
 
     pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
@@ -201,16 +201,16 @@ def few_channel_dgrad_kernel(
     dx_strides,  # n, c, h, w, encoded
     sizes,  # N, P, Q, H, W, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # an IndexMap
+    index_map,  # an IndexMap
     placement,  # a Placement
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """dx[n,c,h,w] = sum over k,r,s of dy[n,k,p,q] * w[k,c,r,s] + bias[c].
 
-    p and q are where ``walk`` has (h, w) and (r, s) meet; dy is zero outside. One program writes
+    p, q are where ``index_map`` has (h, w) and (r, s) meet; dy is zero outside. One program writes
     the C channels of one group for a block of pixels of ``placement``. C is too narrow for a matrix
-    product: each lane adds up its own products over the turns, in float32 (float64 for float64),
+    product: each lane adds up its own products over the k_tiles, in float32 (float64 for float64),
     and the lanes are summed once.
     """
     ROWS: tl.constexpr = TILE.rows
@@ -222,7 +222,7 @@ def few_channel_dgrad_kernel(
     groups, K, C, R, S = reduction
     dy_strides = decode_strides(dy_strides)
     w_k, w_c, w_r, w_s, w_first = w_strides
-    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = index_map
     dx_step_h, dx_first_h, dx_step_w, dx_first_w = placement
 
     pid = program(INT64_INDEX)
@@ -238,7 +238,7 @@ def few_channel_dgrad_kernel(
     dy_rows = group * K * dy_strides.c + n * dy_strides.n + p0 * dy_strides.h + q0 * dy_strides.w
     w_columns = w_first + group * K * w_k + c * w_c
     acc = tl.zeros((ROWS, COLUMNS, DEPTH), ACC)
-    for i in loop(reduction_turns(K, R, S, DEPTH, PACKED)):
+    for i in loop(reduction_tiles(K, R, S, DEPTH, PACKED)):
         k, r, s, inside = reduction_block(i + pid * 0, K, R, S, DEPTH, PACKED)
         p = p0[:, None] + r * step_h
         q = q0[:, None] + s * step_w
@@ -263,19 +263,19 @@ def few_channel_dgrad_kernel(
     store_result(acc, (n, h, w), c, masks, bias_ptr, None, dx_ptr, (dx_strides, dx_strides), False)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["split_k"])
 def few_channel_wgrad_kernel(
     x_ptr,  # [N, groups * C, H, W]
     dy_ptr,  # [N, groups * K, P, Q]
-    dw_ptr,  # [splits, groups * K, C, R, S] or None
-    db_ptr,  # [splits, groups * K] or None
+    dw_ptr,  # [split_k, groups * K, C, R, S] or None
+    db_ptr,  # [split_k, groups * K] or None
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, c, r, s
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # an IndexMap
-    splits,
+    index_map,  # an IndexMap
+    split_k,
     pooled,  # of dy as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
@@ -300,7 +300,7 @@ def few_channel_wgrad_kernel(
     groups, K, C, R, S = reduction
     x_strides = decode_strides(x_strides)
     dy_strides = decode_strides(dy_strides)
-    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = index_map
 
     pid = program(INT64_INDEX)
     parts = tl.cdiv(S * C, SEGMENT)
@@ -318,14 +318,14 @@ def few_channel_wgrad_kernel(
     k_mask = k < K
     k += group * K
     pixels = (pid * 0 + N) * P * Q  # as wide as the offsets
-    turns = tl.cdiv(tl.cdiv(pixels, DEPTH), splits)
+    k_tiles = tl.cdiv(tl.cdiv(pixels, DEPTH), split_k)
 
     if tile == column_tiles:
         if db_ptr is not None:
             places = (pixels, P, Q)
-            at = split * turns
+            at = split * k_tiles
             db = sum_pixels(
-                dy_ptr, dy_strides, places, k, k_mask, at, turns, DEPTH, ACC, pooled, POOL
+                dy_ptr, dy_strides, places, k, k_mask, at, k_tiles, DEPTH, ACC, pooled, POOL
             )
             db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
@@ -339,8 +339,8 @@ def few_channel_wgrad_kernel(
         x_columns = (group * C + c) * x_strides.c
         x_columns += r * step_h * x_strides.h + s * step_w * x_strides.w
         acc = tl.zeros((ROWS, COLUMNS), ACC)
-        for i in loop(turns):
-            at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
+        for i in loop(k_tiles):
+            at = (split * k_tiles + i) * DEPTH + tl.arange(0, DEPTH)
             n, p, q = pixel(at, P, Q)
             at_mask = at < pixels
             # [DEPTH, ROWS]
@@ -405,7 +405,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
         **results(call.epilogue, y),
         sizes=encode_ints((g.N, g.H, g.W, P, Q)),
         reduction=(g.groups, K, C, g.R, g.S),
-        walk=tuple(g.walk),
+        index_map=tuple(g.index_map),
         normalize=call.normalization,
         PRECISION=call.precision,
         INT64_INDEX=device.int64_index(g.N * P * Q, x, w, call.epilogue.residual, y),
@@ -425,7 +425,7 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
     k, c, r, s = w.stride()
     for row, column in g.dgrad():
         first = r * row.tap + s * column.tap
-        walk, placement = dgrad_walk(row, column)
+        index_map, placement = dgrad_index_map(row, column)
         device.launch(
             few_channel_dgrad_kernel,
             (cdiv(g.N * row.count * column.count, tile.rows) * g.groups,),
@@ -435,7 +435,7 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
             w_strides=(k, c, r * row.tap_step, s * column.tap_step, first),
             sizes=encode_ints((g.N, P, Q, row.count, column.count)),
             reduction=(g.groups, K, C, row.taps, column.taps),
-            walk=tuple(walk),
+            index_map=tuple(index_map),
             placement=tuple(placement),
             INT64_INDEX=device.int64_index(g.N * g.H * g.W, dy, w, dx),
             TILE=Block.of(tile),
@@ -447,30 +447,30 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
 def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. x may
-    have bytes, dy be the gradient of a pooled result: see ``pool_gradient``.
+    The pixels are summed in ``tile.split_k`` parts, which a second pass adds in order. x may have
+    bytes, dy be the gradient of a pooled result: see ``pool_gradient``.
     """
     x, dy, g = call.x, call.dy, call.g
     computed = call.pooled is not None or call.normalization is not None
     maxima, window = pooled(call.pooled)
-    offsets = call.pooled and call.pooled.offsets
+    argmax = call.pooled and call.pooled.argmax
     column_tiles = (0 if call.dw is None else _tap_tiles(g, tile)) + (call.db is not None)
-    with gradients(call.dw, call.db, tile.splits) as parts:
+    with gradients(call.dw, call.db, tile.split_k) as parts:
         device.launch(
             few_channel_wgrad_kernel,
-            (column_tiles * _filter_tiles(g, tile) * tile.splits,),
+            (column_tiles * _filter_tiles(g, tile) * tile.split_k,),
             device=x.device,
             **operands(x=x, dy=dy),
             **parts,
             sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q)),
             reduction=(g.groups, g.K // g.groups, g.C // g.groups, g.R, g.S),
-            walk=tuple(g.walk),
-            splits=tile.splits,
+            index_map=tuple(g.index_map),
+            split_k=tile.split_k,
             pooled=maxima,
             POOL=window,
             normalize=call.normalization,
             PRECISION=call.precision,
-            INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
+            INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], argmax),
             TILE=_segments(x, g, tile, tile.columns),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed),
@@ -508,9 +508,9 @@ def _tile(problem: Problem) -> Tile:
     if direction != "wgrad":
         return tile
     programs = max(1, (_tap_tiles(g, tile) + 1) * _filter_tiles(g, tile))
-    # Two programs for each multiprocessor, but at least eight turns for each program.
+    # Two programs for each multiprocessor, but at least eight k_tiles for each program.
     most = cdiv(g.N * g.P * g.Q, 8 * tile.depth)
-    return replace(tile, splits=max(1, min(most, 2 * device.multiprocessors // programs)))
+    return replace(tile, split_k=max(1, min(most, 2 * device.multiprocessors // programs)))
 
 
 def _gpu_tile(direction: Direction, g: Conv2dGeometry, itemsize: int) -> Tile:

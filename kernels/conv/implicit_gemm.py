@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import device
 from ..device import loop
-from ..geometry import Conv2dGeometry, Placement, dgrad_walk
+from ..geometry import Conv2dGeometry, Placement, dgrad_index_map
 from ..lang.epilogue import Epilogue, results, store_result
 from ..lang.integers import (
     cdiv,
@@ -28,7 +28,7 @@ from ..lang.integers import (
     within,
 )
 from ..lang.numerics import dot, downcast, fence_copies, upcast
-from ..lang.reduction import reduction_block, reduction_turns
+from ..lang.reduction import reduction_block, reduction_tiles
 from ..lang.split_sum import gradients
 from ..pool.pool_gradient import PoolGradient, load_pool_gradient, pooled
 from ..tile import Block, Tile, overlapped
@@ -48,7 +48,7 @@ def fprop_kernel(
     y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # an IndexMap
+    index_map,  # an IndexMap
     placement,  # a Placement
     pooled,  # of a map's gradient x as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
@@ -59,8 +59,8 @@ def fprop_kernel(
 ):
     """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
-    h and w are where ``walk`` has (p, q) and (r, s) meet; x is zero outside. ``placement`` is of y
-    and of the residual. One program writes one rows x columns tile of one group, accumulated in
+    h, w are where ``index_map`` has (p, q) and (r, s) meet; x is zero outside. ``placement`` is of
+    y and of the residual. One program writes one rows x columns tile of one group, accumulated in
     float32 (float64 for float64).
     """
     ROWS: tl.constexpr = TILE.rows
@@ -72,7 +72,7 @@ def fprop_kernel(
     groups, K, C, R, S = reduction
     x_strides = decode_strides(x_strides)
     w_group, w_k, w_c, w_r, w_s, w_first = w_strides
-    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = index_map
     step_p, first_p, step_q, first_q = placement
 
     pid = program(INT64_INDEX)
@@ -89,7 +89,7 @@ def fprop_kernel(
     x_rows = group * C * x_strides.c + n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
     w_columns = w_first + group * w_group + k * w_k
     acc = tl.zeros((ROWS, COLUMNS), ACC)
-    for i in loop(reduction_turns(C, R, S, DEPTH, PACKED)):
+    for i in loop(reduction_tiles(C, R, S, DEPTH, PACKED)):
         c, r, s, inside = reduction_block(i + (pid - pid), C, R, S, DEPTH, PACKED)
         h = h0[:, None] + r * step_h
         w = w0[:, None] + s * step_w
@@ -123,7 +123,7 @@ class _Product(NamedTuple):
     w_strides: tuple[int, ...]
     sizes: tuple[int, ...]
     reduction: tuple[int, ...]
-    walk: tuple[int, ...]
+    index_map: tuple[int, ...]
     placement: tuple[int, ...]
 
 
@@ -139,7 +139,7 @@ def _multiply(
 ) -> None:
     N, _, P, Q = y.shape
     maxima, window = pooled(gradient)
-    wide = device.int64_index(N * P * Q, x, w, epilogue.residual, y, gradient and gradient.offsets)
+    wide = device.int64_index(N * P * Q, x, w, epilogue.residual, y, gradient and gradient.argmax)
     for pixels, product in products:
         groups, K, *_ = product.reduction
         device.launch(
@@ -169,7 +169,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
         w_strides=(K * k, k, c, r, s, 0),
         sizes=encode_ints((g.N, g.H, g.W, P, Q)),
         reduction=(g.groups, K, C, g.R, g.S),
-        walk=tuple(g.walk),
+        index_map=tuple(g.index_map),
         placement=tuple(Placement()),
     )
     products = [(g.N * P * Q, product)]
@@ -195,32 +195,32 @@ def _dgrad_products(
     k, c, r, s = w_strides
     for row, column in g.dgrad():
         first = r * row.tap + s * column.tap
-        walk, placement = dgrad_walk(row, column)
+        index_map, placement = dgrad_index_map(row, column)
         yield (
             g.N * row.count * column.count,
             _Product(
                 w_strides=(K * k, c, k, r * row.tap_step, s * column.tap_step, first),
                 sizes=encode_ints((g.N, P, Q, row.count, column.count)),
                 reduction=(g.groups, C, K, row.taps, column.taps),
-                walk=tuple(walk),
+                index_map=tuple(index_map),
                 placement=tuple(placement),
             ),
         )
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["split_k"])
 def wgrad_kernel(
     x_ptr,  # [N, groups * C, H, W]
     dy_ptr,  # [N, groups * K, P, Q]
-    dw_ptr,  # [splits, groups * K, C, R, S] or None
-    db_ptr,  # [splits, groups * K] or None
+    dw_ptr,  # [split_k, groups * K, C, R, S] or None
+    db_ptr,  # [split_k, groups * K] or None
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
     dw_strides,  # split, k, c, r, s
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # an IndexMap
-    splits,
+    index_map,  # an IndexMap
+    split_k,
     pooled,  # of dy as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
@@ -241,12 +241,12 @@ def wgrad_kernel(
     groups, K, C, R, S = reduction
     x_strides = decode_strides(x_strides)
     dy_strides = decode_strides(dy_strides)
-    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = index_map
 
     pid = program(INT64_INDEX)
     column_tiles = 0
     if dw_ptr is not None:
-        column_tiles = reduction_turns(C, R, S, COLUMNS, PACKED)
+        column_tiles = reduction_tiles(C, R, S, COLUMNS, PACKED)
     tiles = column_tiles
     if db_ptr is not None:
         tiles += 1
@@ -258,13 +258,13 @@ def wgrad_kernel(
     k_mask = k < K
     k += group * K
     pixels = (pid * 0 + N) * P * Q  # as wide as the offsets
-    turns = tl.cdiv(tl.cdiv(pixels, DEPTH), splits)
+    k_tiles = tl.cdiv(tl.cdiv(pixels, DEPTH), split_k)
 
     if tile == column_tiles:
         if db_ptr is not None:
             db = tl.zeros((ROWS,), ACC)
-            for i in loop(turns):
-                at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
+            for i in loop(k_tiles):
+                at = (split * k_tiles + i) * DEPTH + tl.arange(0, DEPTH)
                 n, p, q = pixel(at, P, Q)
                 # [ROWS, DEPTH]
                 offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
@@ -283,8 +283,8 @@ def wgrad_kernel(
         x_columns = (group * C + c) * x_strides.c
         x_columns += r * step_h * x_strides.h + s * step_w * x_strides.w
         acc = tl.zeros((ROWS, COLUMNS), ACC)
-        for i in loop(turns):
-            at = (split * turns + i) * DEPTH + tl.arange(0, DEPTH)
+        for i in loop(k_tiles):
+            at = (split * k_tiles + i) * DEPTH + tl.arange(0, DEPTH)
             n, p, q = pixel(at, P, Q)
             h0 = p * stride_h + origin_h
             w0 = q * stride_w + origin_w
@@ -316,7 +316,7 @@ def wgrad_kernel(
 def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C/groups,R,S] and db[K], the gradients of weight and bias; None is not computed.
 
-    The pixels are summed in ``tile.splits`` parts, which a second pass adds in a fixed order. dy
+    The pixels are summed in ``tile.split_k`` parts, which a second pass adds in a fixed order. dy
     may be the gradient of the pooled result: see ``pool_gradient``.
     """
     g, x, dy = call.g, call.x, call.dy
@@ -327,22 +327,22 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
         depth = C * R * S
         tiles += cdiv(depth, tile.columns) if tile.packed else R * S * cdiv(C, tile.columns)
     maxima, window = pooled(call.pooled)
-    offsets = call.pooled and call.pooled.offsets
-    with gradients(call.dw, call.db, tile.splits) as parts:
+    argmax = call.pooled and call.pooled.argmax
+    with gradients(call.dw, call.db, tile.split_k) as parts:
         device.launch(
             wgrad_kernel,
-            (tiles * cdiv(K, tile.rows) * g.groups * tile.splits,),
+            (tiles * cdiv(K, tile.rows) * g.groups * tile.split_k,),
             device=x.device,
             **operands(x=x, dy=dy),
             **parts,
             sizes=encode_ints((g.N, g.H, g.W, P, Q)),
             reduction=(g.groups, K, C, R, S),
-            walk=tuple(g.walk),
-            splits=tile.splits,
+            index_map=tuple(g.index_map),
+            split_k=tile.split_k,
             pooled=maxima,
             POOL=window,
             PRECISION=call.precision,
-            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"], offsets),
+            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"], argmax),
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=call.pooled is not None),

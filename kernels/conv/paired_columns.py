@@ -192,7 +192,7 @@ def window_tap(column, half, FILTERS: tl.constexpr):
 @triton.jit
 def pack_kernel(
     w_ptr,  # [K, C, R, S]
-    packed_ptr,  # [tiles of filters, turns, COLUMNS / 8, 2, 8, DEPTH]
+    packed_ptr,  # [tiles of filters, k_tiles, COLUMNS / 8, 2, 8, DEPTH]
     w_strides,  # k, c, r, s
     FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
@@ -225,12 +225,12 @@ def pack_kernel(
 def pack(w: Tensor, g: Conv2dGeometry, tile: Tile, run: Run) -> Tensor:
     """The filters as ``convolve`` takes them."""
     w = replay.contiguous(w) if device.int64_index(0, w) else w
-    k_tiles, turns = cdiv(g.K, tile.columns), cdiv(g.R * run.segment, tile.depth)
-    shape = k_tiles, turns, 2 * tile.columns, tile.depth
+    filter_tiles, k_tiles = cdiv(g.K, tile.columns), cdiv(g.R * run.segment, tile.depth)
+    shape = filter_tiles, k_tiles, 2 * tile.columns, tile.depth
     packed = replay.new(w, shape, contiguous_strides(shape))
     device.launch(
         pack_kernel,
-        (k_tiles * turns,),
+        (filter_tiles * k_tiles,),
         device=w.device,
         **pointers(w=w, packed=packed),
         w_strides=w.stride(),
@@ -337,7 +337,7 @@ def pair_fprop_kernel(
     x_strides,  # n, c, h, w, encoded
     y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, encoded
-    origin,  # of the walk along the height and the width
+    origin,  # of the index map along the height and the width
     normalize,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
@@ -408,7 +408,7 @@ def fprop(call: Fprop, tile: Tile) -> None:
             packed_ptr=packed,
             **results(call.epilogue, y),
             sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q)),
-            origin=(g.walk.origin_h, g.walk.origin_w),
+            origin=(g.index_map.origin_h, g.index_map.origin_w),
             normalize=call.normalization,
             FILTERS=Filters.of(g),
             RUN=known,
@@ -437,7 +437,7 @@ def _wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
     warps = 8 if columns > 64 else 4
     programs = cdiv(2 * g.K, rows) * cdiv(g.R * segment(g), columns)
     # As many programs as share the multiprocessors, but at least eight turns for each.
-    splits = min(
+    split_k = min(
         cdiv(g.N * g.P * g.Q, 16 * depth),
         device.multiprocessors * (8 // warps) // max(1, programs),
     )
@@ -445,7 +445,7 @@ def _wgrad_tile(g: Conv2dGeometry, device: Device) -> Tile:
         rows,
         columns,
         depth,
-        splits=max(1, splits),
+        split_k=max(1, split_k),
         warps=warps,
         stages=stages,
         patch=(depth // 8, 8),
@@ -476,8 +476,8 @@ def pair_wgrad_kernel(
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
     dw_strides,  # part, k, c, r, s
-    walk,  # as _wgrad_walk gives it
-    origin,  # of the walk along the height and the width
+    patches,  # as _wgrad_patches gives it
+    origin,  # of the index map along the height and the width
     pooled,  # of dy as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     normalize,  # scale and shift[C], float32, of x in bytes, or None
@@ -514,8 +514,8 @@ def pair_wgrad_kernel(
     LINE_TILES: tl.constexpr = 1 if dw_ptr is None else (R + LINES - 1) // LINES
     x_strides = decode_strides(x_strides)
     dy_strides = decode_strides(dy_strides)
-    sizes, divisors = walk
-    N, H, W, P, Q, splits, singles, tall, wide, wide_single = decode_ints(sizes)
+    sizes, divisors = patches
+    N, H, W, P, Q, split_k, singles, tall, wide, wide_single = decode_ints(sizes)
     by_tall, tall_shift, by_wide, wide_shift, by_single, single_shift = decode_ints(divisors)
     origin_h, origin_w = origin
 
@@ -523,15 +523,15 @@ def pair_wgrad_kernel(
     line_tile = pid % LINE_TILES
     k_tile = pid // LINE_TILES % K_TILES
     split = pid // (LINE_TILES * K_TILES)
-    single = split >= splits
-    part = tl.where(single, splits + split, 2 * split)
-    split = tl.where(single, split - splits, split)
+    single = split >= split_k
+    part = tl.where(single, split_k + split, 2 * split)
+    split = tl.where(single, split - split_k, split)
     across = tl.where(single, N, Q // 2)  # pairs of a row, or images
     wide = tl.where(single, wide_single, wide)
     by_wide = tl.where(single, by_single, by_wide)
     wide_shift = tl.where(single, single_shift, wide_shift)
-    patches = tall * wide * tl.where(single, 1, N)
-    turns = tl.cdiv(patches, tl.where(single, singles, splits))
+    count = tall * wide * tl.where(single, 1, N)
+    patches_per_share = tl.cdiv(count, tl.where(single, singles, split_k))
 
     m = tl.arange(0, ROWS)
     half = m // 8 % 2
@@ -572,7 +572,9 @@ def pair_wgrad_kernel(
     dw = tl.zeros((ROWS, COLUMNS), tl.float32)
     db = tl.zeros((ROWS, 16), tl.float32)
     ones = downcast(tl.full((HEIGHT * WIDTH, 16), 1.0, tl.float32), DTYPE)
-    for patch in loop(split * turns, tl.minimum((split + 1) * turns, patches)):
+    first = split * patches_per_share
+    end = tl.minimum((split + 1) * patches_per_share, count)
+    for patch in loop(first, end):
         row = quotient(patch, wide, by_wide, wide_shift)
         n = quotient(row, tall, by_tall, tall_shift)
         p = zero + (row - n * tall) * HEIGHT
@@ -638,7 +640,7 @@ class _Patch(NamedTuple):
     width: int
 
 
-class _Walk(NamedTuple):
+class _Patches(NamedTuple):
     """How wgrad's programs share the pairs: two parts come of a split, one of a single."""
 
     shares: int
@@ -647,36 +649,36 @@ class _Walk(NamedTuple):
     divisors: tuple[int, ...]
 
 
-def _wgrad_walk(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Walk:
-    """The walk in patches of height x width places.
+def _wgrad_patches(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Patches:
+    """The patches of height x width places.
 
-    ``sizes``: N, H, W, P, Q, splits, singles; patches along p, along q, of images. ``divisors``
+    ``sizes``: N, H, W, P, Q, split_k, singles; patches along p, along q, of images. ``divisors``
     divide by these three.
     """
     tall, wide, deep = cdiv(g.P, height), cdiv(g.Q // 2, width), cdiv(g.N, width)
-    splits, singles = shares, 0
+    split_k, singles = shares, 0
     if g.Q % 2:
         single = cdiv(shares * deep, max(1, deep + g.N * wide))
         singles = max(1, min(single, shares - 1))
-        splits = max(1, shares - singles)
-    sizes = encode_ints((g.N, g.H, g.W, g.P, g.Q, splits, singles, tall, wide, deep))
-    return _Walk(splits + singles, 2 * splits + singles, sizes, divisors(tall, wide, deep))
+        split_k = max(1, shares - singles)
+    sizes = encode_ints((g.N, g.H, g.W, g.P, g.Q, split_k, singles, tall, wide, deep))
+    return _Patches(split_k + singles, 2 * split_k + singles, sizes, divisors(tall, wide, deep))
 
 
 def wgrad(call: Wgrad, tile: Tile) -> None:
     """dw[K,C,R,S] and db[K], of one group; x may have bytes, dy be a pooled gradient.
 
-    The pairs are summed in ``tile.splits`` shares, whose parts a second pass adds in a fixed order.
+    The pairs are summed in ``tile.split_k`` shares. A second pass adds their parts in order.
     """
     x, dy, g = call.x, call.dy, call.g
     computed = call.pooled is not None or call.normalization is not None
     width = min(tile.patch[1], tile.depth)
     height = tile.depth // width
-    walk = _wgrad_walk(g, tile.splits, height, width)
+    patches = _wgrad_patches(g, tile.split_k, height, width)
     maxima, window = pooled(call.pooled)
-    offsets = call.pooled and call.pooled.offsets
+    argmax = call.pooled and call.pooled.argmax
     run = run_of(x, g)
-    with gradients(call.dw, call.db, walk.parts) as parts:
+    with gradients(call.dw, call.db, patches.parts) as parts:
         for known in to_launch(run):
             # Loads of four bytes go to shared memory on their own, narrower ones through registers.
             copied = known.unit * x.element_size() >= 4 and not computed
@@ -686,12 +688,12 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             lines = 1 if call.dw is None else cdiv(g.R, columns // run.segment)
             device.launch(
                 pair_wgrad_kernel,
-                (lines * cdiv(2 * g.K, tile.rows) * walk.shares,),
+                (lines * cdiv(2 * g.K, tile.rows) * patches.shares,),
                 device=x.device,
                 **operands(x=x, dy=dy),
                 **parts,
-                walk=(walk.sizes, walk.divisors),
-                origin=(g.walk.origin_h, g.walk.origin_w),
+                patches=(patches.sizes, patches.divisors),
+                origin=(g.index_map.origin_h, g.index_map.origin_w),
                 pooled=maxima,
                 POOL=window,
                 normalize=call.normalization,
@@ -699,7 +701,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 RUN=known,
                 TILE=_Patch(tile.rows, columns, height, width),
                 PRECISION=call.precision,
-                INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], offsets),
+                INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], argmax),
                 num_warps=warps,
                 num_stages=stages,
                 **device.all_registers(x.device),

@@ -8,11 +8,11 @@ from .. import device
 from ..device import loop
 from ..lang.integers import decode_ints, decode_strides, encode_ints, operands, pixel, program
 from ..lang.numerics import downcast, upcast
-from ..lang.split_sum import channel_walk, parts_like, split_sum
+from ..lang.split_sum import channel_tiles, parts_like, split_sum
 
 
-# The number of turns follows the batch, unlike that of the channels.
-@triton.jit(do_not_specialize=["turns"])
+# The number of tiles_per_program follows the batch, unlike that of the channels.
+@triton.jit(do_not_specialize=["tiles_per_program"])
 def relu_backward_kernel(
     dy_ptr,
     y_ptr,
@@ -23,15 +23,15 @@ def relu_backward_kernel(
     dz_strides,
     sizes,  # N, P, Q, encoded
     K,
-    turns,
+    tiles_per_program,
     INT64_INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """dz = 0 where y <= 0, else dy, and db[k] = sum of dz[n,k,p,q].
 
-    A NaN in y passes dy on, and a masked infinity gives 0. One program writes ``turns`` tiles of
-    ROWS pixels by COLUMNS channels, and their part of db.
+    A NaN in y passes dy on, and a masked infinity gives 0. One program writes
+    ``tiles_per_program`` tiles of ROWS pixels by COLUMNS channels, and their part of db.
     """
     N, P, Q = decode_ints(sizes)
     dy_strides = decode_strides(dy_strides)
@@ -43,8 +43,8 @@ def relu_backward_kernel(
     k = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
     ACC: tl.constexpr = tl.float64 if y_ptr.dtype.element_ty == tl.float64 else tl.float32
     db = tl.zeros((ROWS, COLUMNS), ACC)
-    for i in loop(turns):
-        n, p, q = pixel((part * turns + i) * ROWS + tl.arange(0, ROWS), P, Q)
+    for i in loop(tiles_per_program):
+        n, p, q = pixel((part * tiles_per_program + i) * ROWS + tl.arange(0, ROWS), P, Q)
         mask = (n < N)[:, None] & (k < K)[None, :]
         at = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
         dy = tl.load(dy_ptr + (at[:, None] + (k * dy_strides.c)[None, :]), mask=mask, other=0.0)
@@ -65,20 +65,20 @@ def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -
     db[K], if there is one, is its sum: the gradient of a bias that was added before the ReLU.
     """
     N, K, P, Q = y.shape
-    walk = channel_walk(y, N * P * Q, 4096, db is not None)
-    parts = parts_like(db, walk.parts)
+    tiles = channel_tiles(y, N * P * Q, 4096, db is not None)
+    parts = parts_like(db, tiles.parts)
     device.launch(
         relu_backward_kernel,
-        (walk.programs,),
+        (tiles.programs,),
         device=y.device,
         **operands(dy=dy, y=y, dz=dz),
         db_ptr=parts,
         sizes=encode_ints((N, P, Q)),
         K=K,
-        turns=walk.turns,
+        tiles_per_program=tiles.per_program,
         INT64_INDEX=device.int64_index(N * P * Q, dy, y, dz),
-        ROWS=walk.rows,
-        COLUMNS=walk.columns,
-        num_warps=walk.warps,
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        num_warps=tiles.warps,
     )
     split_sum(parts, db)

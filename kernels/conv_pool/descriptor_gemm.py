@@ -260,7 +260,7 @@ def _pool(
 def _store(
     key,  # [k, p, n, q]
     y_ptr,
-    offsets_ptr,
+    argmax_ptr,
     strides,  # of both
     first,  # n, p, q, k of the first key
     sizes,  # N, P, Q, K of y
@@ -290,15 +290,15 @@ def _store(
     places = (n * strides.n + p * strides.h + q * strides.w)[:, None]
     places = places + (k * strides.c)[None, :]
 
-    # The first tap's tag becomes 255, the next one's 254: each is its offset, all bits turned.
+    # The first tap's tag becomes 255, the next one's 254: each is its tap, all bits turned.
     # Zero comes out at 0, as above every key without a value.
     key = tl.maximum(key.reshape(FILTERS, ROWS * IMAGES * COLUMNS) + (256 - TAPS), 256).T
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
     tl.store(y_ptr + places, (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True), mask=mask)
-    if offsets_ptr is not None:
-        tl.store(offsets_ptr + places, (~key).to(tl.uint8), mask=mask)
+    if argmax_ptr is not None:
+        tl.store(argmax_ptr + places, (~key).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -310,12 +310,12 @@ def pooled_product_kernel(
     w_desc,  # [R, S, K, C]
     bias_ptr,  # [filters] or None
     y_ptr,
-    offsets_ptr,  # uint8, or None
-    strides,  # of y and of offsets, encoded
+    argmax_ptr,  # uint8, or None
+    strides,  # of y and of argmax, encoded
     K,  # filters of a group
     tiles,
     sizes,  # N, P, Q; pooled P, Q; tiles along them; column tiles of a group, groups, C of one
-    walks,  # a Walk for each phase
+    phase_taps,  # PhaseTaps of each phase
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
@@ -353,19 +353,19 @@ def pooled_product_kernel(
             channels = k + tl.arange(0, COLUMNS)
             bias = tl.load(bias_ptr + channels, mask=channels < groups * K, other=0.0)
             acc += upcast(bias, tl.float32)[:, None]
-        for i in tl.static_range(len(walks)):
+        for i in tl.static_range(len(phase_taps)):
             x = x_descs[i]
             first = (group * C, 0, k)
             acc = add_products(
-                acc, x, w_desc, (n, p, q), first, C, walks[i], False, PRECISION, DEPTH, True
+                acc, x, w_desc, (n, p, q), first, C, phase_taps[i], False, PRECISION, DEPTH, True
             )
         acc = acc.reshape(COLUMNS, BOX_P, BOX_N, BOX_Q)
-        RANKED: tl.constexpr = offsets_ptr is not None
+        RANKED: tl.constexpr = argmax_ptr is not None
         key = _pool(acc, (p, q), (P, Q), tile >> 31, y_ptr.dtype.element_ty, WINDOW, RANKED)
         first = (n, top, left, k)
         limits = (N, pooled_P, pooled_Q, groups * K)
         windows: tl.constexpr = (WINDOWS_P, WINDOWS_Q)
-        _store(key, y_ptr, offsets_ptr, strides, first, limits, windows, TAPS, INT64_INDEX)
+        _store(key, y_ptr, argmax_ptr, strides, first, limits, windows, TAPS, INT64_INDEX)
 
 
 class _Window(NamedTuple):
@@ -485,9 +485,9 @@ def _cycles(
 ) -> float:
     """What all tiles take by the planner's model, in which pooling counts as any epilogue."""
     rate = cost_model.rate(dtype, precision, device)
-    turns = g.R * g.S * cdiv(g.C // g.groups, tile.depth)
+    k_tiles = g.R * g.S * cdiv(g.C // g.groups, tile.depth)
     turn = cost_model.turn_cycles("fprop", tile, dtype.itemsize, rate, device)
-    busy: cost_model.Times = {limit: turns * cycles for limit, cycles in turn.items()}
+    busy: cost_model.Times = {limit: k_tiles * cycles for limit, cycles in turn.items()}
     programs = prod(_tiles(g, pool, tile))
     return cost_model.cycles(programs, busy, _without_stores(tile), dtype.itemsize, device)[1]
 
@@ -501,16 +501,16 @@ def _tiles(g: Conv2dGeometry, pool: Pool2dGeometry, tile: Tile) -> tuple[int, in
 
 
 def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
-    """y[N,K,P,Q] = the maximum of each window of relu(conv(x, w) + bias), and offsets, of y's
+    """y[N,K,P,Q] = the maximum of each window of relu(conv(x, w) + bias), and argmax, of y's
     strides. A NaN wins.
     """
-    x, y, offsets, g, pool = call.x, call.y, call.offsets, call.g, call.pool
-    assert offsets is None or offsets.stride() == y.stride(), (offsets.stride(), y.stride())
+    x, y, argmax, g, pool = call.x, call.y, call.argmax, call.g, call.pool
+    assert argmax is None or argmax.stride() == y.stride(), (argmax.stride(), y.stride())
     here, itemsize = device.describe(x.device), x.element_size()
     C, K = g.C // g.groups, g.K // g.groups
     # Groups share descriptors: blocks must not run from one into the next.
     assert g.groups == 1 or K % tile.columns == C % tile.depth == 0, (g.groups, tile)
-    xs, walks = reads(g, x, box_of(tile), tile.depth)
+    xs, phase_taps = reads(g, x, box_of(tile), tile.depth)
     counts = _tiles(g, pool, tile)
     _, tiles_p, tiles_q, tiles_k = counts
     room = here.multiprocessors * blocks_per_multiprocessor(_without_stores(tile), itemsize, here)
@@ -521,12 +521,12 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         device=x.device,
         **{name: x and rows_first(x) for name, x in xs.items()},
         w_desc=filters(call.w, (tile.columns, tile.depth)),
-        **pointers(bias=call.bias, y=y, offsets=offsets),
+        **pointers(bias=call.bias, y=y, argmax=argmax),
         strides=encode_strides(y),
         K=K,
         tiles=prod(counts),
         sizes=encode_ints(sizes),
-        walks=tuple([encode_ints(walk) for walk in walks]),
+        phase_taps=tuple([encode_ints(taps) for taps in phase_taps]),
         WINDOW=_window(pool),
         PRECISION=call.precision,
         INT64_INDEX=device.int64_index(0, y),

@@ -322,12 +322,12 @@ def few_channel_pool_kernel(
     packed_ptr,  # as pack_kernel writes it
     bias_ptr,  # [K] or None
     y_ptr,  # [N, K, PP, PQ]
-    offsets_ptr,  # like y, or None
+    argmax_ptr,  # like y, or None
     x_strides,  # n, c, h, w, encoded
-    y_strides,  # n, k, p, q, encoded; so are those of offsets
-    offsets_strides,
+    y_strides,  # n, k, p, q, encoded; so are those of argmax
+    argmax_strides,
     sizes,  # N, H, W, P, Q, PP, PQ, encoded
-    origin,  # of the walk along the height and the width
+    origin,  # of the index map along the height and the width
     FILTERS: tl.constexpr,  # the Filters
     POOL: tl.constexpr,  # a _Window
     RUN: tl.constexpr,  # a Run
@@ -362,17 +362,17 @@ def few_channel_pool_kernel(
     y_strides = decode_strides(y_strides)
     places = n * y_strides.n + p * y_strides.h + q * y_strides.w
     tl.store(y_ptr + ((k * y_strides.c)[:, None] + places[None, :]), y, mask=mask)
-    if offsets_ptr is not None:
+    if argmax_ptr is not None:
         tap = tl.where(key >> BITS > 0, _LAST - (key & _LAST), 255).to(tl.uint8)
-        offsets_strides = decode_strides(offsets_strides)
-        places = n * offsets_strides.n + p * offsets_strides.h + q * offsets_strides.w
-        places = (k * offsets_strides.c)[:, None] + places[None, :]
-        tl.store(offsets_ptr + places, tap, mask=mask)
+        argmax_strides = decode_strides(argmax_strides)
+        places = n * argmax_strides.n + p * argmax_strides.h + q * argmax_strides.w
+        places = (k * argmax_strides.c)[:, None] + places[None, :]
+        tl.store(argmax_ptr + places, tap, mask=mask)
 
 
 def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
-    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)), and offsets."""
-    x, y, offsets, g, pool = call.x, call.y, call.offsets, call.g, call.pool
+    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)), and argmax."""
+    x, y, argmax, g, pool = call.x, call.y, call.argmax, call.g, call.pool
     images, rows, columns = tile.box or (1, 0, 0)
     p_tiles, q_tiles = (
         cdiv(places, size // 2 - (kernel - 2))
@@ -388,10 +388,10 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
             (programs,),
             device=x.device,
             **operands(x=x, y=y),
-            **pointers(packed=packed, bias=call.bias, offsets=offsets),
-            offsets_strides=encode_strides(y if offsets is None else offsets),
+            **pointers(packed=packed, bias=call.bias, argmax=argmax),
+            argmax_strides=encode_strides(y if argmax is None else argmax),
             sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
-            origin=(g.walk.origin_h, g.walk.origin_w),
+            origin=(g.index_map.origin_h, g.index_map.origin_w),
             FILTERS=Filters.of(g),
             POOL=window,
             RUN=known,

@@ -4,7 +4,7 @@ The map between convolution and pooling is never stored. One program computes a 
 pixels by channels: for each tap of the pooling window it forms the product of a convolution at the
 pixels under that tap, and keeps the larger values and where they came from. Windows that do not
 overlap cost no product more than the convolution alone; others form those of shared pixels anew.
-What is kept for backward is one offset a window: see ``pool_gradient``. Sizes and strides are in
+What is kept for backward is one argmax per window: see ``pool_gradient``. Sizes and strides are in
 elements.
 """
 
@@ -33,7 +33,7 @@ from ..lang.integers import (
     within,
 )
 from ..lang.numerics import dot, downcast, fence_copies, upcast
-from ..lang.reduction import reduction_block, reduction_turns
+from ..lang.reduction import reduction_block, reduction_tiles
 from ..problem import Problem
 from ..tile import Block, Tile, block_for
 
@@ -55,21 +55,21 @@ def conv_pool_kernel(
     w_ptr,  # [groups * K, C, R, S]
     bias_ptr,  # [groups * K] or None
     y_ptr,  # [N, groups * K, PP, PQ]
-    offsets_ptr,  # like y, or None
+    argmax_ptr,  # like y, or None
     x_strides,  # n, c, h, w, encoded
     w_strides,  # k, c, r, s
-    y_strides,  # n, k, pp, pq, encoded; so are those of offsets
-    offsets_strides,
+    y_strides,  # n, k, pp, pq, encoded; so are those of argmax
+    argmax_strides,
     sizes,  # N, H, W, P, Q, PP, PQ, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
-    walk,  # an IndexMap
+    index_map,  # an IndexMap
     POOL: tl.constexpr,  # a _Window
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
     """y = max over a window of relu(conv(x, w) + bias), rounded to y's dtype before it is compared;
-    offsets = the window's tap that won, or -1 where y is 0 by the ReLU.
+    argmax = the window's tap that won, or -1 where y is 0 by the ReLU.
 
     Of equal values the first wins, of several NaNs the last. Products are summed in float32
     (float64 for float64), in the order in which the convolution alone sums them.
@@ -85,7 +85,7 @@ def conv_pool_kernel(
     groups, K, C, R, S = reduction
     x_strides = decode_strides(x_strides)
     w_k, w_c, w_r, w_s = w_strides
-    stride_h, origin_h, step_h, stride_w, origin_w, step_w = walk
+    stride_h, origin_h, step_h, stride_w, origin_w, step_w = index_map
 
     pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
@@ -109,7 +109,7 @@ def conv_pool_kernel(
         w0 = q * stride_w + origin_w
         x_rows = group * C * x_strides.c + n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
         acc = tl.zeros((ROWS, COLUMNS), ACC)
-        for i in loop(reduction_turns(C, R, S, DEPTH, PACKED)):
+        for i in loop(reduction_tiles(C, R, S, DEPTH, PACKED)):
             c, r, s, inside = reduction_block(i + (pid - pid), C, R, S, DEPTH, PACKED)
             h = h0[:, None] + r * step_h
             w = w0[:, None] + s * step_w
@@ -137,17 +137,17 @@ def conv_pool_kernel(
     at = n * y_strides.n + pp * y_strides.h + pq * y_strides.w
     at = at[:, None] + (k * y_strides.c)[None, :]
     tl.store(y_ptr + at, downcast(tl.where(masked, 0.0, best), DTYPE), mask=mask)
-    if offsets_ptr is not None:
-        offsets_strides = decode_strides(offsets_strides)
-        at = n * offsets_strides.n + pp * offsets_strides.h + pq * offsets_strides.w
-        at = at[:, None] + (k * offsets_strides.c)[None, :]
-        offset = tl.where(masked, -1, winner).to(offsets_ptr.dtype.element_ty)
-        tl.store(offsets_ptr + at, offset, mask=mask)
+    if argmax_ptr is not None:
+        argmax_strides = decode_strides(argmax_strides)
+        at = n * argmax_strides.n + pp * argmax_strides.h + pq * argmax_strides.w
+        at = at[:, None] + (k * argmax_strides.c)[None, :]
+        argmax = tl.where(masked, -1, winner).to(argmax_ptr.dtype.element_ty)
+        tl.store(argmax_ptr + at, argmax, mask=mask)
 
 
 def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
-    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)), and offsets."""
-    x, w, y, offsets, g, pool = call.x, call.w, call.y, call.offsets, call.g, call.pool
+    """y[N,K,PP,PQ] = max_pool(relu(conv(x, w) + bias)), and argmax."""
+    x, w, y, argmax, g, pool = call.x, call.w, call.y, call.argmax, call.g, call.pool
     K, C = g.K // g.groups, g.C // g.groups
     windows = g.N * pool.P * pool.Q
     window = _Window(*pool.kernel, *pool.stride, *pool.padding)
@@ -156,12 +156,12 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         (cdiv(windows, tile.rows) * cdiv(K, tile.columns) * g.groups,),
         device=y.device,
         **operands(x=x, y=y),
-        **pointers(w=w, bias=call.bias, offsets=offsets),
+        **pointers(w=w, bias=call.bias, argmax=argmax),
         w_strides=w.stride(),
-        offsets_strides=encode_strides(y if offsets is None else offsets),
+        argmax_strides=encode_strides(y if argmax is None else argmax),
         sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
         reduction=(g.groups, K, C, g.R, g.S),
-        walk=tuple(g.walk),
+        index_map=tuple(g.index_map),
         POOL=window,
         PRECISION=call.precision,
         INT64_INDEX=device.int64_index(windows, x, w, y),

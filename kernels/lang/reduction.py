@@ -5,13 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
-def reduction_turns(C, R, S, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+def reduction_tiles(C, R, S, BLOCK: tl.constexpr, PACKED: tl.constexpr):
     """How many blocks ``reduction_block`` cuts channels and taps into."""
     if PACKED:
-        turns = tl.cdiv(C * R * S, BLOCK)
+        k_tiles = tl.cdiv(C * R * S, BLOCK)
     else:
-        turns = R * S * tl.cdiv(C, BLOCK)
-    return turns
+        k_tiles = R * S * tl.cdiv(C, BLOCK)
+    return k_tiles
 
 
 @triton.jit

@@ -16,12 +16,12 @@ from .numerics import downcast
 
 
 # The elements are a layer's weights: their number, unlike that of the parts, knows no batch.
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["split_k"])
 def split_sum_kernel(
-    parts_ptr,  # [splits, numel]
+    parts_ptr,  # [split_k, numel]
     out_ptr,  # [numel]
     numel,
-    splits,
+    split_k,
     INT64_INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -33,26 +33,26 @@ def split_sum_kernel(
     i = (program(INT64_INDEX) * BLOCK + tl.arange(0, BLOCK))[None, :]
     lane = (program(INT64_INDEX) * 0 + tl.arange(0, LANES))[:, None]
     total = tl.zeros((LANES, BLOCK), parts_ptr.dtype.element_ty)
-    for first in loop(0, splits, LANES):
+    for first in loop(0, split_k, LANES):
         part = first + lane
-        mask = (part < splits) & (i < numel)
+        mask = (part < split_k) & (i < numel)
         total += tl.load(parts_ptr + part * numel + i, mask=mask, other=0.0)
     total = tl.sum(total, axis=0, keep_dims=True)
     tl.store(out_ptr + i, downcast(total, out_ptr.dtype.element_ty), mask=i < numel)
 
 
-class ChannelWalk(NamedTuple):
-    """How a kernel that may sum a map's channels walks it, in tiles of pixels x channels."""
+class ChannelTiles(NamedTuple):
+    """The tiles, pixels x channels, of a kernel that may sum a map's channels."""
 
     programs: int
-    turns: int  # of each program
+    per_program: int
     parts: int  # that the sum comes in
     rows: int
     columns: int
     warps: int
 
 
-def channel_walk(t: Tensor, pixels: int, elements: int, summed: bool) -> ChannelWalk:
+def channel_tiles(t: Tensor, pixels: int, elements: int, summed: bool) -> ChannelTiles:
     """Tiles of ``elements`` that lie along the axis of t[N, K, P, Q] that is contiguous.
 
     For a sum there are as many programs as the device holds, as each leaves a part of it to be
@@ -72,26 +72,26 @@ def channel_walk(t: Tensor, pixels: int, elements: int, summed: bool) -> Channel
         programs = 2 * device.describe(t.device).multiprocessors
         # Never a single part, which would write the sum itself, by another binary.
         parts = max(2, min(tiles, programs // max(1, column_tiles)))
-    return ChannelWalk(parts * column_tiles, cdiv(tiles, parts), parts, rows, columns, 8)
+    return ChannelTiles(parts * column_tiles, cdiv(tiles, parts), parts, rows, columns, 8)
 
 
-def parts_like(out: Tensor | None, splits: int) -> Tensor | None:
-    """Where a split reduction writes: out itself for one part, else a workspace[splits, numel].
+def parts_like(out: Tensor | None, split_k: int) -> Tensor | None:
+    """Where a split reduction writes: out itself for one part, else a workspace[split_k, numel].
 
     None, a result that is not wanted, has no parts.
     """
-    if splits == 1 or out is None:
+    if split_k == 1 or out is None:
         return out
     dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    return replay.new(out, (splits, out.numel()), (out.numel(), 1), dtype)
+    return replay.new(out, (split_k, out.numel()), (out.numel(), 1), dtype)
 
 
 @contextmanager
-def gradients(dw: Tensor | None, db: Tensor | None, splits: int) -> Iterator[dict[str, Any]]:
-    """A kernel's arguments, by name, for gradients of which it writes ``splits`` parts:
-    dw_ptr[splits, K, C, R, S] and db_ptr[splits, K]. The parts are added up in the end.
+def gradients(dw: Tensor | None, db: Tensor | None, split_k: int) -> Iterator[dict[str, Any]]:
+    """A kernel's arguments, by name, for gradients of which it writes ``split_k`` parts:
+    dw_ptr[split_k, K, C, R, S] and db_ptr[split_k, K]. The parts are added up in the end.
     """
-    dw_parts, db_parts = parts_like(dw, splits), parts_like(db, splits)
+    dw_parts, db_parts = parts_like(dw, split_k), parts_like(db, split_k)
     strides = (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride())
     yield {"dw_ptr": dw_parts, "db_ptr": db_parts, "dw_strides": strides}
     split_sum(dw_parts, dw)
@@ -99,13 +99,13 @@ def gradients(dw: Tensor | None, db: Tensor | None, splits: int) -> Iterator[dic
 
 
 def split_sum(parts: Tensor | None, out: Tensor | None) -> None:
-    """Add parts[splits, numel] into out, whose storage is dense in any order of strides.
+    """Add parts[split_k, numel] into out, whose storage is dense in any order of strides.
 
     None, or the parts themselves, is left as it is.
     """
     if parts is out or parts is None or out is None:
         return
-    splits, numel = parts.shape
+    split_k, numel = parts.shape
     # Few elements take many lanes, so that there are programs enough.
     lanes = 16 if numel < 1 << 16 else 4
     block = min(1 << 16, power_of_2(numel)) if device.INTERPRET else 1024 // lanes
@@ -116,7 +116,7 @@ def split_sum(parts: Tensor | None, out: Tensor | None) -> None:
         parts_ptr=parts,
         out_ptr=out,
         numel=numel,
-        splits=splits,
+        split_k=split_k,
         INT64_INDEX=device.int64_index(0, parts),
         BLOCK=block,
         LANES=lanes,

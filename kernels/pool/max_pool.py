@@ -1,6 +1,6 @@
 """Max-pooling and its inverse: memory traffic alone, in any layout.
 
-The forward pass keeps one small number for each window, its *offset*: the tap that won, as
+The forward pass keeps one small number per window, its *argmax*: the tap that won, as
 ``r * S + s``. All gradients follow from it, and all gather: each element is written exactly once,
 without atomics and without a pass of zeros. Sizes and strides are in elements.
 
@@ -33,8 +33,8 @@ _VECTOR = 16  # bytes of the widest load
 _UNROLLED = 16  # taps, and pixels of a cell, that code is written out for
 
 
-def offset_dtype(g: Pool2dGeometry) -> torch.dtype:
-    """The smallest dtype that holds the offsets of g.
+def argmax_dtype(g: Pool2dGeometry) -> torch.dtype:
+    """The smallest dtype that holds g's argmax.
 
     All bits set, which is -1 in a signed dtype, stand for a window without any pixel.
     """
@@ -50,7 +50,7 @@ def choose_tile(
     channels_last: bool,
     device: Device,
 ) -> Tile:
-    """The tile for a walk over a pooling's results, as forward and gather take it, or its input."""
+    """The tile of a launch over a pooling's results (forward and gather) or its input."""
     rows, columns = (g.P, g.Q) if direction == "forward" else _cells(g)
     return tile_for(g.N * rows * columns, g.C, channels_last, device)
 
@@ -73,7 +73,7 @@ class _Window(NamedTuple):
 
 
 class _Taps(NamedTuple):
-    """The taps to walk: ``count`` from ``first`` on, ``columns`` in a row."""
+    """The taps to visit: ``count`` from ``first`` on, ``columns`` in a row."""
 
     first: Pair
     columns: int
@@ -188,10 +188,10 @@ def _reached(place, SIZE, WINDOW: tl.constexpr, AXIS: tl.constexpr):
 def max_pool2d_kernel(
     x_ptr,
     y_ptr,
-    offsets_ptr,  # or None
+    argmax_ptr,  # or None
     indices_ptr,  # or None
     strides,  # of each of these, see unit_strides
-    walk,  # over y, see pixels_and_channels
+    tiling,  # over y, see pixels_and_channels
     sizes,  # H, W, encoded
     WINDOW: tl.constexpr,  # a _Window
     TAPS: tl.constexpr,  # the _Taps to take
@@ -204,8 +204,8 @@ def max_pool2d_kernel(
     One program writes a tile of pixels by channels; values are compared in their own dtype.
     """
     H, W = decode_ints(sizes)
-    n, p, q, c, mask = pixels_and_channels(walk, TILE)
-    x_strides, y_strides, offsets_strides, indices_strides = strides
+    n, p, q, c, mask = pixels_and_channels(tiling, TILE)
+    x_strides, y_strides, argmax_strides, indices_strides = strides
     x_strides = unit_strides(x_strides, TILE)
     S: tl.constexpr = WINDOW.kernel[1]
     h0, r0, r1 = _reached(p, H, WINDOW, 0)
@@ -238,9 +238,9 @@ def max_pool2d_kernel(
 
     at = offset_at(n, c, p, q, unit_strides(y_strides, TILE))
     tl.store(y_ptr + at, downcast(best, DTYPE), mask=mask)
-    if offsets_ptr is not None:
-        at = offset_at(n, c, p, q, unit_strides(offsets_strides, TILE))
-        tl.store(offsets_ptr + at, winner.to(offsets_ptr.dtype.element_ty), mask=mask)
+    if argmax_ptr is not None:
+        at = offset_at(n, c, p, q, unit_strides(argmax_strides, TILE))
+        tl.store(argmax_ptr + at, winner.to(argmax_ptr.dtype.element_ty), mask=mask)
     if indices_ptr is not None:
         h = h0 + winner // S * WINDOW.dilation[0]
         w = w0 + winner % S * WINDOW.dilation[1]
@@ -253,23 +253,23 @@ def max_pool2d(
     x: Tensor,
     g: Pool2dGeometry,
     y: Tensor,
-    offsets: Tensor | None,
+    argmax: Tensor | None,
     indices: Tensor | None,
     tile: Tile,
 ) -> None:
     """y[N,C,P,Q] = the maximum of each window of x[N,C,H,W].
 
-    offsets[N,C,P,Q], of ``offset_dtype(g)``, and int64 indices[N,C,P,Q] tell the pixel that it
-    came from; None is not wanted. A window without any pixel gives -inf, no offset and index -1.
+    argmax[N,C,P,Q], of ``argmax_dtype(g)``, and int64 indices[N,C,P,Q] tell the pixel that it
+    came from; None is not wanted. A window without any pixel gives -inf, no argmax and index -1.
     """
-    results = [y if t is None else t for t in (y, offsets, indices)]
+    results = [y if t is None else t for t in (y, argmax, indices)]
     own = {"sizes": encode_ints((g.H, g.W)), "WINDOW": _Window.of(g), "TAPS": _Taps.of(g)}
     launch = tiled_launch((g.N, g.P, g.Q), g.C, tile, (x, *results), **own)
     device.launch(
         max_pool2d_kernel,
         launch.grid,
         device=x.device,
-        **pointers(x=x, y=y, offsets=offsets, indices=indices),
+        **pointers(x=x, y=y, argmax=argmax, indices=indices),
         **launch.arguments,
         num_warps=tile.warps,
     )
@@ -278,10 +278,10 @@ def max_pool2d(
 @triton.jit
 def max_pool2d_backward_kernel(
     dy_ptr,
-    offsets_ptr,
+    argmax_ptr,
     dx_ptr,
     strides,  # of each of these, see unit_strides
-    walk,  # over cells, see pixels_and_channels
+    tiling,  # over cells, see pixels_and_channels
     sizes,  # H, W, P, Q, encoded
     CELL: tl.constexpr,  # a _Cell
     TILE: tl.constexpr,  # a PixelTile
@@ -293,19 +293,19 @@ def max_pool2d_backward_kernel(
     in float32 (float64 for float64).
     """
     H, W, P, Q = decode_ints(sizes)
-    n, u, v, c, mask = pixels_and_channels(walk, TILE)
-    dy_strides, offsets_strides, dx_strides = strides
+    n, u, v, c, mask = pixels_and_channels(tiling, TILE)
+    dy_strides, argmax_strides, dx_strides = strides
     dy_strides = unit_strides(dy_strides, TILE)
-    offsets_strides = unit_strides(offsets_strides, TILE)
+    argmax_strides = unit_strides(argmax_strides, TILE)
     dx_strides = unit_strides(dx_strides, TILE)
     dys = ()
-    offsets = ()
+    argmax = ()
     for i in tl.static_range(CELL.windows[0] * CELL.windows[1]):
         p = u + (CELL.earliest[0] + i // CELL.windows[1])
         q = v + (CELL.earliest[1] + i % CELL.windows[1])
         covers = mask & within(p, P) & within(q, Q)
-        offsets_at = offsets_ptr + offset_at(n, c, p, q, offsets_strides)
-        offsets += (tl.load(offsets_at, mask=covers, other=-1),)
+        argmax_at = argmax_ptr + offset_at(n, c, p, q, argmax_strides)
+        argmax += (tl.load(argmax_at, mask=covers, other=-1),)
         dys += (tl.load(dy_ptr + offset_at(n, c, p, q, dy_strides), mask=covers, other=0.0),)
 
     DTYPE: tl.constexpr = dx_ptr.dtype.element_ty
@@ -314,7 +314,7 @@ def max_pool2d_backward_kernel(
     for i in tl.static_range(len(CELL.pixels)):
         dx = tl.zeros(mask.shape, ACC)
         for j in tl.static_range(len(CELL.pixels[i])):
-            won = offsets[CELL.pixels[i][j].window] == CELL.pixels[i][j].tap
+            won = argmax[CELL.pixels[i][j].window] == CELL.pixels[i][j].tap
             dx += tl.where(won, upcast(dys[CELL.pixels[i][j].window], ACC), 0.0)
         # As wide as u and v, as a stride's multiple may not fit into 32 bits.
         row = u * 0 + (CELL.first[0] + i // CELL.size[1])
@@ -327,10 +327,10 @@ def max_pool2d_backward_kernel(
 @triton.jit
 def max_pool2d_far_backward_kernel(
     dy_ptr,
-    offsets_ptr,
+    argmax_ptr,
     dx_ptr,
     strides,  # of each of these, see unit_strides
-    walk,  # over dx, see pixels_and_channels
+    tiling,  # over dx, see pixels_and_channels
     sizes,  # P, Q, encoded
     WINDOW: tl.constexpr,  # a _Window
     WINDOWS: tl.constexpr,  # how many may cover a pixel, along each axis
@@ -341,12 +341,12 @@ def max_pool2d_far_backward_kernel(
     One program writes a tile of pixels by channels.
     """
     P, Q = decode_ints(sizes)
-    dy_strides, offsets_strides, dx_strides = strides
+    dy_strides, argmax_strides, dx_strides = strides
     dy_strides = unit_strides(dy_strides, TILE)
-    offsets_strides = unit_strides(offsets_strides, TILE)
+    argmax_strides = unit_strides(argmax_strides, TILE)
     R: tl.constexpr = WINDOW.kernel[0]
     S: tl.constexpr = WINDOW.kernel[1]
-    n, h, w, c, mask = pixels_and_channels(walk, TILE)
+    n, h, w, c, mask = pixels_and_channels(tiling, TILE)
     h0 = h + WINDOW.padding[0]
     w0 = w + WINDOW.padding[1]
     p0 = h0 // WINDOW.stride[0] - (WINDOWS[0] - 1)
@@ -355,43 +355,43 @@ def max_pool2d_far_backward_kernel(
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     dx = tl.zeros(mask.shape, ACC)
     dy_planes = dy_ptr + n * dy_strides.n + c * dy_strides.c
-    offsets_planes = offsets_ptr + n * offsets_strides.n + c * offsets_strides.c
+    argmax_planes = argmax_ptr + n * argmax_strides.n + c * argmax_strides.c
     for i in tl.range(0, WINDOWS[0]):
         p = p0 + i
         r = h0 - p * WINDOW.stride[0]
         row_mask = mask & within(p, P)
         row_mask = row_mask & (r % WINDOW.dilation[0] == 0) & (r // WINDOW.dilation[0] < R)
         dy_rows = dy_planes + p * dy_strides.h
-        offsets_rows = offsets_planes + p * offsets_strides.h
+        argmax_rows = argmax_planes + p * argmax_strides.h
         for j in tl.range(0, WINDOWS[1], loop_unroll_factor=min(WINDOWS[1], 8)):
             q = q0 + j
             s = w0 - q * WINDOW.stride[1]
             covers = row_mask & within(q, Q)
             covers = covers & (s % WINDOW.dilation[1] == 0) & (s // WINDOW.dilation[1] < S)
-            offset = tl.load(offsets_rows + q * offsets_strides.w, mask=covers, other=-1)
+            argmax = tl.load(argmax_rows + q * argmax_strides.w, mask=covers, other=-1)
             dy = tl.load(dy_rows + q * dy_strides.w, mask=covers, other=0.0)
             tap = r // WINDOW.dilation[0] * S + s // WINDOW.dilation[1]
-            dx += tl.where(covers & (offset == tap), upcast(dy, ACC), 0.0)
+            dx += tl.where(covers & (argmax == tap), upcast(dy, ACC), 0.0)
     at = offset_at(n, c, h, w, unit_strides(dx_strides, TILE))
     tl.store(dx_ptr + at, downcast(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
 def max_pool2d_backward(
-    dy: Tensor, offsets: Tensor, dx: Tensor, g: Pool2dGeometry, tile: Tile
+    dy: Tensor, argmax: Tensor, dx: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
-    """dx[N,C,H,W] from dy[N,C,P,Q] and the offsets[N,C,P,Q] of the forward pass."""
+    """dx[N,C,H,W] from dy[N,C,P,Q] and the argmax[N,C,P,Q] of the forward pass."""
     kernel: Any = max_pool2d_far_backward_kernel
     own: dict[str, Any] = {"WINDOW": _Window.of(g), "WINDOWS": g.covering}
     own["sizes"] = encode_ints((g.P, g.Q))
     if _by_cells(g):
         kernel = max_pool2d_backward_kernel
         own = {"sizes": encode_ints((g.H, g.W, g.P, g.Q)), "CELL": _Cell.of(g)}
-    launch = tiled_launch((g.N, *_cells(g)), g.C, tile, (dy, offsets, dx), **own)
+    launch = tiled_launch((g.N, *_cells(g)), g.C, tile, (dy, argmax, dx), **own)
     device.launch(
         kernel,
         launch.grid,
         device=dy.device,
-        **pointers(dy=dy, offsets=offsets, dx=dx),
+        **pointers(dy=dy, argmax=argmax, dx=dx),
         **launch.arguments,
         num_warps=tile.warps,
     )
@@ -400,10 +400,10 @@ def max_pool2d_backward(
 @triton.jit
 def max_pool2d_gather_kernel(
     ddx_ptr,
-    offsets_ptr,
+    argmax_ptr,
     ddy_ptr,
     strides,  # of each of these, see unit_strides
-    walk,  # over ddy, see pixels_and_channels
+    tiling,  # over ddy, see pixels_and_channels
     WINDOW: tl.constexpr,  # a _Window
     TILE: tl.constexpr,  # a PixelTile
 ):
@@ -411,13 +411,13 @@ def max_pool2d_gather_kernel(
 
     One program writes a tile of pixels by channels.
     """
-    n, p, q, c, mask = pixels_and_channels(walk, TILE)
-    ddx_strides, offsets_strides, ddy_strides = strides
-    at = offset_at(n, c, p, q, unit_strides(offsets_strides, TILE))
-    offset = tl.load(offsets_ptr + at, mask=mask, other=0).to(tl.int32)
-    found = mask & (offset >= 0) & (offset < WINDOW.kernel[0] * WINDOW.kernel[1])
-    r = offset // WINDOW.kernel[1]
-    s = offset % WINDOW.kernel[1]
+    n, p, q, c, mask = pixels_and_channels(tiling, TILE)
+    ddx_strides, argmax_strides, ddy_strides = strides
+    at = offset_at(n, c, p, q, unit_strides(argmax_strides, TILE))
+    argmax = tl.load(argmax_ptr + at, mask=mask, other=0).to(tl.int32)
+    found = mask & (argmax >= 0) & (argmax < WINDOW.kernel[0] * WINDOW.kernel[1])
+    r = argmax // WINDOW.kernel[1]
+    s = argmax % WINDOW.kernel[1]
     h = p * WINDOW.stride[0] - WINDOW.padding[0] + r * WINDOW.dilation[0]
     w = q * WINDOW.stride[1] - WINDOW.padding[1] + s * WINDOW.dilation[1]
     at = offset_at(n, c, h, w, unit_strides(ddx_strides, TILE))
@@ -426,15 +426,15 @@ def max_pool2d_gather_kernel(
 
 
 def max_pool2d_gather(
-    ddx: Tensor, offsets: Tensor, ddy: Tensor, g: Pool2dGeometry, tile: Tile
+    ddx: Tensor, argmax: Tensor, ddy: Tensor, g: Pool2dGeometry, tile: Tile
 ) -> None:
-    """ddy[N,C,P,Q] from ddx[N,C,H,W] and offsets[N,C,P,Q]: the gradient of the gradient."""
-    launch = tiled_launch((g.N, g.P, g.Q), g.C, tile, (ddx, offsets, ddy), WINDOW=_Window.of(g))
+    """ddy[N,C,P,Q] from ddx[N,C,H,W] and argmax[N,C,P,Q]: the gradient of the gradient."""
+    launch = tiled_launch((g.N, g.P, g.Q), g.C, tile, (ddx, argmax, ddy), WINDOW=_Window.of(g))
     device.launch(
         max_pool2d_gather_kernel,
         launch.grid,
         device=ddx.device,
-        **pointers(ddx=ddx, offsets=offsets, ddy=ddy),
+        **pointers(ddx=ddx, argmax=argmax, ddy=ddy),
         **launch.arguments,
         num_warps=tile.warps,
     )

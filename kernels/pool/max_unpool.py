@@ -129,7 +129,7 @@ def max_unpool2d_backward_kernel(
     indices_ptr,
     dx_ptr,
     strides,  # of each of these, see unit_strides
-    walk,  # over dx, see pixels_and_channels
+    tiling,  # over dx, see pixels_and_channels
     sizes,  # H * W, W, encoded
     TILE: tl.constexpr,  # a PixelTile
 ):
@@ -138,7 +138,7 @@ def max_unpool2d_backward_kernel(
     One program writes a tile of pixels by channels.
     """
     HW, W = decode_ints(sizes)
-    n, p, q, c, mask = pixels_and_channels(walk, TILE)
+    n, p, q, c, mask = pixels_and_channels(tiling, TILE)
     dy_strides, indices_strides, dx_strides = strides
     at = offset_at(n, c, p, q, unit_strides(indices_strides, TILE))
     index = tl.load(indices_ptr + at, mask=mask, other=0)

@@ -1,7 +1,7 @@
-"""Backward of ReLU and max-pool from dy and one offset per window alone, without the map: a kernel
+"""Backward of ReLU and max-pool from dy and one argmax per window alone, without the map: a kernel
 of its own, and a load for other kernels.
 
-``offsets[n,k,pp,pq]`` is the tap ``r * S + s`` of the window's pixel that won; any other value, as
+``argmax[n,k,pp,pq]`` is the tap ``r * S + s`` of the window's pixel that won; any other value, as
 255 in uint8 or -1 in int16, stands for a window without gradient: its maximum was not above zero,
 or it holds no pixel. So they hold the mask of a ReLU between map and pooling, too. The gradient of
 a pixel is the sum of dy over the windows that it won, in the order of pp and pq, in float32
@@ -30,7 +30,7 @@ from ..lang.integers import (
     within,
 )
 from ..lang.numerics import downcast, upcast
-from ..lang.split_sum import ChannelWalk, channel_walk, parts_like, split_sum
+from ..lang.split_sum import ChannelTiles, channel_tiles, parts_like, split_sum
 
 _UNROLLED = 36  # windows times pixels, at most, for loops over them to be unrolled
 
@@ -41,7 +41,7 @@ class PoolGradient(NamedTuple):
     """
 
     pool: Pool2dGeometry
-    offsets: Tensor
+    argmax: Tensor
 
 
 class Window(NamedTuple):
@@ -61,12 +61,12 @@ class Window(NamedTuple):
 
 
 def pooled(gradient: PoolGradient | None) -> tuple[tuple | None, Window | None]:
-    """What kernels take of a pooling: offsets, their strides, pooled P and Q; and its Window."""
+    """What kernels take of a pooling: argmax, its strides, pooled P and Q; and its Window."""
     if gradient is None:
         return None, None
-    pool, offsets = gradient
-    sizes = encode_ints(offsets.shape[2:])
-    return (offsets, encode_strides(offsets), sizes), Window.of(pool)
+    pool, argmax = gradient
+    sizes = encode_ints(argmax.shape[2:])
+    return (argmax, encode_strides(argmax), sizes), Window.of(pool)
 
 
 @triton.jit
@@ -78,8 +78,8 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
     dy[N,K,PP,PQ], are plain.
     """
     n, k, pp0, pq0 = window
-    offsets_ptr, offsets_strides, sizes = pooled
-    offsets_strides = decode_strides(offsets_strides)
+    argmax_ptr, argmax_strides, sizes = pooled
+    argmax_strides = decode_strides(argmax_strides)
     PP, PQ = decode_ints(sizes)
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -89,7 +89,7 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
     COLUMNS: tl.constexpr = WINDOW.covering[1]
     ONE: tl.constexpr = ROWS * COLUMNS == 1
     dy_ptr += n * dy_strides.n + k * dy_strides.c
-    offsets_ptr += n * offsets_strides.n + k * offsets_strides.c
+    argmax_ptr += n * argmax_strides.n + k * argmax_strides.c
     total = tl.zeros(mask.shape, DTYPE if ONE else ACC)
     for i in tl.range(0, ROWS, loop_unroll_factor=ROWS if WINDOW.unrolled else 1):
         pp = pp0 - (ROWS - 1) + i
@@ -101,14 +101,14 @@ def sum_won(dy_ptr, dy_strides, pooled, window, r, s, mask, WINDOW: tl.constexpr
             holds = within(pq, PQ) & (w % WINDOW.dilation[1] == 0) & (w < S * WINDOW.dilation[1])
             holds = mask & (row_holds & holds)
             tap = h // WINDOW.dilation[0] * S + w // WINDOW.dilation[1]
-            at = pp * offsets_strides.h + pq * offsets_strides.w
-            offset = tl.load(offsets_ptr + at, mask=holds, other=0).to(tl.int32)
+            at = pp * argmax_strides.h + pq * argmax_strides.w
+            argmax = tl.load(argmax_ptr + at, mask=holds, other=0).to(tl.int32)
             at = pp * dy_strides.h + pq * dy_strides.w
             dy = tl.load(dy_ptr + at, mask=holds, other=0.0)
             if ONE:
-                total = tl.where(offset == tap, dy, 0.0)
+                total = tl.where(argmax == tap, dy, 0.0)
             else:
-                total = tl.where(offset == tap, total + upcast(dy, ACC), total)
+                total = tl.where(argmax == tap, total + upcast(dy, ACC), total)
     if not ONE:
         total = downcast(total, DTYPE)
     return total
@@ -130,8 +130,8 @@ def load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, WINDOW: tl.const
     return sum_won(dy_ptr, dy_strides, pooled, (n, k, pp, pq), r, s, mask, WINDOW)
 
 
-# The number of turns follows the batch, unlike that of the channels.
-@triton.jit(do_not_specialize=["turns"])
+# The number of tiles_per_program follows the batch, unlike that of the channels.
+@triton.jit(do_not_specialize=["tiles_per_program"])
 def pool_gradient_kernel(
     dy_ptr,  # [N, K, PP, PQ]
     dz_ptr,  # [N, K, P, Q]
@@ -141,7 +141,7 @@ def pool_gradient_kernel(
     pooled,  # see sum_won
     sizes,  # N, P, Q, blocks along p and along q, encoded
     K,
-    turns,
+    tiles_per_program,
     WINDOW: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     ROWS: tl.constexpr,
@@ -150,8 +150,8 @@ def pool_gradient_kernel(
     """dz[n,k,p,q] = sum of dy[n,k,pp,pq] over the windows that the pixel won, db[k] = sum of dz.
 
     A window starts in each block of stride x stride pixels, so that pixels at one place of their
-    blocks have the same taps, and no window is loaded for nothing. One program writes ``turns``
-    tiles of ROWS blocks by COLUMNS channels, and their part of db.
+    blocks have the same taps, and no window is loaded for nothing. One program writes
+    ``tiles_per_program`` tiles of ROWS blocks by COLUMNS channels, and their part of db.
     """
     N, P, Q, blocks_p, blocks_q = decode_ints(sizes)
     dy_strides = decode_strides(dy_strides)
@@ -164,8 +164,8 @@ def pool_gradient_kernel(
     db = tl.zeros((ROWS, COLUMNS), ACC)
     STRIDE_P: tl.constexpr = WINDOW.stride[0]
     STRIDE_Q: tl.constexpr = WINDOW.stride[1]
-    for i in loop(turns):
-        block = (part * turns + i) * ROWS + tl.arange(0, ROWS)
+    for i in loop(tiles_per_program):
+        block = (part * tiles_per_program + i) * ROWS + tl.arange(0, ROWS)
         n, pp, pq = pixel(block[:, None], blocks_p, blocks_q)
         window = n, k, pp, pq
         mask = (n < N) & (k < K)
@@ -189,33 +189,33 @@ def _blocks(size: int, padding: int, stride: int) -> int:
     return cdiv(size + padding, stride)
 
 
-def walk_of(dz: Tensor, pool: Pool2dGeometry, summed: bool) -> ChannelWalk:
-    """How ``write`` walks the map, in blocks of the pooling's stride."""
+def tiles_of(dz: Tensor, pool: Pool2dGeometry, summed: bool) -> ChannelTiles:
+    """The tiles of ``write``, in blocks of the pooling's stride."""
     blocks = map(_blocks, dz.shape[2:], pool.padding, pool.stride)
-    return channel_walk(dz, dz.shape[0] * prod(blocks), 2048, summed)
+    return channel_tiles(dz, dz.shape[0] * prod(blocks), 2048, summed)
 
 
-def write(dy: Tensor, offsets: Tensor, dz: Tensor, db: Tensor | None, pool: Pool2dGeometry) -> None:
-    """dz[N,K,P,Q], the map's gradient, and its sum db[K], from dy[N,K,PP,PQ] and the offsets."""
+def write(dy: Tensor, argmax: Tensor, dz: Tensor, db: Tensor | None, pool: Pool2dGeometry) -> None:
+    """dz[N,K,P,Q], the map's gradient, and its sum db[K], from dy[N,K,PP,PQ] and the argmax."""
     N, K, P, Q = dz.shape
     blocks_p, blocks_q = map(_blocks, (P, Q), pool.padding, pool.stride)
-    walk = walk_of(dz, pool, db is not None)
-    maxima, window = pooled(PoolGradient(pool, offsets))
-    parts = parts_like(db, walk.parts)
+    tiles = tiles_of(dz, pool, db is not None)
+    maxima, window = pooled(PoolGradient(pool, argmax))
+    parts = parts_like(db, tiles.parts)
     device.launch(
         pool_gradient_kernel,
-        (walk.programs,),
+        (tiles.programs,),
         device=dz.device,
         **operands(dy=dy, dz=dz),
         db_ptr=parts,
         pooled=maxima,
         sizes=encode_ints((N, P, Q, blocks_p, blocks_q)),
         K=K,
-        turns=walk.turns,
+        tiles_per_program=tiles.per_program,
         WINDOW=window,
-        INT64_INDEX=device.int64_index(N * blocks_p * blocks_q, dy, offsets, dz),
-        ROWS=walk.rows,
-        COLUMNS=walk.columns,
-        num_warps=walk.warps,
+        INT64_INDEX=device.int64_index(N * blocks_p * blocks_q, dy, argmax, dz),
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        num_warps=tiles.warps,
     )
     split_sum(parts, db)

@@ -66,7 +66,7 @@ def tiled_launch(
     tensors: Sequence[Tensor],
     **own: Any,
 ) -> Launch:
-    """A walk over places (n, p, q) by C channels of these tensors, of which the first has values.
+    """A launch over places (n, p, q) by C channels of these tensors, of which the first has values.
     ``own``: what the kernel takes besides.
 
     Where channels lie side by side the unit is what C and the strides of dense tensors have in
@@ -80,14 +80,14 @@ def tiled_launch(
         vector = _VECTOR // tensors[0].element_size()
         unit = gcd(vector, C, *(stride for strides in rows for stride in strides))
     column_tiles = cdiv(C, tile.columns)
-    walk = encode_ints((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
+    tiling = encode_ints((N, P, Q, C // unit, column_tiles)) + divisors(P, Q, column_tiles)
     int64_index = device.int64_index(N * P * Q, *tensors)
     strides = tuple(
         (2 * (n // unit) - 1, 2 * c - 1, 2 * (h // unit) - 1, 2 * (w // unit) - 1, 1)
         for (n, h, w), c in zip(rows, channels, strict=True)
     )
     block = PixelTile(tile.rows, tile.columns, unit, int64_index, channels[-1] == 1)
-    arguments = {"strides": strides, "walk": walk, **own, "TILE": block}
+    arguments = {"strides": strides, "tiling": tiling, **own, "TILE": block}
     return Launch((cdiv(N * P * Q, tile.rows) * column_tiles,), arguments)
 
 
@@ -105,13 +105,13 @@ def unit_strides(strides, TILE: tl.constexpr):
 
 
 @triton.jit
-def pixels_and_channels(walk, TILE: tl.constexpr):
+def pixels_and_channels(tiling, TILE: tl.constexpr):
     """(n, p, q, c, mask) of this program's tile of N x P x Q places by C channels.
 
     Places are [rows, 1] and channels [1, columns], or channels come first; the mask has both.
     """
     N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = decode_ints(
-        walk
+        tiling
     )
     pid = program(TILE.int64_index)
     row_tile = quotient(pid, column_tiles, by_tiles, shift_tiles)

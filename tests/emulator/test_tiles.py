@@ -56,7 +56,7 @@ class Run(NamedTuple):
         kind = str(self.dtype).rpartition(".")[2]
         block = f"{tile.rows}x{tile.columns}x{tile.depth}-w{tile.warps}-s{tile.stages}"
         box = "" if tile.box is None else "-box" + "x".join(map(str, tile.box))
-        split = f"-splits{tile.splits}" if tile.splits > 1 else ""
+        split = f"-splits{tile.split_k}" if tile.split_k > 1 else ""
         kind = f"{case_id(self.g)}-{kind}-{self.precision}-{self.layout}"
         return f"{kind}-{engine}-{block}{box}{split}"
 
