@@ -12,14 +12,7 @@ from kernels.device import warm_up
 from . import functional, models
 from .conversion import convert, revert
 from .exporting import export, export_onnx
-from .layers import (
-    Conv2d,
-    ConvReLU2d,
-    ConvReLUMaxPool2d,
-    ConvTranspose2d,
-    MaxPool2d,
-    MaxUnpool2d,
-)
+from .layers import Conv2d, ConvReLU2d, ConvReLUMaxPool2d, ConvTranspose2d, MaxPool2d, MaxUnpool2d
 from .summaries import summary
 
 __version__ = "0.1.0"
@@ -49,7 +42,7 @@ def __getattr__(name: str) -> Any:
     if name in ("compile_backend", "visualize"):
         return import_module(f"cnn.{name}")
     if name == "load":
-        return import_module("cnn.trained").load
+        return import_module("cnn.training.trained").load
     if name == "compile_report":
         return import_module("cnn.compile_backend").compile_report
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,17 +23,9 @@ from torch.utils.data import DataLoader, Subset
 
 from kernels.device import INTERPRET, launches
 
-from . import __version__, data, models, networks, show, weights
-from . import checkpoint as checkpoints
-from .config import OPTIMIZERS, SCHEDULES, Config, Setting
-from .console import tell
-from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
-from .data import load as load_data
-from .distributed import ProcessGroup
-from .errors import FAILURE, UsageError
-from .evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
-from .options import (
-    AMP,
+from . import __version__, data, models
+from .cli import show
+from .cli.options import (
     Parser,
     add_common,
     check_agreed,
@@ -52,9 +44,18 @@ from .options import (
     share,
     whole,
 )
-from .signals import Interrupted, Signals
+from .console import tell
+from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
+from .data import load as load_data
+from .errors import FAILURE, UsageError
 from .text import plain
-from .train import Run
+from .training import checkpoint as checkpoints
+from .training import networks, weights
+from .training.config import AMP, OPTIMIZERS, SCHEDULES, Config, Setting
+from .training.distributed import ProcessGroup
+from .training.evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
+from .training.run import Run
+from .training.signals import Interrupted, Signals
 
 LAST = Path()  # --resume without a path
 SPLITS = {"test": "test", "val": "validation", "train": "training"}

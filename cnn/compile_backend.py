@@ -15,9 +15,9 @@ from torch.fx import GraphModule
 
 from kernels._private import compile_id, dynamos_counters, inductor, reset_with_dynamo
 
-from .graph_effects import forget_reshaped
-from .graph_fusion import rewrite
-from .graph_lowering import ON_CPU
+from .graphs.effects import forget_reshaped
+from .graphs.fusion import rewrite
+from .graphs.lowering import ON_CPU
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def triton_cnn(
     options: dict[str, Any] | None = None,
 ) -> Any:
     """Inductor's compilation of a graph that was rewritten before, by its modes and options."""
-    from .graph_layout import ChannelsLast
+    from .graphs.layout import ChannelsLast
 
     return inductor(mode, options, ChannelsLast)(fuse(gm), example_inputs)
 

@@ -106,7 +106,7 @@ def serve() -> None:
     import torch._dynamo  # noqa: F401  (which optimizers import)
 
     from cnn import models
-    from cnn.log import curves
+    from cnn.training.log import curves
 
     # Fonts are found once.
     curves([{"epoch": 1, "train_loss": 1, "val_loss": 2, "train_accuracy": 0, "val_accuracy": 1}])
@@ -166,7 +166,7 @@ def run(argv: list[str], environment: dict[str, str], out: str, err: str) -> int
 
 
 def signal_after(saves: int, number: int, times: int, delay: float) -> None:
-    from cnn import checkpoint
+    from cnn.training import checkpoint
 
     save, left = checkpoint.save, [saves]
 

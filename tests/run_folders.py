@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from forks import Fork, Forks
 
-from cnn import checkpoint as checkpoints
+from cnn.training import checkpoint as checkpoints
 
 
 def files(folder: Path) -> set[str]:

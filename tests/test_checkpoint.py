@@ -14,10 +14,10 @@ import torch
 import triton
 
 import cnn
-from cnn import checkpoint as checkpoints
-from cnn import weights
 from cnn.errors import UsageError
 from cnn.files import write
+from cnn.training import checkpoint as checkpoints
+from cnn.training import weights
 
 CONTENTS = {key: {} for key in checkpoints.KEYS - {"format", "versions"}}
 

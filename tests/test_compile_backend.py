@@ -29,7 +29,7 @@ import cnn.functional as F
 import kernels.device
 from cnn import compile_backend
 from cnn.compile_backend import compile_report, triton_cnn
-from cnn.graph_layout import ChannelsLast
+from cnn.graphs.layout import ChannelsLast
 
 ROOT = Path(__file__).parents[1]
 FUSED = "conv2d + relu"

@@ -36,9 +36,10 @@ from torch.distributed.run import get_args_parser
 
 import bench.__main__
 import cnn.__main__
-from cnn import data, weights
+from cnn import data
 from cnn.data.sets import CLOTHES
-from cnn.train import Config
+from cnn.training import weights
+from cnn.training.run import Config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

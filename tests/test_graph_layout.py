@@ -20,7 +20,7 @@ from torch._inductor.utils import get_first_incompatible_cudagraph_node, run_and
 from torch.fx import Graph, GraphModule
 
 from cnn.compile_backend import compile_report, fuse, triton_cnn
-from cnn.graph_layout import ChannelsLast
+from cnn.graphs.layout import ChannelsLast
 
 _ops = torch.ops.triton_cnn
 

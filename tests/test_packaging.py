@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("lang", "pool", "conv", "conv_pool")
 PACKAGES = (
     *("kernels", *(f"kernels.{name}" for name in FOLDERS)),
-    *("cnn", "cnn.data", "cnn.models", "cnn.visualize"),
+    *(
+        "cnn",
+        *(f"cnn.{name}" for name in ("cli", "data", "graphs", "models", "training", "visualize")),
+    ),
 )
 
 # Lowest first. A module may import those of lower rows, never its neighbours. A folder is one name:
@@ -40,24 +43,16 @@ cnn.console cnn.figures
 cnn.composed
 cnn.functional
 cnn.layers
-cnn.graph_effects cnn.graph_layout
-cnn.graph_lowering
-cnn.graph_fusion
+cnn.graphs
 cnn.compile_backend
 cnn.summaries cnn.exporting
 cnn.conversion
 cnn.models
 cnn
 cnn.data
-cnn.checkpoint cnn.distributed cnn.signals cnn.networks
-cnn.weights
-cnn.trained
-cnn.log
-cnn.evaluate
+cnn.training
 cnn.visualize
-cnn.options
-cnn.config cnn.show
-cnn.train
+cnn.cli
 cnn.__main__
 """
 ROW = {name: row for row, line in enumerate(ROWS.split("\n")) for name in line.split()}

@@ -12,13 +12,14 @@ from PIL import Image
 
 import cnn
 from cnn import __main__ as cli
-from cnn import checkpoint as checkpoints
-from cnn import data, show
+from cnn import data
+from cnn.cli import show
 from cnn.data import photograph
 from cnn.errors import UsageError
 from cnn.models import hed
 from cnn.models.vgg import D
-from cnn.train import Config
+from cnn.training import checkpoint as checkpoints
+from cnn.training.run import Config
 
 
 def save(path: Path, seed: int) -> None:

@@ -27,14 +27,15 @@ from torch.utils.data import TensorDataset
 
 import cnn
 from cnn import __main__ as cli
-from cnn import checkpoint as checkpoints
-from cnn import data, log, models
+from cnn import data, models
 from cnn.console import Progress
 from cnn.data import Preparation, Watch
-from cnn.distributed import ProcessGroup
-from cnn.evaluate import Evaluator
-from cnn.signals import ignore_in_worker
-from cnn.train import Run
+from cnn.training import checkpoint as checkpoints
+from cnn.training import log
+from cnn.training.distributed import ProcessGroup
+from cnn.training.evaluate import Evaluator
+from cnn.training.run import Run
+from cnn.training.signals import ignore_in_worker
 from kernels.device import INTERPRET
 
 EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from cnn import __main__ as cli
-from cnn import checkpoint as checkpoints
 from cnn import data, models
+from cnn.cli.options import interval, interval_text
 from cnn.data import Preparation, Watch
 from cnn.errors import FAILURE, UsageError
-from cnn.evaluate import Answers, Evaluator, answers
-from cnn.options import interval, interval_text
+from cnn.training import checkpoint as checkpoints
+from cnn.training.evaluate import Answers, Evaluator, answers
 
 Train = Callable[..., Path]
 

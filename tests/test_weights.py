@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import cnn
 from cnn import __main__ as cli
-from cnn import checkpoint as checkpoints
-from cnn import data, networks, weights
+from cnn import data
 from cnn.data import IMAGENET
 from cnn.errors import UsageError
 from cnn.models.classifier import classifiers
+from cnn.training import checkpoint as checkpoints
+from cnn.training import networks, weights
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}

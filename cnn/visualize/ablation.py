@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 
 from ..console import Progress, table
 from ..data import UNCOUNTED
-from ..evaluate import tally
 from ..figures import new_figure
 from ..text import caption
+from ..training.evaluate import tally
 from .layers import calls, check_class, evaluating, find, first_tensor, hooked, outputs
 from .pictures import SIZE
 

@@ -18,8 +18,8 @@ from kernels import device, functions
 from kernels._private import FakeTensor, defaults_of, pytree
 from kernels.geometry import conv_transpose_output_size, conv_transpose_padding
 
-from .arguments import DTYPES, conv_padding, one_number, pair, pooling
-from .graph_effects import value
+from ..arguments import DTYPES, conv_padding, one_number, pair, pooling
+from .effects import value
 
 _ops = torch.ops.triton_cnn
 OPERATORS = {
@@ -32,7 +32,7 @@ OPERATORS = {
 }
 _OWN_SOURCES = (
     str(Path(kernels.__file__).parent),
-    *(str(Path(__file__).with_name(name)) for name in ("functional.py", "layers.py")),
+    *(str(Path(__file__).parents[1] / name) for name in ("functional.py", "layers.py")),
 )
 
 

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .console import tell
-from .errors import UsageError
-from .figures import new_figure, png
-from .files import write
+from ..console import tell
+from ..errors import UsageError
+from ..figures import new_figure, png
+from ..files import write
 
 Row = dict[str, Any]
 """What is known of an epoch: its number, loss and accuracy in training and validation, and more."""

@@ -15,8 +15,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from kernels._private import FakeTensor
 
-from .graph_effects import changed, storages, value
-from .graph_lowering import Outcome, Refusal, bound, given, lower, name_of
+from .effects import changed, storages, value
+from .lowering import Outcome, Refusal, bound, given, lower, name_of
 
 _ops = torch.ops.triton_cnn
 _Fused = tuple[Any, dict[str, Any]] | None  # an operator and its arguments

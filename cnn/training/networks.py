@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import data, models
-from .conversion import convert
-from .errors import UsageError
-from .models.classifier import renew
-from .text import meant
+from .. import data, models
+from ..conversion import convert
+from ..errors import UsageError
+from ..models.classifier import renew
+from ..summaries import summary
+from ..text import meant
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -111,3 +112,25 @@ def described(model: nn.Module, known: data.Description) -> data.Description:
         return known
     mean, std = (tuple(map(float, told.get(name) or ())) for name in ("mean", "std"))
     return replace(known, mean=mean, std=std) if len(mean) == len(std) == 3 else known
+
+
+def check_size(model: nn.Module, name: str, known: data.Description) -> None:
+    """Raise UsageError unless the model gives a number per class, for images as are ``known``."""
+    shape, given = (1, known.channels, known.size, known.size), []
+    hook = model.register_forward_hook(lambda *call: given.append(call[-1]))
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of an empty layer
+            if runs_code(name):
+                model(torch.zeros(shape))
+            else:
+                summary(model, shape)
+    except Exception as error:  # someone else's code can raise anything
+        why = f"{type(error).__name__}: {error}"
+        size = f"{known.size}x{known.size} pixels"
+        raise UsageError(f"--size: {name} does not take {size}: {why}") from None
+    finally:
+        hook.remove()
+    count, size = len(known.classes), getattr(given[0], "shape", None)
+    if count and size != (1, count):
+        gives = type(given[0]).__name__ if size is None else [*size]
+        raise UsageError(f"--model: {name} gives {gives} for an image, and not [1, {count}]")

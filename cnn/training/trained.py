@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..data import Description, Preparation, as_pixels, photograph
+from ..errors import UsageError
 from . import checkpoint as checkpoints
 from . import networks, weights
-from .data import Description, Preparation, as_pixels, photograph
-from .errors import UsageError
 
 
 class Transform:

@@ -3,23 +3,19 @@
 import argparse
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import nn
 
 from kernels.device import INTERPRET
 
-from . import data, networks
-from .checkpoint import of_run
-from .errors import UsageError
-from .summaries import summary
-from .text import meant, plain
-
-AMP = ("bf16", "fp16", "off")
+from .. import data
+from ..errors import UsageError
+from ..text import meant, plain
+from ..training import networks
+from ..training.checkpoint import of_run
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,28 +138,6 @@ def check_pixels(known: data.Description, path: object) -> None:
     if known.channels not in (1, 3):
         count = known.channels
         raise UsageError(f"{path} was trained on images of {count} channels: a file has 1 or 3")
-
-
-def check_size(model: nn.Module, name: str, known: data.Description) -> None:
-    """Raise UsageError unless the model gives a number per class, for images as are ``known``."""
-    shape, given = (1, known.channels, known.size, known.size), []
-    hook = model.register_forward_hook(lambda *call: given.append(call[-1]))
-    try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of an empty layer
-            if networks.runs_code(name):
-                model(torch.zeros(shape))
-            else:
-                summary(model, shape)
-    except Exception as error:  # someone else's code can raise anything
-        why = f"{type(error).__name__}: {error}"
-        size = f"{known.size}x{known.size} pixels"
-        raise UsageError(f"--size: {name} does not take {size}: {why}") from None
-    finally:
-        hook.remove()
-    count, size = len(known.classes), getattr(given[0], "shape", None)
-    if count and size != (1, count):
-        gives = type(given[0]).__name__ if size is None else [*size]
-        raise UsageError(f"--model: {name} gives {gives} for an image, and not [1, {count}]")
 
 
 def check_fit(known: data.Description, found: data.Description, args: argparse.Namespace) -> None:

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from .console import Progress
-from .data import UNCOUNTED, Preparation, Watch
+from ..console import Progress
+from ..data import UNCOUNTED, Preparation, Watch
+from ..errors import FAILURE, UsageError
+from ..figures import new_figure, png
+from ..files import write
+from ..text import caption, plain
 from .distributed import ProcessGroup
-from .errors import FAILURE, UsageError
-from .figures import new_figure, png
-from .files import write
 from .signals import ignore_in_worker
-from .text import caption, plain
 
 BATCH = 256
 """Images of a batch when nothing is learnt."""

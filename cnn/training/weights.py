@@ -11,13 +11,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ..data import Description
+from ..errors import UsageError
+from ..files import write
+from ..models.classifier import auxiliary, classifiers, renew
 from . import checkpoint as checkpoints
 from . import networks
 from .checkpoint import DIGITS, FORMAT, MARK, digest
-from .data import Description
-from .errors import UsageError
-from .files import write
-from .models.classifier import auxiliary, classifiers, renew
 
 KEYS = {"format", "versions", "config", "description", "state_dict"}
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm

@@ -9,10 +9,11 @@ from typing import Any
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, OneCycleLR
 
+from ..data import same_set
+from ..errors import UsageError
 from . import checkpoint as checkpoints
-from .data import same_set
-from .errors import UsageError
-from .options import AMP
+
+AMP = ("bf16", "fp16", "off")
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
     "adamw": (AdamW, 1e-3, 1e-2),

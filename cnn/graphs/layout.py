@@ -61,7 +61,7 @@ class ChannelsLast(_Pass):
 @cache
 def _digest_of_sources() -> bytes:
     digest = hashlib.sha256()
-    for folder in (Path(kernels.__file__).parent, Path(__file__).parent):
+    for folder in (Path(kernels.__file__).parent, Path(__file__).parents[1]):
         for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.digest()

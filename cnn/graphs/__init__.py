@@ -1,0 +1,1 @@
+"""Dynamo's graphs, rewritten for ``torch.compile(model, backend="triton_cnn")``."""

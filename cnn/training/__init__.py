@@ -1,0 +1,1 @@
+"""Runs: how they are trained, what they keep, and how they are used afterwards."""
