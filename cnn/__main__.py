@@ -45,13 +45,13 @@ from .cli.options import (
     whole,
 )
 from .console import tell
-from .data import UNCOUNTED, ImageFiles, Preparation, Watch, image_files
+from .data import UNCOUNTED, ImageFiles, Normalize, UnreadableImages, image_files
 from .data import load as load_data
 from .errors import FAILURE, UsageError
 from .text import plain
 from .training import checkpoint as checkpoints
 from .training import networks, weights
-from .training.config import AMP, OPTIMIZERS, SCHEDULES, Config, Setting
+from .training.config import AMP, OPTIMIZERS, SCHEDULES, Config, RunOptions
 from .training.distributed import ProcessGroup
 from .training.evaluate import BATCH, answers, class_table, draw_confusion, in_workers, outputs
 from .training.run import Run
@@ -213,8 +213,8 @@ def _train(
         _tell_notes(sets)
     period, in_seconds = args.save_every
     rest = {"broken": args.broken, "keep_every": args.keep_every}
-    setting = Setting(folder, args.workers, period, in_seconds, **rest)
-    run = Run(config, setting, sets, group)
+    options = RunOptions(folder, args.workers, period, in_seconds, **rest)
+    run = Run(config, options, sets, group)
     if source and checkpoint:
         run.restore(checkpoint, source)
         if group.first:
@@ -280,9 +280,9 @@ def evaluate(args: argparse.Namespace) -> None:
     found = answers(
         model,
         Subset(part, range(count)),
-        Preparation(known, args.device, layout),
+        Normalize(known, args.device, layout),
         args.amp or trained.amp,
-        Watch(part, args.broken, tell),
+        UnreadableImages(part, args.broken, tell),
         args.workers,
     )
     rate = count / (time.monotonic() - begun)
@@ -347,11 +347,11 @@ def predict(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.images[0]} holds no image")
     images = ImageFiles(paths, [0] * len(paths), known.size, known.channels)
     unread: list[str] = []
-    watch = Watch(images, "skip", unread.append)
+    unreadable = UnreadableImages(images, "skip", unread.append)
     loader = DataLoader(images, BATCH, **in_workers(args.workers))
-    prepare = Preparation(known, args.device)
+    prepare = Normalize(known, args.device)
     ahead = iter(paths)
-    for logits, labels in outputs(model.to(args.device), loader, prepare, trained.amp, watch):
+    for logits, labels in outputs(model.to(args.device), loader, prepare, trained.amp, unreadable):
         best = logits.softmax(1).topk(min(args.top, len(known.classes)))
         rows = zip(labels.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
         for (label, chances, classes), path in zip(rows, ahead, strict=False):

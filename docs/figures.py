@@ -636,7 +636,7 @@ FIGURES = {
 def answers(network: torch.nn.Module) -> Figure:
     """What a trained network says of five digits that it never saw."""
     sets = data.load("digits", None, 0)
-    prepare = data.Preparation(sets.description, torch.device("cpu"))
+    prepare = data.Normalize(sets.description, torch.device("cpu"))
     some = [sets.test[i] for i in (0, 70, 140, 210, 280)]
     figure = Figure(figsize=(7.6, 3), layout="constrained")
     panels = figure.subplots(2, 5, height_ratios=(1, 0.8))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 import cnn
 from cnn import data
-from cnn.data import UNCOUNTED, Augmented, Watch
+from cnn.data import UNCOUNTED, Augmented, UnreadableImages
 from cnn.errors import UsageError
 
 
@@ -92,7 +92,7 @@ def test_grey_pixels_are_normalized_by_a_sample(given):
 def test_floating_point_is_taken_as_it_is(given):
     sets = data.load(given({"train": Colours("floats"), "test": Colours("floats")}))
     assert not sets.description.pixels
-    prepare = data.Preparation(sets.description, torch.device("cpu"))
+    prepare = data.Normalize(sets.description, torch.device("cpu"))
     images, labels = next(iter(DataLoader(sets.train, 6)))
     expected = torch.stack([Colours("floats")[index][0] for index in range(6)]).float()
     assert torch.equal(prepare(images), expected)
@@ -234,7 +234,7 @@ class Odd(Colours):
 def test_images_that_cannot_be_had_are_broken(given):
     sets = data.load(given({"train": Odd(count=12), "test": Colours()}))
     told = []
-    watch = Watch(sets.train, "skip", told.append)
+    watch = UnreadableImages(sets.train, "skip", told.append)
     labels = torch.cat([watch(labels) for _, labels in DataLoader(sets.train, 5)])
     assert labels.eq(UNCOUNTED).nonzero().flatten().tolist() == [*range(3, 11)]
     name = "cannot read image {} to train with of made:here: {}; skipped"
@@ -250,7 +250,7 @@ def test_images_that_cannot_be_had_are_broken(given):
     ]
     assert told == [name.format(3 + i, reason) for i, reason in enumerate(reasons)]
     with pytest.raises(UsageError, match="no such record"):
-        Watch(sets.train, "stop", told.append)(labels.new_tensor([-1 - 3]))
+        UnreadableImages(sets.train, "stop", told.append)(labels.new_tensor([-1 - 3]))
 
 
 def test_what_a_data_set_draws_is_fixed(given):

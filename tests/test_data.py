@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from cnn import data
-from cnn.data import Augmented, Batches, Description, Preparation
+from cnn.data import Augmented, Batches, Description, Normalize
 from cnn.data.formats import idx
 from cnn.data.sets import DEBIAN, resized
 from cnn.errors import UsageError
@@ -75,7 +75,7 @@ def test_digits_take_a_size():
 
 
 def test_preparation_gives_mean_0_and_variance_1_of_the_training_set(digits):
-    prepare = Preparation(digits.description, torch.device("cpu"), torch.channels_last)
+    prepare = Normalize(digits.description, torch.device("cpu"), torch.channels_last)
     images = prepare(digits.train.tensors[0])
     assert images.dtype == torch.float32
     assert images.double().mean().abs() < 1e-5
@@ -83,7 +83,7 @@ def test_preparation_gives_mean_0_and_variance_1_of_the_training_set(digits):
     description = Description(("a",), 2, (0.5, 0, 1), (0.5, 1, 2))
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
     for layout in (torch.contiguous_format, torch.channels_last):
-        colours = Preparation(description, torch.device("cpu"), layout)(pixels)
+        colours = Normalize(description, torch.device("cpu"), layout)(pixels)
         torch.testing.assert_close(colours[1, :, 3, 2], torch.tensor([-1, 0.2, 0]))
         assert colours.is_contiguous(memory_format=layout)
 

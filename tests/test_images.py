@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cnn import data
-from cnn.data import UNCOUNTED, ImageFiles, Watch
+from cnn.data import UNCOUNTED, ImageFiles, UnreadableImages
 from cnn.errors import UsageError
 
 EXAMPLES = int(os.environ.get("TRITON_CNN_EXAMPLES", "0"))
@@ -335,7 +335,7 @@ def test_broken_images(tmp_path):
     images = ImageFiles(paths, [3] * len(paths), 8)
     paths[0].unlink()
     told = []
-    watch = Watch(images, "skip", told.append)
+    watch = UnreadableImages(images, "skip", told.append)
     for _ in range(2):
         labels = torch.cat([watch(labels) for _, labels in DataLoader(images, 4, num_workers=2)])
         broken = [paths[at] for at in labels.ne(3).nonzero().flatten().tolist()]
@@ -345,7 +345,7 @@ def test_broken_images(tmp_path):
     reasons = ["No such file or directory", None, None, "cannot identify image file"]
     for line, path, reason in zip(told, broken, reasons, strict=True):
         assert re.fullmatch(f"cannot read {path}: {reason or '.+'}; skipped", line)
-    strict = Watch(images, "stop", told.append)
+    strict = UnreadableImages(images, "stop", told.append)
     with pytest.raises(UsageError) as caught:
         strict(torch.tensor([3, images[len(paths) - 1][1]]))
     why = "cannot identify image file; --broken skip goes on without it"

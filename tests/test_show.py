@@ -225,7 +225,7 @@ def test_pixels_are_normalized_by_the_model(run):
     right = cnn.models.lenet5()
     right.load_state_dict(checkpoints.load(args.checkpoint)["state_dict"])
     stored = torch.stack([data.load("digits").test[i][0] for i in range(2)])
-    prepare = data.Preparation(subject.description, torch.device("cpu"))
+    prepare = data.Normalize(subject.description, torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(subject.model(images.all()), right.eval()(prepare(stored)))
     assert images.labels().tolist() == [data.load("digits").test[i][1] for i in range(2)]

@@ -29,7 +29,7 @@ import cnn
 from cnn import __main__ as cli
 from cnn import data, models
 from cnn.console import Progress
-from cnn.data import Preparation, Watch
+from cnn.data import Normalize, UnreadableImages
 from cnn.training import checkpoint as checkpoints
 from cnn.training import log
 from cnn.training.distributed import ProcessGroup
@@ -107,9 +107,14 @@ def test_accuracy_and_loss_count():
     images = torch.eye(4).mul(255).to(torch.uint8).view(4, 1, 2, 2).repeat(300, 1, 1, 1)
     labels = torch.tensor([0, 1, 2, 0]).repeat(300)
     sets = TensorDataset(images, labels)
-    prepare = Preparation(data.Description(("a",), 2, (0.0,), (1.0,)), torch.device("cpu"))
+    prepare = Normalize(data.Description(("a",), 2, (0.0,), (1.0,)), torch.device("cpu"))
     test = Evaluator(
-        sets, prepare, "off", Watch(sets, "stop", print), ProcessGroup(torch.device("cpu")), 0
+        sets,
+        prepare,
+        "off",
+        UnreadableImages(sets, "stop", print),
+        ProcessGroup(torch.device("cpu")),
+        0,
     )
     calls = []
     loss, accuracy = test(nn.Flatten(), lambda: calls.append(0))
@@ -218,8 +223,8 @@ def test_two_processes_validate_the_model_that_is_saved(cpu, noise, tmp_path):
     model.load_state_dict(checkpoints.load(tmp_path / "last.pt")["state_dict"])
     sets = data.load(noise, val=True)
     alone = torch.device("cpu")
-    rest = "off", Watch(sets.val, "stop", print), ProcessGroup(alone), 0
-    validate = Evaluator(sets.val, Preparation(sets.description, alone), *rest)
+    rest = "off", UnreadableImages(sets.val, "stop", print), ProcessGroup(alone), 0
+    validate = Evaluator(sets.val, Normalize(sets.description, alone), *rest)
     loss, _ = validate(model, lambda: None)
     assert numbers(tmp_path)[0]["val_loss"] == pytest.approx(loss, rel=1e-6)
 

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from cnn import __main__ as cli
 from cnn import data, models
 from cnn.cli.options import interval, interval_text
-from cnn.data import Preparation, Watch
+from cnn.data import Normalize, UnreadableImages
 from cnn.errors import FAILURE, UsageError
 from cnn.training import checkpoint as checkpoints
 from cnn.training.evaluate import Answers, Evaluator, answers
@@ -277,8 +277,8 @@ def score(logits: Tensor, labels: list[int]) -> Answers:
             return logits[x.flatten().long()]
 
     known = data.Description(("a", "b"), 1, (0.0,), (1.0,), pixels=False)
-    prepare = Preparation(known, torch.device("cpu"))
-    return answers(Lookup(), sets, prepare, "off", Watch(sets, "skip", print), 0)
+    prepare = Normalize(known, torch.device("cpu"))
+    return answers(Lookup(), sets, prepare, "off", UnreadableImages(sets, "skip", print), 0)
 
 
 def test_scores_of_a_worked_example():
@@ -307,10 +307,12 @@ class Files(TensorDataset):
 def test_images_that_cannot_be_read_do_not_count():
     images = torch.tensor([[1, 0], [0, 0], [0, 0]], dtype=torch.uint8).mul(255).view(3, 1, 1, 2)
     sets, told = Files(images, torch.tensor([0, -2, 1])), []
-    prepare = Preparation(data.Description(("a", "b"), 1, (0.0,), (1.0,)), torch.device("cpu"))
-    found = answers(nn.Flatten(), sets, prepare, "off", Watch(sets, "skip", told.append), 0)
+    prepare = Normalize(data.Description(("a", "b"), 1, (0.0,), (1.0,)), torch.device("cpu"))
+    found = answers(
+        nn.Flatten(), sets, prepare, "off", UnreadableImages(sets, "skip", told.append), 0
+    )
     assert (found.labels.tolist(), found.right(), told) == ([0, 1], 1, ["cannot read 1; skipped"])
     losses = math.log(1 + math.exp(-1)), math.log(2)
     assert found.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
     with pytest.raises(UsageError, match=r"^cannot read 1; --broken skip goes on without it$"):
-        answers(nn.Flatten(), sets, prepare, "off", Watch(sets, "stop", print), 0)
+        answers(nn.Flatten(), sets, prepare, "off", UnreadableImages(sets, "stop", print), 0)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from .. import data, models, visualize
 from ..console import tell
-from ..data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, Watch, photograph
+from ..data import IMAGENET, PHOTOGRAPHS, UNCOUNTED, Data, Description, UnreadableImages, photograph
 from ..errors import FAILURE, UsageError
 from ..figures import png
 from ..files import write
@@ -177,9 +177,9 @@ class Images:
             raise UsageError("--data: its images are not of the type that the model is for")
         chosen = self._chosen(sets)
         alike = known.classes in ((), sets.description.classes)
-        watch, count = Watch(sets.test, "skip", tell), 0
+        unreadable, count = UnreadableImages(sets.test, "skip", tell), 0
         for images, labels in DataLoader(Subset(sets.test, chosen), 64):
-            counted = watch(labels) != UNCOUNTED
+            counted = unreadable(labels) != UNCOUNTED
             count += len(labels[counted])
             if counted.any():
                 images = images[counted].expand(-1, known.channels, -1, -1)

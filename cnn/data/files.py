@@ -103,7 +103,7 @@ def photograph(name: str, size: int, channels: int = 3) -> Tensor:
     return fit(image.fromarray(getattr(data, which)()), size, channels)
 
 
-class Watch:
+class UnreadableImages:
     """Looks over labels for images that could not be read.
 
     Under ``policy`` "stop" the first raises UsageError; under "skip" ``tell`` is called once of

@@ -31,7 +31,7 @@ class Description:
         return len(self.mean)
 
 
-class Preparation:
+class Normalize:
     """Takes images [N, C, H, W] to a device: float32, pixels with mean 0 and variance 1."""
 
     def __init__(

@@ -85,7 +85,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunOptions:
     """What may change when a run is resumed.
 
     Args:

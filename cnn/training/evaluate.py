@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from ..console import Progress
-from ..data import UNCOUNTED, Preparation, Watch
+from ..data import UNCOUNTED, Normalize, UnreadableImages
 from ..errors import FAILURE, UsageError
 from ..figures import new_figure, png
 from ..files import write
@@ -41,14 +41,14 @@ def in_workers(count: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def outputs(
-    model: nn.Module, loader: DataLoader, prepare: Preparation, amp: str, watch: Watch
+    model: nn.Module, loader: DataLoader, prepare: Normalize, amp: str, unreadable: UnreadableImages
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits in float32 and labels of each batch of ``loader``, on the device of ``prepare``."""
     model.eval()
     for images, labels in loader:
         with autocast(prepare.device, amp):
             logits = model(prepare(images))
-        yield logits.float(), watch(labels).to(prepare.device)
+        yield logits.float(), unreadable(labels).to(prepare.device)
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,18 @@ class Answers:
 
 
 def answers(
-    model: nn.Module, images: Any, prepare: Preparation, amp: str, watch: Watch, workers: int
+    model: nn.Module,
+    images: Any,
+    prepare: Normalize,
+    amp: str,
+    unreadable: UnreadableImages,
+    workers: int,
 ) -> Answers:
     """What ``model`` says of ``images``, with a bar meanwhile."""
     loader = DataLoader(images, BATCH, **in_workers(workers))
     bar = Progress("eval", len(images), 0, "image")
     right, loss, parts = 0, 0.0, []
-    for logits, labels in outputs(model, loader, prepare, amp, watch):
+    for logits, labels in outputs(model, loader, prepare, amp, unreadable):
         counted = labels != UNCOUNTED
         logits, labels = logits[counted], labels[counted]
         top = 5 if logits.shape[1] > 5 else 1
@@ -111,16 +116,16 @@ class Evaluator:
     def __init__(
         self,
         data: Any,
-        prepare: Preparation,
+        prepare: Normalize,
         amp: str,
-        watch: Watch,
+        unreadable: UnreadableImages,
         group: ProcessGroup,
         workers: int,
     ):
         share = Subset(data, range(group.rank, len(data), group.world))
         pinned = prepare.device.type == "cuda"
         self._loader = DataLoader(share, BATCH, pin_memory=pinned, **in_workers(workers))
-        self._rest = prepare, amp, watch
+        self._rest = prepare, amp, unreadable
         self._group = group
 
     def __call__(self, model: nn.Module, between: Callable[[], None]) -> tuple[float, float]:

@@ -17,12 +17,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from ..console import Progress, tell
-from ..data import UNCOUNTED, Augmented, Batches, Data, Preparation, Watch
+from ..data import UNCOUNTED, Augmented, Batches, Data, Normalize, UnreadableImages
 from ..errors import FAILURE, UsageError
 from ..files import write
 from . import checkpoint as checkpoints
 from . import networks, weights
-from .config import OPTIMIZERS, SCHEDULES, Config, Setting
+from .config import OPTIMIZERS, SCHEDULES, Config, RunOptions
 from .distributed import ProcessGroup
 from .evaluate import Evaluator, autocast, in_workers, tally
 from .log import Row, RunLog
@@ -70,8 +70,8 @@ def _sound(tensor: Tensor) -> bool:
 class Run:
     """A model in training with all that its next step depends on."""
 
-    def __init__(self, config: Config, setting: Setting, data: Data, group: ProcessGroup):
-        self.config, self.setting, self.data, self.group = config, setting, data, group
+    def __init__(self, config: Config, options: RunOptions, data: Data, group: ProcessGroup):
+        self.config, self.options, self.data, self.group = config, options, data, group
         self.position = Position()
         self.totals = torch.zeros(3, dtype=torch.float64, device=group.device)
         self._build_model()
@@ -97,7 +97,7 @@ class Run:
         frozen = weights.freeze(model, config.freeze)
         if config.freeze and self.group.first:
             tell(frozen)
-        self.prepare = Preparation(description, self.group.device, layout)
+        self.prepare = Normalize(description, self.group.device, layout)
         if config.sync_bn:
             if self.group.device.type == "cpu":
                 raise UsageError("--sync-bn: torch's SyncBatchNorm needs GPUs")
@@ -111,7 +111,7 @@ class Run:
         self.network = DistributedDataParallel(self.model) if self.group.world > 1 else self.model
 
     def _build_loaders(self) -> None:
-        config, setting, group, data = self.config, self.setting, self.group, self.data
+        config, settings, group, data = self.config, self.options, self.group, self.data
         count, size = len(data.train), config.batch_size
         if size > count:
             raise UsageError(f"--batch-size: {size} is more than the {count} images to train with")
@@ -120,10 +120,12 @@ class Run:
         self.batches = Batches(count, size, config.seed, group.rank, group.world)
         images = Augmented(data.train, config.seed, shift=config.augment, mirror=data.mirrors)
         pinned = group.device.type == "cuda"
-        options = {"pin_memory": pinned, **in_workers(setting.workers)}
+        options = {"pin_memory": pinned, **in_workers(settings.workers)}
         self.loader = DataLoader(images, batch_sampler=self.batches, **options)  # type: ignore[arg-type]
-        self.watch, watch = (Watch(part, setting.broken, tell) for part in (data.train, data.val))
-        rest = config.amp, watch, group, setting.workers
+        self.unreadable, unreadable = (
+            UnreadableImages(part, settings.broken, tell) for part in (data.train, data.val)
+        )
+        rest = config.amp, unreadable, group, settings.workers
         self.validate = Evaluator(data.val, self.prepare, *rest)
 
     def _build_optimizer(self) -> None:
@@ -146,7 +148,7 @@ class Run:
         """Train until it is over, or interrupted: then raises Interrupted after saving."""
         log = None
         if self.group.first:
-            log = RunLog(self.setting.folder, self.position.rows)
+            log = RunLog(self.options.folder, self.position.rows)
         while not self.over:
             begun, step = time.monotonic(), self.position.step
             self._train(signals)
@@ -175,7 +177,7 @@ class Run:
         bar = Progress(title, *counts, "image", quiet=not self.group.first)
         try:
             for images, labels in self.loader:
-                self._step(images, self.watch(labels))
+                self._step(images, self.unreadable(labels))
                 position.step += 1
                 diverged = False
                 if bar.advance(config.batch_size):
@@ -212,9 +214,9 @@ class Run:
         self.totals += tally(logits, labels, loss)
 
     def _due(self) -> bool:
-        if self.setting.in_seconds:
-            return time.monotonic() - self._saved >= self.setting.save_every
-        return self.position.step % self.setting.save_every == 0
+        if self.options.in_seconds:
+            return time.monotonic() - self._saved >= self.options.save_every
+        return self.position.step % self.options.save_every == 0
 
     def _finish(self, rate: float, signals: Signals, log: RunLog | None) -> None:
         """Validate the model, tell and save."""
@@ -255,7 +257,7 @@ class Run:
             )
             log.write(position.rows, last=self.over)
         better = position.best is row
-        kept = self.setting.keep_every and position.epoch % self.setting.keep_every == 0
+        kept = self.options.keep_every and position.epoch % self.options.keep_every == 0
         names = {"best.pt": better, f"epoch-{position.epoch}.pt": kept}
         self.save(*(name for name, wanted in names.items() if wanted))
 
@@ -285,7 +287,7 @@ class Run:
 
     def begin_folder(self, source: Path | None) -> None:
         """Clear the folder, and copy to it the checkpoint ``source`` and the best of its run."""
-        best, past, folder = None, self.position.best, self.setting.folder
+        best, past, folder = None, self.position.best, self.options.folder
         last = source.read_bytes() if source else None
         if source and past and (path := source.with_name("best.pt")).exists():
             with suppress(UsageError):
@@ -302,7 +304,7 @@ class Run:
 
     @property
     def last(self) -> Path:
-        return self.setting.folder / "last.pt"
+        return self.options.folder / "last.pt"
 
     def save(self, *names: str) -> None:
         """Write last.pt, and before it the same as files of other ``names``."""
@@ -329,7 +331,7 @@ class Run:
                     "processes": processes,
                 },
             }
-            folder = self.setting.folder
+            folder = self.options.folder
             if "best.pt" in names:
                 weights.save(contents, folder / "best.safetensors")
             checkpoints.save(contents, *(folder / name for name in names), self.last)
@@ -345,13 +347,13 @@ class Run:
         among = f" in {self.group.world} processes" if self.group.world > 1 else ""
         return (
             f"training {self.config.model}, {count:,} parameters, on {self.group.device}{among}; "
-            f"images of {self.config.data}: {counts}; output in {self.setting.folder}"
+            f"images of {self.config.data}: {counts}; output in {self.options.folder}"
         )
 
     @property
     def outcome(self) -> str:
         """Where the best model is, of which epoch and how good, in words."""
-        best, path = self.position.best, self.setting.folder / "best.pt"
+        best, path = self.position.best, self.options.folder / "best.pt"
         if not best:
             return "nothing was trained"
         holds = "holds" if path.exists() else "is lacking; the best was"

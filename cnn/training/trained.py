@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data import Description, Preparation, as_pixels, photograph
+from ..data import Description, Normalize, as_pixels, photograph
 from ..errors import UsageError
 from . import checkpoint as checkpoints
 from . import networks, weights
@@ -26,7 +26,7 @@ class Transform:
 
     def __init__(self, description: Description, device: torch.device):
         self.description = description
-        self._prepare = Preparation(description, device)
+        self._prepare = Normalize(description, device)
 
     def __call__(self, image: Any) -> Tensor:
         if isinstance(image, Tensor) and image.dim() == 4:
