@@ -316,46 +316,6 @@ class Conv2dGeometry:
         )
         return tuple((row, column) for row in rows for column in columns)
 
-    def dgrad_as_fprop(self) -> "Conv2dGeometry":
-        """For stride 1: the convolution of dy with flipped, transposed filters that is dx.
-
-        Its padding is negative if the forward pass padded by more than the kernel reaches.
-        """
-        if self.stride != (1, 1):
-            raise ValueError(f"dgrad is one convolution only for stride 1, not {self.stride}")
-        padding = tuple(
-            (reach - before, size - 1 - (places - 1) + before)
-            for reach, (before, _), size, places in zip(
-                (self.dilation[0] * (self.R - 1), self.dilation[1] * (self.S - 1)),
-                self.padding,
-                (self.H, self.W),
-                (self.P, self.Q),
-                strict=True,
-            )
-        )
-        sizes = self.N, self.K, self.P, self.Q, self.C, self.R, self.S
-        return Conv2dGeometry(
-            *sizes,
-            padding=(padding[0], padding[1]),
-            dilation=self.dilation,
-            groups=self.groups,
-        )
-
-    def wgrad_as_fprop(self) -> "Conv2dGeometry":
-        """For one group: dw as a convolution of x by dy, batch and channels exchanged.
-
-        Stride and dilation change places. Its first R x S places are dw; there may be more.
-        """
-        if self.groups != 1:
-            raise ValueError(f"wgrad is one convolution only for one group, not {self.groups}")
-        sizes = self.C, self.N, self.H, self.W, self.K, self.P, self.Q
-        return Conv2dGeometry(
-            *sizes,
-            stride=self.dilation,
-            padding=self.padding,
-            dilation=self.stride,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Pool2dGeometry:

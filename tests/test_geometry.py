@@ -122,59 +122,6 @@ def test_dgrad_is_the_product_of_its_axes():
     )
 
 
-@examples(100)
-@given(axes(), axes())
-def test_dgrad_as_fprop_meets_the_same(rows, columns):
-    g = geometry_of(rows, columns, stride=(1, 1))
-    back = g.dgrad_as_fprop()
-    assert back.x_shape == g.y_shape
-    assert back.y_shape == g.x_shape
-    assert back.w_shape == (g.C, g.K, g.R, g.S)
-    for size, kernel, stride, padding, dilation, count, before in axes_of(g):
-        axis = count, kernel, 1, back.padding[before], back.dilation[before]
-        turned = Counter(
-            (h, kernel - 1 - r, p) for (p, r, h), n in meetings(*axis).items() for _ in range(n)
-        )
-        assert turned == meetings(size, kernel, stride, padding, dilation)
-
-
-@examples(100)
-@given(axes(), axes())
-def test_wgrad_as_fprop_meets_the_same(rows, columns):
-    g = geometry_of(rows, columns)
-    by = g.wgrad_as_fprop()
-    assert by.x_shape == (g.C, g.N, g.H, g.W)
-    assert by.w_shape == (g.K, g.N, g.P, g.Q)
-    assert by.P >= g.R
-    assert by.Q >= g.S
-    for size, kernel, stride, padding, dilation, count, axis in axes_of(g):
-        exchanged = meetings(size, count, by.stride[axis], by.padding[axis], by.dilation[axis])
-        assert Counter((h, r, p) for h, p, r in exchanged.elements() if r < kernel) == meetings(
-            size, kernel, stride, padding, dilation
-        )
-
-
-def geometry_of(rows, columns, stride=None):
-    return Conv2dGeometry(
-        *(2, 3, rows[0], columns[0], 5, rows[1], columns[1]),
-        stride=stride or (rows[2], columns[2]),
-        padding=(rows[3], columns[3]),
-        dilation=(rows[4], columns[4]),
-    )
-
-
-def axes_of(g):
-    sizes = zip((g.H, g.W), g.kernel, g.stride, g.padding, g.dilation, (g.P, g.Q), strict=True)
-    return [(*axis, i) for i, axis in enumerate(sizes)]
-
-
-def test_derived_problems_refuse_what_they_cannot_express():
-    with pytest.raises(ValueError, match=r"stride 1, not \(2, 1\)"):
-        Conv2dGeometry(1, 1, 5, 5, 1, 3, 3, stride=(2, 1)).dgrad_as_fprop()
-    with pytest.raises(ValueError, match="one group, not 2"):
-        Conv2dGeometry(1, 2, 5, 5, 2, 3, 3, groups=2).wgrad_as_fprop()
-
-
 @pytest.mark.parametrize("g", CONV_CASES, ids=case_id)
 def test_flops_count_each_tap_of_each_output(g):
     c = g.C // g.groups
