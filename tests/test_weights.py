@@ -289,7 +289,7 @@ UNFIT = {
     "another model": (("vgg_small", 32), {}, "it lacks features.1.weight and 5 more"),
     "another size": (("lenet5", 28), {}, "its classifier.0.weight is 120x400, not 120x256"),
     "less": (("lenet5", 32), {"classifier.2.bias": None}, "it lacks classifier.2.bias"),
-    "more": (("lenet5", 32), {"x": torch.ones(1)}, "it holds x besides"),
+    "more": (("lenet5", 32), {"x": torch.ones(1)}, "it also holds x"),
     "flat": (("lenet5", 32), {"features.0.weight": torch.ones(9)}, "features.0.weight is 9, not"),
     "number": (("lenet5", 32), {"classifier.4.weight": torch.ones(())}, "weight is a number, not"),
     "integers": (
