@@ -25,7 +25,7 @@ from kernels._private import GPUTarget
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=20, help="rounds to take the minimum of (20)")
+    parser.add_argument("--rounds", type=int, default=20, help="number of rounds (default: 20)")
     parser.add_argument("--calls", type=int, default=1000, help="calls per round (default: 1000)")
 
 

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="folder of the measurements and charts (default: bench/results)",
     )
-    parser.add_argument("--readme", type=Path, default=readme, metavar="FILE", help="(README.md)")
+    parser.add_argument(
+        "--readme", type=Path, default=readme, metavar="FILE", help="file for the table"
+    )
     parser.add_argument("--stdout", action="store_true", help="print the table; leave the README")
 
 

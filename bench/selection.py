@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
 def add_layers(parser: argparse.ArgumentParser) -> None:
     """Add ``--arch``, and the options for layers and dtypes."""
     parser.add_argument(
-        "--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90, sm_100, gfx942, ... (sm_90)"
+        "--arch",
+        default="sm_90",
+        metavar="NAME",
+        help="sm_80, sm_90, sm_100, gfx942, ... (default: sm_90)",
     )
     parser.add_argument(
         "--suite",

@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     whole = {"type": _positive, "metavar": "N"}
     parser.add_argument("--batch-size", default=128, help="images (default: %(default)s)", **whole)
-    parser.add_argument("--image-size", default=224, help="side in pixels (%(default)s)", **whole)
+    parser.add_argument(
+        "--image-size", default=224, help="side in pixels (default: %(default)s)", **whole
+    )
     parser.add_argument(
         "--compile-mode",
         default="default",

@@ -51,7 +51,11 @@ class Machine(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m bench campaign``."""
     parser.add_argument(
-        "--minutes", type=_minutes, default=3.0, metavar="N", help="end within this time (3)"
+        "--minutes",
+        type=_minutes,
+        default=3.0,
+        metavar="N",
+        help="end within this time (default: 3)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
     parser.add_argument("--resume", action="store_true", help="skip the rows that FILE has")
