@@ -57,9 +57,9 @@ class State:
     """What may be in flight at a point of the program, over all paths to it.
 
     ``awaited``: for each register the instructions that have yet to write or to read it.
-    ``flights``: for each register its products, and how many groups have been closed since a
-    product's own, at least. ``copies``: copies to shared memory that began since the last wait for
-    one. ``unfenced``: registers written since the last fence for products (wgmma).
+    ``flights``: for each product the fewest groups that have been closed since its own on any path,
+    and its instruction. ``copies``: copies to shared memory that began since the last wait for one.
+    ``unfenced``: registers written since the last fence for products (wgmma).
     """
 
     def __init__(self) -> None:
@@ -242,7 +242,7 @@ def find(instructions: list[Instruction], entry: str) -> list[Hazard]:
 
 
 def _before(program: Program) -> State:
-    """The state before a kernel: one that copies waits before its first product, in any warp."""
+    """The state at the start, with all of a kernel's copies begun: it must wait before a product."""
     state = State()
     for block in program.graph:
         for instruction in program.code[block]:
