@@ -242,7 +242,7 @@ def find(instructions: list[Instruction], entry: str) -> list[Hazard]:
 
 
 def _before(program: Program) -> State:
-    """The state at the start, with all of a kernel's copies begun: it must wait before a product."""
+    """The state at the start, with all copies begun: a product needs a wait for one before it."""
     state = State()
     for block in program.graph:
         for instruction in program.code[block]:
