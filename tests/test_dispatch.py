@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import cnn.functional as F
 from cnn import arguments
-from kernels import functions, library
+from kernels.ops.dispatch import operators
 
 # Values that are not what lies in memory.
 
@@ -38,21 +38,20 @@ LAZY = {  # what a tensor is replaced by, and what that is in value
 
 
 @pytest.mark.parametrize("lazy", LAZY)
-@pytest.mark.parametrize("function", functions.Operator.__subclasses__(), ids=lambda f: f.name)
-def test_operators_read_values_and_not_memory(function, lazy, device):
+@pytest.mark.parametrize("name", [name for name, op in operators.items() if op.function])
+def test_operators_read_values_and_not_memory(name, lazy, device):
     """Of each operand; gradients of any order are further operators."""
     replaced, in_value = LAZY[lazy]
-    count = library.operands(function.name)
-    for given in operator_samples(device, torch.float32)[function.name]:
+    operator = operators[name]
+    count = operator.tensors
+    for given in operator_samples(device, torch.float32)[name]:
         tensors = [None if t is None else t.detach() for t in given[:count]]
-        numbers = library.with_tuples(given[count:])
+        numbers = [tuple(n) if isinstance(n, list) else n for n in given[count:]]
         for i, t in enumerate(tensors):
             if t is None or t.dtype == torch.uint8:
                 continue
             results, expected = (
-                functions._apply(
-                    function, *tensors[:i], change(t), *tensors[i + 1 :], numbers=numbers
-                )
+                operator(*tensors[:i], change(t), *tensors[i + 1 :], *numbers)
                 for change in (replaced, in_value)
             )
             assert_close(results, expected, rtol=0, atol=0)
