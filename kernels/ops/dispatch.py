@@ -152,6 +152,22 @@ class Operator:
         """
         return self._launch(args[: self.tensors], args[self.tensors :])
 
+    def dispatched(self, on_gpu: bool, *args: Any) -> Any:
+        """What the dispatcher calls of a GPU's tensors, or the CPU's: with pairs as lists."""
+        tensors = args[: self.tensors]
+        for t in tensors:
+            if t is not None and not t.data_ptr() and t.numel():
+                raise RuntimeError(
+                    f"{self.name} needs tensors whose memory is allocated, got one of "
+                    f"{list(t.shape)} whose storage is empty"
+                )
+        if not on_gpu and not device.takes_cpu():
+            raise NotImplementedError(
+                f"{_NAMESPACE}::{self.name} takes CPU tensors only under TRITON_INTERPRET=1, to be "
+                "set before Triton is imported; without it cnn.functional calls torch's operators"
+            )
+        return self._launch(tensors, _with_tuples(args[self.tensors :]))
+
     def reference(self, *args: Any) -> Any:
         """What ATen gives, layout included, which measured plans are checked against."""
         assert self._reference is not None
@@ -240,8 +256,8 @@ def define(
     def named(args: Sequence[Any]) -> Any:
         return made.Arguments(*_with_tuples(args))
 
-    _library.impl(made.name, partial(_computed, made, True), "CUDA")
-    _library.impl(made.name, partial(_computed, made, False), "CPU")
+    _library.impl(made.name, partial(made.dispatched, True), "CUDA")
+    _library.impl(made.name, partial(made.dispatched, False), "CPU")
     _library.impl(made.name, partial(_refuse_trace, made.name), "Tracer")
     torch.library.register_fake(qualified, lambda *args: results(named(args)), lib=_library)
     if vmap is not None:
@@ -260,27 +276,8 @@ def define(
     return made
 
 
-# What the dispatcher calls, with pairs as lists and with whatever tensors.
-
-
 def _with_tuples(args: Sequence[Any]) -> tuple:
     return tuple([tuple(value) if type(value) is list else value for value in args])
-
-
-def _computed(operator: Operator, on_gpu: bool, *args: Any) -> Any:
-    """The results of an operator on a GPU's tensors, or on the CPU's."""
-    for t in args[: operator.tensors]:
-        if t is not None and not t.data_ptr() and t.numel():
-            raise RuntimeError(
-                f"{operator.name} needs tensors whose memory is allocated, got one of "
-                f"{list(t.shape)} whose storage is empty"
-            )
-    if not on_gpu and not device.takes_cpu():
-        raise NotImplementedError(
-            f"{_NAMESPACE}::{operator.name} takes CPU tensors only under TRITON_INTERPRET=1, to be "
-            "set before Triton is imported; without it cnn.functional calls torch's operators"
-        )
-    return operator.launch(*_with_tuples(args))
 
 
 def _refuse_trace(name: str, *args: Any) -> Any:
