@@ -178,9 +178,12 @@ def _backward_backward(ctx: Any, ddx: Tensor, ddw: Tensor, ddb: Tensor) -> tuple
             ddz = conv2d(ddx, w, None, ddz, *how(a), False)
         if want_dw:
             ddz = conv2d(x, ddw, None, ddz, *how(a), False)
-        ddy = max_pool2d_gather(ddz, argmax, *_window(a).values())
+        gather = max_pool2d_gather.arguments(a, ddx=ddz, argmax=argmax, **_window(a))
+        ddy = max_pool2d_gather(*gather)
     if need_x or need_w:
-        dz = max_pool2d_backward(dy, argmax, size, *_window(a).values(), channels_last(dy))
+        pooling = _window(a) | {"size": size, "channels_last": channels_last(dy)}
+        pooling = max_pool2d_backward.arguments(a, dy=dy, argmax=argmax, **pooling)
+        dz = max_pool2d_backward(*pooling)
         if need_x and want_dw:
             dx = conv2d_dgrad(dz, ddw, None, a.size, *how(a), channels_last(x, ddw))
         if need_w and want_dx:
