@@ -164,6 +164,31 @@ def test_constants_made_in_any_mode_serve_training(mode, device):
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("mapped", [(0, None, None), (1, 0, None), (None, None, 0), (0, 0, 0)])
+def test_images_of_bytes_are_mapped(mapped, device):
+    """Images, filters and the numbers that normalize, and the gradient of the filters."""
+    shapes = (1, 3, 5, 4), (4, 3, 3, 3), (3,)
+    x, w, scale = (
+        random(s if dim is None else (*s[:dim], 2, *s[dim:]), torch.float32, device, i)
+        for i, (s, dim) in enumerate(zip(shapes, mapped, strict=True))
+    )
+    x, scale = (x * 50 + 128).to(torch.uint8), scale / 64
+
+    def ours(x, w, scale):
+        return F.conv2d(x, w, normalize=(scale, 0.5))
+
+    def theirs(x, w, scale):
+        return TF.conv2d(x * scale[:, None, None] + 0.5, w)
+
+    def gradient(function):
+        return torch.func.grad(lambda w, x, scale: function(x, w, scale).pow(2).sum())
+
+    assert_close(*(torch.vmap(f, mapped)(x, w, scale) for f in (ours, theirs)))
+    dims = mapped[1], mapped[0], mapped[2]
+    both = [torch.vmap(gradient(f), dims)(w, x, scale) for f in (ours, theirs)]
+    assert_close(*both, rtol=1e-5, atol=1e-4)
+
+
 # Transforms of transforms, and what is vectorised.
 
 

@@ -44,14 +44,14 @@ def _normalization(a: Any) -> Normalization:
 
 def _normalized(dims: Any, a: Any, dtype: torch.dtype) -> tuple[Tensor, int | None]:
     """Images from bytes, and their mapped axis: what bytes have no rule of their own for."""
-
-    def normalize(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return (x * scale[:, None, None] + shift[:, None, None]).to(dtype)
-
-    mapped = dims.x, dims.scale, dims.shift
-    if all(dim is None for dim in mapped):
-        return normalize(a.x, a.scale, a.shift), None
-    return torch.vmap(normalize, mapped)(a.x, a.scale, a.shift), 0
+    x = a.x if dims.x is None else a.x.movedim(dims.x, 0)
+    scale, shift = (
+        t if dim is None else t.movedim(dim, 0)[:, None]
+        for t, dim in ((a.scale, dims.scale), (a.shift, dims.shift))
+    )
+    mapped = any(dim is not None for dim in (dims.x, dims.scale, dims.shift))
+    values = x * scale[..., None, None] + shift[..., None, None]
+    return values.to(dtype), 0 if mapped else None
 
 
 def _bytes(a: Any, y: Tensor) -> None:
