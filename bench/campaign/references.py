@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from kernels.aten import conv2d, conv2d_dgrad, conv2d_wgrad
+from kernels import ops
 from kernels.geometry import Pool2dGeometry, conv_output_sizes
 from kernels.pool.max_pool import argmax_dtype
 
-__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad"]
+conv2d = ops.conv2d.conv2d.reference
+conv2d_dgrad = ops.conv2d.conv2d_dgrad.reference
+conv2d_wgrad = ops.conv2d.conv2d_wgrad.reference
 
 
 def _normalized(x, scale, shift, dtype):
