@@ -333,7 +333,9 @@ def _conv2d(x, w, bias, residual, stride, padding, dilation, groups, precision, 
         return (aten.conv2d(x, w, bias, residual, *arguments, None, relu),)
 
     w = _packed(w, (y, x, residual), describe(x.device))
-    after = Epilogue(None if bias is None else replay.contiguous(bias), residual, relu)
+    after = Epilogue(
+        None if bias is None else replay.contiguous(bias), residual, "relu" if relu else None
+    )
     call = Fprop(x, w, y, g, resolve_precision(precision, x), after)
     _run(call, (y, x, residual), (w,), reference)
     return y
@@ -359,7 +361,7 @@ def _conv2d_fp8(x, w, scale, bias, residual, stride, padding, dilation, groups, 
         )
     scale = replay.derive(scale, lambda scale: scale.expand(g.K).contiguous())
     bias = None if bias is None else replay.contiguous(bias)
-    call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu, scale))
+    call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, "relu" if relu else None, scale))
     plan.engine.launch(call, plan.tile)
     return y
 
@@ -378,7 +380,9 @@ def _conv2d_bytes(x, w, bias, scale, shift, stride, padding, dilation, groups, p
     bias = None if bias is None else replay.contiguous(bias)
     kind = resolve_precision(precision, w)
     values = Normalization(replay.contiguous(scale), replay.contiguous(shift))
-    _launch_on_bytes(Fprop(x, w, y, g, kind, Epilogue(bias, relu=relu), values), w)
+    _launch_on_bytes(
+        Fprop(x, w, y, g, kind, Epilogue(bias, activation="relu" if relu else None), values), w
+    )
     return y
 
 

@@ -40,24 +40,21 @@ from .pointer_tiles import pointer_tiles
 def fprop_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups, K, C, R, S]
-    bias_ptr,  # [groups * K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [N, groups * K, P, Q]
+    result,  # a Result; y[N, groups * K, P, Q]
     x_strides,  # n, c, h, w, encoded
     w_strides,  # group, k, c, r, s; then where the first tap is
-    y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     placement,  # a Placement
     pooled,  # of a map's gradient x as load_pool_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
-    """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
+    """y[n,k,p,q] = act(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
     h, w are where ``index_map`` has (p, q) and (r, s) meet; x is zero outside. ``placement`` is of
     y and of the residual. One program writes one rows x columns tile of one group, accumulated in
@@ -114,7 +111,7 @@ def fprop_kernel(
     q = q * step_q + first_q
     masks = (row_mask, k_mask)
     k += group * K
-    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
+    store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 
 class _Product(NamedTuple):
@@ -161,7 +158,7 @@ def _multiply(
 
 
 def fprop(call: Fprop, tile: Tile) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
+    """y[N,K,P,Q] = activation(conv(x, w) + bias + residual)."""
     g = call.g
     K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
     k, c, r, s = call.w.stride()
@@ -212,11 +209,9 @@ def _dgrad_products(
 def wgrad_kernel(
     x_ptr,  # [N, groups * C, H, W]
     dy_ptr,  # [N, groups * K, P, Q]
-    dw_ptr,  # [split_k, groups * K, C, R, S] or None
-    db_ptr,  # [split_k, groups * K] or None
+    parts,  # GradientParts; dw[split_k, groups * K, C, R, S], db[split_k, groups * K]
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
-    dw_strides,  # split, k, c, r, s
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
@@ -236,6 +231,7 @@ def wgrad_kernel(
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
+    dw_ptr, db_ptr, dw_strides = parts
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
@@ -334,7 +330,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             (tiles * cdiv(K, tile.rows) * g.groups * tile.split_k,),
             device=x.device,
             **operands(x=x, dy=dy),
-            **parts,
+            parts=tuple(parts),
             sizes=encode_ints((g.N, g.H, g.W, P, Q)),
             reduction=(g.groups, K, C, R, S),
             index_map=tuple(g.index_map),
@@ -342,7 +338,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             pooled=maxima,
             POOL=window,
             PRECISION=call.precision,
-            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"], argmax),
+            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts.dw, argmax),
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=call.pooled is not None),
