@@ -33,7 +33,7 @@ from ..lang.numerics import dot, downcast, fence_copies, upcast
 from ..lang.prologue import load_normalization, load_normalized
 from ..lang.reduction import reduction_block, reduction_tiles
 from ..lang.split_sum import gradients
-from ..pool.pool_gradient import load_pool_gradient, pooled
+from ..pool.pool_gradient import load_gradient, pooled
 from ..problem import Problem
 from ..tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
 from .engine import Dgrad, Engine, Fprop, Wgrad
@@ -99,11 +99,8 @@ def sum_pixels(
         offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
         offsets = (k * dy_strides.c)[:, None] + offsets[None, :]
         mask = k_mask[:, None] & (at < pixels)[None, :]
-        if POOL is None:
-            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-        else:
-            where = n[None, :], k[:, None], p[None, :], q[None, :]
-            dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
+        where = n[None, :], k[:, None], p[None, :], q[None, :]
+        dy = load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, POOL)
         acc += upcast(dy, ACC)
     return tl.sum(acc, axis=1)
 
@@ -270,7 +267,7 @@ def few_channel_wgrad_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     split_k,
-    pooled,  # of dy as load_pool_gradient takes it, or None
+    pooled,  # of dy as load_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
@@ -342,11 +339,8 @@ def few_channel_wgrad_kernel(
             offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
             offsets = offsets[:, None] + (k * dy_strides.c)[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
-            if POOL is None:
-                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-            else:
-                where = n[:, None], k[None, :], p[:, None], q[:, None]
-                dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
+            where = n[:, None], k[None, :], p[:, None], q[:, None]
+            dy = load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, POOL)
             # [DEPTH, COLUMNS]
             h0 = p * stride_h + origin_h
             w0 = q * stride_w + origin_w

@@ -30,7 +30,7 @@ from ..lang.integers import (
 from ..lang.numerics import dot, downcast, fence_copies, upcast
 from ..lang.reduction import reduction_block, reduction_tiles
 from ..lang.split_sum import gradients
-from ..pool.pool_gradient import PoolGradient, load_pool_gradient, pooled
+from ..pool.pool_gradient import PoolGradient, load_gradient, pooled
 from ..tile import Block, Tile, overlapped
 from .engine import Dgrad, Engine, Fprop, Wgrad
 from .pointer_tiles import pointer_tiles
@@ -47,7 +47,7 @@ def fprop_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     placement,  # a Placement
-    pooled,  # of a map's gradient x as load_pool_gradient takes it, or None
+    pooled,  # of a map's gradient x as load_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,11 +94,8 @@ def fprop_kernel(
         x_mask = (row_mask[:, None] & inside[None, :]) & within(h, H) & within(w, W)
         x_offsets = c * x_strides.c + r * step_h * x_strides.h + s * step_w * x_strides.w
         x_offsets = x_rows[:, None] + x_offsets[None, :]
-        if POOL is None:
-            x_tile = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
-        else:
-            where = n[:, None], (group * C + c)[None, :], h, w
-            x_tile = load_pool_gradient(x_ptr, x_strides, pooled, where, x_mask, POOL)
+        where = n[:, None], (group * C + c)[None, :], h, w
+        x_tile = load_gradient(x_ptr, x_strides, x_offsets, where, x_mask, pooled, POOL)
         # [DEPTH, COLUMNS]
         w_mask = inside[:, None] & k_mask[None, :]
         w_offsets = c * w_c + (r * w_r + s * w_s)
@@ -216,7 +213,7 @@ def wgrad_kernel(
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     split_k,
-    pooled,  # of dy as load_pool_gradient takes it, or None
+    pooled,  # of dy as load_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
@@ -266,11 +263,8 @@ def wgrad_kernel(
                 offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
                 offsets = (k * dy_strides.c)[:, None] + offsets[None, :]
                 mask = k_mask[:, None] & (n < N)[None, :]
-                if POOL is None:
-                    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-                else:
-                    where = n[None, :], k[:, None], p[None, :], q[None, :]
-                    dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
+                where = n[None, :], k[:, None], p[None, :], q[None, :]
+                dy = load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, POOL)
                 db += tl.sum(upcast(dy, ACC), axis=1)
             db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
@@ -291,11 +285,8 @@ def wgrad_kernel(
             offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
             offsets = offsets[:, None] + (k * dy_strides.c)[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
-            if POOL is None:
-                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-            else:
-                where = n[:, None], k[None, :], p[:, None], q[:, None]
-                dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
+            where = n[:, None], k[None, :], p[:, None], q[:, None]
+            dy = load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, POOL)
             # [DEPTH, COLUMNS]
             offsets = n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
