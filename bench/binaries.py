@@ -157,8 +157,8 @@ def _eighths(g: Conv2dGeometry, layout: str, arguments: tuple) -> None:
     known = [plan for plan in known if plan.engine.takes("scale", "fprop")]
     vector = y.new_empty(g.K)
     for plan in known if device.is_warming_up() else known[:1]:
-        for bias, added, relu in ((None, None, False), (vector, y, True)):
-            epilogue = Epilogue(bias, added, relu, scale=vector.float())
+        for bias, added, activation in ((None, None, None), (vector, y, "relu")):
+            epilogue = Epilogue(bias, added, activation, scale=vector.float())
             plan.engine.launch(Fprop(x, w, y, g, epilogue=epilogue), plan.tile)
 
 

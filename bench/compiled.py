@@ -151,7 +151,14 @@ def launch(
     x, w, y = tensors
     vector = x.new_zeros(g.K) if bias else None
     calls: dict[Direction, Call] = {
-        "fprop": Fprop(x, w, y, g, precision, Epilogue(vector, y if residual else None, relu)),
+        "fprop": Fprop(
+            x,
+            w,
+            y,
+            g,
+            precision,
+            Epilogue(vector, y if residual else None, "relu" if relu else None),
+        ),
         "dgrad": Dgrad(y, w, x, g, precision),
         "wgrad": Wgrad(x, y, w, vector, g, precision),
     }

@@ -49,10 +49,7 @@ class Recording:
     def launched(self, kernel: Any, grid: tuple[int, ...], args: tuple, meta: dict) -> None:
         # In the kernel's order: Triton takes longer to bind what is named.
         args += tuple([meta.pop(name) for name in kernel.arg_names if name in meta])
-        takes = [(i, take) for i, value in enumerate(args) if (take := self._from_slots(value))]
-        known = list(args)
-        for i, _ in takes:
-            known[i] = None
+        known, takes = self._taken(args)
 
         def step(slots: Slots) -> None:
             arguments = known[:]
@@ -82,11 +79,31 @@ class Recording:
             if id(value) not in self._slots:
                 self._describe(value)
             return itemgetter(self._slots[id(value)])
-        if isinstance(value, tuple) and any(found := [self._from_slots(item) for item in value]):
-            parts = list(zip(found, value, strict=True))
-            make = getattr(value, "_make", tuple)  # a named tuple stays one
-            return lambda slots: make([take(slots) if take else item for take, item in parts])
+        if isinstance(value, tuple):
+            return self._tuple_from_slots(value)
         return None
+
+    def _tuple_from_slots(self, values: tuple) -> Callable[[Slots], tuple] | None:
+        known, takes = self._taken(values)
+        make = getattr(values, "_make", tuple)  # a named tuple stays one
+
+        def take_all(slots: Slots) -> tuple:
+            items = known[:]  # as in launched: one more call would take as long as this line
+            for i, take in takes:
+                items[i] = take(slots)
+            return make(items)
+
+        return take_all if takes else None
+
+    def _taken(self, values: tuple) -> tuple[list[Any], list[tuple[int, Callable[[Slots], Any]]]]:
+        """(known, takes): of several arguments, those that hold no tensor, with None between, and
+        how the others are made. So no tensor of the first call is held.
+        """
+        takes = [(i, take) for i, value in enumerate(values) if (take := self._from_slots(value))]
+        known = list(values)
+        for i, _ in takes:
+            known[i] = None
+        return known, takes
 
     def _describe(self, value: TensorDescriptor) -> None:
         """A step that adds a descriptor, which launches may share, to the slots."""

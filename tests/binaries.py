@@ -111,7 +111,7 @@ def launch_convolution(direction: str, g: Conv2dGeometry, channels_last: bool) -
     if plan.engine in (depthwise.ENGINE, paired_columns.ENGINE, few_channels.ENGINE):
         engine, tile = plan.engine, plan.tile
     if direction == "fprop":
-        engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, y, relu=True)), tile)
+        engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, y, "relu")), tile)
     elif direction == "dgrad":
         engine.launch(Dgrad(y, w, x, g), tile)
     else:
@@ -206,7 +206,7 @@ def compiled() -> Iterator[tuple[str, list[int]]]:
         g = replace(LAYERS["3x3"], N=3, H=57, W=45)
         x, w, y = (empty(shape, True) for shape in (g.x_shape, g.w_shape, g.y_shape))
         tile = Tile(64, 64, 32)
-        call = Fprop(x, w, y, g, epilogue=Epilogue(residual=y, relu=True))
+        call = Fprop(x, w, y, g, epilogue=Epilogue(residual=y, activation="relu"))
         implicit_gemm.fprop(call, tile)
         g = replace(POOLS["pool 3x3/2"], N=3, H=57, W=45)
         x, y = empty(g.x_shape, True), empty(g.y_shape, True)

@@ -30,6 +30,7 @@ EMULATED: dict[str, str] = {
     "test_descriptor_gemm.py": "",
     "test_conv_pool_descriptors.py": "",
     "test_device.py": "counted_and or threads",
+    "test_epilogue.py": "",
     "test_few_channels.py": "",
     "test_pool_gradient.py": "",
     "test_functional.py": "float8 or bytes",

@@ -782,7 +782,7 @@ def test_the_first_engine_passes_and_is_timed(tmp_path, device, g, dtype):
 
     def fprop(plan, x, w, bias, residual):
         y = torch.empty_like(o.dy)
-        call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu=True))
+        call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, activation="relu"))
         plan.engine.launch(call, plan.tile)
         return (y,)
 

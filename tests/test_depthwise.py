@@ -74,7 +74,7 @@ class Launch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, residual, g, tiles, relu):
         y = like(x.new_full(g.y_shape, torch.nan), x)
-        call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu))
+        call = Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, "relu" if relu else None))
         depthwise.fprop(call, tiles["fprop"])
         ctx.save_for_backward(x, w, y)
         ctx.rest = g, tiles, relu

@@ -224,7 +224,7 @@ def assert_epilogue(g, t, box, flags):
     bias = t.bias if "bias" in flags else None
     residual = aligned(t.residual, spare=2) if "residual" in flags else None
     depth = 32 if t.x.element_size() == 1 else 16  # the least that an instruction takes
-    epilogue = Epilogue(bias, residual, "relu" in flags, scale)
+    epilogue = Epilogue(bias, residual, "relu" if "relu" in flags else None, scale)
     call = Fprop(aligned(t.x), aligned(t.w), y, g, "tf32", epilogue)
     descriptor_gemm.fprop(call, blocks("fprop", box, depth=depth))
 

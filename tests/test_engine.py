@@ -28,21 +28,18 @@ from kernels.tile import Block, Tile
 def pointwise_kernel(
     x_ptr,  # [N, C, P, Q]
     w_ptr,  # [K, C, 1, 1]
-    bias_ptr,  # [K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [N, K, P, Q]
+    result,  # a Result; y[N, K, P, Q]
     x_strides,  # n, c, p, q, encoded
     w_strides,  # k, c
-    y_strides,  # the residual's, then y's
     sizes,  # N, P, Q, encoded
     K,
     C,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
-    """y[n,k,p,q] = relu?(sum over c of x[n,c,p,q] * w[k,c] + bias[k] + residual[n,k,p,q])."""
+    """y[n,k,p,q] = act(sum over c of x[n,c,p,q] * w[k,c] + bias[k] + residual[n,k,p,q])."""
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, P, Q = decode_ints(sizes)
     x_strides = decode_strides(x_strides)
@@ -61,7 +58,7 @@ def pointwise_kernel(
         w = tl.load(w_ptr + ((c * w_c)[:, None] + (k * w_k)[None, :]), mask=mask, other=0.0)
         acc = dot(x, w, acc, PRECISION)
     masks = (n < N, k < K)
-    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
+    store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 
 def tiles(problem: Problem) -> Iterator[Tile]:

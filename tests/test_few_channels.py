@@ -92,7 +92,9 @@ class Launch(torch.autograd.Function):
     def forward(ctx, x, w, bias, residual, g, tiles, relu):
         y = sliced(x.new_full(g.y_shape, torch.nan))
         engine, tile = tiles["fprop"]
-        engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu)), tile)
+        engine.launch(
+            Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, "relu" if relu else None)), tile
+        )
         ctx.save_for_backward(x, w, y)
         ctx.rest = g, tiles, relu
         return y
@@ -393,7 +395,7 @@ def fprop(g, inputs, plan):
     x, w, bias, residual = inputs
     engine, tile = plan
     y = sliced(w.new_full(g.y_shape, torch.nan))
-    engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, relu=True)), tile)
+    engine.launch(Fprop(x, w, y, g, epilogue=Epilogue(bias, residual, "relu")), tile)
     return y
 
 

@@ -160,21 +160,18 @@ def add_products(
 def depthwise_kernel(
     x_ptr,  # [N, channels, H, W]
     w_ptr,  # [taps, filters]
-    bias_ptr,  # [K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [N, K, P, Q]
+    result,  # a Result; y[N, K, P, Q]
     x_strides,  # n, c, h, w, encoded
-    y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; encoded
     reduction,  # K, REPEAT, R, S; the first tap, and the steps between rows and columns
     down,  # the _AxisMap of p
     across,  # of q
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Block
     LINES: tl.constexpr,  # the _Lines of a turn
 ):
-    """y[n,k,p,q] = relu?(sum over m,r,s of x[n,c,h,w] * w[r,s,f] + bias[k] + residual[n,k,p,q]).
+    """y[n,k,p,q] = act(sum over m,r,s of x[n,c,h,w] * w[r,s,f] + bias[k] + residual[n,k,p,q]).
 
     m runs to FOLD, c = k // REPEAT * FOLD + m and f = k * FOLD + m: fprop repeats each channel of
     x for several filters, dgrad folds the filters of a channel together. ``down`` says where p and
@@ -188,6 +185,7 @@ def depthwise_kernel(
     FOLD: tl.constexpr = TILE.fold
     ROW_PLACES: tl.constexpr = LINES.rows.places
     COLUMN_PLACES: tl.constexpr = LINES.columns.places
+    bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides = result
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q, column_strips, row_strips, patches_per_strip = decode_ints(sizes)
@@ -196,8 +194,8 @@ def depthwise_kernel(
     spacing_p, shift_p, stride_h, origin_h, step_h, step_p, first_p = down
     spacing_q, shift_q, stride_w, origin_w, step_w, step_q, first_q = across
     x_strides = aligned_strides(x_strides, UNIT)
-    added, y_strides = y_strides
-    added = aligned_strides(added, UNIT)
+    if residual_ptr is not None:
+        residual_strides = aligned_strides(residual_strides, UNIT)
     y_strides = aligned_strides(y_strides, UNIT)
 
     pid = program(INT64_INDEX)
@@ -244,8 +242,11 @@ def depthwise_kernel(
             q = q * step_q + first_q
             residual_at = 0
             if residual_ptr is not None:
-                residual_at = k * added.c + (n * added.n + p * added.h + q * added.w)
-            y = finish(sums[i], None, k, k_mask, residual_ptr, residual_at, y_mask, RELU, DTYPE)
+                residual_at = n * residual_strides.n + p * residual_strides.h
+                residual_at = k * residual_strides.c + (residual_at + q * residual_strides.w)
+            y = finish(
+                sums[i], None, k, k_mask, residual_ptr, residual_at, y_mask, ACTIVATION, DTYPE
+            )
             y_at = k * y_strides.c + (n * y_strides.n + p * y_strides.h + q * y_strides.w)
             tl.store(y_ptr + y_at, y, mask=y_mask)
 
@@ -261,11 +262,9 @@ def sum_rows(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def depthwise_wgrad_kernel(
     x_ptr,  # [N, channels, H, W]
     dy_ptr,  # [N, K, P, Q]
-    dw_ptr,  # [split_k, K, 1, R, S] or None
-    db_ptr,  # [split_k, K] or None
+    parts,  # GradientParts; dw[split_k, K, 1, R, S], db[split_k, K]
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
-    dw_strides,  # split, k, 1, r, s
     sizes,  # N, H, W, P, Q, strips of a column, of a row, patches of a strip; encoded
     reduction,  # K, REPEAT, R, S and what depthwise_kernel takes besides
     down,  # the _AxisMap of p
@@ -287,6 +286,7 @@ def depthwise_wgrad_kernel(
     R_TAPS: tl.constexpr = LINES.rows.taps
     S_TAPS: tl.constexpr = LINES.columns.taps
     PLACES: tl.constexpr = LINES.columns.places
+    dw_ptr, db_ptr, dw_strides = parts
     TAPS: tl.constexpr = R_TAPS * S_TAPS if dw_ptr is not None else 0
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q, column_strips, row_strips, patches_per_strip = decode_ints(sizes)
@@ -529,7 +529,7 @@ def _convolve(
 
 
 def fprop(call: Fprop, tile: Tile) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual).
+    """y[N,K,P,Q] = activation(conv(x, w) + bias + residual).
 
     The precision takes no part, here and below: products are formed outside the tensor cores.
     """
@@ -557,10 +557,10 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             (cdiv(K, tile.columns) * tap_parts * tile.split_k,),
             device=x.device,
             **operands(x=x, dy=dy),
-            **parts,
+            parts=tuple(parts),
             **launch.arguments,
             split_k=tile.split_k,
-            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"]),
+            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts.dw),
             TILE=_Block(tile.rows, tile.columns, _unit(K, x, dy), fold=1),
             num_warps=tile.warps,
             num_stages=tile.stages,

@@ -27,7 +27,7 @@ from .. import device
 from ..device import Device, loop
 from ..geometry import Conv2dGeometry, Taps
 from ..lang.descriptors import filters, image_pairs, images
-from ..lang.epilogue import Epilogue, relu
+from ..lang.epilogue import Epilogue
 from ..lang.integers import cdiv, decode_ints, encode_ints, program
 from ..lang.numerics import dot, downcast, upcast
 from ..lang.split_sum import gradients
@@ -102,7 +102,7 @@ def add_products(
 
 
 @triton.jit
-def store_half(half, box, k, residual_desc, y_desc, RELU: tl.constexpr):
+def store_half(half, box, k, residual_desc, y_desc, ACTIVATION: tl.constexpr):
     """Finish half[columns, pixels] of an accumulator and store it as a box of y."""
     COLUMNS: tl.constexpr = half.shape[0]
     PIXELS: tl.constexpr = half.shape[1]
@@ -110,8 +110,8 @@ def store_half(half, box, k, residual_desc, y_desc, RELU: tl.constexpr):
     if residual_desc is not None:
         residual = residual_desc.load([n, p, q, k]).reshape(PIXELS, COLUMNS).T
         half += upcast(residual, half.dtype)
-    if RELU:
-        half = relu(half)
+    if ACTIVATION is not None:
+        half = ACTIVATION(half)
     y_desc.store([n, p, q, k], downcast(half, y_desc.dtype).T.reshape(y_desc.block_shape))
 
 
@@ -122,19 +122,18 @@ def product_kernel(
     x2_desc,
     x3_desc,
     w_desc,  # [R, S, K, C]
-    bias_ptr,  # [channels of y] or None
-    scale_ptr,  # the same, float32, or None
+    affine,  # bias and scale (in float32) [channels of y]; either may be None
     residual_desc,  # like y, or None
     y_desc,  # [N, P, Q, channels]
     tiles,
     sizes,  # boxes along p and q, column tiles of a group, groups, columns and depth of a group
     phase_taps,  # PhaseTaps of each phase
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # whether w's channels are the columns
     TILE: tl.constexpr,  # a BoxBlock
 ):
-    """y = relu?(scale * products of x's boxes with w's taps + bias + residual).
+    """y = activation(scale * products of x's boxes with w's taps + bias + residual).
 
     One program writes every num_programs-th of the ``tiles``, each a box of pixels by COLUMNS
     channels of one group, accumulated in float32 and stored in two halves. Neighbouring programs
@@ -146,6 +145,7 @@ def product_kernel(
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
+    bias_ptr, scale_ptr = affine
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
     boxes_p, boxes_q, column_tiles, groups, K, C = decode_ints(sizes)
 
@@ -179,14 +179,14 @@ def product_kernel(
         if scale_ptr is not None:
             acc = acc * tl.load(scale_ptr + channels, mask=mask, other=0.0)[:, None] + bias
         low, high = tl.split(acc.reshape(COLUMNS, 2, ROWS // 2).permute(0, 2, 1))
-        store_half(low, (n, p, q), k, residual_desc, y_desc, RELU)
+        store_half(low, (n, p, q), k, residual_desc, y_desc, ACTIVATION)
         # The second half of the box begins half way along its first axis of several pixels.
         n += BOX_N // 2
         if BOX_N == 1:
             p += BOX_P // 2
         if BOX_N * BOX_P == 1:
             q += BOX_Q // 2
-        store_half(high, (n, p, q), k, residual_desc, y_desc, RELU)
+        store_half(high, (n, p, q), k, residual_desc, y_desc, ACTIVATION)
 
 
 class PhaseTaps(NamedTuple):
@@ -294,14 +294,13 @@ def _multiply(
         device=w.base.device,
         **xs,
         w_desc=w,
-        bias_ptr=epilogue.bias,
-        scale_ptr=epilogue.scale,
+        affine=(epilogue.bias, epilogue.scale),
         residual_desc=residual,
         y_desc=y,
         tiles=tiles,
         sizes=encode_ints((boxes_p, boxes_q, column_tiles, groups, channels, depth)),
         phase_taps=tuple([encode_ints(taps) for taps in phase_taps]),
-        RELU=epilogue.relu,
+        ACTIVATION=epilogue.function,
         PRECISION=precision,
         TRANSPOSED=transposed,
         TILE=BoxBlock.of(tile),
@@ -311,7 +310,7 @@ def _multiply(
 
 
 def fprop(call: Fprop, tile: Tile) -> None:
-    """y[N,K,P,Q] = relu?(scale[K] * conv(x, w) + bias + residual)."""
+    """y[N,K,P,Q] = activation(scale[K] * conv(x, w) + bias + residual)."""
     g, residual = call.g, call.epilogue.residual
     box, flat = box_of(tile), g.pointwise
     half = (*half_box(box), tile.columns)
@@ -459,12 +458,12 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 device=x.device,
                 x_desc=x_desc,
                 dy_desc=dy_desc,
-                dw_ptr=parts["dw_ptr"],
-                dw_strides=parts["dw_strides"],
+                dw_ptr=parts.dw,
+                dw_strides=parts.dw_strides,
                 sizes=encode_ints(sizes),
                 phase_taps=encode_ints(_phase_taps(row, column, 1, 1)),
                 PRECISION=call.precision,
-                INT64_INDEX=device.int64_index(0, parts["dw_ptr"]),
+                INT64_INDEX=device.int64_index(0, parts.dw),
                 TILE=BoxBlock.of(tile),
                 num_warps=tile.warps,
                 num_stages=tile.stages,

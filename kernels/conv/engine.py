@@ -14,19 +14,13 @@ from torch import Tensor
 from .. import cost_model
 from ..geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from ..lang.epilogue import Epilogue
+from ..lang.prologue import Normalization
 from ..pool.pool_gradient import PoolGradient
 from ..problem import Problem
 from ..tile import Tile
 
 Fusion = Literal["bytes", "scale", "pool_gradient"]
 """What only some engines fuse: see ``Normalization``, ``Epilogue.scale`` and ``PoolGradient``."""
-
-
-class Normalization(NamedTuple):
-    """scale[C] and shift[C], float32, that make of a byte x the value x * scale[c] + shift[c]."""
-
-    scale: Tensor
-    shift: Tensor
 
 
 _PLAIN = Epilogue()

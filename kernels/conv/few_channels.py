@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import cost_model, device
 from ..device import loop
 from ..geometry import Conv2dGeometry, Direction, dgrad_index_map
-from ..lang.epilogue import results, store_result
+from ..lang.epilogue import Epilogue, results, store_result
 from ..lang.integers import (
     cdiv,
     decode_ints,
@@ -25,19 +25,19 @@ from ..lang.integers import (
     encode_ints,
     operands,
     pixel,
-    pointers,
     power_of_2,
     program,
     within,
 )
 from ..lang.numerics import dot, downcast, fence_copies, upcast
+from ..lang.prologue import load_normalization, load_normalized
 from ..lang.reduction import reduction_block, reduction_tiles
 from ..lang.split_sum import gradients
-from ..pool.pool_gradient import load_pool_gradient, pooled
+from ..pool.pool_gradient import load_gradient, pooled
 from ..problem import Problem
 from ..tile import INTERPRETER_ELEMENTS, Block, Tile, overlapped
 from .engine import Dgrad, Engine, Fprop, Wgrad
-from .paired_columns import FEW, load_normalization, load_normalized
+from .paired_columns import FEW
 
 
 @triton.jit
@@ -99,11 +99,8 @@ def sum_pixels(
         offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
         offsets = (k * dy_strides.c)[:, None] + offsets[None, :]
         mask = k_mask[:, None] & (at < pixels)[None, :]
-        if POOL is None:
-            dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-        else:
-            where = n[None, :], k[:, None], p[None, :], q[None, :]
-            dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
+        where = n[None, :], k[:, None], p[None, :], q[None, :]
+        dy = load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, POOL)
         acc += upcast(dy, ACC)
     return tl.sum(acc, axis=1)
 
@@ -112,22 +109,19 @@ def sum_pixels(
 def few_channel_fprop_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups * K, C, R, S]
-    bias_ptr,  # [groups * K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [N, groups * K, P, Q]
+    result,  # a Result; y[N, groups * K, P, Q]
     x_strides,  # n, c, h, w, encoded
     w_strides,  # k, c, r, s
-    y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a _Segments
 ):
-    """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
+    """y[n,k,p,q] = act(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
     h and w are where ``index_map`` has (p, q) and (r, s) meet; x is zero outside. In bytes it
     counts as x * scale[c] + shift[c], rounded to w's dtype. One program writes one rows x columns
@@ -187,22 +181,21 @@ def few_channel_fprop_kernel(
             acc = dot(x_tile, w_tile, acc, PRECISION)
 
     masks = (row_mask, k_mask)
-    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
+    store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 
 @triton.jit
 def few_channel_dgrad_kernel(
     dy_ptr,  # [N, groups * K, P, Q]
     w_ptr,  # [groups * K, C, R, S]
-    bias_ptr,  # [groups * C] or None
-    dx_ptr,  # [N, groups * C, H, W]
+    result,  # a Result; dx[N, groups * C, H, W]
     dy_strides,  # n, k, p, q, encoded
     w_strides,  # k, c, r, s; then where the first tap is
-    dx_strides,  # n, c, h, w, encoded
     sizes,  # N, P, Q, H, W, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     placement,  # a Placement
+    ACTIVATION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
@@ -260,23 +253,21 @@ def few_channel_dgrad_kernel(
     w = w * dx_step_w + dx_first_w
     masks = (row_mask, c_mask)
     c += group * C
-    store_result(acc, (n, h, w), c, masks, bias_ptr, None, dx_ptr, (dx_strides, dx_strides), False)
+    store_result(acc, (n, h, w), c, masks, result, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["split_k"])
 def few_channel_wgrad_kernel(
     x_ptr,  # [N, groups * C, H, W]
     dy_ptr,  # [N, groups * K, P, Q]
-    dw_ptr,  # [split_k, groups * K, C, R, S] or None
-    db_ptr,  # [split_k, groups * K] or None
+    parts,  # GradientParts; dw[split_k, groups * K, C, R, S], db[split_k, groups * K]
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
-    dw_strides,  # split, k, c, r, s
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     split_k,
-    pooled,  # of dy as load_pool_gradient takes it, or None
+    pooled,  # of dy as load_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     normalize,  # scale and shift[groups * C], float32, of x in bytes, or None
     PRECISION: tl.constexpr,
@@ -294,6 +285,7 @@ def few_channel_wgrad_kernel(
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
     SEGMENT: tl.constexpr = TILE.segment
+    dw_ptr, db_ptr, dw_strides = parts
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q = decode_ints(sizes)
@@ -347,11 +339,8 @@ def few_channel_wgrad_kernel(
             offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
             offsets = offsets[:, None] + (k * dy_strides.c)[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
-            if POOL is None:
-                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-            else:
-                where = n[:, None], k[None, :], p[:, None], q[:, None]
-                dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
+            where = n[:, None], k[None, :], p[:, None], q[:, None]
+            dy = load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, POOL)
             # [DEPTH, COLUMNS]
             h0 = p * stride_h + origin_h
             w0 = q * stride_w + origin_w
@@ -392,7 +381,7 @@ def _segments(x: Tensor, g: Conv2dGeometry, tile: Tile, block: int) -> _Segments
 
 
 def fprop(call: Fprop, tile: Tile) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual); x may have bytes."""
+    """y[N,K,P,Q] = activation(conv(x, w) + bias + residual); x may have bytes."""
     x, w, y, g = call.x, call.w, call.y, call.g
     K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
     device.launch(
@@ -430,8 +419,9 @@ def dgrad(call: Dgrad, tile: Tile) -> None:
             few_channel_dgrad_kernel,
             (cdiv(g.N * row.count * column.count, tile.rows) * g.groups,),
             device=dy.device,
-            **operands(dy=dy, dx=dx),
-            **pointers(w=w, bias=call.bias),
+            **operands(dy=dy),
+            w_ptr=w,
+            **results(Epilogue(call.bias), dx),
             w_strides=(k, c, r * row.tap_step, s * column.tap_step, first),
             sizes=encode_ints((g.N, P, Q, row.count, column.count)),
             reduction=(g.groups, K, C, row.taps, column.taps),
@@ -461,7 +451,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             (column_tiles * _filter_tiles(g, tile) * tile.split_k,),
             device=x.device,
             **operands(x=x, dy=dy),
-            **parts,
+            parts=tuple(parts),
             sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q)),
             reduction=(g.groups, g.K // g.groups, g.C // g.groups, g.R, g.S),
             index_map=tuple(g.index_map),
@@ -470,7 +460,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             POOL=window,
             normalize=call.normalization,
             PRECISION=call.precision,
-            INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], argmax),
+            INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts.dw, argmax),
             TILE=_segments(x, g, tile, tile.columns),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed),

@@ -30,7 +30,7 @@ from ..lang.integers import (
 from ..lang.numerics import dot, downcast, fence_copies, upcast
 from ..lang.reduction import reduction_block, reduction_tiles
 from ..lang.split_sum import gradients
-from ..pool.pool_gradient import PoolGradient, load_pool_gradient, pooled
+from ..pool.pool_gradient import PoolGradient, load_gradient, pooled
 from ..tile import Block, Tile, overlapped
 from .engine import Dgrad, Engine, Fprop, Wgrad
 from .pointer_tiles import pointer_tiles
@@ -40,24 +40,21 @@ from .pointer_tiles import pointer_tiles
 def fprop_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups, K, C, R, S]
-    bias_ptr,  # [groups * K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [N, groups * K, P, Q]
+    result,  # a Result; y[N, groups * K, P, Q]
     x_strides,  # n, c, h, w, encoded
     w_strides,  # group, k, c, r, s; then where the first tap is
-    y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     placement,  # a Placement
-    pooled,  # of a map's gradient x as load_pool_gradient takes it, or None
+    pooled,  # of a map's gradient x as load_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
     TILE: tl.constexpr,  # a Block
 ):
-    """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
+    """y[n,k,p,q] = act(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
     h, w are where ``index_map`` has (p, q) and (r, s) meet; x is zero outside. ``placement`` is of
     y and of the residual. One program writes one rows x columns tile of one group, accumulated in
@@ -97,11 +94,8 @@ def fprop_kernel(
         x_mask = (row_mask[:, None] & inside[None, :]) & within(h, H) & within(w, W)
         x_offsets = c * x_strides.c + r * step_h * x_strides.h + s * step_w * x_strides.w
         x_offsets = x_rows[:, None] + x_offsets[None, :]
-        if POOL is None:
-            x_tile = tl.load(x_ptr + x_offsets, mask=x_mask, other=0.0)
-        else:
-            where = n[:, None], (group * C + c)[None, :], h, w
-            x_tile = load_pool_gradient(x_ptr, x_strides, pooled, where, x_mask, POOL)
+        where = n[:, None], (group * C + c)[None, :], h, w
+        x_tile = load_gradient(x_ptr, x_strides, x_offsets, where, x_mask, pooled, POOL)
         # [DEPTH, COLUMNS]
         w_mask = inside[:, None] & k_mask[None, :]
         w_offsets = c * w_c + (r * w_r + s * w_s)
@@ -114,7 +108,7 @@ def fprop_kernel(
     q = q * step_q + first_q
     masks = (row_mask, k_mask)
     k += group * K
-    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
+    store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 
 class _Product(NamedTuple):
@@ -161,7 +155,7 @@ def _multiply(
 
 
 def fprop(call: Fprop, tile: Tile) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual)."""
+    """y[N,K,P,Q] = activation(conv(x, w) + bias + residual)."""
     g = call.g
     K, C, P, Q = g.K // g.groups, g.C // g.groups, g.P, g.Q
     k, c, r, s = call.w.stride()
@@ -212,16 +206,14 @@ def _dgrad_products(
 def wgrad_kernel(
     x_ptr,  # [N, groups * C, H, W]
     dy_ptr,  # [N, groups * K, P, Q]
-    dw_ptr,  # [split_k, groups * K, C, R, S] or None
-    db_ptr,  # [split_k, groups * K] or None
+    parts,  # GradientParts; dw[split_k, groups * K, C, R, S], db[split_k, groups * K]
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
-    dw_strides,  # split, k, c, r, s
     sizes,  # N, H, W, P, Q, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
     split_k,
-    pooled,  # of dy as load_pool_gradient takes it, or None
+    pooled,  # of dy as load_gradient takes it, or None
     POOL: tl.constexpr,  # its Window, or None
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
@@ -236,6 +228,7 @@ def wgrad_kernel(
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
+    dw_ptr, db_ptr, dw_strides = parts
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     N, H, W, P, Q = decode_ints(sizes)
     groups, K, C, R, S = reduction
@@ -270,11 +263,8 @@ def wgrad_kernel(
                 offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
                 offsets = (k * dy_strides.c)[:, None] + offsets[None, :]
                 mask = k_mask[:, None] & (n < N)[None, :]
-                if POOL is None:
-                    dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-                else:
-                    where = n[None, :], k[:, None], p[None, :], q[None, :]
-                    dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
+                where = n[None, :], k[:, None], p[None, :], q[None, :]
+                dy = load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, POOL)
                 db += tl.sum(upcast(dy, ACC), axis=1)
             db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
@@ -295,11 +285,8 @@ def wgrad_kernel(
             offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
             offsets = offsets[:, None] + (k * dy_strides.c)[None, :]
             mask = at_mask[:, None] & k_mask[None, :]
-            if POOL is None:
-                dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
-            else:
-                where = n[:, None], k[None, :], p[:, None], q[:, None]
-                dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, POOL)
+            where = n[:, None], k[None, :], p[:, None], q[:, None]
+            dy = load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, POOL)
             # [DEPTH, COLUMNS]
             offsets = n * x_strides.n + h0 * x_strides.h + w0 * x_strides.w
             mask = at_mask[:, None] & inside[None, :] & within(h, H) & within(w, W)
@@ -334,7 +321,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             (tiles * cdiv(K, tile.rows) * g.groups * tile.split_k,),
             device=x.device,
             **operands(x=x, dy=dy),
-            **parts,
+            parts=tuple(parts),
             sizes=encode_ints((g.N, g.H, g.W, P, Q)),
             reduction=(g.groups, K, C, R, S),
             index_map=tuple(g.index_map),
@@ -342,7 +329,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
             pooled=maxima,
             POOL=window,
             PRECISION=call.precision,
-            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts["dw_ptr"], argmax),
+            INT64_INDEX=device.int64_index(g.N * P * Q, x, dy, parts.dw, argmax),
             TILE=Block.of(tile),
             num_warps=tile.warps,
             num_stages=overlapped(tile, computed=call.pooled is not None),

@@ -35,6 +35,7 @@ from ..lang.integers import (
     within,
 )
 from ..lang.numerics import dot, downcast, fence_copies
+from ..lang.prologue import load_normalization, load_normalized
 from ..lang.split_sum import gradients
 from ..pool.pool_gradient import load_pool_gradient, pooled
 from ..problem import Problem
@@ -141,32 +142,6 @@ def _fprop_tile(g: Conv2dGeometry, device: Device) -> Tile:
     depth = max(16, segment(g))
     rows = 256 if hopper or depth < DEEPEST else 128
     return Tile(rows, columns, depth, warps=8, stages=3)
-
-
-@triton.jit
-def load_normalization(normalize, c, mask):
-    """(scale, shift) of channels c; of no normalization, anything."""
-    if normalize is None:
-        scale = c
-        shift = c
-    else:
-        scale_ptr, shift_ptr = normalize
-        scale = tl.load(scale_ptr + c, mask=mask, other=0.0)
-        shift = tl.load(shift_ptr + c, mask=mask, other=0.0)
-    return scale, shift
-
-
-@triton.jit
-def load_normalized(x_ptr, offsets, mask, normalize, scale, shift, DTYPE: tl.constexpr):
-    """x, or of bytes x * scale + shift in DTYPE; zero where masked, as padding comes after it.
-
-    scale and shift are those of the offsets' last axis, in float32.
-    """
-    x = tl.load(x_ptr + offsets, mask=mask, other=0)
-    if normalize is not None:
-        x = downcast(x.to(tl.float32) * scale[None, :] + shift[None, :], DTYPE)
-        x = tl.where(mask, x, 0.0)
-    return x
 
 
 @triton.jit
@@ -331,22 +306,19 @@ def convolve(
 def pair_fprop_kernel(
     x_ptr,  # [N, C, H, W]
     packed_ptr,  # as pack_kernel writes it
-    bias_ptr,  # [K] or None
-    residual_ptr,  # like y, or None
-    y_ptr,  # [N, K, P, Q]
+    result,  # a Result; y[N, K, P, Q]
     x_strides,  # n, c, h, w, encoded
-    y_strides,  # the residual's, then y's: n, k, p, q, encoded
     sizes,  # N, H, W, P, Q, encoded
     origin,  # of the index map along the height and the width
     normalize,  # scale and shift[C], float32, of x in bytes, or None
     FILTERS: tl.constexpr,  # the Filters
     RUN: tl.constexpr,  # a Run
     TILE: tl.constexpr,  # a Block
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64_INDEX: tl.constexpr,
 ):
-    """y[n,k,p,q] = relu?(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
+    """y[n,k,p,q] = act(sum over c,r,s of x[n,c,h,w] * w[k,c,r,s] + bias[k] + residual[n,k,p,q]).
 
     One program writes a tile of ``rows`` pixels by ``columns`` filters, accumulated in float32.
     """
@@ -388,11 +360,11 @@ def pair_fprop_kernel(
     q = 2 * q + i % 2
     k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
     masks = ((n < N) & (q < Q), k < K)
-    store_result(acc, (n, p, q), k, masks, bias_ptr, residual_ptr, y_ptr, y_strides, RELU)
+    store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 
 def fprop(call: Fprop, tile: Tile) -> None:
-    """y[N,K,P,Q] = relu?(conv(x, w) + bias + residual), of one group; x may have bytes."""
+    """y[N,K,P,Q] = activation(conv(x, w) + bias + residual), of one group; x may have bytes."""
     x, y, g = call.x, call.y, call.g
     run = run_of(x, g)
     if 0 in y.shape:
@@ -471,11 +443,9 @@ def store_gradient(dw_ptr, dw_strides, dw, half, k, r, j, FILTERS: tl.constexpr,
 def pair_wgrad_kernel(
     x_ptr,  # [N, C, H, W]
     dy_ptr,  # [N, K, P, Q]
-    dw_ptr,  # [parts, K, C, R, S] or None
-    db_ptr,  # [parts, K] or None
+    parts,  # GradientParts; dw[parts, K, C, R, S], db[parts, K]
     x_strides,  # n, c, h, w, encoded
     dy_strides,  # n, k, p, q, encoded
-    dw_strides,  # part, k, c, r, s
     patches,  # as _wgrad_patches gives it
     origin,  # of the index map along the height and the width
     pooled,  # of dy as load_pool_gradient takes it, or None
@@ -508,6 +478,7 @@ def pair_wgrad_kernel(
     R: tl.constexpr = FILTERS.R
     STEP: tl.constexpr = 2 * FILTERS.stride_w
     UNIT: tl.constexpr = RUN.unit
+    dw_ptr, db_ptr, dw_strides = parts
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     K_TILES: tl.constexpr = (2 * K + ROWS - 1) // ROWS
     LINES: tl.constexpr = COLUMNS // RUN.segment
@@ -691,7 +662,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 (lines * cdiv(2 * g.K, tile.rows) * patches.shares,),
                 device=x.device,
                 **operands(x=x, dy=dy),
-                **parts,
+                parts=tuple(parts),
                 patches=(patches.sizes, patches.divisors),
                 origin=(g.index_map.origin_h, g.index_map.origin_w),
                 pooled=maxima,
@@ -701,7 +672,7 @@ def wgrad(call: Wgrad, tile: Tile) -> None:
                 RUN=known,
                 TILE=_Patch(tile.rows, columns, height, width),
                 PRECISION=call.precision,
-                INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts["dw_ptr"], argmax),
+                INT64_INDEX=device.int64_index(g.N * g.P * g.Q, x, dy, parts.dw, argmax),
                 num_warps=warps,
                 num_stages=stages,
                 **device.all_registers(x.device),

@@ -1,4 +1,6 @@
-"""The first step of a gradient through a fused ReLU: its mask, and the sum that is the bias's."""
+"""The first step of a gradient through a fused activation, as ReLU, whose gradient follows from its
+result; and the sum that is the bias's gradient.
+"""
 
 import triton
 import triton.language as tl
@@ -6,6 +8,7 @@ from torch import Tensor
 
 from .. import device
 from ..device import loop
+from ..lang.epilogue import ACTIVATIONS
 from ..lang.integers import decode_ints, decode_strides, encode_ints, operands, pixel, program
 from ..lang.numerics import downcast, upcast
 from ..lang.split_sum import channel_tiles, parts_like, split_sum
@@ -24,14 +27,15 @@ def relu_backward_kernel(
     sizes,  # N, P, Q, encoded
     K,
     tiles_per_program,
+    GRADIENT: tl.constexpr,  # of an Activation
     INT64_INDEX: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dz = 0 where y <= 0, else dy, and db[k] = sum of dz[n,k,p,q].
+    """dz = GRADIENT(dy, y), and db[k] = sum of dz[n,k,p,q].
 
-    A NaN in y passes dy on, and a masked infinity gives 0. One program writes
-    ``tiles_per_program`` tiles of ROWS pixels by COLUMNS channels, and their part of db.
+    One program writes ``tiles_per_program`` tiles of ROWS pixels by COLUMNS channels, and their
+    part of db.
     """
     N, P, Q = decode_ints(sizes)
     dy_strides = decode_strides(dy_strides)
@@ -50,7 +54,7 @@ def relu_backward_kernel(
         dy = tl.load(dy_ptr + (at[:, None] + (k * dy_strides.c)[None, :]), mask=mask, other=0.0)
         at = n * y_strides.n + p * y_strides.h + q * y_strides.w
         y = tl.load(y_ptr + (at[:, None] + (k * y_strides.c)[None, :]), mask=mask, other=0.0)
-        dz = tl.where(upcast(y, ACC) <= 0, 0.0, dy)
+        dz = downcast(GRADIENT(dy, upcast(y, ACC)), dz_ptr.dtype.element_ty)
         at = n * dz_strides.n + p * dz_strides.h + q * dz_strides.w
         tl.store(dz_ptr + (at[:, None] + (k * dz_strides.c)[None, :]), dz, mask=mask)
         db += upcast(dz, ACC)
@@ -59,11 +63,15 @@ def relu_backward_kernel(
         tl.store(db_ptr + part * K + k, db, mask=k < K)
 
 
-def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -> None:
-    """dz[N,K,P,Q] = the gradient before a ReLU with output y, from the gradient dy after it.
+def relu_backward(
+    dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None, activation: str = "relu"
+) -> None:
+    """dz[N,K,P,Q] = the gradient before an activation with result y, from the gradient dy after it.
 
-    db[K], if there is one, is its sum: the gradient of a bias that was added before the ReLU.
+    db[K], if there is one, is its sum: the gradient of a bias that was added before.
     """
+    known = ACTIVATIONS[activation]
+    assert known.of_result, activation
     N, K, P, Q = y.shape
     tiles = channel_tiles(y, N * P * Q, 4096, db is not None)
     parts = parts_like(db, tiles.parts)
@@ -76,6 +84,7 @@ def relu_backward(dy: Tensor, y: Tensor, dz: Tensor, db: Tensor | None = None) -
         sizes=encode_ints((N, P, Q)),
         K=K,
         tiles_per_program=tiles.per_program,
+        GRADIENT=known.gradient,
         INT64_INDEX=device.int64_index(N * P * Q, dy, y, dz),
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,

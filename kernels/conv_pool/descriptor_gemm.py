@@ -29,14 +29,12 @@ from ..conv.engine import PooledConv, PoolingEngine
 from ..device import INTERPRET, Device, loop
 from ..geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from ..lang.descriptors import filters, rows_first
-from ..lang.epilogue import relu
+from ..lang.epilogue import PooledResult, relu
 from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
     encode_ints,
-    encode_strides,
-    pointers,
     power_of_2,
     within,
 )
@@ -308,10 +306,7 @@ def pooled_product_kernel(
     x2_desc,
     x3_desc,
     w_desc,  # [R, S, K, C]
-    bias_ptr,  # [filters] or None
-    y_ptr,
-    argmax_ptr,  # uint8, or None
-    strides,  # of y and of argmax, encoded
+    result,  # a PooledResult; argmax, in uint8, has y's strides
     K,  # filters of a group
     tiles,
     sizes,  # N, P, Q; pooled P, Q; tiles along them; column tiles of a group, groups, C of one
@@ -334,6 +329,7 @@ def pooled_product_kernel(
     TAPS: tl.constexpr = WINDOW.kernel[0] * WINDOW.kernel[1]
     WINDOWS_P: tl.constexpr = (BOX_P - WINDOW.kernel[0]) // WINDOW.stride[0] + 1
     WINDOWS_Q: tl.constexpr = (BOX_Q - WINDOW.kernel[1]) // WINDOW.stride[1] + 1
+    bias_ptr, y_ptr, argmax_ptr, strides, _ = result
     x_descs = (x_desc, x1_desc, x2_desc, x3_desc)
     N, P, Q, pooled_P, pooled_Q, tiles_p, tiles_q, column_tiles, groups, C = decode_ints(sizes)
     strides = decode_strides(strides)
@@ -521,8 +517,7 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         device=x.device,
         **{name: x and rows_first(x) for name, x in xs.items()},
         w_desc=filters(call.w, (tile.columns, tile.depth)),
-        **pointers(bias=call.bias, y=y, argmax=argmax),
-        strides=encode_strides(y),
+        result=tuple(PooledResult.of(call.bias, y, argmax)),
         K=K,
         tiles=prod(counts),
         sizes=encode_ints(sizes),

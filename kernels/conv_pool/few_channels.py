@@ -34,14 +34,13 @@ from ..conv.paired_columns import (
 )
 from ..device import INTERPRET, Device
 from ..geometry import Conv2dGeometry, Pool2dGeometry
+from ..lang.epilogue import PooledResult
 from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
     encode_ints,
-    encode_strides,
     operands,
-    pointers,
     power_of_2,
     program,
     within,
@@ -320,12 +319,8 @@ def tile_keys(
 def few_channel_pool_kernel(
     x_ptr,  # [N, C, H, W]
     packed_ptr,  # as pack_kernel writes it
-    bias_ptr,  # [K] or None
-    y_ptr,  # [N, K, PP, PQ]
-    argmax_ptr,  # like y, or None
+    result,  # a PooledResult; y[N, K, PP, PQ]
     x_strides,  # n, c, h, w, encoded
-    y_strides,  # n, k, p, q, encoded; so are those of argmax
-    argmax_strides,
     sizes,  # N, H, W, P, Q, PP, PQ, encoded
     origin,  # of the index map along the height and the width
     FILTERS: tl.constexpr,  # the Filters
@@ -341,6 +336,7 @@ def few_channel_pool_kernel(
     program makes one tile of the map, accumulated in float32, and pools it. Where windows overlap,
     the tile starts with a pair of rows and one of columns that the windows before share.
     """
+    bias_ptr, y_ptr, argmax_ptr, y_strides, argmax_strides = result
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     BITS: tl.constexpr = 32 if DTYPE == tl.float32 else 16
     pid = program(INT64_INDEX)
@@ -387,9 +383,9 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
             few_channel_pool_kernel,
             (programs,),
             device=x.device,
-            **operands(x=x, y=y),
-            **pointers(packed=packed, bias=call.bias, argmax=argmax),
-            argmax_strides=encode_strides(y if argmax is None else argmax),
+            **operands(x=x),
+            packed_ptr=packed,
+            result=tuple(PooledResult.of(call.bias, y, argmax)),
             sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
             origin=(g.index_map.origin_h, g.index_map.origin_w),
             FILTERS=Filters.of(g),

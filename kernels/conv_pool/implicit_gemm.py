@@ -20,15 +20,14 @@ from ..conv.engine import PooledConv, PoolingEngine
 from ..conv.pointer_tiles import pointer_tiles
 from ..device import loop
 from ..geometry import Pool2dGeometry
+from ..lang.epilogue import PooledResult
 from ..lang.integers import (
     cdiv,
     decode_ints,
     decode_strides,
     encode_ints,
-    encode_strides,
     operands,
     pixel,
-    pointers,
     program,
     within,
 )
@@ -53,13 +52,9 @@ class _Window(NamedTuple):
 def conv_pool_kernel(
     x_ptr,  # [N, groups * C, H, W]
     w_ptr,  # [groups * K, C, R, S]
-    bias_ptr,  # [groups * K] or None
-    y_ptr,  # [N, groups * K, PP, PQ]
-    argmax_ptr,  # like y, or None
+    result,  # a PooledResult; y[N, groups * K, PP, PQ]
     x_strides,  # n, c, h, w, encoded
     w_strides,  # k, c, r, s
-    y_strides,  # n, k, pp, pq, encoded; so are those of argmax
-    argmax_strides,
     sizes,  # N, H, W, P, Q, PP, PQ, encoded
     reduction,  # groups, K, C, R, S; K and C of one group
     index_map,  # an IndexMap
@@ -79,6 +74,7 @@ def conv_pool_kernel(
     DEPTH: tl.constexpr = TILE.depth
     PACKED: tl.constexpr = TILE.packed
     TAPS: tl.constexpr = POOL.R * POOL.S
+    bias_ptr, y_ptr, argmax_ptr, y_strides, argmax_strides = result
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     N, H, W, P, Q, PP, PQ = decode_ints(sizes)
@@ -155,10 +151,10 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
         conv_pool_kernel,
         (cdiv(windows, tile.rows) * cdiv(K, tile.columns) * g.groups,),
         device=y.device,
-        **operands(x=x, y=y),
-        **pointers(w=w, bias=call.bias, argmax=argmax),
+        **operands(x=x),
+        w_ptr=w,
+        result=tuple(PooledResult.of(call.bias, y, argmax)),
         w_strides=w.stride(),
-        argmax_strides=encode_strides(y if argmax is None else argmax),
         sizes=encode_ints((g.N, g.H, g.W, g.P, g.Q, pool.P, pool.Q)),
         reduction=(g.groups, K, C, g.R, g.S),
         index_map=tuple(g.index_map),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -86,14 +86,20 @@ def parts_like(out: Tensor | None, split_k: int) -> Tensor | None:
     return replay.new(out, (split_k, out.numel()), (out.numel(), 1), dtype)
 
 
+class GradientParts(NamedTuple):
+    """Where a kernel writes the parts of a split gradient. It takes them as a plain tuple."""
+
+    dw: Tensor | None  # [split_k, K, C, R, S]
+    db: Tensor | None  # [split_k, K]
+    dw_strides: tuple[int, ...]  # split, k, c, r, s
+
+
 @contextmanager
-def gradients(dw: Tensor | None, db: Tensor | None, split_k: int) -> Iterator[dict[str, Any]]:
-    """A kernel's arguments, by name, for gradients of which it writes ``split_k`` parts:
-    dw_ptr[split_k, K, C, R, S] and db_ptr[split_k, K]. The parts are added up in the end.
-    """
+def gradients(dw: Tensor | None, db: Tensor | None, split_k: int) -> Iterator[GradientParts]:
+    """Room for ``split_k`` parts of dw and db, which are added up in the end."""
     dw_parts, db_parts = parts_like(dw, split_k), parts_like(db, split_k)
     strides = (0, 0, 0, 0, 0) if dw is None else (dw.numel(), *dw.stride())
-    yield {"dw_ptr": dw_parts, "db_ptr": db_parts, "dw_strides": strides}
+    yield GradientParts(dw_parts, db_parts, strides)
     split_sum(dw_parts, dw)
     split_sum(db_parts, db)
 

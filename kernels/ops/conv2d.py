@@ -80,7 +80,9 @@ def _fastest(operator: Operator, a: Any, call: Call, problem: Problem) -> Plan:
         results = (found,) if isinstance(found, Tensor) else found
         return tuple(t for t, ours in zip(results, call.results, strict=True) if ours is not None)
 
-    fused = call.epilogue.relu if isinstance(call, Fprop) else len(call.results) > 1
+    fused = (
+        call.epilogue.activation is not None if isinstance(call, Fprop) else len(call.results) > 1
+    )
     variant = "".join("01"[t is not None] for t in call.operands) + "-fused" * fused
     return autotune.choose(problem, call.operands, run, reference, variant)
 
@@ -111,7 +113,7 @@ def _aten_backward(dy: Tensor, x: Tensor, w: Tensor, a: Any, wanted: list[bool])
 
 def _conv2d(a: Any, y: Tensor) -> None:
     images, w = (y, a.x, a.residual), tensors.packed(a.w, (y, a.x, a.residual))
-    epilogue = Epilogue(replay.contiguous(a.bias), a.residual, a.relu)
+    epilogue = Epilogue(replay.contiguous(a.bias), a.residual, "relu" if a.relu else None)
     g, precision = geometry(a.x.shape, a.w.shape, a), resolve_precision(a.precision, a.x)
     _launch(conv2d, a, Fprop(a.x, w, y, g, precision, epilogue), images, (w,))
 

@@ -56,7 +56,7 @@ def _normalized(dims: Any, a: Any, dtype: torch.dtype) -> tuple[Tensor, int | No
 
 def _bytes(a: Any, y: Tensor) -> None:
     g, precision = geometry(a.x.shape, a.w.shape, a), resolve_precision(a.precision, a.w)
-    epilogue = Epilogue(replay.contiguous(a.bias), relu=a.relu)
+    epilogue = Epilogue(replay.contiguous(a.bias), activation="relu" if a.relu else None)
     _launch(Fprop(a.x, a.w, y, g, precision, epilogue, _normalization(a)), a.w)
 
 
@@ -150,7 +150,7 @@ def _fp8(a: Any, y: Tensor) -> None:
             f"{a.x.device}"
         )
     scale = replay.derive(a.scale, lambda scale: scale.expand(g.K).contiguous())
-    epilogue = Epilogue(replay.contiguous(a.bias), a.residual, a.relu, scale)
+    epilogue = Epilogue(replay.contiguous(a.bias), a.residual, "relu" if a.relu else None, scale)
     plan.engine.launch(Fprop(a.x, a.w, y, g, epilogue=epilogue), plan.tile)
 
 

@@ -130,6 +130,16 @@ def load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, WINDOW: tl.const
     return sum_won(dy_ptr, dy_strides, pooled, (n, k, pp, pq), r, s, mask, WINDOW)
 
 
+@triton.jit
+def load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, WINDOW: tl.constexpr):
+    """dy at ``offsets``; of a pooled result, the map's gradient at ``where`` instead."""
+    if WINDOW is None:
+        dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0)
+    else:
+        dy = load_pool_gradient(dy_ptr, dy_strides, pooled, where, mask, WINDOW)
+    return dy
+
+
 # The number of tiles_per_program follows the batch, unlike that of the channels.
 @triton.jit(do_not_specialize=["tiles_per_program"])
 def pool_gradient_kernel(
