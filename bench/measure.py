@@ -88,7 +88,8 @@ def set_torch(dtype: Dtype, device: torch.device, search: bool = True) -> None:
     """Set this process's PyTorch for such products: TF32 only if asked for; cuDNN may search."""
     if device.type == "cpu":
         return
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn  # its settings are not in the stubs
+    matmul: Any = torch.backends.cuda.matmul
     cudnn.benchmark = search
     tf32 = dtype.precision == "tf32"
     # Inductor reads the older settings and the newer ones, and either raises where the two differ.

@@ -144,7 +144,7 @@ _WARP_PRODUCTS = {
 _GROUP_PRODUCT = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+(?:\.SP)?\.(F32|F16|S32)\b")
 
 
-def queue(unit: str | None) -> str | None:
+def queue(unit: str) -> str:
     """Units of one queue take their operands in its order."""
     return "memory" if unit in ("shared", "global") else unit
 

@@ -120,11 +120,12 @@ def _reference(check: Check, call: Call, dtype: torch.dtype | None) -> Results:
     first = call.tensors[0]
     assert first is not None
     if check.operator == "conv2d_fp8":  # ATen's rounds to bfloat16
-        x, w, scale, *epilogue = wider
+        x, w, scale, bias, residual = wider
         *geometry, relu = call.numbers
-        return (
-            references.conv2d(x, w * scale.view(-1, 1, 1, 1), *epilogue, *geometry, None, relu),
-        )
+        assert w is not None
+        assert scale is not None
+        w = w * scale.view(-1, 1, 1, 1)
+        return (references.conv2d(x, w, bias, residual, *geometry, precision=None, relu=relu),)
     with first.device:
         found = getattr(references, check.operator)(*wider, *call.numbers)
     return found if isinstance(found, tuple) else (found,)
@@ -186,7 +187,7 @@ def _winners_error(check: Check, call: Call, found: Results, right: Tensor) -> f
     x, w, bias = (t.to(right.dtype) for t in call.tensors if t is not None)
     geometry, window = call.numbers[:5], call.numbers[5:8]
     with right.device:
-        z = references.conv2d(x, w, bias, None, *geometry, True)
+        z = references.conv2d(x, w, bias, None, *geometry, relu=True)
         won = references.max_pool2d_gather(z, found[1], *window, (1, 1), False)
     return measure.relative_rms(won, right)
 
