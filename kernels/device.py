@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
+from triton import knobs
 
 from ._private import GPUTarget, python_range, quick_interpreter, without_gpu
 
-INTERPRET: bool = triton.knobs.runtime.interpret
+INTERPRET: bool = knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on CPU tensors."""
 
 loop: Callable[..., Iterable[Any]] = python_range if INTERPRET else tl.range

@@ -44,8 +44,8 @@ class _Numbers:
         numbers: tuple,
     ):
         self.make, self.numbers = make, numbers
-        self.shapes = [None if t is None else t.shape for t in tensors]
-        self.strides = [None if t is None else t.stride() for t in tensors]
+        self.shapes: list[Any] = [None if t is None else t.shape for t in tensors]
+        self.strides: list[Any] = [None if t is None else t.stride() for t in tensors]
 
     def channels_last(self, *which: int) -> bool:
         return any(is_channels_last(self.shapes[i], self.strides[i]) for i in which)
@@ -54,6 +54,7 @@ class _Numbers:
 class Operator(SingleLevelFunction):
     """An operator of ``library``, applied to its tensors and its ``_Numbers``."""
 
+    apply: Callable[..., Any]
     name: str  # the operator's
     dispatched: Callable[..., Any]  # through PyTorch's dispatcher
     direct: Callable[..., Any]  # past it

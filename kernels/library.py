@@ -271,7 +271,8 @@ def resolve_precision(precision: str | None, x: Tensor) -> str:
     if x.dtype != torch.float32 or describe(x.device).backend == "interpreter":
         return "ieee"
     if precision is None:
-        setting = torch.backends.cudnn.conv.fp32_precision
+        cudnn: Any = torch.backends.cudnn  # its settings are not in the stubs
+        setting = cudnn.conv.fp32_precision
         precision = "tf32" if setting == "tf32" else "ieee"
     if torch.version.hip:
         precision = "bf16x6" if precision == "tf32x3" else precision
@@ -454,8 +455,8 @@ def _channel_sum_empty(dy: Tensor) -> Tensor:
 
 def _channel_sum(dy: Tensor) -> Tensor:
     db = _channel_sum_empty(dy)
-    K = dy.shape[1]
-    g = Conv2dGeometry(*dy.shape, K, 1, 1)
+    N, K, P, Q = dy.shape
+    g = Conv2dGeometry(N, K, P, Q, K, 1, 1)
     here, layout = describe(dy.device), layout_of((dy,), ())
     plan = planner.plan(Problem("wgrad", g, dy.dtype, "ieee", here, layout))
     plan.engine.launch(Wgrad(dy, dy, None, db, g), plan.tile)
@@ -673,9 +674,10 @@ def _conv_pool_backward(
     dy, argmax, x, w, size, w_size, w_strides, *arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The map's gradient is read from dy and argmax, or if that is dearer written out once."""
-    *geometry, precision, kernel, step, margin, channels_last, wanted = arguments
+    stride, padding, dilation, groups, precision, *window, channels_last, wanted = arguments
+    geometry, (kernel, step, margin) = (stride, padding, dilation, groups), window
     need_dx, need_dw, need_db = wanted
-    x_shape = dy.shape[0], w_size[1] * geometry[-1], *size
+    x_shape = dy.shape[0], w_size[1] * groups, *size
     g, pool = _conv_pool_geometries(x_shape, w_size, *geometry, kernel, step, margin)
     dx, dw, db = _conv_pool_backward_empty(dy, argmax, x, w, size, w_size, w_strides, *arguments)
     here, kind = describe(dy.device), resolve_precision(precision, dy)
