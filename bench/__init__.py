@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels and of what they compile to: ``python -m bench --help``."""
+"""Benchmarks of the kernels and analyses of their compiled code: ``python -m bench --help``."""

@@ -1,7 +1,7 @@
-"""What the commands use of PyTorch and Triton that neither of them promises to keep, and the
-library does not need: see ``kernels/_private.py``. This is no part of what is installed.
+"""Undocumented behavior of PyTorch and Triton that the commands rely on and the library does not:
+see ``kernels/_private.py``. This file is not installed.
 
-The protocol of a driver and its launcher is the emulator's own: ``bench/emulator/driver.py``.
+The emulator has its own protocol of a driver and its launcher: ``bench/emulator/driver.py``.
 """
 
 import inspect
@@ -21,17 +21,17 @@ from triton.backends.nvidia import compiler, driver
 
 
 class Compilation(NamedTuple):
-    """What was compiled: Triton's hash of a kernel."""
+    """A compilation: Triton's hash of a kernel, and its time."""
 
     hash: str
     seconds: float
-    cached: bool  # it was found on disk, and only loaded
+    cached: bool  # found on disk and only loaded
 
 
 def listen(note: Callable[[Compilation], None]) -> None:
     """Call ``note`` after each compilation, until another listens or ``triton.knobs`` are restored.
 
-    Counts on the keywords of a ``compilation.listener``, whose times are microseconds.
+    Relies on the keywords of a ``compilation.listener``, whose times are in microseconds.
     """
 
     def listener(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any) -> None:
@@ -44,13 +44,13 @@ def listen(note: Callable[[Compilation], None]) -> None:
 def intercepted(
     is_known: Callable[[str], bool], take: Callable[[str, Any], None]
 ) -> Iterator[None]:
-    """Within this context a kernel is compiled only if ``is_known`` says no, and then given to
-    ``take`` alone: no JIT function keeps it. Both get a name of what it is compiled from: its
-    source, that of all it calls, and how it is specialized.
+    """A context in which a kernel is compiled only if ``is_known`` returns False, and then passed
+    only to ``take``: no JIT function keeps it. Both get a name made of everything that a kernel is
+    compiled from: its source, the source of all functions it calls, and its specialization.
 
-    Counts on the keywords of the two hooks; on the first keeping a kernel from being compiled by
-    returning true; and on a JIT function's ``cache_key``, and ``device_caches``, whose entries
-    begin with the kernels by the hooks' key.
+    Relies on the keywords of the two hooks; on the first one preventing the compilation by
+    returning True; and on a JIT function's ``cache_key`` and ``device_caches``, whose entries begin
+    with the kernels by the hooks' key.
     """
 
     def name(key: str, fn: Any) -> str:
@@ -71,11 +71,11 @@ def intercepted(
 
 
 def unspecialized(name: str) -> str:
-    """What ``intercepted`` calls a kernel, but the same whatever its integers are specialized for.
+    """The name from ``intercepted``, made independent of how integers are specialized.
 
-    Counts on a hook's key: a list with (type, value) of each argument, or two tuples of such if it
-    is one, then the options; on an integer of 1 being a constexpr there, as a constant is, and on
-    what is told of others being text.
+    Relies on a hook's key: a list with (type, value) of each argument, or two tuples of these for a
+    tuple, followed by the options; on an integer of 1 being a constexpr there, like a constant; and
+    on the values of other arguments being text.
     """
 
     def of(kind: Any, value: Any) -> Any:
@@ -91,18 +91,18 @@ def unspecialized(name: str) -> str:
 
 
 def module_of(kernel: Any) -> str:
-    """The module in which the source of a compiled kernel is."""
+    """The module that contains the source of a compiled kernel."""
     return kernel.src.fn.fn.__module__
 
 
 def build_launchers(kernels: Sequence[Any]) -> None:
-    """Triton 3.6 compiles some C for each signature when its first kernel is loaded."""
+    """Compile the C launchers that Triton 3.6 needs for each signature at its first kernel."""
     if hasattr(driver, "make_launcher"):
         for kernel in kernels:
             driver.CudaLauncher(kernel.src, kernel.metadata)
 
 
-# Triton's back end for NVIDIA, as the emulator has it.
+# Triton's back end for NVIDIA, as the emulator uses it.
 
 
 class _ToPTX(compiler.CUDABackend):
@@ -119,17 +119,17 @@ class _ToPTX(compiler.CUDABackend):
 
 
 def stop_at_ptx() -> None:
-    """Compile to PTX only, in this process: ptxas takes seconds a kernel.
+    """Compile only to PTX in this process: ptxas takes seconds per kernel.
 
-    Counts on the table of back ends, on the stages being run in their order and the last one giving
-    what is loaded, and on ``hash`` being part of the key of Triton's cache.
+    Relies on the table of back ends, on the stages running in order and the last one returning what
+    is loaded, and on ``hash`` being part of the key of Triton's cache.
     """
     backends["nvidia"] = type(backends["nvidia"])(_ToPTX, backends["nvidia"].driver)
 
 
 def parameters_of_descriptor(kind: str, descriptor: Any, meta: Any) -> list[tuple[str, Any]]:
-    """The parameters for which a descriptor stands, as (type, value), as this version of Triton
-    expands them; ``meta`` is that of a descriptor that hardware takes.
+    """A descriptor's parameters, as (type, value), in this version of Triton's order; ``meta``
+    belongs to a descriptor that hardware supports.
     """
     rank = len(descriptor.shape)
     arguments = len(inspect.signature(driver.make_tensordesc_arg).parameters)
@@ -149,8 +149,8 @@ def parameters_of_descriptor(kind: str, descriptor: Any, meta: Any) -> list[tupl
 
 
 def inductors_pooling(window: tuple, size: tuple[int, int]) -> tuple[Callable, Callable]:
-    """What Inductor makes of max-pooling in training: of x the values, and in a byte where in its
-    window each lay; and of such bytes the places on a map of ``size``, flat.
+    """Inductor's max-pooling in training, as two functions: from x to the values and a byte for
+    each one's position in its window; from such bytes to flat indices in a map of ``size``.
 
     ``window``: kernel, stride, padding, dilation, ceil_mode.
     """

@@ -1,9 +1,9 @@
-"""Reads machine code: which loop of a kernel is the steady one, and what a thread does in it.
+"""Read machine code: find a kernel's steady loop, and count a thread's instructions in it.
 
-``nvidia`` and ``amd`` read a disassembly into instructions, ``Program`` joins them into blocks and
-finds the loops, ``Program.steady`` counts what one turn executes. All counts are of one thread. A
-predicated instruction counts, as it takes its turn at the scheduler; a called subroutine (a 64-bit
-division, a trap) counts as its call.
+``nvidia`` and ``amd`` parse a disassembly into instructions, ``Program`` groups them into blocks
+and finds the loops, ``Program.steady`` counts one iteration. All counts are per thread. A
+predicated instruction counts, because it takes a slot of the scheduler; a called subroutine (a
+64-bit division, a trap) counts as its call.
 """
 
 import re
@@ -33,18 +33,18 @@ _COPY = re.compile(r"UTMALDG|LDGSTS|(?:global|buffer|flat)_load")
 
 
 class Instruction(NamedTuple):
-    """One instruction; its opcode has the modifiers with it: "HGMMA.64x128x16.F32.BF16"."""
+    """One instruction; its opcode includes the modifiers: "HGMMA.64x128x16.F32.BF16"."""
 
     opcode: str
-    labels: tuple[str, ...] = ()  # that stand before it
+    labels: tuple[str, ...] = ()  # in front of it
     target: str | None = None  # the label it may jump to
     leaves: bool = False  # it may end the thread
     falls: bool = True  # the next instruction may follow
-    # Of NVIDIA's code alone.
+    # Only of NVIDIA's code.
     address: str = ""  # "0a30"
     guard: str = ""  # the predicate it depends on: "@!P0"
     operands: tuple[str, ...] = ()
-    upper_half: str = ""  # of its encoding, which holds the control code; from nvdisasm -hex
+    upper_half: str = ""  # of its encoding, with the control code; from nvdisasm -hex
 
     def __str__(self) -> str:
         words = self.address, self.guard, self.opcode, ", ".join(self.operands)
@@ -55,9 +55,9 @@ class Instruction(NamedTuple):
         return _TENSOR_CORE.match(self.opcode) is not None
 
     def macs(self, warps: int) -> int | None:
-        """Multiply-adds when each of a block's warps executes it, as its name gives the shape.
+        """Multiply-adds when each of a block's warps executes it, by the shape in its name.
 
-        None if the name does not: Blackwell's UTC*MMA, which one thread issues for the block.
+        None if the name has no shape: Blackwell's UTC*MMA, which one thread issues for the block.
         """
         if found := _GROUP_SIZES.match(self.opcode):
             return prod(map(int, found.groups())) * warps // 4
@@ -67,10 +67,10 @@ class Instruction(NamedTuple):
 
 
 class Steady(NamedTuple):
-    """A thread's instructions in one turn of the steady loop, and after it for one tile.
+    """A thread's instructions in one iteration of the steady loop, and after it for one tile.
 
-    ``macs`` are the multiply-adds of a turn that a block of ``warps`` makes on tensor cores, None
-    if the code does not tell.
+    ``macs`` are the multiply-adds of an iteration that a block of ``warps`` makes on tensor cores,
+    None if the code does not tell.
     """
 
     tensor_core_instructions: int
@@ -80,12 +80,12 @@ class Steady(NamedTuple):
 
 
 def nvidia(text: str) -> list[Instruction]:
-    """The instructions of ``nvdisasm -c``, or of ``nvdisasm -c -hex``."""
+    """The instructions in the output of ``nvdisasm -c`` or ``nvdisasm -c -hex``."""
     return list(_labelled(_SASS_UPPER_HALF.sub(r" \1", text), _sass))
 
 
 def amd(text: str) -> list[Instruction]:
-    """The instructions of LLVM's assembly for an AMD GPU."""
+    """The instructions in LLVM's assembly for an AMD GPU."""
     return list(_labelled(text, _gcn))
 
 
@@ -120,7 +120,7 @@ def _sass(line: str) -> Instruction | None:
         condition = guard or _SASS_CONDITION.search(operands[: target.start()])
         return instruction._replace(target=target[1], falls=condition is not None)
     if name == "CALL" and (target := _SASS_TARGET.search(operands)):
-        # The compiler writes a jump out of a loop so, too.
+        # The compiler also writes a jump out of a loop in this form.
         return instruction._replace(target=target[1])
     if name in ("EXIT", "RET"):
         return instruction._replace(leaves=True, falls=guard is not None)
@@ -142,7 +142,7 @@ def _gcn(line: str) -> Instruction | None:
 
 
 class Loop(NamedTuple):
-    """Blocks, named by their first instruction, of which ``header`` is entered from outside."""
+    """Blocks, named by their first instruction; ``header`` is the one entered from outside."""
 
     header: int
     blocks: frozenset[int]
@@ -151,24 +151,24 @@ class Loop(NamedTuple):
 
 Kind = Callable[[Instruction], bool]
 
-# Blocks of no instructions: all ways out of a kernel lead to one, the others close a search.
+# Blocks without instructions: all exits of a kernel lead to one, the others close a search.
 _EXIT, _START, _END = -1, -2, -3
 
 
 class Program:
-    """A kernel's blocks of instructions, the ways between them, and its loops.
+    """A kernel's blocks of instructions, the paths between them, and its loops.
 
-    ``code`` holds the instructions of each block, which is named by the number of its first one,
-    ``graph`` the ways between blocks; those from ``entry`` are reached.
+    ``code`` holds the instructions of each block, named by the number of its first instruction;
+    ``graph`` holds the edges between blocks reachable from ``entry``.
 
-    ``entry`` is the label where it begins: a disassembly may hold subroutines before it.
+    ``entry`` is the label of the start: a disassembly may have subroutines before it.
     """
 
     def __init__(self, instructions: list[Instruction], entry: str | None = None):
         at = {label: i for i, ins in enumerate(instructions) for label in ins.labels}
         self.code, graph = _blocks(instructions, at)
         self.entry = 0 if entry is None else at[entry]
-        # Padding and subroutines are not reached.
+        # Padding and subroutines are unreachable.
         self.graph = graph.subgraph(nx.descendants(graph, self.entry) | {self.entry})
         self.loops = tuple(_loops(self.graph, None))
         self._forward = nx.DiGraph(self.graph)
@@ -176,16 +176,16 @@ class Program:
             self._forward.remove_edges_from([(block, loop.header) for block in loop.blocks])
 
     def steady(self, warps: int) -> Steady | None:
-        """What a thread of a block of ``warps`` executes in the steady loop and after it.
+        """A thread's instructions in the steady loop and after it, for a block of ``warps``.
 
-        That loop is, of the innermost ones with tensor-core instructions, the one with most of
-        them; without any, the one with most multiply-adds or, failing these, instructions. Where a
-        turn has several ways, the one counted makes all its products, then stores nothing (in a
-        flattened loop the epilogue of a tile is one of the ways), then starts its copies, and then
-        has the fewest instructions (a barrier is passed at the first try). None without a loop.
+        The steady loop is the innermost loop with the most tensor-core instructions; without any,
+        the one with the most multiply-adds or, failing these, instructions. If an iteration has
+        several paths, the counted one makes all products, then stores nothing (in a flattened loop
+        a tile's epilogue is one of the paths), then starts the copies, and then has the fewest
+        instructions (a barrier is passed at the first try). None without a loop.
 
-        A loop unrolled as a whole leaves no loop but those of a rare case, as of a NaN. So where a
-        way around all loops with products makes more of them than any turn, that code is steady.
+        A fully unrolled loop leaves only loops for rare cases, such as NaN. So if a path around all
+        loops with products makes more products than any iteration, that path is steady.
         """
         for work in (_is_product, _is_multiply_add, _is_any):
             working = [loop for loop in self.loops if self._count(loop.blocks, work)]
@@ -214,8 +214,8 @@ class Program:
         return Steady(len(products), length, _macs(products, warps), epilogue)
 
     def _around(self, loops: list[Loop]) -> list[Instruction]:
-        """The instructions of the way through none of these loops that has most products, then
-        most stores, and then the fewest instructions; empty if all ways go through them.
+        """The instructions on the path through none of these loops that has the most products, then
+        the most stores, and then the fewest instructions; empty if all paths go through them.
         """
         inside = {block for loop in loops for block in loop.blocks}
         ways = nx.DiGraph(self._forward.subgraph(set(self.graph) - inside))
@@ -233,7 +233,7 @@ class Program:
         return sum(kind(ins) for block in blocks for ins in self.code[block])
 
     def _turn(self, loop: Loop, work: Kind, stores: bool) -> list[int]:
-        """The blocks of one turn, on a way with the fewest stores or the most."""
+        """The blocks of one iteration, on a path with the fewest or the most stores."""
         ways = nx.DiGraph(self._forward.subgraph(loop.blocks))
         last = self.graph.subgraph(loop.blocks).pred[loop.header]
         ways.add_edges_from((block, _END) for block in last)
@@ -252,8 +252,8 @@ class Program:
     def _after(self, loop: Loop) -> list[int]:
         """The blocks from a loop's end to the next tile or the kernel's end.
 
-        On the shortest of the ways with most stores. A loop around this one that stores nothing
-        is no loop over tiles.
+        They are on the shortest of the paths with the most stores. A loop around this one that
+        stores nothing is not a loop over tiles.
         """
         outer = loop.parent
         while outer and not self._count(outer.blocks - loop.blocks, _is_store):
@@ -276,7 +276,7 @@ class Program:
 
 
 def _unrolled(way: list[Instruction], warps: int) -> Steady:
-    """Of straight code: the turns lie from the first product to the last one."""
+    """The counts of straight code: from its first product to its last, as one iteration."""
     at = [i for i, ins in enumerate(way) if ins.tensor_core]
     macs = _macs([way[i] for i in at], warps)
     return Steady(len(at), at[-1] + 1 - at[0], macs, len(way) - at[-1] - 1)
@@ -311,7 +311,7 @@ def _is_any(instruction: Instruction) -> bool:
 def _blocks(
     instructions: list[Instruction], at: dict[str, int]
 ) -> tuple[dict[int, list[Instruction]], nx.DiGraph]:
-    """Runs of instructions entered only at their first, and which may follow which."""
+    """Runs of instructions entered only at the first one, and the edges between them."""
     code: dict[int, list[Instruction]] = {_EXIT: [], _START: [], _END: []}
     graph = nx.DiGraph()
     graph.add_node(_EXIT)
@@ -333,7 +333,7 @@ def _blocks(
 
 
 def _loops(graph: nx.DiGraph, parent: Loop | None) -> Iterator[Loop]:
-    """The loops of a graph in the code's order, each before those within it."""
+    """The loops of a graph in the code's order, each before its inner loops."""
     for blocks in sorted(nx.strongly_connected_components(graph), key=min):
         if len(blocks) == 1 and not graph.has_edge(*blocks, *blocks):
             continue
@@ -348,7 +348,7 @@ def _loops(graph: nx.DiGraph, parent: Loop | None) -> Iterator[Loop]:
 def _cheapest(
     ways: nx.DiGraph, start: int, end: int, cost: Callable[[int], tuple[int, ...]]
 ) -> list[int]:
-    """The blocks of the way from start to end, in a graph without loops, of the least total."""
+    """The blocks on the cheapest path from start to end, in a graph without loops."""
     best: dict[int, tuple[tuple[int, ...], list[int]]] = {}
     for block in nx.topological_sort(ways):
         before = [best[previous] for previous in ways.pred[block] if previous in best]

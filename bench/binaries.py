@@ -1,9 +1,9 @@
 """Every binary that the library may launch for a layer: ``groups`` of calls of its operators.
 
-A ``Scope`` says how many: "planned" is what the planner chooses for aligned channels_last operands
-of the size that is given. "family" is also what some batch and image size may get in any layout
-(``device.warm_up`` launches it), without an epilogue and with the whole one, and what is chosen
-where offsets take 64 bits. "every" has all epilogues, and all tiles with such offsets.
+A ``Scope`` sets how many. "planned" is what the planner chooses for aligned channels_last operands
+of the given size. "family" adds what any batch and image size may get in any layout
+(``device.warm_up`` launches it), with no epilogue and with the full one, and the choices for 64-bit
+offsets. "every" has all epilogues, and all tiles with 64-bit offsets.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from .measure import Dtype
 
 Scope = Literal["planned", "family", "every"]
 SCOPES: tuple[Scope, ...] = ("planned", "family", "every")
-LAYOUTS = ("aligned", "channels_last", "scattered")  # as the planner's
+LAYOUTS = ("aligned", "channels_last", "scattered")  # the planner's
 Arguments = tuple[Pair, tuple[int, int, int, int], Pair, int]
 """Stride, padding, dilation and groups of a convolution, as operators take them."""
 
@@ -36,7 +36,7 @@ Arguments = tuple[Pair, tuple[int, int, int, int], Pair, int]
 class Group(NamedTuple):
     """Calls of all operators on a layer.
 
-    ``any_size``: also with what other sizes get. ``large``: where offsets take 64 bits.
+    ``any_size``: also with what other sizes get. ``large``: with 64-bit offsets.
     """
 
     layout: str
@@ -45,7 +45,7 @@ class Group(NamedTuple):
     every_epilogue: bool = False
 
     def launch(self, geometry: suites.Geometry, dtype: Dtype) -> None:
-        """Launch what the operators on one layer may."""
+        """Launch everything that the operators may launch for one layer."""
         geometry = _large(geometry) if self.large else geometry
         with device.warm_up() if self.any_size else nullcontext():
             _operators(geometry, dtype, self.layout, self.every_epilogue)
@@ -55,7 +55,7 @@ PLANNED = Group("aligned")
 
 
 def groups(scope: Scope) -> Iterator[Group]:
-    """Those that make up a scope, what is planned first."""
+    """The groups of a scope, planned ones first."""
     yield PLANNED
     if scope != "planned":
         every = scope == "every"
@@ -74,14 +74,14 @@ def _operators(geometry: suites.Geometry, dtype: Dtype, layout: str, every: bool
 
 
 def _large(geometry: suites.Geometry) -> suites.Geometry:
-    """The geometry with so many images that offsets take 64 bits."""
+    """The geometry with enough images for 64-bit offsets."""
     g = geometry.conv if isinstance(geometry, suites.Block) else geometry
     images = 1 + 2**31 // min(prod(g.x_shape[1:]), prod(g.y_shape[1:]))
     return suites.with_images(geometry, images)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
-    """A tensor of the meta device. Of what is merely "channels_last" rows start anywhere."""
+    """A tensor of the meta device. Rows of a merely "channels_last" one start anywhere."""
     if layout != "channels_last" or len(shape) != 4:
         return selection.empty(shape, dtype, layout == "aligned")
     N, C, H, W = shape
@@ -114,7 +114,7 @@ def _convolution(g: Conv2dGeometry, dtype: Dtype, layout: str, every: bool) -> N
 
 
 def _bytes(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: Arguments) -> None:
-    """First layers on images of bytes."""
+    """First layers on uint8 images."""
     w = selection.empty(g.w_shape, dtype.torch, layout != "scattered")
     x, dy = _empty(g.x_shape, torch.uint8, layout), _empty(g.y_shape, dtype.torch, layout)
     scale, shift = (w.new_empty(g.C, dtype=torch.float32) for _ in range(2))
@@ -126,7 +126,7 @@ def _bytes(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: Arguments) -
 
 
 def _eighths(g: Conv2dGeometry, layout: str, arguments: Arguments) -> None:
-    """Products of float8, whose results are bfloat16."""
+    """Products of float8 with bfloat16 results."""
     w = selection.empty(g.w_shape, torch.float8_e4m3fn, layout != "scattered")
     x, y = (
         _empty(shape, t, layout) for shape, t in ((g.x_shape, w.dtype), (g.y_shape, torch.bfloat16))

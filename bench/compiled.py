@@ -1,8 +1,8 @@
-"""Read the machine code of the planner's choices, without a GPU: a row a layer and direction.
+"""Read the machine code of the planner's choices, without a GPU: one row per layer and direction.
 
-Each row compiles what the operator would launch for channels_last, aligned operands. Counts are a
-thread's: of one turn of the steady loop, and after that loop for one tile. ``issue_share`` is the
-part of the tensor cores' time in which the schedulers are busy with something else.
+Each row compiles what the operator would launch for aligned channels_last operands. Counts are per
+thread: in one iteration of the steady loop, and after that loop for one tile. ``issue_share`` is
+the share of the tensor cores' time in which the schedulers issue other instructions.
 """
 
 import argparse
@@ -40,12 +40,12 @@ from .measure import DTYPES
 
 Row = dict[str, Any]
 
-_SCHEDULERS = 4  # of a multiprocessor; each starts one instruction of a warp in a cycle
-_RATES = {"bf16": 1.0, "fp16": 1.0, "tf32": 0.5}  # tensor cores' multiply-adds, 16 bits being 1
+_SCHEDULERS = 4  # per multiprocessor; each issues one instruction of a warp per cycle
+_RATES = {"bf16": 1.0, "fp16": 1.0, "tf32": 0.5}  # tensor cores' multiply-adds; 16 bits: 1
 
 
 class Usage(NamedTuple):
-    """What a thread takes of a multiprocessor; ``spill_bytes`` are local memory (AMD: scratch)."""
+    """A thread's registers and spills; ``spill_bytes`` are local memory (AMD: scratch)."""
 
     registers: int
     spill_bytes: int
@@ -54,8 +54,8 @@ class Usage(NamedTuple):
 class Code(NamedTuple):
     """One compiled kernel.
 
-    ``binary`` names the machine code: equal for equal code. None stands for what the code does not
-    tell, and for the loop of a kernel without one.
+    ``binary`` names the machine code: the same for the same code. None means that the code does not
+    tell, or that the kernel has no loop.
     """
 
     kernel: str
@@ -73,7 +73,7 @@ class Code(NamedTuple):
 
 
 def read(kernel: Any) -> Code:
-    """What the machine code of one of Triton's compiled kernels says."""
+    """The facts in the machine code of one of Triton's compiled kernels."""
     meta = kernel.metadata
     hopper = meta.target.backend == "cuda" and meta.target.arch == 90
     code = instructions(kernel, encoded=hopper)
@@ -87,7 +87,7 @@ def read(kernel: Any) -> Code:
         stages=meta.num_stages,
         **usage(kernel)._asdict(),
         shared_bytes=meta.shared,
-        # All there are, where the products of a short reduction are not in a loop.
+        # All products, if those of a short reduction are not in a loop.
         tensor_core_instructions=(steady and steady.tensor_core_instructions) or products,
         loop_instructions=steady and steady.loop_instructions,
         loop_macs=steady and steady.macs,
@@ -97,7 +97,7 @@ def read(kernel: Any) -> Code:
 
 
 def usage(kernel: Any) -> Usage:
-    """Registers and spills, which cost less to read than the rest."""
+    """Registers and spills, which are cheaper to read than the rest."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         names = r"\.vgpr_count: *", r"\.private_segment_fixed_size: *"
@@ -110,20 +110,20 @@ def usage(kernel: Any) -> Usage:
 
 
 def accesses(kernel: Any) -> list[str]:
-    """The opcodes of an NVIDIA kernel's loads from global memory and stores to it, sorted."""
+    """The opcodes of an NVIDIA kernel's global loads and stores, sorted."""
     opcodes = [instruction.opcode for instruction in instructions(kernel)]
     return sorted(opcode for opcode in opcodes if opcode.startswith(("LDG", "STG")))
 
 
 def instructions(kernel: Any, encoded: bool = False) -> list[assembly.Instruction]:
-    """A kernel's machine code; ``encoded``: with the encodings, of NVIDIA's code alone."""
+    """A kernel's machine code; ``encoded``: with the encodings, for NVIDIA only."""
     if "amdgcn" in kernel.asm:
         return assembly.amd(kernel.asm["amdgcn"])
     return assembly.nvidia(_ask("nvdisasm", kernel, "-c", *["-hex"] * encoded))
 
 
 def _ask(tool: str, kernel: Any, *options: str) -> str:
-    """What one of the tools in Triton's wheel prints of a kernel."""
+    """The output of one of the tools in Triton's wheel for a kernel."""
     path = getattr(knobs.nvidia, tool).path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -145,7 +145,7 @@ def launch(
 ) -> None:
     """Launch one direction as its operator does, on x, w and y (or their gradients).
 
-    fprop takes every part of the epilogue, wgrad the bias, as its gradient.
+    fprop takes every part of the epilogue, wgrad only the bias, for its gradient.
     """
     x, w, y = tensors
     vector = x.new_zeros(g.K) if bias else None
@@ -173,8 +173,8 @@ def launch_block(block: suites.Block, dtype: measure.Dtype, gpu: Device) -> tupl
 def launch_block_backward(
     block: suites.Block, dtype: measure.Dtype, gpu: Device
 ) -> tuple[str, Tile]:
-    """Launch a fused block's gradients, of images without their own; returns the engine's name and
-    the tile of the first kernel.
+    """Launch a fused block's backward pass, without an image's own gradient; returns the engine's
+    name and the tile of the first kernel.
     """
     g, pool = block
     x, w, z = selection.operands(g, dtype.torch)
@@ -213,9 +213,9 @@ def launch_pool(op: str, g: Pool2dGeometry, dtype: torch.dtype, gpu: Device) -> 
 
 @contextmanager
 def timing() -> Iterator[dict[str, float]]:
-    """Within this context everything is compiled anew; yields each kernel's seconds by its hash.
+    """A context in which everything is compiled anew; yields each kernel's seconds by its hash.
 
-    Line numbers are left out, so that binaries differ only where code does.
+    Line numbers are omitted, so that binaries differ only if the code does.
     """
     seconds: dict[str, float] = {}
 
@@ -230,7 +230,7 @@ def timing() -> Iterator[dict[str, float]]:
 
 
 class Reader:
-    """Makes rows, each kernel read once; ``launched`` is where launches add what they compiled."""
+    """Makes rows and reads each kernel once; launches add what they compile to ``launched``."""
 
     def __init__(self, gpu: Device, launched: list[Any], seconds: dict[str, float]):
         self._gpu, self._launched, self._seconds = gpu, launched, seconds
@@ -254,7 +254,7 @@ class Reader:
             kernel = self._launched[-1]  # the first may lay out filters
         elif isinstance(g, suites.Block):
             engine, tile = launch_block_backward(g, dtype, self._gpu)
-            kernel = self._launched[0]  # what finds the map's gradient, alone or in its loads
+            kernel = self._launched[0]  # it computes the map's gradient, alone or in its loads
         else:
             engine, tile = launch_pool(case.op, g, dtype.torch, self._gpu)
             (kernel,) = self._launched
@@ -262,7 +262,7 @@ class Reader:
         for key in kernels.keys() - self._codes.keys():
             self._codes[key] = read(kernels[key])
         code = self._codes[kernel.hash]
-        # How many of the tile's turns one of the loop makes.
+        # The number of the tile's iterations in one of the loop.
         turns = (code.loop_macs or 0) / (tile.rows * tile.columns * tile.depth)
         return {
             "op": case.op,
@@ -282,7 +282,7 @@ class Reader:
 
 
 def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
-    """The engine's kernel, of several for the phases of a stride the one with most taps.
+    """The engine's kernel; of several for the phases of a stride, the one with the most taps.
 
     An engine's other kernels, which lay out filters, multiply nothing.
     """
@@ -297,9 +297,9 @@ def principal(launched: Sequence[Any], g: Conv2dGeometry, plan: Plan) -> Any:
 
 
 def issue_share(code: Code, dtype: str, gpu: Device) -> float | None:
-    """The schedulers' time for a loop's other instructions, over the tensor cores' for its own.
+    """The schedulers' time for a loop's other instructions over the tensor cores' time for it.
 
-    None without tensor cores, and on AMD, where each kind of instruction has a scheduler.
+    None without tensor cores, and on AMD, which has a scheduler per kind of instruction.
     """
     if gpu.backend != "cuda" or not code.loop_macs or code.loop_instructions is None:
         return None
@@ -312,7 +312,7 @@ def issue_share(code: Code, dtype: str, gpu: Device) -> float | None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench compiled``."""
+    """Add the options of ``python -m bench compiled``."""
     selection.add_arguments(parser, *suites.OPS[len(selection.DIRECTIONS) :])
     for part, text in (
         ("bias", "fprop adds a bias, wgrad computes its gradient"),
@@ -320,11 +320,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("residual", "fprop adds a residual"),
     ):
         parser.add_argument(f"--{part}", action="store_true", help=text)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the report is kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compile what was asked for, print and keep the report. Returns the exit code."""
+    """Compile the selected cases, print and save the report. Returns the exit code."""
     try:
         cases = selection.cases(args)
         if args.json and not args.json.absolute().parent.is_dir():
@@ -356,7 +356,7 @@ def _compile(
     for case in tqdm(cases, unit="row", file=sys.stderr, disable=None):
         try:
             rows.append(reader.row(case, bias=args.bias, relu=args.relu, residual=args.residual))
-        except Exception as error:  # the compiler's own are of many classes
+        except Exception as error:  # the compiler raises many classes
             failures.append(f"{' '.join(case.key)} does not compile: {error!r}")
     return rows, failures
 
@@ -366,7 +366,7 @@ def _say(text: str) -> None:
 
 
 def as_json(report: dict[str, Any]) -> str:
-    """JSON with a line for each row, which a diff can show."""
+    """JSON with one line per row, so that a diff is readable."""
     lines = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
     head = json.dumps(report | {"rows": []}, indent=1)
     return head.removesuffix("[]\n}") + f"[\n{lines}\n ]\n}}\n"
@@ -395,7 +395,7 @@ _COLUMNS = {
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each row; of long names the head has what fits."""
+    """One line per row; long names are cut in the head."""
     yield " ".join(f"{name[:width]:{width}}" for name, width in _COLUMNS.items()).rstrip()
     for row in rows:
         cells = row | {"box": "x".join(map(str, row["box"] or "-")), "binary": row["binary"][:8]}
@@ -404,7 +404,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """The numbers a reader wants first."""
+    """The most important numbers."""
     binaries = {binary for row in rows for binary in row["binaries"]}
     yield f"{len(rows)} rows, {len(binaries)} distinct binaries"
     if not rows:

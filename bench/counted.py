@@ -1,9 +1,9 @@
-"""Count what the planner's choices do, beside what it assumes, without a GPU: a row a layer.
+"""Count what the planner's choices do, without a GPU, beside its assumptions: one row per layer.
 
 Some programs (CTAs) of each launch are executed at the layer's real size, on zeros: all of a small
-grid, else ``--programs`` of them, spread over it. What they do in sum is scaled to the grid.
-Programs at an edge do less, so a number is as good as its sample: ``fewest`` and ``most``
-instructions of a program say how much they differ. Cells of two numbers are counted/assumed.
+grid, otherwise ``--programs`` of them, spread over it. Their sum is scaled to the grid. Programs at
+an edge do less, so a number is as good as its sample: ``fewest`` and ``most`` instructions of a
+program show the spread. Cells of two numbers are counted/assumed.
 """
 
 import argparse
@@ -35,13 +35,13 @@ Row = dict[str, Any]
 
 _ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
 _SECTOR = 32  # bytes
-_PLAIN = ("load", "copy", "store", "atomic")  # accesses by the thread, not by the box
+_PLAIN = ("load", "copy", "store", "atomic")  # accesses by threads, not by boxes
 
 
 class Launch(NamedTuple):
-    """What one launch does, scaled from the programs that were executed to the grid.
+    """The work of one launch, scaled from the executed programs to the grid.
 
-    Instructions are PTX's, of warps; bytes of L2 are those of the sectors that are touched.
+    Instructions are PTX's, per warp; L2 bytes are those of the touched sectors.
     """
 
     kernel: str
@@ -51,23 +51,23 @@ class Launch(NamedTuple):
     fewest: int  # instructions of a program
     most: int
     instructions: dict[str, int]
-    loop_instructions: int  # in the loop with most products
+    loop_instructions: int  # in the loop with the most products
     macs: int  # of tensor cores
-    tma_bytes: int  # boxes, with what lies outside the tensor
-    load_bytes: int  # what warps ask for, by load or cp.async
+    tma_bytes: int  # boxes, including what is outside the tensor
+    load_bytes: int  # requested by warps, by load or cp.async
     store_bytes: int
     l2_read_bytes: int
-    l1_bytes: int  # of those, what L1 serves at best
+    l1_bytes: int  # of those, the most that L1 can serve
     l2_written_bytes: int
-    requests: int  # of global memory, by warps
-    sectors: int  # that these touch
+    requests: int  # to global memory, by warps
+    sectors: int  # touched by these
     wavefronts: int  # of shared memory, by threads
-    conflicts: int  # those beyond the least
-    costly: list[Row]  # the source lines with most wavefronts or sectors beyond the least
+    conflicts: int  # those beyond the minimum
+    costly: list[Row]  # the source lines with the most wavefronts or sectors beyond the minimum
 
 
 class Assumed(NamedTuple):
-    """What the planner's model takes for granted of an operator; None: it says nothing."""
+    """The planner's assumptions about an operator; None if it makes none."""
 
     launches: int | None
     programs: int | None
@@ -81,7 +81,7 @@ class Assumed(NamedTuple):
 
 
 def scaled(entry: dict[str, Any]) -> Launch:
-    """One entry of the emulator's log."""
+    """The counts in one entry of the emulator's log."""
     counts: Counts = entry["counters"]
     programs = prod(entry["grid"])
 
@@ -119,7 +119,7 @@ def scaled(entry: dict[str, Any]) -> Launch:
 
 
 def assumed(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: Plan) -> Assumed:
-    """What the model takes for granted of a plan."""
+    """The cost model's assumptions about a plan."""
     tile, size = plan.tile, dtype.itemsize
     if plan.engine.name not in ("descriptor_gemm", "implicit_gemm"):
         macs = cost_model.macs(direction, g)
@@ -142,7 +142,7 @@ def assumed(direction: Direction, g: Conv2dGeometry, dtype: torch.dtype, plan: P
 
 
 def least_bytes(op: str, g: suites.Geometry, itemsize: int) -> int:
-    """Least traffic of memory: what any tap reads, once, and what is written."""
+    """Minimal memory traffic: what any tap reads, once, and what is written."""
     if isinstance(g, Pool2dGeometry):
         kept = prod(g.y_shape) * (itemsize + max_pool.argmax_dtype(g).itemsize)
         x = read_pixels(g) if op == "max_pool" else g.H * g.W
@@ -160,7 +160,7 @@ def least_bytes(op: str, g: suites.Geometry, itemsize: int) -> int:
 
 
 def execute(case: suites.Case, gpu: Device) -> tuple[str, Tile, Assumed | None]:
-    """Launch what the operator launches for one case; its engine's name, tile, the model's view."""
+    """Launch what the operator launches for one case; returns its engine, tile and assumptions."""
     g, dtype = case.layer.geometry, DTYPES[case.dtype]
     if isinstance(g, Conv2dGeometry):
         relu = case.op == "conv_relu"
@@ -177,14 +177,14 @@ def execute(case: suites.Case, gpu: Device) -> tuple[str, Tile, Assumed | None]:
 
 
 def count(case: suites.Case, gpu: Device) -> Row:
-    """Execute one case and make its row."""
+    """Execute one case and return its row."""
     LAUNCHES.clear()
     engine, tile, planned = execute(case, gpu)
     launches = [scaled(entry) for entry in LAUNCHES]
     dtype = DTYPES[case.dtype]
     multiplying = [launch for launch in launches if launch.macs]
     macs = sum(launch.macs for launch in multiplying)
-    # A tile without depth is not of the kernel that multiplies.
+    # A tile without depth does not belong to the multiplying kernel.
     a_turn = tile.rows * tile.columns * tile.depth * dtype.products
     turns = macs / a_turn if tile.depth > 1 else 0
     in_loops = sum(launch.loop_instructions / launch.warps for launch in multiplying)
@@ -217,20 +217,20 @@ def count(case: suites.Case, gpu: Device) -> Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench counted``."""
+    """Add the options of ``python -m bench counted``."""
     selection.add_arguments(parser, *suites.OPS[len(selection.DIRECTIONS) :])
     parser.add_argument(
         "--programs",
         type=selection.positive,
         default=8,
         metavar="N",
-        help="of each launch are executed (8)",
+        help="number of programs of each launch to execute (default: 8)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the report is kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Execute what was asked for, print and keep the report. Returns the exit code."""
+    """Execute the selected cases, print and save the report. Returns the exit code."""
     try:
         cases = selection.cases(args)
         if args.json and not args.json.absolute().parent.is_dir():
@@ -255,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
     for case in tqdm(cases, unit="row", file=sys.stderr, disable=None):
         try:
             rows.append(count(case, gpu))
-        except Exception as error:  # the compiler's and the emulator's are of many classes
+        except Exception as error:  # the compiler and the emulator raise many classes
             failures.append(f"{' '.join(case.key)} is not counted: {error!r}")
         record.keep(report, args.json)
     print("\n".join(table(rows)))
@@ -291,7 +291,7 @@ _COLUMNS = {
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each row: what all its launches did."""
+    """One line per row, for all its launches."""
     yield _line({name: name for name in _COLUMNS})
     for row in rows:
         yield _line(_cells(row))
@@ -328,7 +328,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 
 def _l2(done: Row) -> str:
-    """What is read through L2, with L1 at its best and in parentheses without it."""
+    """Megabytes read through L2, with L1 at its best and in parentheses without it."""
     read, spared = done["l2_read_bytes"], done["l1_bytes"]
     without = f"({_number(read, 1e6)})" if spared else ""
     return _number(read - spared, 1e6) + without

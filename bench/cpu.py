@@ -1,7 +1,7 @@
-"""Time networks on a CPU: ours, where cnn.functional is torch, beside torch's own layers.
+"""Time networks on a CPU: ours, where cnn.functional calls torch, beside torch's own layers.
 
-Training steps and inference in float32, of the same parameters and images. The contenders take
-turns in one process, so that whatever else the machine does falls on all of them alike.
+Training steps and inference in float32, with the same parameters and images. The contenders take
+turns in one process, so that other load on the machine affects all of them alike.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from .train import eager
 
 
 class Case(NamedTuple):
-    """A network on images: of one channel for LeNet-5, else of three."""
+    """A network on images with one channel for LeNet-5, three for the others."""
 
     model: str
     batch_size: int
@@ -44,13 +44,13 @@ CASES = (
 )
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TASKS = ("training", "inference")
-LIMIT, LIMIT_OF_ONE = 1.05, 1.15  # of our time over torch's, of batches and of one image
+LIMIT, LIMIT_OF_ONE = 1.05, 1.15  # on our time over torch's, for batches and for one image
 FEWEST_ROUNDS = 11
-SAMPLE_SECONDS = 2e-3  # a call that is shorter is repeated so long
+SAMPLE_SECONDS = 2e-3  # shorter calls are repeated for this long
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench cpu``."""
+    """Add the options of ``python -m bench cpu``."""
     names = list(dict.fromkeys(case.model for case in CASES))
     parser.add_argument(
         "--model",
@@ -58,16 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=names,
         default=names,
         metavar="NAME",
-        help=f"of {', '.join(names)} (all)",
+        help=f"some of {', '.join(names)} (default: all)",
     )
     parser.add_argument(
         "--seconds",
         type=_seconds,
         default=10.0,
         metavar="S",
-        help="of each row, in which there are at least 11 rounds (%(default)s)",
+        help="time per row, which has at least 11 rounds (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where rows are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
 
 
 def _seconds(text: str) -> float:
@@ -81,7 +81,7 @@ def _seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what was asked for. Returns the exit code."""
+    """Measure the selected networks. Returns the exit code."""
     results: dict[str, Any] = {**_identity(), "command": args.command, "rows": []}
     try:
         if device.takes_cpu():
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _identity() -> dict[str, Any]:
-    """What was measured, and on what."""
+    """The versions and the machine."""
     cpu = Path("/proc/cpuinfo")
     models = (text for text in cpu.read_text().splitlines() if text.startswith("model name"))
     return {
@@ -160,18 +160,18 @@ def _row(case: Case, task: str, layout: str, seconds: float) -> dict[str, Any]:
 
 
 def typical_ratio(ours: list[float], torchs: list[float]) -> float:
-    """The median over the rounds: what slows a few of either hardly moves it."""
+    """The median over the rounds, which a few slow rounds of either hardly change."""
     return statistics.median(one / other for one, other in zip(ours, torchs, strict=True))
 
 
 def contenders(model: nn.Module) -> dict[str, nn.Module]:
-    """A network of ours, the same of torch's layers, and that converted; of equal parameters."""
+    """A network of ours, the same with torch's layers, and that one converted; equal parameters."""
     torchs = flat(eager(model))
     return {"torch": torchs, "ours": model, "converted": cnn.convert(copy.deepcopy(torchs))}
 
 
 def flat(model: nn.Module) -> nn.Module:
-    """The network, each Sequential within a Sequential replaced by its layers, as one writes it."""
+    """The network with each Sequential in a Sequential replaced by its layers."""
     for name, child in model.named_children():
         setattr(model, name, flat(child))
     if type(model) is not nn.Sequential:
@@ -181,7 +181,7 @@ def flat(model: nn.Module) -> nn.Module:
 
 
 def training(network: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """A step of training, which returns the loss before it."""
+    """A training step, which returns the loss before it."""
     network.train()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
 
@@ -196,7 +196,7 @@ def training(network: nn.Module, x: Tensor, labels: Tensor) -> Callable[[], Tens
 
 
 def inference(network: nn.Module, x: Tensor, _labels: Tensor) -> Callable[[], Tensor]:
-    """A call that returns the logits."""
+    """A function that returns the logits."""
     network.eval()
 
     def logits() -> Tensor:
@@ -207,7 +207,7 @@ def inference(network: nn.Module, x: Tensor, _labels: Tensor) -> Callable[[], Te
 
 
 def alternating(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, one a round. In each round another one is the first."""
+    """Milliseconds of each call, one per round. Each round starts with another call."""
     repeats = max(1, round(SAMPLE_SECONDS / min(_warmed(call) for call in calls.values())))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for order in _rounds([*calls], seconds):
@@ -226,7 +226,7 @@ def _rounds(names: list[str], seconds: float) -> Iterator[list[str]]:
 
 
 def _warmed(call: Callable[[], Any]) -> float:
-    """Seconds of a call after others."""
+    """Seconds of a call after warm-up calls."""
     for _ in range(3):
         call()
     return _seconds_of(call, 1)

@@ -1,13 +1,13 @@
-"""Registers that an instruction touches while an earlier one may still be using them: ``find``.
+"""Registers that an instruction touches while an earlier one may still use them: ``find``.
 
-A forward analysis of what may be under way at each point of a kernel, over all ways that lead
-there: asynchronous products that no wait for their group has ended, and loads, stores and the like
-whose scoreboard has not been waited for. What is under way on one way only counts; guards are taken
-to be true or false as it suits the hazard, but a wait happens whatever an instruction's guard.
+A forward analysis of what may be in flight at each point of a kernel, over all paths to it:
+asynchronous products whose group no wait has ended, and loads, stores and the like whose scoreboard
+has not been waited for. An operation in flight on only one path counts. A guard is assumed true or
+false, whichever gives a hazard, but a wait happens whatever its instruction's guard.
 
-Instructions of fixed latency are not in it: the compiler counts their cycles, and no wait can be
-missing. Of shared memory there is a rule of thumb only: between the last copy that began and a
-product stands a wait for some copy. Which one it waits for is what the emulator checks.
+Instructions of fixed latency are excluded: the compiler counts their cycles, so no wait can be
+missing. For shared memory there is only a rule of thumb: a wait for some copy stands between the
+last copy that began and a product. The emulator checks which copy it waits for.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,12 @@ from . import sass
 from .assembly import Instruction, Program
 from .sass import Control, Effects, Product
 
-_OPEN = -1  # the age of a group that no product has closed
+_OPEN = -1  # age of a group that no product has closed
 _OLDEST = 64
 
 
 class Hazard(NamedTuple):
-    """``second`` touches a register while ``first`` may be using it."""
+    """``second`` touches a register while ``first`` may still use it."""
 
     kind: str
     register: str
@@ -36,9 +36,9 @@ class Hazard(NamedTuple):
 
 
 class Awaited(NamedTuple):
-    """What instructions of a unit have to do yet: write their results, or read their operands.
+    """Pending work of a unit's instructions: writing their results, or reading their operands.
 
-    Any one of ``boards`` tells when; as long as there is none, nothing tells.
+    Any one of ``boards`` signals its end; if there is none, nothing does.
     """
 
     writes: bool
@@ -47,19 +47,19 @@ class Awaited(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """Registers of an asynchronous product: its accumulator or its operand."""
+    """The registers of an asynchronous product: its accumulator or its operand."""
 
     accumulates: bool
     registers: tuple[str, ...]
 
 
 class State:
-    """What may be under way at a point of the program, over all ways that lead there.
+    """What may be in flight at a point of the program, over all paths to it.
 
-    ``awaited``: for each register the instructions that are to write or to read it. ``flights``:
-    how many groups of products have been closed since a product's own, on the way where these are
-    fewest, and the product. ``copies``: those to shared memory that have begun since the last wait
-    for one. ``unfenced``: registers that were written since the last fence for products (wgmma).
+    ``awaited``: for each register the instructions that have yet to write or to read it.
+    ``flights``: for each product the fewest groups that have been closed since its own on any path,
+    and its instruction. ``copies``: copies to shared memory that began since the last wait for one.
+    ``unfenced``: registers written since the last fence for products (wgmma).
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class State:
         self.unfenced: dict[str, str] = {}
 
     def copy(self) -> "State":
-        """Another one, which can be changed."""
+        """A copy that can be changed."""
         state = State()
         state.awaited = {what: dict(registers) for what, registers in self.awaited.items()}
         state.flights = dict(self.flights)
@@ -78,7 +78,7 @@ class State:
         return state
 
     def add(self, other: "State") -> bool:
-        """Take in what may be under way on another way; whether that is more."""
+        """Merge another path's state; returns whether this adds anything."""
         more = False
         for what, registers in other.awaited.items():
             mine = self.awaited.setdefault(what, {})
@@ -102,7 +102,7 @@ class State:
         return more
 
     def step(self, instruction: Instruction) -> list[Hazard]:
-        """Execute an instruction: the state is then the one after it. Returns its hazards."""
+        """Execute an instruction, which updates the state. Returns its hazards."""
         effects, control = sass.effects(instruction), sass.control(instruction.upper_half)
         text = str(instruction)
         self._wait(effects.waits | control.waits)
@@ -138,10 +138,10 @@ class State:
             reads = reads.union(product.operand, product.accumulator)
             writes = writes.union(product.accumulator)
         for what, registers in self.awaited.items():
-            # A unit takes its operands in order, and so before a later one's result.
+            # A unit reads its operands in order, and so before a later result is written.
             if not what.writes and effects.unit and what.unit == sass.queue(effects.unit):
                 continue
-            # Nor does a result overtake an earlier one of its unit, if these come in order.
+            # A result does not overtake an earlier one of its unit if these come in order.
             if what.writes and what.unit == effects.unit and effects.in_order:
                 touched = reads
             else:
@@ -158,7 +158,7 @@ class State:
         for flight, (_, first) in self.flights.items():
             touched = effects.writes
             if product:
-                # Products of one accumulator follow one another without a wait.
+                # Products with one accumulator follow one another without a wait.
                 follows = flight.accumulates and flight.registers == product.accumulator
                 touched = touched.union(() if follows else product.accumulator)
             if flight.accumulates:
@@ -176,7 +176,7 @@ class State:
                 break
 
     def _launch(self, product: Product, text: str, certain: bool) -> None:
-        """A product is begun; if it is not certain, it may put no other group further back."""
+        """Begin a product; if it is not certain, it does not age other groups."""
         if product.closes and certain:
             self.flights = {
                 flight: (min(age + 1, _OLDEST), first)
@@ -188,7 +188,7 @@ class State:
             self.flights[Flight(False, product.operand)] = age, text
 
     def _begin(self, effects: Effects, control: Control, text: str) -> None:
-        """A unit begins with an instruction, whose scoreboards tell of the unit's earlier ones."""
+        """Begin an instruction on a unit; its scoreboards also cover the unit's earlier ones."""
         assert effects.unit is not None
         queue = sass.queue(effects.unit)
         write, read = (
@@ -217,7 +217,7 @@ class State:
 
 
 def find(instructions: list[Instruction], entry: str) -> list[Hazard]:
-    """The hazards on any way through a kernel that begins at the label ``entry``."""
+    """The hazards on any path through a kernel that begins at the label ``entry``."""
     program = Program(instructions, entry)
     flow = _flow(program)
     states = {program.entry: _before(program)}
@@ -242,7 +242,7 @@ def find(instructions: list[Instruction], entry: str) -> list[Hazard]:
 
 
 def _before(program: Program) -> State:
-    """A kernel that copies at all waits before its first product, whichever warp copies."""
+    """The state at the start, with all copies begun: a product needs a wait for one before it."""
     state = State()
     for block in program.graph:
         for instruction in program.code[block]:
@@ -252,7 +252,7 @@ def _before(program: Program) -> State:
 
 
 def _flow(program: Program) -> nx.DiGraph:
-    """The ways between blocks, with subroutines that return to those that called them."""
+    """The paths between blocks, with subroutines that return to their callers."""
     flow = nx.DiGraph(program.graph)
     for block, code in program.code.items():
         if block not in flow or not code or not code[-1].opcode.startswith("CALL"):

@@ -1,5 +1,5 @@
-"""The error that the commands tell in one line."""
+"""The error that the commands report in one line."""
 
 
 class UsageError(Exception):
-    """Why a command cannot start."""
+    """The reason why a command cannot start."""

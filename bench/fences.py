@@ -1,8 +1,8 @@
-"""Whether products see what was copied for them, read from a kernel's PTX.
+"""Whether products see the data copied for them, read from a kernel's PTX.
 
-From Hopper on tensor cores read shared memory by the asynchronous proxy, while cp.async writes it
-by the generic one: after the wait for a copy PTX asks for ``fence.proxy.async`` (PTX ISA, "Async
-proxy"). A race of that kind shows in no result of a single run.
+From Hopper on, tensor cores read shared memory through the asynchronous proxy, but cp.async writes
+it through the generic one: after the wait for a copy PTX requires ``fence.proxy.async`` (PTX ISA,
+"Async proxy"). A single run's result does not reveal such a race.
 """
 
 import re
@@ -16,9 +16,9 @@ _BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)")
 
 
 def unfenced(ptx: str) -> int:
-    """How many products read copies that were waited for after the last fence before them.
+    """The number of products that read copies waited for after the last fence before them.
 
-    Loops run twice, so that a turn follows another; other branches are not taken.
+    Loops run twice, so that one iteration follows another; other branches are not taken.
     """
     lines = ptx.splitlines()
     found, waited = set(), False
@@ -34,14 +34,14 @@ def unfenced(ptx: str) -> int:
 
 
 def _loops(lines: list[str]) -> dict[int, int]:
-    """The last line of each loop by its first one."""
+    """The last line of each loop by its first line."""
     labels = {found[1]: i for i, line in enumerate(lines) if (found := _LABEL.match(line.strip()))}
     jumps = ((i, found[1]) for i, line in enumerate(lines) if (found := _BRANCH.search(line)))
     return {labels[label]: i for i, label in jumps if labels.get(label, i) < i}
 
 
 def _twice(numbers: range, loops: dict[int, int]) -> Iterator[int]:
-    """The lines' numbers, a loop's two times over, and likewise those of loops within it."""
+    """The lines' numbers with each loop repeated once, and likewise the loops within it."""
     number = numbers.start
     while number < numbers.stop:
         yield number

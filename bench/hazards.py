@@ -1,16 +1,15 @@
 """Check the machine code of every binary that layers may launch on Hopper, without a GPU.
 
-A hazard is a register that an instruction touches while an earlier one may still be using it, on
-some way through the kernel: an asynchronous product (wgmma) that has not been waited for, or a load
+A hazard is a register that an instruction touches while an earlier one may still use it, on some
+path through the kernel: an asynchronous product (wgmma) that has not been waited for, or a load
 whose scoreboard has not. Exit code 1 if there is any.
 
 Scopes: "planned" is what the planner chooses for aligned channels_last operands of the suite's
-size; "family" is also what any batch and image size and any layout may get, with no epilogue and
-with the whole one, and of offsets of 64 bits what is chosen; "every" is all that the operators can
-launch. Triton compiles a kernel anew for each pattern of sizes and strides that are 1 or divisible
-by 16. Of a family's kernels that differ in this only, in one layout, one is checked; of what is
-planned, and of "every", all are. What was found of a binary is kept in build/hazards and not looked
-for again.
+size; "family" adds what any batch, image size and layout may get, with no epilogue and with the
+full one, and the choices for 64-bit offsets; "every" is all that the operators can launch. Triton
+compiles a kernel again for each pattern of sizes and strides that are 1 or divisible by 16. Of a
+family's kernels in one layout that differ only in this pattern, one is checked; of "planned" and of
+"every", all are. build/hazards keeps the findings on each binary, which is not checked again.
 """
 
 import argparse
@@ -34,9 +33,9 @@ _CACHE = Path("build") / "hazards"
 
 
 class Verdict(NamedTuple):
-    """What was found of one binary.
+    """The findings on one binary.
 
-    ``operands``: how many of its products take an operand from registers.
+    ``operands``: the number of its products that take an operand from registers.
     """
 
     binary: str
@@ -60,18 +59,18 @@ def check(kernel: Any) -> Verdict:
 
 
 class Verdicts:
-    """Verdicts by what a kernel is compiled from, kept in a file; what has one is not compiled."""
+    """Verdicts, kept in a file, by what a kernel is compiled from; known ones are not compiled."""
 
     def __init__(self, path: Path):
         self._path = path
         self._kept: dict[str, Verdict] = {}
-        self._examples: dict[tuple[str, str], str] = {}  # by kernel, unspecialized, and layout
+        self._examples: dict[tuple[str, str], str] = {}  # by unspecialized kernel, and layout
         if path.is_file():
             rows = json.loads(path.read_text())
             self._kept = {key: Verdict(*rest, hazards=tuple(found)) for key, *rest, found in rows}
 
     def save(self) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")
         lines = (json.dumps([key, *verdict]) for key, verdict in self._kept.items())
@@ -85,10 +84,10 @@ class Verdicts:
         launched: list[Any],
         scope: binaries.Scope,
     ) -> dict[str, Verdict]:
-        """Those on all that the operators launch for a layer, its own or that on its example, by
-        what it is compiled from; compiles what has none yet.
+        """The verdicts on everything that the operators launch for a layer, each kernel's own or
+        its example's, by what it is compiled from; compiles kernels without a verdict.
         """
-        checked: dict[str, str] = {}  # what is looked at for each
+        checked: dict[str, str] = {}  # the kernel whose verdict counts, for each
 
         def is_known(source: str) -> bool:
             name = _name(source)
@@ -113,7 +112,7 @@ class Verdicts:
 
 
 def _name(source: str) -> str:
-    """A name of what a verdict follows from: the check, and what Triton compiles a kernel from."""
+    """A hash of everything that determines a verdict: the check, and the kernel's sources."""
     return sha256(f"{_checked_by()} {source}".encode()).hexdigest()[:32]
 
 
@@ -127,20 +126,20 @@ def _checked_by() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench hazards``."""
+    """Add the options of ``python -m bench hazards``."""
     selection.add_layers(parser)
     parser.add_argument(
         "--scope",
         default="family",
         choices=binaries.SCOPES,
         metavar="NAME",
-        help=f"of {', '.join(binaries.SCOPES)} (family)",
+        help=f"one of {', '.join(binaries.SCOPES)} (default: family)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the table is kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check what was asked for, print and keep the table. Returns the exit code."""
+    """Check the selected layers, print and save the table. Returns the exit code."""
     failures: list[str] = []
     try:
         if args.arch != "sm_90":
@@ -174,7 +173,7 @@ def _check(
     launched: list[Any],
     failures: list[str],
 ) -> Iterator[tuple[tuple[str, str], dict[str, Verdict]]]:
-    """For each suite and dtype the verdicts on all its kernels, by what they are compiled from."""
+    """Yield per suite and dtype the verdicts on all kernels, by what they are compiled from."""
     verdicts = Verdicts(_CACHE / f"{triton.__version__}.json")
     for dtype in args.dtype:
         for suite in args.suite:
@@ -184,7 +183,7 @@ def _check(
                 try:
                     geometry, kind = layer.geometry, measure.DTYPES[dtype]
                     found.update(verdicts.of(geometry, kind, launched, args.scope))
-                except Exception as error:  # the compiler's own are of many classes
+                except Exception as error:  # the compiler raises many classes
                     failures.append(f"{suite} {layer.name} {dtype} is not checked: {error!r}")
             yield (suite, dtype), found
 
@@ -210,7 +209,7 @@ _HEAD += ("with_products", "with_register_operands", "with_hazards")
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each suite and dtype."""
+    """One line per suite and dtype."""
     cells = [_HEAD, *(tuple(str(row[name]) for name in _HEAD) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:

@@ -1,8 +1,8 @@
-"""Time our kernels beside their peers, row by row: a layer, an operator, a dtype.
+"""Time our kernels beside their peers, one row per layer, operator and dtype.
 
 Every contender is timed by replays of CUDA graphs over buffers that together exceed twice the L2
-cache, in the same run as the ceilings of the roofline. Rows are taken in turns over the suites and
-kept in FILE as they come; a run that was cut off goes on with --resume.
+cache, in the same run as the ceilings of the roofline. Rows alternate between the suites and are
+saved to FILE one by one; --resume continues an interrupted run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from .report import Row, line, row_key, summary
 
 
 class Ending(Exception):
-    """Why a run ends before its last row, and with which exit code."""
+    """The reason why a run ends before its last row, and its exit code."""
 
     def __init__(self, reason: str, code: int):
         super().__init__(reason)
@@ -34,49 +34,49 @@ class Ending(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench kernels``; lists take commas, spaces or both."""
+    """Add the options of ``python -m bench kernels``; lists take commas, spaces or both."""
     lists: Any = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument(
-        "--suite", type=_names(None), help="suites (all, or all of --shapes)", **lists
+        "--suite", type=_names(None), help="suites (default: all, or all of --shapes)", **lists
     )
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="more suites, as bench/cases")
     parser.add_argument(
         "--op",
         type=_names(suites.OPS),
         default=[["fprop", "dgrad", "wgrad"]],
-        help=f"of {', '.join(suites.OPS)} (fprop dgrad wgrad)",
+        help=f"some of {', '.join(suites.OPS)} (default: fprop dgrad wgrad)",
         **lists,
     )
     parser.add_argument(
         "--dtype",
         type=_names(DTYPES),
         default=[["bf16"]],
-        help=f"of {', '.join(DTYPES)}; fp32 is exact, the last ones are float32 too (bf16)",
+        help=f"some of {', '.join(DTYPES)}; all from fp32 on are float32 (default: bf16)",
         **lists,
     )
     parser.add_argument(
         "--peers",
         type=_names(peers.PEERS),
         default=[peers.installed()],
-        help=f"of {', '.join(peers.PEERS)} (all that are installed)",
+        help=f"some of {', '.join(peers.PEERS)} (default: all installed)",
         **lists,
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where rows are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
     parser.add_argument("--resume", action="store_true", help="skip the rows that FILE has")
     parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="end within this time")
     parser.add_argument(
-        "--commit", default="unknown", metavar="NAME", help="the commit, where git cannot tell it"
+        "--commit", default="unknown", metavar="NAME", help="the commit, if git cannot tell it"
     )
     parser.add_argument(
         "--device",
         choices=["cuda", "cpu"],
         default="cuda",
-        help="cpu runs all of this on tiny layers, to test it; it measures nothing (cuda)",
+        help="cpu runs everything on tiny layers, as a test, and measures nothing (default: cuda)",
     )
 
 
 def _names(known: Sequence[str] | dict[str, Any] | None) -> Callable[[str], list[str]]:
-    """A reader of names with commas between them."""
+    """A reader of comma-separated names."""
 
     def read(text: str) -> list[str]:
         names = [name for name in text.split(",") if name]
@@ -99,7 +99,7 @@ def _seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what was asked for. Returns the exit code."""
+    """Measure the selected cases. Returns the exit code."""
     try:
         return _run(args)
     except UsageError as error:
@@ -131,14 +131,14 @@ def _run(args: argparse.Namespace) -> int:
         print(summary(asked))
     if ending:
         done = sum(_is_done(case, names, results) for case in cases)
-        _say(f"{ending}: {done} of {len(cases)} rows are there; --resume goes on")
+        _say(f"{ending}: {done} of {len(cases)} rows are there; --resume continues")
         if ending.code:
             return ending.code
     return int(any("ours" in row.get("errors", {}) for row in asked))
 
 
 def _is_done(case: suites.Case, names: Sequence[str], results: dict[str, Any]) -> bool:
-    """Whether there is a row of this case beside all of these peers."""
+    """Whether the results have a row of this case with all of these peers."""
     return any(
         row_key(row) == case.key and set(names) <= row["ratio"].keys() for row in results["rows"]
     )
@@ -160,16 +160,16 @@ def _measure_all(
     device: torch.device,
     args: argparse.Namespace,
 ) -> None:
-    """Add the missing rows to the results, each kept at once. Raises Ending."""
+    """Add the missing rows to the results and save each at once. Raises Ending."""
     longest = 0.0
     with tqdm(missing, unit="row", disable=None, leave=False) as bar:
         for number, case in enumerate(bar):
             begun = time.monotonic()
-            # The first row is always measured, so that resumed runs come to an end.
+            # The first row is always measured, so that repeated --resume makes progress.
             if number and args.budget and begun - args.started + longest > args.budget:
                 raise Ending(f"the budget of {args.budget:g} s is spent", 0)
             bar.set_postfix_str(" ".join(case.key))
-            # A row that lacked a peer is measured anew: its peers must stand side by side.
+            # A row that lacked a peer is measured again: its peers must run side by side.
             old = next((row for row in results["rows"] if row_key(row) == case.key), None)
             beside = {*names, *(old["ratio"] if old else ())}
             beside = [peer for peer in peers.PEERS if peer in beside]
@@ -219,7 +219,7 @@ def _cases(args: argparse.Namespace) -> list[suites.Case]:
 def measure_case(
     case: suites.Case, names: Sequence[str], ceilings: dict[str, float], device: torch.device
 ) -> Row:
-    """Ours and the named peers on one case. Whoever raises is null, and the row says why."""
+    """Measure ours and the named peers on one case; null for one that raises, with the reason."""
     dtype = DTYPES[case.dtype]
     problem = peers.problem(case)
     flops, bytes_moved = problem.work(dtype.torch.itemsize)
@@ -263,7 +263,7 @@ def _race(
     dtype: measure.Dtype,
     errors: dict[str, str],
 ) -> dict[str, float]:
-    """Milliseconds of the contenders, one after the other; ``errors`` gets those that raise."""
+    """Milliseconds of the contenders, one after the other; exceptions go to ``errors``."""
     times = {}
     device = sets[0][0].device
     for name in names:
@@ -272,14 +272,14 @@ def _race(
             contender = peers.contender(name, problem)
             prepared = [contender.prepare(*each) for each in sets]
             times[name] = measure.milliseconds(contender.call, prepared, device)
-        contender = prepared = None  # their memory is the next one's
+        contender = prepared = None  # the next one needs their memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return times
 
 
 def _normal(dtype: torch.dtype, device: torch.device) -> peers.Draw:
-    """Unit normals, the same for each case."""
+    """A source of unit normals, the same for each case."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(shape: tuple[int, ...]) -> Tensor:
@@ -290,7 +290,7 @@ def _normal(dtype: torch.dtype, device: torch.device) -> peers.Draw:
 
 
 def _error(problem: peers.Problem, inputs: peers.Inputs, device: torch.device) -> tuple[float, str]:
-    """Relative RMS error against PyTorch's float64, or float32 where memory forbids, and which."""
+    """Relative RMS error against PyTorch's float64, or float32 if memory is short, and which."""
     found = problem.ours().result(inputs)
     measure.set_torch(DTYPES["fp32"], device, search=False)
     try:
@@ -302,7 +302,7 @@ def _error(problem: peers.Problem, inputs: peers.Inputs, device: torch.device) -
 
 
 def _lost(row: Row, device: torch.device) -> str:
-    """Why the GPU takes no more work, as after an illegal access; empty if it does."""
+    """The reason why the GPU takes no more work, as after an illegal access; "" if it does."""
     if device.type == "cpu" or "errors" not in row:
         return ""
     try:

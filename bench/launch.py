@@ -1,9 +1,9 @@
-"""What a call costs the processor: all of our Python and PyTorch's dispatch, without the launch.
+"""Time the processor's part of a call: our Python and PyTorch's dispatch, without the launch.
 
-Operators run on small tensors with launches left out, planned as for an H200, so no GPU is needed;
-beside them PyTorch's own convolution on an empty batch, which computes nothing either. Times are
-microseconds a call, the least of several rounds, as whatever else the machine does only adds.
-A call makes one launch where its name does not tell how many.
+Operators run on small tensors with launches left out, planned as for an H200, so no GPU is needed.
+Beside them runs PyTorch's own convolution on an empty batch, which computes nothing either. Times
+are microseconds per call, the minimum of several rounds, because other load can only add time. Each
+call makes one launch unless its name says otherwise.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from kernels._private import GPUTarget
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=20, help="the least of so many (default: 20)")
-    parser.add_argument("--calls", type=int, default=1000, help="in a round (default: 1000)")
+    parser.add_argument("--rounds", type=int, default=20, help="number of rounds (default: 20)")
+    parser.add_argument("--calls", type=int, default=1000, help="calls per round (default: 1000)")
 
 
 def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and not device.INTERPRET:
-        # Only under the interpreter do CPU tensors take the path of a GPU's.
+        # CPU tensors take a GPU's path only under the interpreter.
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "bench", "launch"]
         command += ["--rounds", str(args.rounds), "--calls", str(args.calls)]
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def least(call: Callable[[], object], rounds: int, count: int) -> float:
-    """Microseconds of one call in the quickest round."""
+    """Microseconds of one call in the fastest round."""
     call()
     seconds = []
     for _ in range(rounds):
@@ -56,7 +56,7 @@ def least(call: Callable[[], object], rounds: int, count: int) -> float:
 
 
 class _Nothing(torch.autograd.Function):
-    """Two gradients that take no time: what autograd itself takes of a backward pass."""
+    """Two gradients that take no time: measures autograd's own part of a backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class _Nothing(torch.autograd.Function):
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    """What is timed, by name: layers in channels_last, bfloat16, with the launches of each call."""
+    """The timed calls by name, in channels_last and bfloat16, with the launches of each."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
 
     def tensor(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a time, a ceiling and an error are measured, and what they were measured on.
+"""Measure times, ceilings and errors, and identify what they were measured on.
 
 Times are in milliseconds, rates in TFLOP/s and GB/s, errors relative to the reference.
 """
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ("kernels", "cnn", "bench/*.py")  # what times depend on, as git's paths
+MEASURED = ("kernels", "cnn", "bench/*.py")  # git paths that times depend on
 MOST_SETS = 1024
 REPLAY_SECONDS = 0.2  # of replays of one graph, within these limits
 FEWEST_REPLAYS, MOST_REPLAYS = 10, 200
@@ -23,7 +23,7 @@ LAUNCHED_SECONDS = 5.0  # of calls that are launched one by one
 
 
 class Dtype(NamedTuple):
-    """A dtype by how its products are made: ``products`` of those of the ``ceiling``'s dtype."""
+    """A dtype and its product mode: one product costs ``products`` in the ``ceiling``'s dtype."""
 
     torch: torch.dtype
     precision: str
@@ -43,9 +43,9 @@ DTYPES = {
 
 
 def identity(device: torch.device, unnamed: str) -> dict[str, str]:
-    """What two runs must share for their rows to stand in one file.
+    """The facts that two runs must share for their rows to be in one file.
 
-    ``unnamed`` stands for the commit where git cannot tell it.
+    ``unnamed`` is the commit if git cannot tell it.
     """
     gpu = device.type == "cuda"
     return {
@@ -61,14 +61,14 @@ def identity(device: torch.device, unnamed: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this tree, with "-dirty" where what is measured was changed since."""
+    """The commit of this tree, with "-dirty" if anything measured has changed since."""
     head = _output("git", "rev-parse", "HEAD")
     changes = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     return f"{head}-dirty" if changes not in ("", "unknown") else head
 
 
 def is_same_code(one: str, other: str) -> bool:
-    """Whether two commits differ in nothing that is measured: results may come between."""
+    """Whether two commits have the same measured code: results may be committed in between."""
     if one == other:
         return True
     named = one.isalnum() and other.isalnum()  # neither is dirty
@@ -76,7 +76,7 @@ def is_same_code(one: str, other: str) -> bool:
 
 
 def _output(*command: str) -> str:
-    """The first line that a program prints; "unknown" if it cannot be run."""
+    """The first line of a program's output; "unknown" if it cannot be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     except (OSError, subprocess.CalledProcessError):
@@ -85,21 +85,21 @@ def _output(*command: str) -> str:
 
 
 def set_torch(dtype: Dtype, device: torch.device, search: bool = True) -> None:
-    """Set this process's PyTorch for such products: TF32 only if asked for; cuDNN may search."""
+    """Configure PyTorch in this process for the dtype: TF32 only if requested; cuDNN may search."""
     if device.type == "cpu":
         return
     cudnn: Any = torch.backends.cudnn  # its settings are not in the stubs
     matmul: Any = torch.backends.cuda.matmul
     cudnn.benchmark = search
     tf32 = dtype.precision == "tf32"
-    # Inductor reads the older settings and the newer ones, and either raises where the two differ.
+    # Inductor reads the older and the newer settings, and either raises if the two differ.
     cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     for scope in (cudnn, cudnn.conv, cudnn.rnn, matmul):
         scope.fp32_precision = "tf32" if tf32 else "ieee"
 
 
 def sets_needed(bytes_moved: int, device: torch.device) -> int:
-    """How many sets of buffers, of ``bytes_moved`` each, hold more than twice the L2 cache."""
+    """The number of sets of buffers, each of ``bytes_moved``, that exceed twice the L2 cache."""
     if device.type == "cpu":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -109,9 +109,9 @@ def sets_needed(bytes_moved: int, device: torch.device) -> int:
 def milliseconds(
     call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...]], device: torch.device
 ) -> float:
-    """The median time of ``call(*set)``, its results kept, so that each set finds a cold cache.
+    """The median time of ``call(*set)``; results are kept, so that each set finds a cold cache.
 
-    On a GPU one CUDA graph holds a call for each set; its replays are timed.
+    On a GPU one CUDA graph holds a call for each set, and its replays are timed.
     """
     if device.type == "cpu":
         return _cpu_milliseconds(call, sets)
@@ -132,7 +132,7 @@ def milliseconds(
 def launched_milliseconds(
     call: Callable[..., Any], arguments: tuple[Tensor, ...], device: torch.device
 ) -> float:
-    """The median time of ``call(*arguments)`` as a program launches it, ten calls in a row."""
+    """The median time of ``call(*arguments)`` launched by Python, ten calls in a row."""
     if device.type == "cpu":
         return _cpu_milliseconds(call, [arguments] * 2)
 
@@ -165,7 +165,7 @@ def _cpu_milliseconds(call: Callable[..., Any], sets: Sequence[tuple[Tensor, ...
 
 
 def ceilings(names: Sequence[str], device: torch.device) -> dict[str, float]:
-    """What this device reaches: ``copy_gbs``, bytes read and written, and a product by dtype.
+    """The device's measured rates: ``copy_gbs``, read and written, and products by dtype.
 
     ``names`` are ceilings of DTYPES; bf16 is always among the result.
     """
@@ -186,7 +186,7 @@ def ceilings(names: Sequence[str], device: torch.device) -> dict[str, float]:
 def roofline_milliseconds(
     flops: int, bytes_moved: int, dtype: Dtype, ceilings: dict[str, float]
 ) -> float:
-    """The least time that the ceilings admit."""
+    """The shortest time under the ceilings."""
     compute = flops * dtype.products / ceilings[f"{dtype.ceiling}_tflops"] / 1e9
     return max(compute, bytes_moved / ceilings["copy_gbs"] / 1e6)
 

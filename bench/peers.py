@@ -1,9 +1,9 @@
-"""Each operator by ours and by its peers, on the same inputs.
+"""Each operator in our version and its peers', on the same inputs.
 
-Inputs are channels_last; each contender first prepares them as it likes them best, untimed. The
+Inputs are channels_last; each contender first converts them to its preferred form, untimed. The
 peers: ``cudnn`` is PyTorch's eager call in channels_last, which is cuDNN for convolutions and
-ATen's own kernels for pooling; ``cudnn_nchw`` the same in NCHW; ``inductor`` the same compiled with
-its widest search; ``flaggems`` FlagGems' Triton kernels.
+ATen's own kernels for pooling; ``cudnn_nchw`` is the same in NCHW; ``inductor`` is the same
+compiled with its widest search; ``flaggems`` is FlagGems' Triton kernels.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Draw = Callable[[tuple[int, ...]], Tensor]
 
 
 def installed() -> list[str]:
-    """The peers that can be run here."""
+    """The peers that can run here."""
     return [peer for peer in PEERS if peer != "flaggems" or find_spec("flag_gems")]
 
 
@@ -42,7 +42,7 @@ def _as_they_are(*inputs: Tensor) -> Inputs:
 
 @dataclass(frozen=True)
 class Contender:
-    """``call(*prepare(*inputs))`` gives the result, alone or first of several.
+    """``call(*prepare(*inputs))`` returns the result, alone or as the first of several.
 
     Only the call is timed.
     """
@@ -51,22 +51,22 @@ class Contender:
     prepare: Callable[..., Inputs] = _as_they_are
 
     def result(self, inputs: Inputs) -> Tensor:
-        """The tensor that is compared with the reference's."""
+        """The tensor to compare with the reference's."""
         found = self.call(*self.prepare(*inputs))
         return found if isinstance(found, Tensor) else found[0]
 
     def nchw(self) -> "Contender":
-        """The same on inputs in NCHW."""
+        """The same on NCHW inputs."""
         prepare = self.prepare
         return replace(self, prepare=lambda *inputs: prepare(*(t.contiguous() for t in inputs)))
 
     def compiled(self) -> "Contender":
-        """The same through Inductor's widest search.
+        """The same with Inductor's widest search.
 
-        "max-autotune" itself would put each call in a CUDA graph of its own; here, as for every
+        "max-autotune" itself would put each call in its own CUDA graph; here, as for every
         contender, one graph holds the calls on all sets.
         """
-        torch.compiler.reset()  # else the shapes of earlier cases count as recompilations
+        torch.compiler.reset()  # or the shapes of earlier cases count as recompilations
         call = torch.compile(
             self.call, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True
         )
@@ -83,11 +83,11 @@ class Convolution:
         self._torch = (g.stride, (top, left), g.dilation, g.groups)
 
     def work(self, itemsize: int) -> tuple[int, int]:
-        """Floating-point operations, and the least bytes moved."""
+        """Floating-point operations, and the minimum of bytes moved."""
         return self.g.flops, self.g.bytes(itemsize)
 
     def inputs(self, draw: Draw) -> Inputs:
-        """x, w and the bias (conv_relu) or dy (dgrad, wgrad), of the size of unit normals."""
+        """x, w and the bias (conv_relu) or dy (dgrad, wgrad), scaled like unit normals."""
         g = self.g
         x, w = draw(g.x_shape), draw(g.w_shape)
         w *= 1 / sqrt(prod(g.w_shape[1:]))
@@ -107,7 +107,7 @@ class Convolution:
         return planner.plan(Planned(direction, self.g, x.dtype, precision, here, layout)).ms
 
     def ours(self) -> Contender:
-        """One kernel, or wgrad's two passes."""
+        """Our kernel, or wgrad's two passes."""
         ops, numbers, g = torch.ops.triton_cnn, self._ours, self.g
         return Contender(
             {
@@ -121,7 +121,7 @@ class Convolution:
         )
 
     def eager(self) -> Contender:
-        """cuDNN's; for conv_relu PyTorch's ReLU follows it, in place."""
+        """cuDNN; for conv_relu followed by PyTorch's in-place ReLU."""
         numbers = self._torch
 
         def backward(mask: list[bool]) -> Callable[..., Tensor]:
@@ -144,7 +144,7 @@ class Convolution:
         return self.eager().compiled()
 
     def flaggems(self) -> Contender:
-        """Its forward pass; its backward cannot be asked for one gradient, so is not comparable."""
+        """FlagGems' forward pass; its backward cannot compute one gradient only."""
         import flag_gems  # pyright: ignore[reportMissingImports]
 
         conv2d, numbers = flag_gems.ops.conv2d, self._torch
@@ -156,9 +156,9 @@ class Convolution:
 
 
 class MaxPool:
-    """Max-pooling as a training step needs it: forward keeps, backward reads which pixel won.
+    """Max-pooling for training: forward records and backward reads each window's argmax.
 
-    Ours and Inductor's keep one byte for each output, PyTorch's and FlagGems' an int64 index.
+    Ours and Inductor's take one byte per output, PyTorch's and FlagGems' an int64 index.
     """
 
     def __init__(self, op: str, g: Pool2dGeometry):
@@ -166,7 +166,7 @@ class MaxPool:
         self._window = (g.kernel, g.stride, g.padding, g.dilation)
 
     def work(self, itemsize: int) -> tuple[int, int]:
-        """No products, and the least bytes moved, with the argmax."""
+        """No products, and the minimum of bytes moved, with the argmax."""
         return 0, self.g.bytes(itemsize, argmax_dtype(self.g).itemsize)
 
     def inputs(self, draw: Draw) -> Inputs:
@@ -175,10 +175,10 @@ class MaxPool:
         return (x,) if self.op == "max_pool" else (x, draw(self.g.y_shape))
 
     def predicted(self, *_: Tensor) -> None:
-        """Nothing: pooling is not planned."""
+        """None: pooling is not planned."""
 
     def ours(self) -> Contender:
-        """One kernel either way."""
+        """One kernel per direction."""
         ops, g = torch.ops.triton_cnn, self.g
         window = (*self._window, g.ceil_mode)
 
@@ -193,7 +193,7 @@ class MaxPool:
         )
 
     def eager(self) -> Contender:
-        """ATen's, with int64 indices."""
+        """ATen's pooling, with int64 indices."""
         aten, window = torch.ops.aten, (*self._window, self.g.ceil_mode)
         if self.op == "max_pool":
             return Contender(lambda x: aten.max_pool2d_with_indices(x, *window))
@@ -203,7 +203,7 @@ class MaxPool:
         )
 
     def inductor(self) -> Contender:
-        """What Inductor makes of a training step: an argmax of one byte between the passes."""
+        """Inductor's pooling in a training step: a one-byte argmax between the passes."""
         aten, g = torch.ops.aten, self.g
         window = (*self._window, g.ceil_mode)
 
@@ -217,7 +217,7 @@ class MaxPool:
         return Contender(backward, lambda x, dy: (dy, x, pool(x)[1])).compiled()
 
     def flaggems(self) -> Contender:
-        """Its kernels, which work in NCHW."""
+        """FlagGems' kernels, which work in NCHW."""
         import flag_gems  # pyright: ignore[reportMissingImports]
 
         ops, window = flag_gems.ops, (*self._window, self.g.ceil_mode)
@@ -230,8 +230,8 @@ class MaxPool:
 
 
 class ConvPool:
-    """Convolution, bias, ReLU and max-pooling: forward as a training step needs it, and backward to
-    bias, weight and, but for an image's channels, x.
+    """Convolution, bias, ReLU and max-pooling: forward for training, and backward to bias, weight
+    and, except for an image's channels, x.
     """
 
     def __init__(self, op: str, block: Block, precision: str):
@@ -244,8 +244,8 @@ class ConvPool:
         self._wanted = (g.C > 4, True, True)
 
     def work(self, itemsize: int) -> tuple[int, int]:
-        """Floating-point operations, and the least bytes: x, w, the result and its argmax, once
-        each and their gradients.
+        """Floating-point operations, and the minimum of bytes: x, w, the result and its argmax,
+        once each, and their gradients.
         """
         g, pool = self.block
         ends = itemsize * (prod(g.x_shape) + prod(g.w_shape))
@@ -263,10 +263,10 @@ class ConvPool:
         return (x, w, bias) if forward else (x, w, bias, draw(pool.y_shape))
 
     def predicted(self, *_: Tensor) -> None:
-        """Nothing: the model of a fused block predicts an order, not a time."""
+        """None: the model of a fused block predicts an order, not a time."""
 
     def ours(self) -> Contender:
-        """One kernel forward; backward as the planner has it."""
+        """One kernel forward; backward as planned."""
         ops, g, numbers, window = torch.ops.triton_cnn, self.block.conv, self._ours, self._window
 
         def forward(x: Tensor, w: Tensor, bias: Tensor) -> Inputs:
@@ -281,7 +281,7 @@ class ConvPool:
         return Contender(backward, lambda x, w, b, dy: (dy, forward(x, w, b)[1], x, w))
 
     def eager(self) -> Contender:
-        """cuDNN's convolution, ATen's ReLU in place and its max-pooling with int64 indices."""
+        """cuDNN's convolution, ATen's in-place ReLU and its max-pooling with int64 indices."""
         aten, numbers, window = torch.ops.aten, self._torch, (*self._window, (1, 1), False)
 
         def forward(x: Tensor, w: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,7 +305,7 @@ class ConvPool:
         return self.eager().compiled()
 
     def flaggems(self) -> Contender:
-        """Its kernels one after another, forward; backward as of Convolution."""
+        """FlagGems' kernels in sequence, forward; backward as in Convolution."""
         import flag_gems  # pyright: ignore[reportMissingImports]
 
         ops, numbers, window = flag_gems.ops, self._torch, (*self._window, (1, 1), False)
@@ -334,7 +334,7 @@ def problem(case: Case) -> Problem:
 
 
 def contender(name: str, of: Problem) -> Contender:
-    """ "ours" or a peer, by name. Raises if a peer cannot do it."""
+    """ "ours" or a peer, by name. Raises if a peer does not support it."""
     if name == "cudnn_nchw":
         return of.eager().nchw()
     return of.eager() if name == "cudnn" else getattr(of, name)()

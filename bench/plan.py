@@ -1,4 +1,4 @@
-"""Show what the planner chooses for each layer, and the time it predicts, without a GPU.
+"""Show the planner's choice and predicted time for each layer, without a GPU.
 
 Operands are channels_last and aligned, as in training. A tile is rows x columns x depth; its box is
 pixels along n x p x q. The sum counts a layer as often as its network has it.
@@ -20,12 +20,12 @@ _WIDTHS = (22, 6, 7, 16, 12, 9, 7, 9, 0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench plan``."""
+    """Add the options of ``python -m bench plan``."""
     selection.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a line for each layer and direction. Returns the exit code."""
+    """Print one line per layer and direction. Returns the exit code."""
     try:
         cases = selection.cases(args)
         with device.launch_nothing(selection.target(args.arch)):
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(cases: Iterable[suites.Case]) -> Iterator[str]:
-    """The table, with the sum for each suite and direction."""
+    """The lines of the table, with the sum for each suite and direction."""
     sums: dict[tuple[str, str, str], float] = {}
     yield _line(_HEAD)
     for layer, op, dtype in cases:

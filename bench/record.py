@@ -1,4 +1,4 @@
-"""The file that a measuring command keeps its rows in, and what it does where it cannot go on."""
+"""The file for a measuring command's rows, and the handling of errors."""
 
 import argparse
 import json
@@ -18,10 +18,10 @@ from .report import load
 
 
 def device_named(name: str) -> torch.device:
-    """The CPU or the GPU that a run measures. Raises UsageError if there is none."""
+    """The CPU or GPU to measure. Raises UsageError if it is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            "no GPU here; --device cpu runs all of it on tiny layers but measures nothing"
+            "no GPU here; --device cpu runs everything on tiny layers but measures nothing"
         )
     if name == "cuda" and INTERPRET:
         raise UsageError("TRITON_INTERPRET is set: the kernels would run in the interpreter")
@@ -29,10 +29,9 @@ def device_named(name: str) -> torch.device:
 
 
 def opened(args: argparse.Namespace, identity: dict[str, str], **more: Any) -> dict[str, Any]:
-    """What ``args.json`` holds already, if this run may go on with it, else a new beginning.
+    """The contents of ``args.json`` if this run may continue it, else those of a new file.
 
-    ``identity`` is ``measure.identity``'s; ``more`` is what a beginning has beside it, its command
-    and its rows.
+    ``identity`` is ``measure.identity``'s; ``more``: further fields of a new file.
     """
     new = {**identity, "command": args.command, **more, "rows": []}
     if args.json is None:
@@ -48,7 +47,7 @@ def opened(args: argparse.Namespace, identity: dict[str, str], **more: Any) -> d
     if old is None or not (args.resume or old["rows"]):
         return new
     if not args.resume:
-        raise UsageError(f"{args.json} has rows: --resume goes on with it")
+        raise UsageError(f"{args.json} has rows: --resume continues it")
     differ = [name for name, now in identity.items() if old.get(name) != now]
     if "commit" in differ and measure.is_same_code(str(old.get("commit")), identity["commit"]):
         differ.remove("commit")
@@ -61,7 +60,7 @@ def opened(args: argparse.Namespace, identity: dict[str, str], **more: Any) -> d
 
 
 def keep(results: dict[str, Any], path: Path | None) -> None:
-    """Write the file in one step: whenever a run is cut off, it leaves a whole file."""
+    """Write the file atomically: an interrupted run leaves a whole file."""
     if path is None:
         return
     head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1)
@@ -83,7 +82,7 @@ def keep(results: dict[str, Any], path: Path | None) -> None:
 
 @contextmanager
 def noted(errors: dict[str, str], name: str) -> Iterator[None]:
-    """What is raised within ends there, as one line of ``errors``."""
+    """A context whose exception becomes one line of ``errors``."""
     try:
         yield
     except Exception as error:
@@ -91,5 +90,5 @@ def noted(errors: dict[str, str], name: str) -> Iterator[None]:
 
 
 def rounded(values: dict[str, Any]) -> dict[str, Any]:
-    """Five digits of each number."""
+    """The values with floats rounded to five digits."""
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}

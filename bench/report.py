@@ -1,7 +1,7 @@
-"""Draw charts and write the README's table, from the measurements in bench/results alone.
+"""Draw charts and write the README's table, only from the measurements in bench/results.
 
-For each file: FILE-roofline.png with every row as a point, and FILE-SUITE-DTYPE.png with a bar for
-each layer and peer. The table goes between the two markers of the README.
+Each file gives FILE-roofline.png with every row as a point, and FILE-SUITE-DTYPE.png with a bar per
+layer and peer. The table goes between two markers in the README.
 """
 
 import argparse
@@ -28,16 +28,18 @@ TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench report``."""
+    """Add the options of ``python -m bench report``."""
     results, readme = BENCH / "results", BENCH.parent / "README.md"
     parser.add_argument(
         "--results",
         type=Path,
         default=results,
         metavar="FOLDER",
-        help="what to read, and where charts go (bench/results)",
+        help="folder of the measurements and charts (default: bench/results)",
     )
-    parser.add_argument("--readme", type=Path, default=readme, metavar="FILE", help="(README.md)")
+    parser.add_argument(
+        "--readme", type=Path, default=readme, metavar="FILE", help="file for the table"
+    )
     parser.add_argument("--stdout", action="store_true", help="print the table; leave the README")
 
 
@@ -66,7 +68,7 @@ def _fail(text: str, code: int) -> int:
 
 
 def _measured(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Every file of ``bench kernels`` in a folder, checked; those of other commands are left."""
+    """Every checked file of ``bench kernels`` in a folder; other commands' files are ignored."""
     import jsonschema
 
     schema = json.loads((BENCH / "kernels.schema.json").read_text())
@@ -87,11 +89,11 @@ def _measured(folder: Path) -> dict[Path, dict[str, Any]]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What a command kept in ``path``. Raises ValueError if that is not JSON with rows."""
+    """The results in ``path``. Raises ValueError if it is not JSON with rows."""
     try:
         results = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(results, dict) or not isinstance(results.get("rows"), list):
         raise ValueError(f"{path} holds no results")
     return results
@@ -101,18 +103,18 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def row_key(row: Row) -> tuple[str, str, str, str]:
-    """What names a row: suite, layer, op, dtype."""
+    """The key of a row: suite, layer, op, dtype."""
     return row["suite"], row["layer"], row["op"], row["dtype"]
 
 
 def peers_of(rows: Iterable[Row]) -> list[str]:
-    """The peers that rows were measured beside, in a fixed order."""
+    """The peers in the rows, in a fixed order."""
     there = set().union(*(row["ratio"] for row in rows))
     return [peer for peer in PEER_NAMES if peer in there]
 
 
 def geometric_mean(rows: Iterable[Row], peer: str) -> float | None:
-    """Mean of the ratios to a peer, a layer counted as often as its network has it."""
+    """Mean of the ratios to a peer, weighted by how often the network has a layer."""
     known = [(row["count"], row["ratio"][peer]) for row in rows if row["ratio"].get(peer)]
     if not known:
         return None
@@ -120,7 +122,7 @@ def geometric_mean(rows: Iterable[Row], peer: str) -> float | None:
 
 
 def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], list[Row]]:
-    """Rows by their values of ``names``, in the order in which these first come."""
+    """Rows by their values of ``names``, in order of appearance."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -128,7 +130,7 @@ def grouped(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], list[Row]
 
 
 def line(row: Row) -> str:
-    """A row on one line."""
+    """A row as one line."""
     name = f"{row['suite']:22} {row['layer']:14} {row['op']:17} {row['dtype']:6}"
     ratios = "  ".join(f"{peer} {_number(ratio, '.2f')}" for peer, ratio in row["ratio"].items())
     errors = "".join(f"  [{who}: {what}]" for who, what in row.get("errors", {}).items())
@@ -146,7 +148,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Weighted geometric means by operator and dtype, for each suite and for all; worst rows."""
+    """Weighted geometric means by operator and dtype, per suite and overall; the worst rows."""
     peers = peers_of(rows)
     lines = ["", "geometric means of a peer's time over ours, weighted by the layers' count"]
     lines.append(" " * 49 + "".join(f"{peer:>12}" for peer in peers))
@@ -180,7 +182,7 @@ def _is_predicted(row: Row) -> bool:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One file's means as Markdown: a line for each suite, dtype and operator."""
+    """One file's means as Markdown: one line per suite, dtype and operator."""
     rows = results["rows"]
     peers = peers_of(rows)
     heads = [
@@ -201,7 +203,7 @@ def table(results: dict[str, Any]) -> str:
         f"| {' | '.join(heads)} |",
         f"| {' | '.join('---' if n < 3 else '---:' for n in range(len(heads)))} |",
     ]
-    # Sorting keeps what it finds equal in order.
+    # Sorting is stable.
     suites = list(grouped(rows, "suite"))
     rows = sorted(rows, key=lambda row: (suites.index((row["suite"],)), row["dtype"]))
     for (suite, dtype, op), part in grouped(rows, "suite", "dtype", "op").items():
@@ -258,7 +260,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _roofline(results: dict[str, Any]) -> Any:
-    """TFLOP/s over FLOP a byte. A row without products stands at the left edge, by its GB/s."""
+    """TFLOP/s over FLOP per byte. A row without products is at the left edge, by its GB/s."""
     rows = [row for row in results["rows"] if row["ms"] is not None]
     ceilings = results["ceilings"]
     intensities = [1e3 * row["tflops"] / row["gbs"] for row in rows]
@@ -281,14 +283,14 @@ def _roofline(results: dict[str, Any]) -> Any:
         y = [row["tflops"] or left * row["gbs"] / 1e3 for row in part]
         style = {"color": colours[dtype], "marker": styles[op]}
         axes.scatter(x, y, 24, alpha=0.7, label=f"{op}, {dtype}", **style)
-    axes.set(xlabel="FLOP a byte, by the least bytes", ylabel="TFLOP/s", xlim=(left / 1.5, right))
+    axes.set(xlabel="FLOP per byte (minimum of bytes)", ylabel="TFLOP/s", xlim=(left / 1.5, right))
     axes.set_title(f"{results['gpu']}: {ceilings['copy_gbs']:.0f} GB/s and TFLOP/s as measured")
     figure.legend(fontsize="small", loc="outside right upper")
     return figure
 
 
 def _ratios(rows: list[Row], title: str) -> Any:
-    """A panel for each operator: bars up from 1 where ours is faster, down where it is slower."""
+    """One panel per operator: bars up from 1 if ours is faster, down if it is slower."""
     from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
     panels = grouped(rows, "op")

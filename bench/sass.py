@@ -1,11 +1,12 @@
-"""What an instruction of Hopper's machine code reads, writes and waits for: ``effects``.
+"""The registers that an instruction of Hopper's machine code reads, writes and waits for:
+``effects``.
 
-NVIDIA documents neither. Widths follow from the names (LDS.128 writes four registers), shapes of
-products from the PTX ISA, the fields of an instruction's control code from the literature on Volta
-and its successors and from what ptxas writes. Registers are named as the disassembler does: "R12",
-"UR4", "P0", "UP1"; what always holds zero or true (RZ, URZ, PT, UPT) is none.
+NVIDIA does not document them. Widths follow from the names (LDS.128 writes four registers), shapes
+of products from the PTX ISA, the fields of an instruction's control code from the literature on
+Volta and its successors and from ptxas' output. Registers have the disassembler's names: "R12",
+"UR4", "P0", "UP1"; those that always hold zero or true (RZ, URZ, PT, UPT) do not count.
 
-An opcode that is not in the tables is a ValueError, so that nothing goes unchecked.
+An opcode that is not in the tables raises ValueError, so nothing goes unchecked.
 """
 
 import re
@@ -20,11 +21,11 @@ _NO_SCOREBOARD = 7
 
 
 class Control(NamedTuple):
-    """What the compiler tells the scheduler with an instruction.
+    """The compiler's hints to the scheduler in an instruction.
 
-    ``stall``: cycles until the warp's next instruction. ``write``, ``read``: the scoreboard that
-    is held until the results are written, until the operands have been read. ``waits``: the
-    scoreboards that have to be free before it is issued.
+    ``stall``: cycles until the warp's next instruction. ``write``, ``read``: the scoreboard held
+    until the results are written, or until the operands have been read. ``waits``: the scoreboards
+    that must be free before it is issued.
     """
 
     stall: int
@@ -34,31 +35,31 @@ class Control(NamedTuple):
 
 
 class Product(NamedTuple):
-    """An asynchronous product; ``closes``: it ends a group, which a later wait can name."""
+    """An asynchronous product; ``closes``: it ends a group that a later wait can name."""
 
     accumulator: tuple[str, ...]
-    operand: tuple[str, ...]  # A in registers; none from shared memory
+    operand: tuple[str, ...]  # A in registers; empty if from shared memory
     closes: bool
 
 
 class Effects(NamedTuple):
-    """Registers read and written, as sets; ``unit``: where an instruction of no fixed latency goes.
+    """Registers read and written, as sets; ``unit``: the unit of a variable-latency instruction.
 
-    Instructions of a unit finish in their order. A product's accumulator and operand are in
-    ``product`` only. ``waits_for_groups``: it waits until so many groups of products are left.
+    Instructions of a unit finish in order. A product's accumulator and operand are only in
+    ``product``. ``waits_for_groups``: it waits until that many groups of products are left.
     """
 
     reads: frozenset[str]
     writes: frozenset[str]
     unit: str | None = None
-    late: frozenset[str] = frozenset()  # of what is read: what the unit reads some time later
-    orders: str | None = None  # memory or a barrier's word, for what other threads do next
+    late: frozenset[str] = frozenset()  # registers in reads that the unit reads some time later
+    orders: str | None = None  # memory or a barrier's word, for other threads' next accesses
     in_order: bool = True  # results of the unit come in the order of its instructions
     product: Product | None = None
-    waits: frozenset[int] = frozenset()  # for scoreboards, beside those of the control code
+    waits: frozenset[int] = frozenset()  # for scoreboards, besides those of the control code
     waits_for_groups: int | None = None
-    fences: bool = False  # products see what registers hold now
-    copies: str | None = None  # begins to copy to shared memory; what tells that it has arrived
+    fences: bool = False  # products see the present contents of registers
+    copies: str | None = None  # begins a copy to shared memory; what signals its arrival
     waits_for_copies: str | None = None
 
 
@@ -102,7 +103,7 @@ _RESULTS = {
 }
 _RESULTS_OF = {name: kind for kind, names in _RESULTS.items() for name in names.split()}
 
-# Of no fixed latency, by unit; what is in none has a latency that stalls cover.
+# Instructions of variable latency, by unit; for all others stalls cover the latency.
 _UNITS = {
     "shared": "LDS LDSM SHFL STS STSM ATOMS MOVM",
     "global": "LDG LD LDL STG ST STL LDGSTS ATOM ATOMG RED",
@@ -115,19 +116,19 @@ _UNITS = {
     "tensor memory": "UTMALDG UTMASTG UTMACMDFLUSH UTMACCTL",
 }
 _UNIT_OF = {name: unit for unit, names in _UNITS.items() for name in names.split()}
-# What is a barrier to other threads waits until memory and the barriers' words are in order: the
-# first ones are ready, or no longer needed, and what was written is seen. Such an order stands
-# among registers. A fence between proxies needs no other's: they are in order anyway.
+# A barrier to other threads waits until memory and the barriers' words are in order: reads are
+# ready or no longer needed, and writes are visible. Such an order counts as a register. A fence
+# between proxies needs no other's: they are in order anyway.
 _MEMORY, _PROXIES = "memory order", "memory order of proxies"
 _ORDERING = {"SYNCS.EXCH": _MEMORY, "SYNCS.CCTL": _MEMORY, "MEMBAR": _MEMORY, "FENCE": _PROXIES}
 _ORDERED = {"BAR": (_MEMORY, _PROXIES), "SYNCS.ARRIVE": (_MEMORY, _PROXIES), "FENCE": (_MEMORY,)}
 
 _COPIES = {"UTMALDG": "mbarrier", "LDGSTS": "scoreboard"}
 
-# These read uniform registers late, too; no unit reads a guard late.
+# These also read uniform registers late; no unit reads a guard late.
 _LATE_UNITS = ("tensor memory",)
 
-# Registers of A, B and C (and D) of the products of a warp, by the opcode's first modifiers.
+# Registers of A, B and C (and D) in a warp's products, by the opcode's first modifiers.
 _WARP_PRODUCTS = {
     ("HMMA", "16816", "F32"): (4, 2, 4),
     ("HMMA", "16816", "F16"): (4, 2, 2),
@@ -145,12 +146,12 @@ _GROUP_PRODUCT = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+(?:\.SP)?\.(F32|F16|S32)\b"
 
 
 def queue(unit: str) -> str:
-    """Units of one queue take their operands in its order."""
+    """The queue of a unit: units of one queue take their operands in order."""
     return "memory" if unit in ("shared", "global") else unit
 
 
 def effects(instruction: Instruction) -> Effects:
-    """What it reads and writes; raises ValueError for an opcode that is not known."""
+    """The effects of an instruction; raises ValueError for an unknown opcode."""
     return _effects(instruction.opcode, instruction.operands, instruction.guard)
 
 
@@ -206,7 +207,7 @@ def _arrived(opcode: str) -> str | None:
 
 
 def _outputs(kind: str, operands: tuple[str, ...]) -> int:
-    """How many of the operands, from the first, are results."""
+    """The number of leading operands that are results."""
     if kind == _NONE:
         return 0
     if kind == _PREDICATES:
@@ -227,7 +228,7 @@ def _outputs(kind: str, operands: tuple[str, ...]) -> int:
 
 
 def _widths(name: str, modifiers: list[str], inputs: int) -> list[int]:
-    """Registers of the results, then of each other operand."""
+    """The number of registers of the results, then of each other operand."""
     double = name in ("DADD", "DFMA", "DMUL", "DSETP")
     size = _access(name, modifiers)
     narrow = [1] * inputs
@@ -251,7 +252,7 @@ def _widths(name: str, modifiers: list[str], inputs: int) -> list[int]:
     if name in ("LDG", "LD", "LDL", "LDS", "LDSM", "LDC", "ULDC"):
         return [size, *narrow]
     if name in ("UTMALDG", "UTMASTG"):
-        # Shared memory's address, of a load the barrier's, and where the box lies.
+        # Shared memory's address, for a load the barrier's, and the position of the box.
         return [0, int(modifiers[0][0]) + (2 if name == "UTMALDG" else 1), 2, *narrow[2:]]
     if name == "RET":
         return [0, 2, *narrow[1:]]
@@ -261,7 +262,7 @@ def _widths(name: str, modifiers: list[str], inputs: int) -> list[int]:
 
 
 def _access(name: str, modifiers: list[str]) -> int:
-    """Registers that a load, a store or a barrier's word moves."""
+    """The number of registers that a load, a store or a barrier's word moves."""
     if name in ("LDSM", "STSM"):
         return next((int(m) for m in modifiers if m in ("2", "4")), 1)
     if "128" in modifiers:
@@ -270,7 +271,7 @@ def _access(name: str, modifiers: list[str]) -> int:
 
 
 def _conversion(name: str, modifiers: list[str], inputs: int) -> list[int]:
-    """F2F.F32.F64 goes from the second type to the first; F2I and I2F name what is not usual."""
+    """F2F.F32.F64 converts the second type to the first; F2I and I2F name only unusual types."""
     kinds = [m for m in modifiers if re.fullmatch(r"[FUS]\d+", m)]
     into = outof = 1
     if name in ("F2F", "FRND", "I2I"):
@@ -296,8 +297,8 @@ def _warp_product(name: str, modifiers: list[str]) -> tuple[int, int, int]:
 def _group_product(opcode: str, operands: tuple[str, ...], guards: frozenset[str]) -> Effects:
     """``HGMMA.64x128x16.F32.BF16 R24, R152, gdesc[UR4].tnspB, R24, gsb0``.
 
-    A group's four warps share 64 rows: a thread holds half an accumulator of 32 bits for each
-    column. A of 64 rows takes four registers, as a row of a product is 32 bytes deep.
+    A group's four warps share 64 rows: a thread holds half a 32-bit accumulator per column. A of 64
+    rows takes four registers, because a product is 32 bytes deep.
     """
     shape = _GROUP_PRODUCT.match(opcode)
     if shape is None or ".SP" in opcode:
@@ -320,7 +321,7 @@ def _group_product(opcode: str, operands: tuple[str, ...], guards: frozenset[str
 
 
 def _wide(text: str, width: int) -> list[str]:
-    """The registers of an operand, ``width`` from its first one; addresses have their own."""
+    """The registers of an operand, ``width`` from its first; addresses have their own width."""
     if text == "PR":
         return [f"P{n}" for n in range(7)]
     if "[" in text and width == 1:
@@ -335,7 +336,7 @@ def _wide(text: str, width: int) -> list[str]:
 
 
 def _registers(text: str) -> list[str]:
-    """Those that a guard or an address names; ``desc[UR4]`` and ``R2.64`` are pairs."""
+    """The registers that a guard or an address names; ``desc[UR4]`` and ``R2.64`` are pairs."""
     found = []
     for token in _TOKEN.finditer(text):
         kind, number, wide = token.groups()

@@ -1,7 +1,7 @@
-"""What the commands that need no GPU look at: layers and directions, on an architecture.
+"""The layers, directions and architecture that the commands without a GPU work on.
 
 ``add_arguments`` adds the options they share, ``cases`` and ``compiling`` turn them into problems
-and into a stand-in for the GPU, ``plan`` asks the planner. What cannot be used is a UsageError.
+and into a stand-in for the GPU, ``plan`` asks the planner. Unusable values raise UsageError.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DIRECTIONS: tuple[Direction, ...] = ("fprop", "dgrad", "wgrad")
 
 
 def add_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
-    """``--arch``, and which layers in which directions (or ``more`` operators) and dtypes."""
+    """Add ``--arch``, and the options for layers, directions (or ``more`` operators) and dtypes."""
     add_layers(parser)
     parser.add_argument(
         "--op",
@@ -39,51 +39,54 @@ def add_arguments(parser: argparse.ArgumentParser, *more: str) -> None:
         default=DIRECTIONS,
         choices=(*DIRECTIONS, *more),
         metavar="NAME",
-        help=f"of {', '.join((*DIRECTIONS, *more))} ({' '.join(DIRECTIONS)})",
+        help=f"some of {', '.join((*DIRECTIONS, *more))} (default: {' '.join(DIRECTIONS)})",
     )
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
-    """``--arch``, and which layers in which dtypes."""
+    """Add ``--arch``, and the options for layers and dtypes."""
     parser.add_argument(
-        "--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90, sm_100, gfx942, ... (sm_90)"
+        "--arch",
+        default="sm_90",
+        metavar="NAME",
+        help="sm_80, sm_90, sm_100, gfx942, ... (default: sm_90)",
     )
     parser.add_argument(
         "--suite",
         nargs="+",
         default=["resnet50_v1.5"],
         metavar="NAME",
-        help="suites of bench/cases or of --shapes (resnet50_v1.5)",
+        help="suites of bench/cases or of --shapes (default: resnet50_v1.5)",
     )
     parser.add_argument("--shapes", type=Path, metavar="FILE", help="more suites, as bench/cases")
-    parser.add_argument("--layer", nargs="+", metavar="NAME", help="of these suites (all)")
+    parser.add_argument("--layer", nargs="+", metavar="NAME", help="layers (default: all)")
     parser.add_argument(
         "--dtype",
         nargs="+",
         default=["bf16"],
         choices=DTYPES,
         metavar="NAME",
-        help=f"of {', '.join(DTYPES)} (bf16)",
+        help=f"some of {', '.join(DTYPES)} (default: bf16)",
     )
     parser.add_argument(
-        "--batch", type=positive, metavar="N", help="images, in place of what the suite says"
+        "--batch", type=positive, metavar="N", help="number of images (default: the suite's)"
     )
 
 
 def positive(text: str) -> int:
-    """A whole number from 1, of an option."""
+    """A whole number from 1, read from an option."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
 def cases(args: argparse.Namespace) -> list[suites.Case]:
-    """The problems that were asked for, suite by suite."""
+    """The selected problems, suite by suite."""
     return suites.cases(layers(args), args.op, args.dtype)
 
 
 def layers(args: argparse.Namespace) -> list[suites.Layer]:
-    """The layers that were asked for, suite by suite."""
+    """The selected layers, suite by suite."""
     try:
         known = suites.layers(args.shapes)
     except OSError as error:
@@ -108,7 +111,7 @@ def _all_known(what: str, names: list[str], known: list[str]) -> None:
 
 
 def target(arch: str) -> GPUTarget:
-    """Triton's name for an architecture: sm_90 or gfx942."""
+    """Triton's target for an architecture: sm_90 or gfx942."""
     if found := re.fullmatch(r"sm_(\d+)a?", arch):
         return GPUTarget("cuda", int(found[1]), 32)
     if re.fullmatch(r"gfx[0-9a-f]+", arch):
@@ -118,7 +121,7 @@ def target(arch: str) -> GPUTarget:
 
 @contextmanager
 def compiling(arch: str) -> Iterator[tuple[device.Device, list[Any]]]:
-    """A typical device of the architecture, and the list of what launches on it compile to."""
+    """Yield a typical device of the architecture, and a list that gets what launches compile to."""
     if device.INTERPRET:
         raise UsageError("TRITON_INTERPRET is set: kernels would run in the interpreter")
     with device.compile_only(target(arch)) as compiled:
@@ -128,14 +131,14 @@ def compiling(arch: str) -> Iterator[tuple[device.Device, list[Any]]]:
 def operands(
     g: Conv2dGeometry, dtype: torch.dtype, channels_last: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, w and y (or their gradients), as ``empty`` makes them."""
+    """x, w and y (or their gradients), made by ``empty``."""
     x, w, y = (empty(shape, dtype, channels_last) for shape in (g.x_shape, g.w_shape, g.y_shape))
     return x, w, y
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = True) -> Tensor:
-    """A tensor of the meta device; where kernels are emulated, zeros that take no memory until they
-    are touched.
+    """A tensor of the meta device; under emulation, zeros that take no memory until they are
+    touched.
     """
     strides = output_strides(shape, channels_last)
     if device.INTERPRET or not device.takes_cpu():
@@ -147,7 +150,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = True
 def plan(
     direction: Direction, g: Conv2dGeometry, precision: str, x: Tensor, w: Tensor, y: Tensor
 ) -> Plan:
-    """What the operators choose for these operands, on the device that stands in."""
+    """The operators' choice for these operands, on the stand-in device."""
     precision = library.resolve_precision(precision, x)
     here, layout = (
         device.describe(x.device),

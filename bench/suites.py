@@ -1,11 +1,11 @@
-"""What is measured: the layers of known networks, and cases made of them.
+"""The layers of known networks, and the cases made of them.
 
 Shapes are read from JSON, a list of rows. A convolution's row has ``suite``, ``name``, ``N``,
 ``C``, ``H``, ``W``, ``K``, ``R``, ``S`` and may have ``stride``, ``padding``, ``dilation`` (a
 number, or [height, width]), ``groups``, ``count`` (how often the network has the layer) and its
-output size ``P``, ``Q``, which is then checked. A pooling's row has ``kernel`` in place of K, R, S
-and may have ``ceil_mode``. A convolution that is pooled after its ReLU is a block: its row has
-``pool`` as well, an object of ``kernel``, ``stride`` and ``padding``. Other keys are ignored.
+output size ``P``, ``Q``, which is then checked. A pooling's row has ``kernel`` instead of K, R, S
+and may have ``ceil_mode``. A convolution that is pooled after its ReLU is a block: its row also has
+``pool``, an object with ``kernel``, ``stride`` and ``padding``. Other keys are ignored.
 """
 
 import json
@@ -19,7 +19,7 @@ from kernels.geometry import Conv2dGeometry, Direction, Pair, Pool2dGeometry
 
 CASES = Path(__file__).parent / "cases"
 
-# Operators on every convolution, on depthwise ones and on first layers alone, by what they compute;
+# Operators on every convolution; on depthwise ones and on first layers only, by what they compute;
 # on poolings; on blocks.
 CONVOLUTIONS: dict[str, Direction] = {
     "fprop": "fprop",
@@ -36,7 +36,7 @@ FIRST: dict[str, Direction] = {"first_layer": "fprop", "first_layer_wgrad": "wgr
 POOLINGS = ("max_pool", "max_pool_backward")
 BLOCKS = ("conv_relu_max_pool", "conv_relu_max_pool_backward")
 OPS = (*CONVOLUTIONS, *DEPTHWISE, *FIRST, *POOLINGS, *BLOCKS)
-NAMED = DEPTHWISE | FIRST  # operators of CONVOLUTIONS under names of their own
+NAMED = DEPTHWISE | FIRST  # operators of CONVOLUTIONS with their own names
 DIRECTIONS = CONVOLUTIONS | NAMED  # what each of them computes
 
 
@@ -68,7 +68,7 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What names its row: suite, layer, op, dtype."""
+        """The key of its row: suite, layer, op, dtype."""
         return self.layer.suite, self.layer.name, self.op, self.dtype
 
 
@@ -81,13 +81,13 @@ def layers(shapes: Path | None = None) -> list[Layer]:
 
 
 def read(path: Path) -> list[Layer]:
-    """The layers of one file of shapes. Raises ValueError that names the file and the row."""
+    """The layers in one file of shapes. Raises ValueError that names the file and the row."""
     try:
         rows = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(rows, list):
-        raise ValueError(f"{path} is no list of layers")
+        raise ValueError(f"{path} is not a list of layers")
     found = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -119,7 +119,7 @@ def _layer(row: dict[str, Any]) -> Layer:
         both = (padding[0], padding[0]), (padding[1], padding[1])
         groups = _number(row, "groups") if "groups" in row else 1
         if C % groups or K % groups:
-            raise ValueError(f"groups={groups} divide not both C={C} and K={K}")
+            raise ValueError(f"groups={groups} do not divide both C={C} and K={K}")
         geometry = Conv2dGeometry(N, C, H, W, K, R, S, stride, both, dilation, groups)
     size = geometry.P, geometry.Q
     said = row.get("P", size[0]), row.get("Q", size[1])
@@ -150,17 +150,17 @@ def _pair(value: Any, key: str) -> Pair:
 
 def _is_named(op: str, g: Conv2dGeometry) -> bool:
     """Whether a convolution has an operator of NAMED: each filter sees one channel of several, or
-    all see the few of an image.
+    all see the few channels of an image.
     """
     return g.groups == g.C > 1 if op in DEPTHWISE else g.groups == 1 and g.C <= 4
 
 
 def cases(chosen: Iterable[Layer], ops: Sequence[str], dtypes: Sequence[str]) -> list[Case]:
-    """Every operator on every layer that has it, in every dtype; suites take turns.
+    """Every operator on every layer that has it, in every dtype; suites alternate.
 
-    So a run that is cut off has measured some of each suite, with all operators of its first
-    layers. A layer that is asked for under two names, as ``fprop`` and ``depthwise``, is measured
-    once, under the second.
+    So an interrupted run has measured a part of each suite, with all operators of its first layers.
+    A layer that is selected under two names, as ``fprop`` and ``depthwise``, is measured once,
+    under the second.
     """
     suites: dict[str, list[Case]] = {}
     for layer in chosen:
@@ -190,7 +190,7 @@ def with_images(g: Geometry, N: int) -> Geometry:
 
 
 def shrink(layer: Layer) -> Layer:
-    """The layer with one image, a few channels and at most 4x4 outputs: for a CPU."""
+    """The layer with one image, a few channels and at most 4x4 outputs, for a CPU."""
     g = layer.geometry
     if isinstance(g, Block):
         conv: Any = shrink(layer._replace(geometry=g.conv)).geometry

@@ -1,8 +1,8 @@
 """Time training steps of whole networks: ours beside PyTorch's own layers, eager and compiled.
 
-A step is forward and backward in bf16 autocast and channels_last, and SGD with momentum, on images
-that lie on the GPU. It is timed twice: launched from Python, as a training loop does, which gives
-the images a second, and by replays of a CUDA graph of it, which is the GPU's part alone.
+A step is forward and backward in bf16 autocast and channels_last, and SGD with momentum, with
+images on the GPU. It is timed twice: launched from Python, like a training loop, which gives the
+images per second, and by replays of its CUDA graph, which is only the GPU's part.
 """
 
 import argparse
@@ -27,18 +27,18 @@ PEERS = {
     "eager": "torch's layers",
     "compiled": "torch's layers by torch.compile",
 }
-LOSS_TOLERANCE = 0.05  # relative, of first losses in bf16
+LOSS_TOLERANCE = 0.05  # relative, for first losses in bf16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench train``."""
+    """Add the options of ``python -m bench train``."""
     parser.add_argument(
         "--model",
         nargs="+",
         choices=cnn.models.list(),
         default=["resnet50", "vgg16", "resnet18"],
         metavar="NAME",
-        help=f"of {', '.join(cnn.models.list())} (resnet50 vgg16 resnet18)",
+        help=f"some of {', '.join(cnn.models.list())} (default: resnet50 vgg16 resnet18)",
     )
     parser.add_argument(
         "--peers",
@@ -46,27 +46,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PEERS,
         default=list(PEERS),
         metavar="NAME",
-        help=f"of {', '.join(f'{name} ({text})' for name, text in PEERS.items())}; (all)",
+        help=f"{', '.join(f'{name} ({text})' for name, text in PEERS.items())} (default: all)",
     )
     whole = {"type": _positive, "metavar": "N"}
-    parser.add_argument("--batch-size", default=128, help="images (%(default)s)", **whole)
-    parser.add_argument("--image-size", default=224, help="pixels a side (%(default)s)", **whole)
+    parser.add_argument("--batch-size", default=128, help="images (default: %(default)s)", **whole)
+    parser.add_argument(
+        "--image-size", default=224, help="side in pixels (default: %(default)s)", **whole
+    )
     parser.add_argument(
         "--compile-mode",
         default="default",
         metavar="NAME",
-        help="torch.compile's, without CUDA graphs of its own (%(default)s)",
+        help="torch.compile's mode, without its own CUDA graphs (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where rows are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
     parser.add_argument("--resume", action="store_true", help="skip the rows that FILE has")
     parser.add_argument(
-        "--commit", default="unknown", metavar="NAME", help="the commit, where git cannot tell it"
+        "--commit", default="unknown", metavar="NAME", help="the commit, if git cannot tell it"
     )
     parser.add_argument(
         "--device",
         choices=["cuda", "cpu"],
         default="cuda",
-        help="cpu runs all of this on two images of 32x32, to test it; it measures nothing (cuda)",
+        help="cpu tests everything on two 32x32 images and measures nothing (default: cuda)",
     )
 
 
@@ -77,7 +79,7 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what was asked for. Returns the exit code."""
+    """Measure the selected networks. Returns the exit code."""
     try:
         device = device_named(args.device)
         if device.type == "cpu":
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(name: str, args: argparse.Namespace, results: dict[str, Any], device: torch.device) -> Row:
-    """The row of a network: the one that is there, or a new one, which is kept at once."""
+    """The row of a network: the existing one, or a new one, which is saved at once."""
     key = {
         "model": name,
         "batch_size": args.batch_size,
@@ -101,7 +103,7 @@ def _row(name: str, args: argparse.Namespace, results: dict[str, Any], device: t
     row = next((row for row in results["rows"] if key.items() <= row.items()), None)
     if row is None or not set(args.peers) <= row["ratio"].keys():
         if row is not None:
-            results["rows"].remove(row)  # a peer is missing, and all must stand side by side
+            results["rows"].remove(row)  # a peer is missing, and all must run side by side
         row = key | measure_model(args, name, device)
         results["rows"].append(row)
         keep(results, args.json)
@@ -110,7 +112,7 @@ def _row(name: str, args: argparse.Namespace, results: dict[str, Any], device: t
 
 
 def lines(row: Row) -> str:
-    """A row as text, a line for each contender."""
+    """A row as text, one line per contender."""
     head = f"{row['model']}, {row['batch_size']} images of {row['image_size']}x{row['image_size']}"
     found = [head]
     for name, step in row["steps"].items():
@@ -134,7 +136,7 @@ def lines(row: Row) -> str:
 
 
 def measure_model(args: argparse.Namespace, name: str, device: torch.device) -> Row:
-    """All contenders on one network, from the same parameters and on the same images."""
+    """All contenders on one network, with the same parameters and images."""
     torch.manual_seed(0)
     measure.set_torch(measure.DTYPES["bf16"], device)
     model = cnn.models.create(name, in_channels=3, image_size=args.image_size)
@@ -154,7 +156,7 @@ def measure_model(args: argparse.Namespace, name: str, device: torch.device) -> 
             if not abs(found["loss"] - ours["loss"]) <= LOSS_TOLERANCE * abs(ours["loss"]):
                 raise ValueError(f"the first loss is {found['loss']:g}, ours {ours['loss']:g}")
             steps[contender] = found
-        step = None  # its memory is the next one's
+        step = None  # the next one needs its memory
         if device.type == "cuda":
             torch.cuda.empty_cache()
     ours = steps["ours"]
@@ -167,7 +169,7 @@ def measure_model(args: argparse.Namespace, name: str, device: torch.device) -> 
 
 
 class Step:
-    """A training step of a contender on a network, from a copy of its parameters."""
+    """A contender's training step on a network, with a copy of its parameters."""
 
     def __init__(self, contender: str, model: nn.Module, mode: str, device: torch.device):
         self.contender = contender
@@ -181,7 +183,7 @@ class Step:
             self.network = torch.compile(network, mode=mode)
 
     def __call__(self, x: Tensor, labels: Tensor) -> Tensor:
-        """The loss before the step."""
+        """Make a step; returns the loss before it."""
         with torch.autocast(x.device.type, torch.bfloat16):
             loss = TF.cross_entropy(self.network(x), labels)
         loss.backward()
@@ -191,7 +193,7 @@ class Step:
 
 
 def measure_step(step: Step, x: Tensor, labels: Tensor, errors: dict[str, str]) -> dict[str, Any]:
-    """What a step takes; a graph that cannot be recorded is null, and ``errors`` says why."""
+    """A step's measurements; null for a graph that cannot be captured; ``errors`` says why."""
     device = x.device
     gpu = device.type == "cuda"
     loss = step(x, labels).item()
@@ -207,7 +209,7 @@ def measure_step(step: Step, x: Tensor, labels: Tensor, errors: dict[str, str]) 
 
 
 def eager(model: nn.Module) -> nn.Module:
-    """A copy of a network on torch's own layers, one for each of a fused layer's parts."""
+    """A copy of a network on torch's own layers, one for each part of a fused layer."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():

@@ -1,4 +1,4 @@
-"""Drop-in layers, functions and models on the Triton kernels of ``kernels``.
+"""Drop-in layers, functions and models that run on the Triton kernels of ``kernels``.
 
 Importing this touches no GPU and compiles nothing.
 """
@@ -16,7 +16,7 @@ from .layers import Conv2d, ConvReLU2d, ConvReLUMaxPool2d, ConvTranspose2d, MaxP
 from .summaries import summary
 
 __version__ = "0.1.0"
-"""Packages, checkpoints and ``python -m cnn --version`` read it here."""
+"""The one version number: packages, checkpoints and ``python -m cnn --version`` read it."""
 
 __all__ = [
     "Conv2d",
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What needs more than a network does, when it is first asked for."""
+    """Import on first access: these need more than a network does."""
     if name in ("compile_backend", "visualize"):
         return import_module(f"cnn.{name}")
     if name == "load":

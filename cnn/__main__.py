@@ -1,7 +1,7 @@
 """Train and test image classifiers, and show what they have learned.
 
-Results go to stdout; progress and errors go to stderr. Exit codes: 0, 1 for what failed, 2 for
-arguments or files that cannot be used, 128 and its number for a signal, so 130 after Ctrl-C.
+Results go to stdout; progress and errors go to stderr. Exit codes: 0, 1 for a failure, 2 for
+arguments or files that cannot be used, 128 plus its number for a signal, so 130 after Ctrl-C.
 ``torchrun`` starts ``train`` on several GPUs.
 """
 
@@ -59,71 +59,71 @@ from .training.signals import Interrupted, Signals
 
 LAST = Path()  # --resume without a path
 SPLITS = {"test": "test", "val": "validation", "train": "training"}
-"""What eval may look at, and what it calls that."""
+"""The parts that eval can test, and their names in its output."""
 
 
 def parser() -> Parser:
-    """The command line with its subcommands."""
+    """The parser of the command line with its subcommands."""
     top = Parser(prog="python -m cnn", description="Train, test and look into image classifiers.")
     top.add_argument("--version", action="version", version=f"triton-cnn {__version__}")
     commands = top.add_subparsers(required=True, metavar="{train,eval,predict,show}")
     common = Parser(add_help=False)
     add_common(common)
-    help = "processes that load images (%(default)s)"
+    help = "processes that load images (default: %(default)s)"
     common.add_argument("--workers", type=not_negative, default=0, metavar="N", help=help)
 
     command = commands.add_parser("train", parents=[common], help="train a model")
     command.set_defaults(run=train)
     _configuration(command)
     add = command.add_argument
-    help = "go on from a checkpoint or from a run's last one, by default the output's"
+    help = "continue from a checkpoint or a run's last one (default: the one in --output)"
     add("--resume", type=Path, nargs="?", const=LAST, metavar="PATH", help=help)
-    help = "folder of checkpoints, log and curves (runs/MODEL-DATA)"
+    help = "folder for checkpoints, log and curves (default: runs/MODEL-DATA)"
     add("--output", type=Path, metavar="FOLDER", help=help)
-    add("--overwrite", action="store_true", help="replace the run that the folder holds")
-    help = "steps, or minutes as 10m, between checkpoints within an epoch (10m)"
+    add("--overwrite", action="store_true", help="replace the run in the folder")
+    help = "write checkpoints within an epoch, every N steps or minutes as in 10m (default: 10m)"
     add("--save-every", type=interval, default=(600.0, True), metavar="N", help=help)
-    help = "keep a checkpoint of each N-th epoch, as epoch-N.pt"
+    help = "keep the checkpoint of every N-th epoch, as epoch-N.pt"
     add("--keep-every", type=whole, default=0, metavar="N", help=help)
     _broken(command)
 
     command = commands.add_parser("eval", parents=[common], help="test a trained model")
     command.set_defaults(run=evaluate)
     add = command.add_argument
-    help = "a run's folder, for its best.pt; a checkpoint; or a file of a state_dict"
+    help = "a run's folder (its best.pt is used), a checkpoint, or a state_dict file"
     add("checkpoint", type=run_or_file, help=help)
-    help = "model of a state_dict, which does not say; or the MODULE:FUNCTION that makes it"
+    help = "model of a state_dict file, or the MODULE:FUNCTION that makes the checkpoint's model"
     add("--model", type=model_name, metavar="NAME", help=help)
-    add("--data", type=data_set, metavar="NAME", help="data set (the one trained on)")
-    add("--size", type=whole, help="side of the images in pixels, for a state_dict")
-    add("--amp", choices=AMP, help="16-bit arithmetic (as trained)")
-    help = "part of the data set: the test set, or what was validated or trained with (test)"
+    add("--data", type=data_set, metavar="NAME", help="data set (default: the model's own)")
+    add("--size", type=whole, help="side of the images in pixels, for a state_dict file")
+    add("--amp", choices=AMP, help="16-bit arithmetic (default: as trained)")
+    help = "part of the data set to test on (default: test)"
     add("--split", choices=SPLITS, default="test", help=help)
-    add("--limit", type=whole, metavar="N", help="only the first N images")
-    help = "PNG of the confusion matrix (CHECKPOINT-confusion.png)"
+    add("--limit", type=whole, metavar="N", help="use only the first N images")
+    help = "PNG of the confusion matrix (default: CHECKPOINT-confusion.png)"
     add("--confusion", type=Path, metavar="PATH", help=help)
     _broken(command)
 
-    command = commands.add_parser("predict", parents=[common], help="name what images show")
+    command = commands.add_parser("predict", parents=[common], help="classify image files")
     command.set_defaults(run=predict)
     add = command.add_argument
-    add("checkpoint", type=run_or_file, help="a run's folder, for its best.pt, or a checkpoint")
+    add("checkpoint", type=run_or_file, help="a run's folder (its best.pt is used) or a checkpoint")
     add("images", type=Path, nargs="+", help="image files, or folders of them")
-    help = "the MODULE:FUNCTION that makes the model, if it was trained as one"
+    help = "the MODULE:FUNCTION that makes the model, if it was trained from one"
     add("--model", type=model_name, metavar="NAME", help=help)
-    add("--top", type=whole, default=1, metavar="N", help="likeliest classes to name (1)")
+    add("--top", type=whole, default=1, metavar="N", help="number of classes to print (default: 1)")
 
     show.add_parsers(commands)
     return top
 
 
 def _broken(command: Parser) -> None:
-    help = "at an image that cannot be read (%(default)s)"
+    help = "what to do about an unreadable image (default: %(default)s)"
     command.add_argument("--broken", choices=("skip", "stop"), default="stop", help=help)
 
 
 def _configuration(command: Parser) -> None:
-    """The arguments of Config. None stands for one that is not given: a resumed run knows it."""
+    """Add the arguments of Config. None means not given, so that a resumed run keeps its own."""
     add = command.add_argument
     switch = {"action": argparse.BooleanOptionalAction, "default": None}
     _, rates, decays = zip(*OPTIMIZERS.values(), strict=True)
@@ -133,45 +133,45 @@ def _configuration(command: Parser) -> None:
     )
     help = (
         f"{', '.join(models.list())}, timm:NAME, torchvision:NAME; or MODULE:FUNCTION, which is "
-        f"imported and called to make one ({Config.model})"
+        f"imported and called to make one (default: {Config.model})"
     )
     add("--model", type=model_name, metavar="NAME", help=help)
-    help = "begin with the weights of a file, as torchvision's, or of a run"
+    help = "start from the weights of a run or of a file, such as torchvision's"
     add("--init", metavar="PATH", help=help)
-    help = "parameters that stay what they are, by names, as conv1.weight,layer1,layer2.*.bn1"
+    help = "parameters that stay fixed, by name, as in conv1.weight,layer1,layer2.*.bn1"
     add("--freeze", type=lambda text: text.split(","), action="extend", metavar="NAMES", help=help)
     help = (
-        f"{', '.join(data.NAMES)}, with its place as NAME:PATH; or MODULE:FUNCTION, which is "
-        f"imported and called to make one ({Config.data})"
+        f"{', '.join(data.NAMES)}, with a place as NAME:PATH; or MODULE:FUNCTION, which is "
+        f"imported and called to make one (default: {Config.data})"
     )
     add("--data", type=data_set, metavar="NAME", help=help)
-    add("--size", type=whole, help="side of the images in pixels (folders 224, others 32)")
-    add("--epochs", type=whole, help=f"passes ({Config.epochs})")
-    help = "stop after N epochs in which best.pt has not changed; 0 is never (0)"
+    add("--size", type=whole, help="side of the images in pixels (default: folders 224, others 32)")
+    add("--epochs", type=whole, help=f"passes over the training images (default: {Config.epochs})")
+    help = "stop after N epochs without a better best.pt; 0: never (default: 0)"
     add("--patience", type=not_negative, metavar="N", help=help)
-    help = f"images of a step, over all processes ({Config.batch_size})"
+    help = f"images per step, over all processes (default: {Config.batch_size})"
     add("--batch-size", type=whole, metavar="N", help=help)
-    help = f"AdamW, or SGD with Nesterov's momentum ({Config.optimizer})"
+    help = f"AdamW, or SGD with Nesterov momentum (default: {Config.optimizer})"
     add("--optimizer", choices=OPTIMIZERS, help=help)
-    add("--lr", type=positive, help=f"peak rate ({usual_rate})")
+    add("--lr", type=positive, help=f"peak learning rate (default: {usual_rate})")
     decay = number(float, 0, math.inf, "a number from 0")
-    add("--weight-decay", type=decay, metavar="X", help=f"decay of weights ({usual_decay})")
-    add("--schedule", choices=SCHEDULES, help=f"of the rate ({Config.schedule})")
-    help = f"share of a label spread over all classes ({Config.label_smoothing})"
+    add("--weight-decay", type=decay, metavar="X", help=f"weight decay (default: {usual_decay})")
+    add("--schedule", choices=SCHEDULES, help=f"schedule of the rate (default: {Config.schedule})")
+    help = f"share of a label to spread over all classes (default: {Config.label_smoothing})"
     add("--label-smoothing", type=share, metavar="X", help=help)
-    help = f"decay of a moving average of the parameters, as 0.999; 0 is none ({Config.ema})"
+    help = f"decay of the parameters' moving average, as in 0.999; 0: none (default: {Config.ema})"
     add("--ema", type=share, metavar="X", help=help)
-    add("--augment", **switch, help="shift images, and mirror them if that makes sense")
-    add("--amp", choices=AMP, help=f"16-bit arithmetic ({Config.amp})")
+    add("--augment", **switch, help="shift images, and mirror them if the data set allows it")
+    add("--amp", choices=AMP, help=f"16-bit arithmetic (default: {Config.amp})")
     add("--channels-last", **switch, help="keep images and maps in NHWC")
-    add("--compile", **switch, help="through torch.compile")
-    add("--sync-bn", **switch, help="batch statistics over all GPUs")
+    add("--compile", **switch, help="compile the model with torch.compile")
+    add("--sync-bn", **switch, help="compute batch statistics over all GPUs")
     seed = number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807")
-    add("--seed", type=seed, help=f"fixes the run ({Config.seed})")
+    add("--seed", type=seed, help=f"seed of all random numbers (default: {Config.seed})")
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train a model; its checkpoints, log and curves go to a folder."""
+    """Train a model; write its checkpoints, log and curves to a folder."""
     names = [field.name for field in fields(Config)]
     given = {name: vars(args)[name] for name in names if vars(args)[name] is not None}
     if args.freeze:
@@ -186,8 +186,8 @@ def train(args: argparse.Namespace) -> None:
     group = ProcessGroup(args.device)
     with checkpoints.claimed(folder) if group.first else nullcontext(True) as locked:
         if not locked:
-            tell(f"{folder}: its file system has no locks, which would keep other runs out")
-        group.highest(0)  # until the first has the folder, other runs may write there
+            tell(f"{folder}: its file system has no locks, so other runs are not kept out")
+        group.highest(0)  # other runs may write to the folder until the first process has it
         _train(args, config, given, folder, source, group)
 
 
@@ -199,7 +199,7 @@ def _train(
     source: Path | None,
     group: ProcessGroup,
 ) -> None:
-    """Train in a folder that no other run uses, on from the checkpoint ``source`` if there is."""
+    """Train in a folder that no other run uses, from the checkpoint ``source`` on if given."""
     checkpoint = None
     if source:
         checkpoint = checkpoints.load(source)
@@ -234,13 +234,13 @@ def _train(
             print(f"kernels: {engine(group.device)}\n{plain(run.outcome)}")
     except Interrupted as interrupted:
         group.close()
-        kept = f"{interrupted.kept}; to go on: {_command(args, config, folder, group.world)}"
+        kept = f"{interrupted.kept}; resume with: {_command(args, config, folder, group.world)}"
         raise Interrupted(interrupted.signal, kept) from None
     group.close()
 
 
 def _command(args: argparse.Namespace, config: Config, folder: Path, processes: int) -> str:
-    """The command that goes on with an interrupted run, with what its checkpoint does not say."""
+    """The command that resumes an interrupted run, with options that checkpoints do not hold."""
     usual = vars(parser().parse_args(["train"]))
     words = ["python -m cnn" if processes == 1 else "torchrun ... -m cnn", "train --resume"]
     words.append(shlex.quote(str(folder)))
@@ -255,7 +255,7 @@ def _command(args: argparse.Namespace, config: Config, folder: Path, processes: 
 
 
 def _check_free(folder: Path, source: Path | None, overwrite: bool) -> None:
-    """Raise UsageError if a folder holds a run that is neither continued nor to be replaced."""
+    """Raise UsageError if a folder holds a run that is neither resumed nor to be overwritten."""
     last = folder / "last.pt"
     continued = source and last.exists() and source.samefile(last)
     if not continued and not overwrite and checkpoints.results(folder):
@@ -270,7 +270,7 @@ def _tell_notes(sets: data.Data) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Evaluate a trained model: a table of its classes, their confusion, its speed and accuracy."""
+    """Evaluate a trained model: print a table of its classes, its confusion, speed and accuracy."""
     model, trained, known, sets = _trained(args)
     part = vars(sets)[args.split]
     count = min(args.limit or len(part), len(part))
@@ -293,7 +293,7 @@ def evaluate(args: argparse.Namespace) -> None:
     try:
         draw_confusion(found, known.classes, picture)
         print(f"confusion matrix: {plain(picture)}")
-    except (OSError, UsageError) as error:  # in a folder of someone else's, or without matplotlib
+    except (OSError, UsageError) as error:  # the folder is not writable, or no matplotlib
         if args.confusion and isinstance(error, OSError):
             raise
         tell(explain(error)[1])
@@ -305,7 +305,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def _trained(
     args: argparse.Namespace,
 ) -> tuple[torch.nn.Module, Config, data.Description, data.Data]:
-    """The model that is to be evaluated, how it was trained, on what images, and the data."""
+    """The model to evaluate, its training configuration, its images' description, and the data."""
     parameters, checkpoint = weights.read(args.checkpoint)
     if checkpoint:
         trained = Config.of(checkpoint, args.checkpoint)
@@ -313,9 +313,9 @@ def _trained(
         check_agreed(args, "model", trained.model)
         check_agreed(args, "size", known.size)
     else:
-        for name, use in (("model", "what it is of"), ("data", "what to test on")):
+        for name, use in (("model", "their network"), ("data", "the images to test on")):
             if not vars(args)[name]:
-                raise UsageError(f"{args.checkpoint} holds parameters alone: say by --{name} {use}")
+                raise UsageError(f"{args.checkpoint} holds only parameters: give --{name}, {use}")
         trained, known = Config(model=args.model, data=args.data, size=args.size), None
     size = known.size if known else trained.size
     name = chosen_data(args.data, trained.data, args.checkpoint)
@@ -331,10 +331,10 @@ def _trained(
 
 
 def predict(args: argparse.Namespace) -> None:
-    """Print a line an image: its path, then the likeliest classes with their probabilities."""
+    """Print one line per image: its path, then the most probable classes with probabilities."""
     parameters, checkpoint = weights.read(args.checkpoint)
     if checkpoint is None:
-        raise UsageError(f"{args.checkpoint} holds parameters alone, without the names of classes")
+        raise UsageError(f"{args.checkpoint} holds only parameters, without class names")
     trained = Config.of(checkpoint, args.checkpoint)
     known = checkpoints.description(checkpoint, args.checkpoint)
     check_pixels(known, args.checkpoint)
@@ -366,7 +366,7 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def engine(where: torch.device) -> str:
-    """What computed here, by the launches counted."""
+    """The name of what computed here, judged by the counted launches."""
     if not launches():
         return "aten (cpu)"
     if INTERPRET:
@@ -375,7 +375,7 @@ def engine(where: torch.device) -> str:
 
 
 def say(line: str) -> None:
-    """A line on stderr; of several processes the number is told."""
+    """Print a line on stderr, with the process's number if there are several."""
     rank = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
     with suppress(OSError):  # a terminal that is gone
         print(f"python -m cnn{rank}: {plain(line)}", file=sys.stderr)
@@ -383,7 +383,7 @@ def say(line: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    if isinstance(sys.stdout, TextIOWrapper):  # a terminal may not know all characters
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal may lack some characters
         sys.stdout.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     try:
@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """The exit code and the one line that an error ends in."""
+    """The exit code and the one-line message for an error."""
     if isinstance(error, UsageError):
         return error.code, str(error)
     if isinstance(error, OSError) and error.filename:

@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="triton_cnn")``: fusion in the graphs of any model.
 
-Dynamo guards the graphs and knows their lines. In them convolutions and poolings become this
-library's operators (``graph_fusion``); all else is Inductor's.
+Dynamo guards the graphs and knows their source lines. ``graphs.fusion`` replaces their convolutions
+and poolings by this library's operators; Inductor compiles the rest.
 """
 
 import logging
@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class Row(NamedTuple):
-    """What became of a call of a convolution or pooling."""
+    """The outcome for one call of a convolution or pooling."""
 
     graph: str
-    layer: str  # of the model
+    layer: str  # its name in the model
     line: str  # of its source
     function: str
-    became: str  # the operator with what is fused in it, or "left to Inductor"
-    why: str  # it was left, or nothing more was fused
+    became: str  # the operator and what it fuses, or "left to Inductor"
+    why: str  # it was left to Inductor, or not fused further
 
     def __str__(self) -> str:
         place = " ".join(filter(None, (self.layer, self.line and f"({self.line})")))
@@ -40,17 +40,17 @@ class Row(NamedTuple):
 
 @dataclass
 class CompileReport:
-    """A row for each convolution and pooling that was compiled since ``torch._dynamo.reset()``.
+    """A row for each convolution and pooling compiled since ``torch._dynamo.reset()``.
 
-    Graphs have the numbers that Dynamo's logs give the frame and its compilation, and a number of
-    their own if it was cut into several, as by DDP's buckets.
+    Graphs have the numbers of the frame and its compilation from Dynamo's logs. If Dynamo's graph
+    was split, as by DDP's buckets, each part also has its own number.
     """
 
     rows: list[Row] = field(default_factory=list)
 
     @property
     def counts(self) -> Counter[str]:
-        """How many calls became what."""
+        """The number of calls per outcome."""
         return Counter(row.became for row in self.rows)
 
     def __str__(self) -> str:
@@ -62,7 +62,12 @@ _graphs: Counter[str] = Counter()
 
 
 def compile_report() -> CompileReport:
-    """What became of the convolutions and poolings that ``backend="triton_cnn"`` has compiled."""
+    """The outcome for each convolution and pooling that ``backend="triton_cnn"`` has compiled.
+
+    Example:
+        >>> for row in cnn.compile_report().rows:
+        ...     print(row.layer, "->", row.became, row.why)
+    """
     return CompileReport(list(_rows))
 
 
@@ -72,8 +77,8 @@ def _reset() -> None:
 
 
 def fuse(gm: GraphModule) -> GraphModule:
-    """Rewrite a graph that Dynamo made, and those in it, such as a checkpoint's; tell what became
-    of each convolution and pooling.
+    """Rewrite a graph from Dynamo and those nested in it, such as a checkpoint's, and record the
+    outcome for each convolution and pooling.
     """
     frame = compile_id()
     _graphs[frame] += 1
@@ -109,7 +114,7 @@ def triton_cnn(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Any:
-    """Inductor's compilation of a graph that was rewritten before, by its modes and options."""
+    """Inductor's compilation of the rewritten graph, with Inductor's modes and options."""
     from .graphs.layout import ChannelsLast
 
     return inductor(mode, options, ChannelsLast)(fuse(gm), example_inputs)

@@ -1,5 +1,5 @@
-"""What ``functional`` does beyond torch, in torch's functions: on a CPU without kernels, and for
-export.
+"""``functional``'s additions to torch, composed of torch's functions: for CPUs without kernels and
+for export.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _exports_operators = False
 
 @contextmanager
 def exported_operators() -> Iterator[None]:
-    """Within this context ``torch.export`` finds this library's operators, not torch's."""
+    """A context in which ``torch.export`` keeps this library's operators instead of torch's."""
     global _exports_operators
     outer, _exports_operators = _exports_operators, True
     try:
@@ -30,7 +30,7 @@ def exported_operators() -> Iterator[None]:
 
 
 def is_torchs(input: Any) -> bool:
-    """Whether a call is torch's own affair: it is exported, or on a CPU that runs no kernels."""
+    """Whether torch handles a call: during export, or on a CPU that runs no kernels."""
     if is_exporting():
         return not _exports_operators
     return isinstance(input, Tensor) and input.is_cpu and not device.takes_cpu()
@@ -45,8 +45,8 @@ def conv2d(
     scale: Tensor | None,
     constants: tuple[Tensor, ...],
 ) -> Tensor:
-    """``functional.conv2d`` of arguments that torch's has not, but for the activation; of an input
-    of bytes the ``constants`` are its scale and shift.
+    """``functional.conv2d``, without the activation, for arguments that torch's lacks. For uint8
+    input ``constants`` are its scale and shift.
     """
     if scale is not None:
         with torch.autocast(input.device.type, enabled=False):

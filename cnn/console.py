@@ -1,4 +1,4 @@
-"""What is told on a terminal: progress, lines and tables."""
+"""Terminal output: progress, lines and tables."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ from .text import plain
 
 
 class Progress:
-    """A bar on a terminal; elsewhere a line every half minute."""
+    """A progress bar on a terminal; elsewhere one line every half minute."""
 
     EVERY = 30.0  # seconds
 
@@ -26,14 +26,14 @@ class Progress:
         self._next = self._begun + self.EVERY
 
     def advance(self, count: int) -> bool:
-        """Count on. Says whether it is time to ``show`` figures."""
+        """Add to the count. Returns whether it is time to ``show`` figures."""
         self._done += count
         if not self._bar.disable:
             return bool(self._bar.update(count))
         return self._plain and self._done != self._total and time.monotonic() >= self._next
 
     def tick(self, count: int) -> None:
-        """Count on, and show that where no figures are to be."""
+        """Add to the count, and show it without figures."""
         if self.advance(count):
             self.show()
 
@@ -50,18 +50,18 @@ class Progress:
         tell("  ".join([*words, f"{rate:.0f} {self._unit}s/s"]))
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
 
 def tell(line: str) -> None:
-    """A line of progress; a bar that is on show steps aside. Nobody hears it if stderr is gone."""
+    """Print a line of progress above any visible bar; do nothing if stderr is gone."""
     with suppress(OSError):
         tqdm.write(plain(line), file=sys.stderr)
 
 
 def table(rows: Sequence[Sequence[str]], sides: str) -> str:
-    """Rows as lines whose columns stand below each other, each at its left < or its right >."""
+    """Rows as lines with aligned columns, each to its left < or right >."""
     rows = [[*map(plain, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join(f"{{:{side}{n}}}" for side, n in zip(sides, widths, strict=True))

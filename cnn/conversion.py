@@ -1,4 +1,4 @@
-"""Swap the layers of any model for this library's, in place, and back."""
+"""Replace the layers of any model by this library's, in place, and back."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -19,23 +19,23 @@ SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MaxUnpool2d: layers.MaxUnpool2d,
 }
 _LAZY = {nn.LazyConv2d: layers.Conv2d, nn.LazyConvTranspose2d: layers.ConvTranspose2d}
-# What a swap would bypass if a layer had its own, and what it would take for ours.
+# A layer's own members that a swap would bypass, and those that it would mistake for ours.
 _REPLACED = ("forward", "_conv_forward", "__call__", "_call_impl", "__reduce__", "__reduce_ex__")
 _ADDED = {base: sorted({"qconfig", *dir(ours)} - {*dir(base)}) for base, ours in SWAPS.items()}
 
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one layer."""
+    """The outcome for one layer."""
 
     name: str
     kind: str
     became: str
-    note: str  # why it was not swapped
+    note: str  # the reason, if it was not swapped
 
 
 class Report(tuple[Line, ...]):
-    """A Line for each layer that was swapped or might have been; ``str`` gives a table."""
+    """A Line for each layer that was or could have been swapped; ``str`` gives a table."""
 
     __slots__ = ()
 
@@ -50,19 +50,28 @@ def convert(model: nn.Module, *, report: Literal[False] = False) -> nn.Module: .
 @overload
 def convert(model: nn.Module, *, report: Literal[True]) -> tuple[nn.Module, Report]: ...
 def convert(model: nn.Module, *, report: bool = False) -> nn.Module | tuple[nn.Module, Report]:
-    """Make torch's convolutions and max-poolings in a model this library's, in place.
+    """Replace torch's convolutions and max-poolings in a model by this library's, in place.
 
-    A layer changes its class and nothing else: parameters and buffers are the same objects, so
-    optimizers made before stay valid and ``state_dict`` keeps its keys; hooks, parametrizations,
-    memory format and modes stay. A printed model shows the new class: ``cnn.Conv2d(...)``. A
-    subclass that does not override ``forward`` stays a subclass of its own class and is printed as
-    ``Own[cnn.Conv2d](...)``; one that does is left alone. Nothing is fused, so layers can be
-    replaced, hooked or called one by one, as before. Converting twice is harmless.
+    Only a layer's class changes. Parameters and buffers are the same objects, so existing
+    optimizers stay valid and ``state_dict`` keeps its keys; hooks, parametrizations, memory format
+    and modes stay. A printed model shows the new class: ``cnn.Conv2d(...)``. A subclass that does
+    not override ``forward`` stays a subclass of its own class, printed as ``Own[cnn.Conv2d](...)``;
+    one that does is left alone. Nothing is fused, so layers can still be replaced, hooked or called
+    one by one. Converting twice is harmless.
 
     Args:
-        report: return also what became of each layer.
+        report: whether to return the outcome for each layer, too.
 
-    Returns the model, or with ``report`` the model and a Report.
+    Returns the model, or with ``report`` the model and a Report. Raises TypeError if ``model`` is
+    not a module.
+
+    Example:
+        >>> cnn.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)))
+        Sequential(
+          (0): cnn.Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): ReLU()
+          (2): cnn.MaxPool2d(kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False)
+        )
     """
     _check(model)
     was = {m: m._get_name() for m in model.modules() if isinstance(m, tuple(SWAPS))}
@@ -71,10 +80,16 @@ def convert(model: nn.Module, *, report: bool = False) -> nn.Module | tuple[nn.M
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Undo ``convert``, in place: torch's own classes again, with the same parameters.
+    """Undo ``convert`` in place: restore torch's own classes, with the same parameters.
 
-    Layers that do what none of torch's does stay what they are: ConvReLU2d, ConvReLUMaxPool2d, and
-    a Conv2d that normalizes. Returns the model.
+    Layers without an equivalent in torch stay: ConvReLU2d, ConvReLUMaxPool2d, and a Conv2d with
+    ``normalize``. Returns the model.
+
+    Example:
+        >>> cnn.revert(nn.Sequential(cnn.Conv2d(3, 8, 3)))
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+        )
     """
     _check(model)
     theirs = {ours: base for base, ours in SWAPS.items()}
@@ -94,7 +109,7 @@ def _check(model: Any) -> None:
 
 
 def _swap(module: nn.Module) -> str:
-    """Give a layer of torch's our class; returns why not, or nothing."""
+    """Give a torch layer our class; returns the reason if that is impossible, else ""."""
     kind = type_before_parametrizations(module)
     base = next(base for base in SWAPS if issubclass(kind, base))
     ours = SWAPS[base]
@@ -121,9 +136,9 @@ def _swap(module: nn.Module) -> str:
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change a module's class, below the one that parametrizations have made for it."""
+    """Change a module's class, but keep the class that parametrizations put on top of it."""
     if is_parametrized(module):
-        own: Any = type(module)  # a copy of the module has the same
+        own: Any = type(module)  # copies of the module share it
         members = {k: v for k, v in vars(own).items() if k not in ("__dict__", "__weakref__")}
         kind = type(own)(own.__name__, (kind,), members)
     module.__class__ = kind
@@ -131,7 +146,7 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
 
 @cache
 def _mixed(own: type[nn.Module], ours: type[nn.Module]) -> Any:
-    """A user's class with our forward: what it does not define itself comes from ours."""
+    """A user's class with our forward: anything that it does not define comes from ours."""
     names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
     kind: Any = type(own)
     return kind(own.__name__, (own, ours), {**names, "__reduce__": _reduce})
@@ -142,7 +157,7 @@ def _is_mixed(kind: type) -> bool:
 
 
 def _reduce(module: nn.Module) -> tuple:
-    """For copies and pickles, which do not find a class that was made here by its name."""
+    """Support copies and pickles, which cannot find a class made here by its name."""
     kind = type_before_parametrizations(module)
     return _blank, kind.__bases__, module.__getstate__()  # type: ignore[attr-defined]
 

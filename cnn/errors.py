@@ -5,10 +5,10 @@ FAILURE = 1
 
 
 class UsageError(Exception):
-    """Something that whoever started the program can put right; its text names what and where.
+    """An error that the user can fix; its text names what is wrong and where.
 
     ``code`` is the program's exit code: USAGE for arguments and the files they name, FAILURE for
-    what went wrong later.
+    later errors.
     """
 
     def __init__(self, text: str, code: int = USAGE):
@@ -17,5 +17,5 @@ class UsageError(Exception):
 
 
 def missing(package: str, use: str, extra: str = "train") -> UsageError:
-    """The problem that an optional package is not installed; ``extra`` brings it."""
+    """The error for an optional package that is not installed; ``extra`` installs it."""
     return UsageError(f"{use} needs {package}: pip install 'triton-cnn[{extra}]'")

@@ -1,7 +1,7 @@
-"""Networks for other runtimes: programs of ``torch.export``, and ONNX.
+"""Export networks to other runtimes: programs of ``torch.export``, and ONNX.
 
-While torch exports, ``functional`` calls torch's operators, fused ones by their parts, on every
-device. So what leaves is made of ATen's, and runs without this library.
+While torch exports, ``functional`` calls torch's operators on every device, and a fused function
+calls its parts. So an exported program uses only ATen's operators and runs without this library.
 """
 
 import os
@@ -28,11 +28,17 @@ def export(
     kernels: bool = False,
     **options: Any,
 ) -> ExportedProgram:
-    """``torch.export.export``, whose ``options`` it takes.
+    """The program of ``torch.export.export``, which also takes ``options``.
 
-    With ``kernels`` the program keeps this library's operators, the fused ones too, as calls of
-    ``torch.ops.triton_cnn``. It then needs ``import cnn`` wherever it is loaded, and a GPU, or
-    ``TRITON_INTERPRET=1``, wherever it runs.
+    With ``kernels`` the program keeps this library's operators, including the fused ones, as calls
+    of ``torch.ops.triton_cnn``. It then needs ``import cnn`` to load, and a GPU or
+    ``TRITON_INTERPRET=1`` to run.
+
+    Example:
+        >>> x = torch.randn(2, 3, 16, 16)
+        >>> program = cnn.export(cnn.Conv2d(3, 8, 3), (x,), kernels=True)
+        >>> [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        ['triton_cnn.conv2d.default']
     """
     with exported_operators() if kernels else nullcontext():
         return torch.export.export(model, args, kwargs, **options)
@@ -48,25 +54,32 @@ def export_onnx(
     dynamic_shapes: Any = None,
     **options: Any,
 ) -> "torch.onnx.ONNXProgram":
-    """Write a network as ONNX, of ONNX's own operators, for onnxruntime and others.
+    """Write a network as ONNX, with ONNX's own operators, for onnxruntime and others.
 
-    A fused layer becomes the nodes that it stands for; weights keep their names. Needs the extra
+    A fused layer becomes the nodes of its parts; weights keep their names. Needs the extra
     ``export``.
 
     Args:
-        model: any network, with layers of this library or without, in eval mode. It stays as it is.
-        args: example inputs of the network, one tensor or a tuple; only their shapes, dtypes and
-            devices count. They run nowhere.
-        path: of the file; None writes none. Weights of more than 1.5 GB go beside it.
+        model: any network in eval mode, with layers of this library or without. It is not changed.
+        args: example inputs, one tensor or a tuple. Only their shapes, dtypes and devices matter;
+            nothing is computed.
+        path: path of the file; None writes none. Weights above 1.5 GB go to a file beside it.
         kwargs: example inputs by name.
         dynamic_batch: whether the first axis of every input tensor, "batch", may have any size.
-        dynamic_shapes: in its place, which axes may, as in ``torch.export.export``.
-        options: others of ``torch.onnx.export``, such as input_names, output_names and
+        dynamic_shapes: instead, the axes that may vary, as in ``torch.export.export``.
+        options: other options of ``torch.onnx.export``, such as input_names, output_names and
             opset_version.
 
-    Returns torch's ONNXProgram, whose numbers are the network's to rounding; onnxruntime's CPU has
-    convolutions in float32 and float16 alone. How products are made is the runtime's choice, not
-    ``precision``'s, and so is what a pooling makes of NaN and -inf.
+    Returns torch's ONNXProgram, whose numbers match the network's up to rounding. onnxruntime's CPU
+    has convolutions only in float32 and float16. The runtime, not ``precision``, decides how
+    products are computed, and how pooling treats NaN and -inf.
+
+    Raises TypeError if ``model`` is not a module, ValueError if it is in training mode or both
+    dynamic arguments are given.
+
+    Example:
+        >>> model, images = cnn.models.lenet5().eval(), torch.randn(2, 1, 32, 32)
+        >>> program = cnn.export_onnx(model, images, "lenet5.onnx", dynamic_batch=True)
     """
     for package in ("onnx", "onnxscript"):
         if find_spec(package) is None:
@@ -79,7 +92,7 @@ def export_onnx(
         raise ValueError(f"dynamic_batch takes no dynamic_shapes, got {dynamic_shapes!r}")
     inputs: Any = (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}
     if dynamic_batch:
-        # Twice the examples, as torch.export takes a batch of one for a constant.
+        # Twice the examples, because torch.export treats a batch of one as a constant.
         inputs = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, inputs)
         shapes, batch = ShapesCollection(), Dim("batch")
         for t in pytree.tree_leaves(inputs):

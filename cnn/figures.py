@@ -1,4 +1,4 @@
-"""Figures without a window, and their contents as PNG files."""
+"""Figures without a window, and as PNG files."""
 
 import io
 import warnings
@@ -8,7 +8,7 @@ from .errors import missing
 
 
 def new_figure(use: str, **options: Any):
-    """An empty figure of matplotlib's that no window knows of."""
+    """An empty matplotlib figure without a window."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -17,9 +17,9 @@ def new_figure(use: str, **options: Any):
 
 
 def png(figure: Any) -> bytes:
-    """A figure as the contents of a PNG file."""
+    """A figure as the bytes of a PNG file."""
     image = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for it
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # matplotlib draws a box instead
         figure.savefig(image, format="png", dpi=120)
     return image.getvalue()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of files."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def write(path: Path, contents: Any) -> None:
-    """Replace ``path`` by a file of ``contents`` in one step that outlasts a loss of power."""
+    """Replace ``path`` atomically by a file of ``contents``, and sync it to disk."""
     path = path.resolve()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

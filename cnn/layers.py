@@ -1,4 +1,4 @@
-"""Drop-in modules: torch's own, with ``forward`` on this library's functions.
+"""Drop-in modules: ``torch.nn``'s own classes with ``forward`` on this library's functions.
 
 Constructors, ``state_dict`` and ``isinstance`` are those of ``torch.nn``.
 """
@@ -17,10 +17,10 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 
 
 class _Layer(nn.Module):
-    """What layers of this library have beside those of torch that they stand for."""
+    """What this library's layers add to the ``torch.nn`` classes that they replace."""
 
     def _get_name(self) -> str:
-        """The class as it is printed: cnn.Conv2d, or Own[cnn.Conv2d] of a subclass of that."""
+        """The printed class name: cnn.Conv2d, or Own[cnn.Conv2d] for a subclass."""
         kind = type(self)
         ours = next(base for base in kind.__mro__ if base.__module__ == __name__)
         name = f"cnn.{ours.__name__}"
@@ -36,12 +36,18 @@ class _Layer(nn.Module):
 
 
 class Conv2d(_Layer, nn.Conv2d):
-    """torch.nn.Conv2d, whose padding may also be "full": dilation * (kernel_size - 1).
+    """torch.nn.Conv2d on this library's kernels.
 
-    Under a padding_mode other than "zeros" the input is padded first, as in torch.
+    ``padding`` may also be "full": dilation * (kernel_size - 1). If ``padding_mode`` is not
+    "zeros", the input is padded first, as in torch.
 
-    ``normalize``, None or (scale, shift), is a first layer's that takes images in bytes: see
-    ``functional.conv2d``. It may be set at any time, and is no part of ``state_dict``.
+    ``normalize``, None or (scale, shift), lets a first layer read uint8 images: see
+    ``functional.conv2d``. It may be set at any time, and is not part of ``state_dict``.
+
+    Example:
+        >>> layer = cnn.Conv2d(3, 8, kernel_size=3, padding="full")
+        >>> layer(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 18, 18])
     """
 
     normalize: tuple[Any, Any] | None = None
@@ -82,16 +88,27 @@ class Conv2d(_Layer, nn.Conv2d):
 
 
 class ConvReLU2d(Conv2d):
-    """Conv2d and ReLU in one kernel. Its parameters are Conv2d's."""
+    """Conv2d and ReLU in one kernel, with Conv2d's arguments and parameters.
+
+    Example:
+        >>> y = cnn.ConvReLU2d(3, 8, kernel_size=3)(torch.randn(2, 3, 16, 16))
+        >>> bool(y.min() >= 0)
+        True
+    """
 
     _activation = "relu"
 
 
 class ConvReLUMaxPool2d(Conv2d):
-    """Conv2d, ReLU and MaxPool2d in one kernel, whose map is never stored.
+    """Conv2d, ReLU and MaxPool2d in one kernel, which never stores the map that is pooled.
 
     Its first arguments and its parameters are Conv2d's; ``pool_kernel_size``, ``pool_stride`` and
     ``pool_padding`` are MaxPool2d's.
+
+    Example:
+        >>> block = cnn.ConvReLUMaxPool2d(3, 8, kernel_size=3, padding=1, pool_kernel_size=2)
+        >>> block(torch.randn(2, 3, 16, 16)).shape
+        torch.Size([2, 8, 8, 8])
     """
 
     def __init__(
@@ -128,7 +145,13 @@ class ConvReLUMaxPool2d(Conv2d):
 
 
 class ConvTranspose2d(_Layer, nn.ConvTranspose2d):
-    """torch.nn.ConvTranspose2d."""
+    """torch.nn.ConvTranspose2d on this library's kernels.
+
+    Example:
+        >>> layer = cnn.ConvTranspose2d(8, 3, kernel_size=2, stride=2)
+        >>> layer(torch.randn(2, 8, 16, 16)).shape
+        torch.Size([2, 3, 32, 32])
+    """
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
         padding: Any = self.padding
@@ -139,7 +162,12 @@ class ConvTranspose2d(_Layer, nn.ConvTranspose2d):
 
 
 class MaxPool2d(_Layer, nn.MaxPool2d):
-    """torch.nn.MaxPool2d."""
+    """torch.nn.MaxPool2d on this library's kernels.
+
+    Example:
+        >>> cnn.MaxPool2d(2)(torch.randn(2, 8, 16, 16)).shape
+        torch.Size([2, 8, 8, 8])
+    """
 
     def forward(self, input: Tensor) -> Any:
         window = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
@@ -147,7 +175,13 @@ class MaxPool2d(_Layer, nn.MaxPool2d):
 
 
 class MaxUnpool2d(_Layer, nn.MaxUnpool2d):
-    """torch.nn.MaxUnpool2d."""
+    """torch.nn.MaxUnpool2d on this library's kernels.
+
+    Example:
+        >>> y, indices = cnn.MaxPool2d(2, return_indices=True)(torch.randn(2, 8, 16, 16))
+        >>> cnn.MaxUnpool2d(2)(y, indices).shape
+        torch.Size([2, 8, 16, 16])
+    """
 
     def forward(self, input: Tensor, indices: Tensor, output_size: Any = None) -> Tensor:
         return F.max_unpool2d(

@@ -1,4 +1,4 @@
-"""What a network is made of: a table of its layers, found without computing anything."""
+"""A table of a network's layers, found without computing anything."""
 
 from functools import reduce
 from typing import Any, NamedTuple
@@ -16,11 +16,11 @@ from .console import by, table
 
 
 class Layer(NamedTuple):
-    """One call of a layer: of a module, not an Identity, that has no modules of its own.
+    """One call of a layer: a module without children that is not an Identity.
 
-    ``field`` is what a pixel of the result sees of the input, None if that is not known.
-    ``parameters`` counts those that no call before this one used; ``flops`` multiplications and
-    additions, as FlopCounterMode does.
+    ``field`` is the receptive field of an output pixel in the network's input, None if unknown.
+    ``parameters`` counts those that no earlier call used. ``flops`` counts a multiply-add as two,
+    as FlopCounterMode does.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """A network's layers in the order of their calls, and its totals. As text it is a table."""
+    """A network's layers in the order of their calls, and its totals. ``str`` gives a table."""
 
     layers: tuple[Layer, ...]
     parameters: int
@@ -50,18 +50,26 @@ class Summary(NamedTuple):
 def summary(
     model: nn.Module, input_size: tuple[int, ...], dtype: torch.dtype | None = None
 ) -> Summary:
-    """The layers of any network, ours or not, with output size, receptive field and cost.
+    """A table of a network's layers, with output size, receptive field, parameters and FLOPs.
 
-    The network runs on the meta device, so nothing is computed or kept, in the mode that it is in.
+    It works for any network. The network runs on the meta device, in its current mode, so nothing
+    is computed or kept.
 
     Args:
-        input_size: of the input, with the batch if the network wants one: (1, 3, 224, 224).
-        dtype: of the input; by default that of the first parameter.
+        input_size: shape of the input, including the batch: (1, 3, 224, 224).
+        dtype: dtype of the input; by default that of the first parameter.
 
-    A receptive field is the least rectangle of pixels that holds all that any path from the input
-    brings. It grows in convolutions and poolings. It is not known behind layers that see
-    everything, such as linear ones, that change the map's size in other ways, such as transposed
-    convolutions, or where branches of unlike strides meet.
+    A receptive field is the smallest rectangle of pixels on which an output depends, along any
+    path. Convolutions and poolings enlarge it. It is unknown after layers that see everything, such
+    as linear ones, after layers that change the map's size in other ways, such as transposed
+    convolutions, and where branches with different strides meet.
+
+    Example:
+        >>> print(cnn.summary(cnn.models.lenet5().features, (1, 1, 32, 32)))
+        layer  kind                  output  field  parameters    FLOPs
+        0      ConvReLUMaxPool2d  1x6x14x14    6x6         156  235,200
+        2      ConvReLUMaxPool2d   1x16x5x5  16x16       2,416  480,000
+        total                                            2,572  715,200
     """
     dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     x = torch.empty(input_size, dtype=dtype or next(dtypes, None), device="meta")
@@ -98,14 +106,14 @@ def summary(
 
 
 def _is_layer(name: str, module: nn.Module) -> bool:
-    """Whether a module does something and has no modules but parametrizations."""
+    """Whether a module does something itself and has no children but parametrizations."""
     if isinstance(module, nn.Identity) or "parametrizations" in name.split("."):
         return False
     return all(child == "parametrizations" for child, _ in module.named_children())
 
 
 class _Fields(TorchDispatchMode):
-    """Follows, operator by operator, what the pixels of each map see of ``x``."""
+    """Tracks the receptive field of each map in ``x``, operator by operator."""
 
     def __init__(self, x: Tensor):
         super().__init__()
@@ -113,7 +121,7 @@ class _Fields(TorchDispatchMode):
         self._fields[x] = ReceptiveField()
 
     def of(self, t: Tensor) -> ReceptiveField | None:
-        """None if it is not known."""
+        """The receptive field of a tensor's pixels, None if unknown."""
         return self._fields.get(t)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,7 +135,7 @@ class _Fields(TorchDispatchMode):
         return result
 
     def _passed(self, t: Tensor, y: Tensor, windows: "Windows") -> ReceptiveField | None:
-        """What y sees through t, over which windows pass."""
+        """The receptive field of y through t, on which the operator moves ``windows``."""
         field = self._fields[t]
         if field is None or windows is None:
             return None
@@ -156,8 +164,8 @@ Windows = list[_Window] | None
 
 
 def _windows(func: Any, args: Any, kwargs: dict[str, Any]) -> Windows:
-    """What an operator moves over its first tensor, one after another; none if it goes pixel by
-    pixel, None if that is not known.
+    """The windows that an operator moves over its first tensor, in order; empty if it works pixel
+    by pixel, None if unknown.
     """
     values = defaults_of(func)
     values |= dict(zip(values, args, strict=False)) | kwargs

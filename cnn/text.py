@@ -1,20 +1,20 @@
-"""Text of unknown origin, as names of files and classes, made fit to be shown."""
+"""Make text of unknown origin, such as names of files and classes, fit to be shown."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 def plain(text: object) -> str:
-    """``text`` on one line of printable characters; the others are escaped as in Python.
+    """``text`` on one line of printable characters; others are escaped as in Python.
 
-    So no name moves a terminal's cursor or breaks a table. A byte of a file's name that is not
+    So no name can move a terminal's cursor or break a table. A byte of a file name that is not
     UTF-8 is shown as ``\\xff``.
     """
     return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
 
 
 def _escaped(character: str) -> str:
-    undecodable = "\udc80" <= character <= "\udcff"  # what os.fsdecode makes of such a byte
+    undecodable = "\udc80" <= character <= "\udcff"  # os.fsdecode's form of such a byte
     text = chr(ord(character) - 0xDC00) if undecodable else character
     return text.encode("unicode_escape").decode()
 
@@ -25,15 +25,15 @@ def lines(text: str) -> str:
 
 
 def caption(text: object) -> str:
-    """``plain`` of each line of a text in a chart, as which matplotlib draws it.
+    """``plain`` of each line of a text, in a form that matplotlib draws literally.
 
-    It would read a formula between dollars, and leave what begins with _ out of a legend.
+    matplotlib would read a formula between dollars, and omit a legend entry that begins with _.
     """
     shown = lines(str(text)).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """What a sentence about an unknown word ends in: those that are like it, if there are any."""
+    """The end of a sentence about an unknown word: similar known words, if there are any."""
     close = get_close_matches(word, known)
     return f": did you mean {' or '.join(close)}?" if close else ""

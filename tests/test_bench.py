@@ -180,7 +180,7 @@ def test_suites_take_turns_within_a_budget_and_resume_goes_on(run):
     assert (code, len(rows)) == (0, 1)
     assert errors == [
         "python -m bench kernels: the budget of 1e-09 s is spent: 1 of 6 rows are there; "
-        "--resume goes on"
+        "--resume continues"
     ]
     for number in (2, 3):
         code, more, _ = run(*arguments, "--resume")
@@ -215,7 +215,7 @@ def test_resume_refuses_what_was_measured_elsewhere(run, tmp_path):
     results = checked(file)
     code, rows, errors = run(*op)
     assert (code, rows) == (2, results["rows"])
-    assert errors == [f"python -m bench kernels: {file} has rows: --resume goes on with it"]
+    assert errors == [f"python -m bench kernels: {file} has rows: --resume continues it"]
     for name in ("gpu", "triton", "commit"):
         file.write_text(json.dumps(results | {name: "another"}))
         code, rows, errors = run(*op, "--resume")
@@ -261,7 +261,7 @@ def test_interruption_keeps_finished_rows(run, monkeypatch):
     monkeypatch.setattr(kernels, "measure_case", interrupted)
     code, rows, errors = run("--op", "fprop,wgrad")
     assert (code, len(rows)) == (130, 2)
-    assert "interrupted: 2 of 6 rows are there; --resume goes on" in errors[-1]
+    assert "interrupted: 2 of 6 rows are there; --resume continues" in errors[-1]
     code, after, _ = run("--op", "fprop,wgrad", "--resume")
     assert (code, len(after)) == (0, 6)
     assert after[:2] == rows
@@ -384,7 +384,7 @@ def test_without_a_gpu_one_line_says_so(capsys):
         ("--resume", "--resume needs --json FILE"),
         ("--shapes /nowhere.json", "cannot read /nowhere.json"),
         ("--suite vgg16 --op depthwise", "no layer of vgg16 has depthwise"),
-        ("--suite zfnet --json {}", "is no JSON"),
+        ("--suite zfnet --json {}", "is not JSON"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(arguments, told, capsys, tmp_path):
@@ -446,7 +446,7 @@ def test_a_file_of_shapes_replaces_suites_of_its_names(tmp_path):
         ({"C": "3"}, "row 1: C='3' is not a whole number"),
         ({"stride": [1, 2, 3]}, r"row 1: stride=\[1, 2, 3\] is neither"),
         ({"stride": 0}, "row 1: stride=0 is neither"),
-        ({"groups": 2}, "row 1: groups=2 divide not both C=3 and K=4"),
+        ({"groups": 2}, "row 1: groups=2 do not divide both C=3 and K=4"),
         ({"P": 9}, "row 1: the output is 6x5, not 9x5"),
         ({"R": 30}, "row 1: the output is -21x5"),
         ({"name": "last", "suite": "b"}, "b last is there twice"),

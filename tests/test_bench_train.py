@@ -91,7 +91,7 @@ def test_resume_measures_what_is_missing_beside_all(run, times):
     assert run("--peers", "eager", "--resume")[1] == rows
     code, after, _, errors = run("--peers", "eager")
     assert (code, after) == (2, rows)
-    assert errors[0].endswith("kept.json has rows: --resume goes on with it")
+    assert errors[0].endswith("kept.json has rows: --resume continues it")
     _, (row,), _, _ = run("--resume", "--peers", "eager", "compiled")
     assert row["ratio"] == {"eager": 1.25, "compiled": 1.5}
     assert times == []

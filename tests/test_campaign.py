@@ -257,7 +257,7 @@ def test_a_run_goes_on_where_another_ended(tmp_path, capfd):
     rows = rows_of(file)
     assert len(rows) == len(RIGHT) + 1
     assert main(command) == 2
-    assert "--resume goes on with it" in capfd.readouterr().err
+    assert "--resume continues it" in capfd.readouterr().err
     assert main([*command, "channel_sum l3.1.conv2 fp32", "--resume"]) == 0
     assert capfd.readouterr().out.count("ok  ") == 1
     assert {**rows_of(file), **rows} == rows_of(file)

@@ -144,7 +144,7 @@ FUSING: dict[str, tuple[Callable[..., Any], list[str]]] = {
         lambda x, r, w, b: F.conv2d_relu_max_pool2d(x, w, b, pool_kernel_size=2),
         [POOLED],
     ),
-    "sum with what lies otherwise": (
+    "sum with another memory format": (
         lambda x, r, w, b: (conv(x, w, b) + r.transpose(2, 3)).relu(),
         [SUMMED],
     ),
@@ -391,8 +391,16 @@ NOT_FUSING: dict[Callable[..., Any], tuple[str, list[str], str]] = {
     promoted: ("xrwb", ["conv2d"], "another shape, dtype"),
     added_to_itself: ("xwb", ["conv2d"], "not with another tensor"),
     written_into_the_other: ("xrwb", ["conv2d"], "written into the other operand"),
-    laid_out_as_the_other: ("xrwb", ["conv2d"], "its sum lies otherwise in memory"),
-    laid_out_as_the_transposed: ("xrwb", ["conv2d"], "its sum lies otherwise in memory"),
+    laid_out_as_the_other: (
+        "xrwb",
+        ["conv2d"],
+        "its sum has the memory format of the other tensor",
+    ),
+    laid_out_as_the_transposed: (
+        "xrwb",
+        ["conv2d"],
+        "its sum has the memory format of the other tensor",
+    ),
     pool_with_ceil_mode: ("xwb", [FUSED, *POOLING], "max_pool2d has dilation, ceil_mode"),
     pool_with_dilation: ("xwb", [FUSED, *POOLING], "max_pool2d has dilation, ceil_mode"),
     pool_without_relu: ("xwb", ["conv2d", *POOLING], "no ReLU stands between"),

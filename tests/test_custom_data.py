@@ -141,17 +141,17 @@ class Endless(IterableDataset):
 
 
 REFUSED = {
-    "nothing": (lambda: None, "gives a NoneType, which has no length or no index"),
-    "a stream": (lambda: Endless(), "gives a Endless, which has no length or no index"),
-    "no train": (lambda: {"test": Colours()}, "gives no data set to train with"),
-    "empty": (lambda: Colours(count=0), "gives no image to train with"),
+    "nothing": (lambda: None, "returns a NoneType, which has no length or no index"),
+    "a stream": (lambda: Endless(), "returns a Endless, which has no length or no index"),
+    "no train": (lambda: {"test": Colours()}, "returns no training set"),
+    "empty": (lambda: Colours(count=0), "returns no training image"),
     "empty test": (
         lambda: {"train": Colours(), "test": Colours(count=0)},
-        "gives no image to test with",
+        "returns no test image",
     ),
     "no classes": (
         lambda: TensorDataset(torch.zeros(9, 1, 4, 4), torch.zeros(9)),
-        'say what the classes are: made:here gives no "classes"',
+        'made:here returns no "classes": give their names or number',
     ),
     "one class": (
         lambda: {"train": Colours(), "classes": ["a"]},
@@ -163,19 +163,19 @@ REFUSED = {
             "train": TensorDataset(torch.zeros(9, 1, 4, 4).int(), torch.zeros(9)),
             "classes": 2,
         },
-        r"of torch.int32, and neither uint8 nor of floating point",
+        r"its dtype is torch.int32, neither uint8 nor floating point",
     ),
     "shape": (
         lambda: {"train": TensorDataset(torch.zeros(9, 1, 2, 4, 4), torch.zeros(9)), "classes": 2},
-        r"has the shape \[1, 2, 4, 4\]",
+        r"its shape is \[1, 2, 4, 4\]",
     ),
     "empty val": (
         lambda: {"train": Colours("grey"), "test": Colours("grey"), "val": []},
-        "gives no image to validate with",
+        "returns no validation image",
     ),
     "no label of its classes": (
         lambda: {"train": [(torch.zeros(1, 4, 4, dtype=torch.uint8), 7)] * 9, "classes": 2},
-        "image 0 to train with of made:here: its label 7 is none of 0 to 1",
+        "training image 0 of made:here: its label 7 is not in 0 to 1",
     ),
     "no image": (lambda: Colours("1 / 0"), "cannot read any image of made:here: division by zero"),
 }
@@ -193,7 +193,7 @@ def test_what_is_no_data_set(case, given):
     [
         ("made:nowhere", r"made:nowhere\(\) fails: AttributeError"),
         ("no_such_module:f", r"fails: ModuleNotFoundError"),
-        ("random:random", r"gives a float"),
+        ("random:random", r"returns a float"),
         ("json:loads", r"fails: TypeError"),
         ("sys:exit", r"sys:exit\(\) fails: SystemExit"),
         ("imagenet", "'imagenet' is none of digits, .*, and no MODULE:FUNCTION"),
@@ -237,15 +237,15 @@ def test_images_that_cannot_be_had_are_broken(given):
     watch = UnreadableImages(sets.train, "skip", told.append)
     labels = torch.cat([watch(labels) for _, labels in DataLoader(sets.train, 5)])
     assert labels.eq(UNCOUNTED).nonzero().flatten().tolist() == [*range(3, 11)]
-    name = "cannot read image {} to train with of made:here: {}; skipped"
+    name = "cannot read training image {} of made:here: {}; skipped"
     reasons = [
         "no such record",
-        "its label 3 is none of 0 to 2",
-        "it has 1 channels, and not 3",
-        "it is of torch.float32, and not uint8",
-        "it is of str, and neither a tensor nor of Pillow's",
-        "its label 0.5 is none of 0 to 2",
-        "it is a dict, and not (image, label)",
+        "its label 3 is not in 0 to 2",
+        "it has 1 channels, not 3",
+        "its dtype is torch.float32, not uint8",
+        "it is a str, neither a tensor nor a Pillow image",
+        "its label 0.5 is not in 0 to 2",
+        "it is a dict, not (image, label)",
         "it ends the program",
     ]
     assert told == [name.format(3 + i, reason) for i, reason in enumerate(reasons)]
@@ -351,6 +351,6 @@ def test_a_checkpoint_does_not_choose_what_code_runs(cpu, module):
     assert "--data: mine:colours contradicts mine:floats" in err
     code, out, err = cpu.run("predict", last, module, **mine)
     assert (code, out) == (2, "")
-    assert "was trained on images of floating point, which no file holds" in err
+    assert "was trained on floating-point images, which no image file holds" in err
     code, _, err = cpu.run(*show, "--data", "mine:floats", **mine)
     assert code == 0, err

@@ -173,7 +173,7 @@ def test_parts_that_are_lacking_are_drawn_from_those_to_train_with(given, tmp_pa
             assert all(name.startswith("train/") for name in own)
     assert len(drawn) == sum(2 * counts[part] for part in given.split())
     whole = load(tmp_path)
-    note = f"{tmp_path} holds no test: {len(whole.test)} images of train are drawn for it"
+    note = f"{tmp_path} has no test part: {len(whole.test)} images of train are used for it"
     assert whole.notes == (() if "test" in given else (note,))
     assert {name for name, part in drawn.items() if part == "test"} == names(whole.test, tmp_path)
 
@@ -182,10 +182,10 @@ def test_a_part_is_never_empty_and_lacking_classes_are_told(tmp_path):
     for count in range(2, 12):
         folder = photos(tmp_path / f"{count}", "a b c", count)
         sets = load(folder, val=True)
-        for part, use in ((sets.train, "train"), (sets.val, "validate"), (sets.test, "test")):
+        for part, use in ((sets.train, "training"), (sets.val, "validation"), (sets.test, "test")):
             assert len(part)
             lacking = {0, 1, 2} - {*part.labels}
-            told = [note for note in sets.notes if f"no image to {use} with" in note]
+            told = [note for note in sets.notes if f"no {use} image" in note]
             assert len(told) == bool(lacking)
             for label in lacking:
                 assert "abc"[label] in told[0].rpartition(": ")[2].split(", ")
@@ -217,7 +217,7 @@ def test_a_class_may_be_a_link_and_may_be_empty(tmp_path):
     sets = load(tmp_path / "set")
     assert sets.description.classes == ("a", "b", "c", "none")
     assert {*sets.train.labels} == {0, 1, 2}
-    assert f"{tmp_path}/set holds no image to train with of: none" in sets.notes
+    assert f"{tmp_path}/set holds no training image of: none" in sets.notes
 
 
 def two(folder: Path, first: str, second: str) -> Path:
@@ -227,38 +227,38 @@ def two(folder: Path, first: str, second: str) -> Path:
 
 
 REFUSED = {
-    "no folder": (lambda folder: folder / "none", "none is no folder"),
-    "a file": (lambda folder: picture(folder / "x.png"), "x.png is no folder"),
-    "nothing": (lambda folder: folder, "holds no image to train with"),
-    "flat": (flat, "holds no image to train with"),
-    "few": (lambda folder: photos(folder, count=1), "holds images to train with of one class"),
+    "no folder": (lambda folder: folder / "none", "none is not a folder"),
+    "a file": (lambda folder: picture(folder / "x.png"), "x.png is not a folder"),
+    "nothing": (lambda folder: folder, "holds no training image"),
+    "flat": (flat, "holds no training image"),
+    "few": (lambda folder: photos(folder, count=1), "holds training images of only one class"),
     "one class": (
         lambda folder: photos(folder, "images"),
-        "holds images to train with of one class, images: give a folder with a folder for each",
+        "holds training images of only one class, images: give a folder with a folder for each",
     ),
     "one class of two": (
         lambda folder: (photos(folder, "a"), (folder / "b").mkdir())[0],
-        "holds images to train with of one class, a",
+        "holds training images of only one class, a",
     ),
     "one class in train": (
         lambda folder: (photos(folder / "train", "a"), photos(folder / "test", "a"))[0].parent,
-        "holds images to train with of one class, a",
+        "holds training images of only one class, a",
     ),
-    "a class to test with alone": (
+    "a class only to test": (
         lambda folder: (photos(folder / "train"), photos(folder / "test", "red horse"))[0].parent,
         "test holds the class horse, but .*train does not",
     ),
-    "a class to validate with alone": (
+    "a class only to validate": (
         lambda folder: (photos(folder / "train"), photos(folder / "Dev", "Red red"))[0].parent,
         "Dev holds the class Red, but .*train does not",
     ),
     "two to train with": (
         lambda folder: two(folder, "train", "Training"),
-        "two folders to train with: Training and train",
+        "two training folders: Training and train",
     ),
     "two to validate with": (
         lambda folder: two(photos(folder / "train").parent, "val", "dev"),
-        "two folders to validate with: dev and val",
+        "two validation folders: dev and val",
     ),
     "no train": (lambda folder: two(folder, "val", "test"), "holds test and val, .* but no train"),
     "parts without classes": (
@@ -327,7 +327,7 @@ def test_images_in_no_class_are_told(tmp_path):
     picture(tmp_path / "loose.png")
     (tmp_path / "readme.txt").touch()
     picture(tmp_path / ".hidden.png")
-    note = f"{tmp_path} holds 1 images in no folder of a class; they are not used"
+    note = f"{tmp_path} holds 1 images outside class folders: they are unused"
     assert note in load(tmp_path).notes
 
 
@@ -376,14 +376,14 @@ def test_a_run_keeps_its_split(cpu, tmp_path):
     (elsewhere / "red" / "0.png").rename(elsewhere / "red" / "00.png")
     code, _, err = cpu.run("train", "--resume", "--data", f"folder:{elsewhere}", "--output", run)
     assert code == 2
-    assert re.search("holds (other|.* images to train with, .*) when .*last.pt was saved", err)
+    assert re.search("holds (other|.* training images, .*) when .*last.pt was saved", err)
 
 
 def test_commands_tell_what_is_odd_about_a_folder(cpu, tmp_path):
     photos(tmp_path / "set" / "train")
     photos(tmp_path / "set" / "test", "red")
     argv = [*TRAIN, "--data", f"folder:{tmp_path}/set", "--output", tmp_path / "run"]
-    note = f"{tmp_path}/set holds no image to test with of: blue\n"
+    note = f"{tmp_path}/set holds no test image of: blue\n"
     code, _, err = cpu.run(*argv)
     assert (code, err.startswith(note)) == (0, True)
     code, _, err = cpu.run("eval", tmp_path / "run" / "last.pt")
@@ -396,4 +396,4 @@ def test_classes_that_differ_are_named(cpu, tmp_path):
     other = photos(tmp_path / "other", "blue red yellow")
     code, out, err = cpu.run("eval", tmp_path / "run" / "last.pt", "--data", f"folder:{other}")
     assert (code, out) == (2, "")
-    assert re.search("its classes are not those of .*last.pt: yellow is one of the two alone", err)
+    assert re.search("its classes are not those of .*last.pt: only one of them has yellow", err)

@@ -315,7 +315,7 @@ def test_commands_skip_mutated_images(cpu, tmp_path):
     argv += ["--data", f"folder:{tmp_path}/set", "--output", tmp_path / "run", "--workers", 1]
     code, _, err = cpu.run(*argv, "--broken", "skip")
     assert (code, "Traceback" in err) == (0, False), err
-    assert "broken images skipped" in err
+    assert "unreadable images skipped" in err
     code, out, err = cpu.run("predict", tmp_path / "run" / "last.pt", tmp_path / "set")
     assert (code, "Traceback" in err) == (1, False), err
     assert len(out.splitlines()) + len(err.splitlines()) == 100
@@ -348,7 +348,7 @@ def test_broken_images(tmp_path):
     strict = UnreadableImages(images, "stop", told.append)
     with pytest.raises(UsageError) as caught:
         strict(torch.tensor([3, images[len(paths) - 1][1]]))
-    why = "cannot identify image file; --broken skip goes on without it"
+    why = "cannot identify image file; --broken skip continues without it"
     assert str(caught.value) == f"cannot read {tmp_path}/text.jpg: {why}"
     assert strict(torch.tensor([3, 0])).tolist() == [3, 0]
 

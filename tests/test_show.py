@@ -76,9 +76,9 @@ def test_each_tool_leaves_a_picture_and_a_page(run, tmp_path, capsys, what):
 ERRORS = {
     "two images": (
         ["maps", "--checkpoint", "LAST", "--image", "skimage:moon", "skimage:coins"],
-        "--image: one image can be looked at, got 2",
+        "--image: takes one image here, got 2",
     ),
-    "nothing": (["maps"], "say what to look at, by --checkpoint or --model"),
+    "nothing": (["maps"], "nothing to look at: give --checkpoint or --model"),
     "file": (["maps", "--checkpoint", "no.pt"], "cannot read no.pt: No such file or directory"),
     "layer": (
         ["maps", "--checkpoint", "LAST", "--layer", "conv9"],
@@ -87,7 +87,7 @@ ERRORS = {
     ),
     "no images": (
         ["maps", "--model", "lenet5"],
-        "say which images to look at, by --image or --data",
+        "no images to look at: give --image or --data",
     ),
     "image": (["maps", "--checkpoint", "LAST", "--image", "no.png"], "cannot read no.png: No such"),
     "photograph": (
@@ -96,7 +96,7 @@ ERRORS = {
     ),
     "state": (
         ["maps", "--checkpoint", "STATE"],
-        "STATE holds parameters alone: say by",
+        "STATE holds only parameters: give their --model",
     ),
     "epoch": (
         ["evolution", "--checkpoint", "LAST", "--epochs", "2", "3"],
@@ -104,7 +104,7 @@ ERRORS = {
     ),
     "no epochs": (
         ["evolution", "--checkpoint", "STATE", "--model", "lenet5", "--size", "32"],
-        "--checkpoint: it lies beside none of a run with train --keep-every",
+        "--checkpoint: no checkpoints of train --keep-every beside it",
     ),
     "labels": (
         ["ablation", "--checkpoint", "LAST", "--image", "skimage:moon"],
@@ -136,7 +136,7 @@ ERRORS = {
     ),
     "only": (
         ["maps", "--checkpoint", "LAST", "--image", "skimage:moon", "--only", "3"],
-        "--only: it goes without --image",
+        "--only: not allowed with --image",
     ),
     "classes": (
         ["ablation", "--checkpoint", "LAST", "--data", "faces", "--limit", "2"],

@@ -77,8 +77,7 @@ def test_command_line_trains_through_the_kernels(few_digits, tmp_path, capfd):
     task, *lines = log.splitlines()
     assert task.startswith("training lenet5, 61,706 parameters, on c")
     assert task.endswith(
-        "; images of digits: 48 to train with, 24 to validate with, 24 to test with; "
-        f"output in {folder}"
+        f"; images of digits: 48 training, 24 validation, 24 test; output in {folder}"
     )
     assert [line.split("  ")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     with (folder / "log.csv").open() as file:
@@ -143,10 +142,10 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(kind, cpu, noise, tmp
     code, out, err = cpu.run(*every_step, SIGNAL_AFTER_SAVES=3)  # only validation is left
     assert (code, out, err.count("\n")) == (130, "", 2)
     place = f"{parts}/last.pt holds epoch 0 of 2 and 4 steps"
-    assert f"\npython -m cnn: interrupted; {place}; to go on: " in err
+    assert f"\npython -m cnn: interrupted; {place}; resume with: " in err
     code, out, err = cpu.run(*every_step, "--resume", SIGNAL_AFTER_SAVES=3)  # in the next epoch
     assert code == 130
-    assert f"{parts}/last.pt holds epoch 1 of 2 and 3 steps; to go on: " in err
+    assert f"{parts}/last.pt holds epoch 1 of 2 and 3 steps; resume with: " in err
     code, out, err = cpu.run("train", "--resume", "--output", parts)
     assert (code, out.splitlines()[0]) == (0, "kernels: aten (cpu)"), err
     assert err.startswith(f"resumed {parts}/last.pt: epoch 1 of 2 and 3 steps\n")
@@ -252,7 +251,7 @@ def test_a_signal_to_all_processes_of_a_run_saves_it(name, cpu, noise, tmp_path)
     position = checkpoints.load(tmp_path / "last.pt")["position"]
     words = f"{tmp_path}/last.pt holds epoch {position['epoch']} of 100000"
     words += f" and {position['step']} steps" if position["step"] else ""
-    assert line.startswith(f"python -m cnn: interrupted; {words}; to go on: ")
+    assert line.startswith(f"python -m cnn: interrupted; {words}; resume with: ")
 
 
 def test_nohup_keeps_a_run_alive(cpu, noise, tmp_path):
@@ -476,7 +475,7 @@ def test_a_run_that_was_killed_before_its_last_checkpoint(cpu, finished, tmp_pat
     argv = "train", "--resume"
     code, out, err = cpu.run(*argv, tmp_path)
     best = tmp_path / "best.pt"
-    hint = f"--resume {best} --overwrite goes on from its best"
+    hint = f"--resume {best} --overwrite continues from its best"
     lacking = f"python -m cnn: cannot read {tmp_path}/last.pt: No such file or directory; {hint}\n"
     assert (code, out, err) == (2, "", lacking)
     code, _, err = cpu.run(*argv, best, "--overwrite")
@@ -503,25 +502,25 @@ def changed(part: str, **changes: object):
 
 MALFORMED = {
     "the configuration in {} holds warp, which this version": changed("config", warp=1),
-    "the configuration in {} has lr='fast', which is no float | None": changed("config", lr="fast"),
+    "the configuration in {} has lr='fast', which is not float | None": changed(
+        "config", lr="fast"
+    ),
     "the configuration in {} has optimizer='adam', none of adamw": changed(
         "config", optimizer="adam"
     ),
-    "the configuration in {} has model=None, which is no str": changed("config", model=None),
-    "{} has position=3, which is no dict": lambda checkpoint: checkpoint.update(position=3),
-    "the position in {} has step='1', which is no int": changed("position", step="1"),
-    "the position in {} lacks what was measured of its 1 epochs": changed(
+    "the configuration in {} has model=None, which is not str": changed("config", model=None),
+    "{} has position=3, which is not dict": lambda checkpoint: checkpoint.update(position=3),
+    "the position in {} has step='1', which is not int": changed("position", step="1"),
+    "the position in {} lacks results of its 1 epochs": changed(
         "position", rows=[{"epoch": 1, "val_accuracy": 0.5}]
     ),
-    "the position in {} lacks what was measured of its 2 epochs": changed("position", epoch=2),
+    "the position in {} lacks results of its 2 epochs": changed("position", epoch=2),
     "the description in {} lacks mean": changed("description", mean=None),
     "the description in {} has 1 means and 2 deviations": changed("description", std=(1.0, 1.0)),
-    "{} has a parameter x=1, which is no tensor": changed("state_dict", x=1),
-    "{} does not hold what this run goes on from: KeyError: 'optimizer'": changed(
-        "training", optimizer=None
-    ),
-    "{} does not hold what this run goes on from: TypeError: ": changed("training", model=3),
-    "{} does not hold what this run goes on from: RuntimeError: ": changed("training", model={}),
+    "{} has a parameter x=1, which is not a tensor": changed("state_dict", x=1),
+    "{} does not fit this run: KeyError: 'optimizer'": changed("training", optimizer=None),
+    "{} does not fit this run: TypeError: ": changed("training", model=3),
+    "{} does not fit this run: RuntimeError: ": changed("training", model={}),
 }
 
 
@@ -564,11 +563,11 @@ def test_a_folder_of_images_with_a_broken_one(cpu, tmp_path):
     code, out, err = cpu.run(*argv, "--seed", 4)
     reason = f"cannot read {images}/red/broken.png: cannot identify image file"
     assert (code, out) == (1, "")
-    assert err.endswith(f"\npython -m cnn: {reason}; --broken skip goes on without it\n")
+    assert err.endswith(f"\npython -m cnn: {reason}; --broken skip continues without it\n")
     code, out, err = cpu.run(*argv, "--seed", 4, "--broken", "skip", "--workers", 1)
     assert code == 0, err
     assert f"\n{reason}; skipped\nepoch 1/8" in err
-    assert "1 broken images skipped" in err
+    assert "1 unreadable images skipped" in err
     assert out.endswith(", validation accuracy 1.0000\n")
 
     red, broken, blue = images / "red/3.png", images / "red/broken.png", images / "blue"
@@ -694,7 +693,7 @@ BAD = {
     "train --epochs many": "--epochs: 'many' is not",
     "train --batch-size -1": "--batch-size: '-1' is not",
     "train --batch-size 1.5": "--batch-size: '1.5' is not",
-    "train --batch-size 1296": "--batch-size: 1296 is more than the 1295 images to train with",
+    "train --batch-size 1296": "--batch-size: 1296 is more than the 1295 training images",
     "train --lr 0": "--lr: '0' is not a positive number",
     "train --lr nan": "--lr: 'nan' is not",
     "train --lr inf": "--lr: 'inf' is not",
@@ -708,7 +707,7 @@ BAD = {
     "train --device meta": "--device: 'meta' is neither cpu nor cuda",
     "train --device cuda:99": "this machine has no 'cuda:99'",
     "train --data imagenet": "--data: 'imagenet' is none of digits, faces, mnist, fashion",
-    "train --data mnist:{tmp}/none": "{tmp}/none is no folder",
+    "train --data mnist:{tmp}/none": "{tmp}/none is not a folder",
     "train --data digits:{tmp}": "digits come with scikit-learn and take no path",
     "train --data cifar10": "cifar10 needs a place: give it as cifar10:FOLDER",
     "train --model resnet-18": "'resnet-18' is none of alexnet, lenet5, resnet101, resnet18, ",
@@ -721,7 +720,7 @@ BAD = {
     "train --init {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint of python -m cnn train, and",
     "train --init {tmp}/bare.pt --model vgg_small": "of vgg_small: it lacks features.1.weight and",
     "train --freeze dense": "--freeze: 'dense' matches none of features.0.weight to classifier.4",
-    "train --freeze classifier,features": "--freeze: it leaves nothing to train",
+    "train --freeze classifier,features": "--freeze: nothing is left to train",
     "train --resume {tmp}/last.pt --freeze features": "--freeze: ('features',) contradicts () of",
     "train --resume {tmp}/last.pt --init {tmp}/bare.pt": "contradicts None of {tmp}/last.pt",
     "train --size 15": "--size: lenet5 does not take 15x15 pixels",
@@ -750,8 +749,8 @@ BAD = {
     "train --resume {tmp}/bad": "{tmp}/bad/last.pt is damaged or not a checkpoint",
     "eval {tmp}/text": "{tmp}/text is damaged or not a checkpoint",
     "eval {tmp}/list.pt": "{tmp}/list.pt is not a checkpoint",
-    "eval {tmp}/bare.pt": "{tmp}/bare.pt holds parameters alone: say by --model what it is of",
-    "eval {tmp}/bare.pt --model lenet5": "parameters alone: say by --data what to test on",
+    "eval {tmp}/bare.pt": "{tmp}/bare.pt holds only parameters: give --model, their network",
+    "eval {tmp}/bare.pt --model lenet5": "only parameters: give --data, the images to test on",
     "eval {tmp}/bare.pt --data digits --model vgg_small": "{tmp}/bare.pt does not hold the parame",
     "eval {tmp}/bare.pt --data digits --model lenet5 --size 16": "of lenet5 for 16x16 pixels",
     "eval {tmp}/rgb.pt --data digits --model lenet5": "its features.0.weight is 6x3x5x5, not 6x1",
@@ -760,7 +759,7 @@ BAD = {
     "eval {tmp}/last.pt": "--data: its classes are not those of {tmp}/last.pt",
     "predict {tmp}/last.pt": "arguments are required: images",
     "predict {tmp}/last.pt {tmp}/bad": "{tmp}/bad holds no image",
-    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt holds parameters alone, without the names of c",
+    "predict {tmp}/bare.pt x.png": "{tmp}/bare.pt holds only parameters, without class names",
 }
 
 

@@ -146,7 +146,7 @@ def test_an_interrupted_run_says_how_to_go_on(cpu, noise, tmp_path):
     )
     *_, line = err.splitlines()
     place = f"{parts}/last.pt holds epoch 1 of 2 and 1 steps"
-    begin = f"python -m cnn: interrupted; {place}; to go on: "
+    begin = f"python -m cnn: interrupted; {place}; resume with: "
     assert (code, line[: len(begin)]) == (130, begin)
     python, module, name, *command = shlex.split(line.removeprefix(begin))
     assert [python, module, name] == ["python", "-m", "cnn"]
@@ -159,7 +159,7 @@ def test_of_several_processes_one_says_how_to_go_on(cpu, noise, tmp_path):
     argv = ["train", "--data", noise, "--batch-size", 24, "--output", tmp_path, "--save-every", 1]
     pair = start_twice(cpu, *argv, SIGNAL="SIGTERM", SIGNAL_AFTER_SAVES=1)
     assert [fork.wait() for fork in pair] == [143, 143]
-    command = f"to go on: torchrun ... -m cnn train --resume {tmp_path} --save-every 1\n"
+    command = f"resume with: torchrun ... -m cnn train --resume {tmp_path} --save-every 1\n"
     assert pair[0].err.read_text().endswith(command)
     assert pair[1].err.read_text() == ""
 
@@ -181,7 +181,7 @@ def test_a_run_in_another_folder_takes_its_best_along(train, tmp_path, capsys):
     )
     shutil.copy(run / "epoch-2.pt", tmp_path)
     train((1.0, 0.25), folder="alone", given=f"--resume {tmp_path}/epoch-2.pt")
-    line = "alone/best.pt is lacking; the best was epoch 1 of 3, validation accuracy 0.5000\n"
+    line = "alone/best.pt is missing; the best was epoch 1 of 3, validation accuracy 0.5000\n"
     assert capsys.readouterr().out.endswith(line)
 
 
@@ -314,5 +314,5 @@ def test_images_that_cannot_be_read_do_not_count():
     assert (found.labels.tolist(), found.right(), told) == ([0, 1], 1, ["cannot read 1; skipped"])
     losses = math.log(1 + math.exp(-1)), math.log(2)
     assert found.loss == pytest.approx(sum(losses) / 2, rel=1e-6)
-    with pytest.raises(UsageError, match=r"^cannot read 1; --broken skip goes on without it$"):
+    with pytest.raises(UsageError, match=r"^cannot read 1; --broken skip continues without it$"):
         answers(nn.Flatten(), sets, prepare, "off", UnreadableImages(sets, "stop", print), 0)

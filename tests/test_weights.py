@@ -94,7 +94,7 @@ def test_fine_tuning_and_a_prediction(cpu, tmp_path):
     assert code == 0, err
     told = err.splitlines()
     assert "15 of 62 parameters are frozen; 5 BatchNorm layers among them use and keep" in told[0]
-    assert told[1] == f"120 of 122 parameters and buffers are those of {argv[4]}"
+    assert told[1] == f"120 of 122 parameters and buffers loaded from {argv[4]}"
     assert told[2] == "fc is new: it is for 3 classes, not 1000"
 
     environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # on torch's functions
@@ -145,11 +145,11 @@ def test_a_transform_takes_images_of_every_kind(run, photos):
     assert torch.equal(batch[0], expected)
     assert transform(Image.new("L", (50, 70), 9)).shape == (3, 32, 32)
     assert transform(torch.zeros(3, 99, 50, dtype=torch.uint8)).shape == (3, 32, 32)
-    with pytest.raises(ValueError, match="it has 4 channels, and not 3"):
+    with pytest.raises(ValueError, match="it has 4 channels, not 3"):
         transform(torch.zeros(4, 32, 32, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"it is of torch\.float32, and not uint8"):
+    with pytest.raises(ValueError, match=r"its dtype is torch\.float32, not uint8"):
         transform(torch.zeros(3, 32, 32))
-    with pytest.raises(TypeError, match="it is of list, and neither a tensor nor of Pillow's"):
+    with pytest.raises(TypeError, match="it is a list, neither a tensor nor a Pillow image"):
         transform([1, 2])
     with pytest.raises(UsageError, match=r"cannot read nothing\.png"):
         transform("nothing.png")
@@ -289,7 +289,7 @@ UNFIT = {
     "another model": (("vgg_small", 32), {}, "it lacks features.1.weight and 5 more"),
     "another size": (("lenet5", 28), {}, "its classifier.0.weight is 120x400, not 120x256"),
     "less": (("lenet5", 32), {"classifier.2.bias": None}, "it lacks classifier.2.bias"),
-    "more": (("lenet5", 32), {"x": torch.ones(1)}, "it holds x besides"),
+    "more": (("lenet5", 32), {"x": torch.ones(1)}, "it also holds x"),
     "flat": (("lenet5", 32), {"features.0.weight": torch.ones(9)}, "features.0.weight is 9, not"),
     "number": (("lenet5", 32), {"classifier.4.weight": torch.ones(())}, "weight is a number, not"),
     "integers": (
@@ -302,7 +302,7 @@ UNFIT = {
         {"classifier.2.bias": torch.ones(84, dtype=torch.complex64)},
         "its classifier.2.bias is torch.complex64, not torch.float32",
     ),
-    "unknown": (("lenet6", 32), {}, "x.pt is of a model lenet6, which is none of alexnet, "),
+    "unknown": (("lenet6", 32), {}, "x.pt names a model lenet6, which is none of alexnet, "),
 }
 
 
@@ -332,30 +332,30 @@ LOOP: dict = {}
 LOOP["model"] = LOOP
 HOSTILE = {
     "empty": ("pt", b"", "is damaged or not a checkpoint"),
-    "empty safetensors": ("safetensors", b"", "is damaged or no safetensors file"),
-    "text": ("safetensors", b"not weights at all", "is damaged or no safetensors file"),
-    "no end": ("safetensors", header(b'{"a":', 1 << 40), "is damaged or no safetensors file"),
-    "no JSON": ("bin", header(b"{" * 100000), "is damaged or no safetensors file"),
+    "empty safetensors": ("safetensors", b"", "is damaged or not a safetensors file"),
+    "text": ("safetensors", b"not weights at all", "is damaged or not a safetensors file"),
+    "no end": ("safetensors", header(b'{"a":', 1 << 40), "is damaged or not a safetensors file"),
+    "no JSON": ("bin", header(b"{" * 100000), "is damaged or not a safetensors file"),
     "beyond": (
         "safetensors",
         header(b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}') + b"\0" * 35,
-        "is damaged or no safetensors file",
+        "is damaged or not a safetensors file",
     ),
     "no tensors": ("safetensors", header(b"{}"), "and holds no weights"),
     "our mark alone": (
         "safetensors",
         header(b'{"__metadata__":{"triton-cnn":"{}"}}'),
-        "is damaged: its digest is not that of its contents",
+        "is damaged: its digest does not match its contents",
     ),
     "code": (
         "pt",
         {"model": Code()},
-        "holds posix.mkdir, and to read that could run code: save its state",
+        "holds posix.mkdir, and reading that could run code: save its state",
     ),
     "a module": (
         "pt",
         nn.Linear(2, 2),
-        "holds torch.nn.modules.linear.Linear, and to read that could run code",
+        "holds torch.nn.modules.linear.Linear, and reading that could run code",
     ),
     "bare code": ("pt", pickle.dumps(Code()), "is damaged or not a checkpoint"),
     "a loop": ("pt", LOOP, "and holds no weights"),
@@ -364,9 +364,9 @@ HOSTILE = {
     "one number spread": (
         "pt",
         {"classifier.4.weight": torch.ones(()).expand(1 << 40, 84)},
-        "its classifier.4.weight is no tensor of numbers one after another",
+        "its classifier.4.weight is not a dense tensor of numbers",
     ),
-    "sparse": ("pt", {"w": torch.eye(3).to_sparse()}, "its w is no tensor of numbers"),
+    "sparse": ("pt", {"w": torch.eye(3).to_sparse()}, "its w is not a dense tensor of numbers"),
 }
 
 
@@ -400,7 +400,7 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
     with pytest.raises(UsageError, match=r"cannot read .*/none: No such file"):
         cnn.load(tmp_path / "none")
     torch.save(lenet().state_dict(), tmp_path / "bare.pt")
-    with pytest.raises(UsageError, match="holds weights alone, without the model and the classes"):
+    with pytest.raises(UsageError, match="holds only weights, without the model and the classes"):
         cnn.load(tmp_path / "bare.pt")
 
 
@@ -417,7 +417,7 @@ def test_a_run_begins_with_weights_of_another(run, photos, cpu, tmp_path):
     code, _, err = cpu.run(*argv, run, "--output", tmp_path / "a", SIGNAL_AFTER_SAVES=1)
     assert code == 130, err
     told = err.splitlines()
-    assert told[0] == f"10 of 10 parameters and buffers are those of {run}/best.pt"
+    assert told[0] == f"10 of 10 parameters and buffers loaded from {run}/best.pt"
     code, _, err = cpu.run(*argv, start, "--output", tmp_path / "b", SIGNAL_AFTER_SAVES=1)
     states = [checkpoints.load(tmp_path / name / "last.pt") for name in "ab"]
     assert same(*(state["training"]["model"] for state in states))
@@ -429,7 +429,7 @@ def test_a_run_begins_with_weights_of_another(run, photos, cpu, tmp_path):
     code, _, err = cpu.run("train", "--init", run, "--epochs", 1, "--output", tmp_path / "c")
     told = err.splitlines()
     assert told[:3] == [
-        f"6 of 10 parameters and buffers are those of {run}/best.pt",
+        f"6 of 10 parameters and buffers loaded from {run}/best.pt",
         "features.0 is new: it is for 1 channels, not 3",
         "classifier.4 is new: it is for 10 classes, not 3",
     ]
@@ -465,7 +465,7 @@ def test_all_convolutions_that_see_the_image_are_new(tmp_path):
     path = tmp_path / "x.pt"
     torch.save(Branches(3).state_dict(), path)
     assert weights.begin(Branches(1), path, "it") == [
-        f"4 of 8 parameters and buffers are those of {path}",
+        f"4 of 8 parameters and buffers loaded from {path}",
         "stem.0 is new: it is for 1 channels, not 3",
         "stem.1 is new: it is for 1 channels, not 3",
     ]
@@ -484,8 +484,8 @@ def test_classifiers_that_only_help_to_train_are_left_out(tmp_path):
     model = nn.ModuleDict({name: part for name, part in googlenet().items() if name != "aux1"})
     torch.save(whole.state_dict(), path)
     assert weights.begin(model, path, "it") == [
-        f"6 of 6 parameters and buffers are those of {path}",
-        "aux1.fc1.weight and 3 more are left out: of classifiers that only help to train",
+        f"6 of 6 parameters and buffers loaded from {path}",
+        "aux1.fc1.weight and 3 more ignored: they belong to auxiliary classifiers",
     ]
     assert all(torch.equal(v, whole.state_dict()[n]) for n, v in model.state_dict().items())
     torch.save(model.state_dict(), path)
@@ -645,7 +645,7 @@ def test_commands_take_a_model_of_ones_own(cpu, photos, mine):
         if command[0] == "predict":
             assert out.split("\t")[1] == "blue"
     with pytest.raises(
-        UsageError, match="of a model that is code: give model=, mine_too:Net itself"
+        UsageError, match="names a model that is code: give model=, mine_too:Net itself"
     ):
         cnn.load(run)
     sys.path.insert(0, str(mine))
@@ -660,15 +660,15 @@ def test_commands_take_a_model_of_ones_own(cpu, photos, mine):
 
 
 NO_MODEL = {
-    "none": "--model: mine_too:none gives a dict, and no torch.nn.Module",
-    "bare": "--model: mine_too:bare gives a Flatten without parameters",
-    "thousand": "--model: mine_too:thousand gives [1, 1000] for an image, and not [1, 3]",
-    "pair": "--model: mine_too:pair gives tuple for an image, and not [1, 3]",
+    "none": "--model: mine_too:none returns a dict, not a torch.nn.Module",
+    "bare": "--model: mine_too:bare returns a Flatten without parameters",
+    "thousand": "--model: mine_too:thousand returns [1, 1000] for an image, not [1, 3]",
+    "pair": "--model: mine_too:pair returns tuple for an image, not [1, 3]",
     "ends": "--model: mine_too:ends() fails: SystemExit: usage: net",
     "broken": "--model: mine_too:broken() fails: OSError: no such\\nnet",
     "failing": "--size: mine_too:failing does not take 32x32 pixels: KeyError: 'x'",
-    "extra": "--model: mine_too:extra keeps _extra_state, which is no tensor: no file can hold it",
-    "frozen": "--freeze: it leaves nothing to train",
+    "extra": "--model: mine_too:extra keeps _extra_state, not a tensor: no file can hold it",
+    "frozen": "--freeze: nothing is left to train",
     "missing": "--model: mine_too:missing() fails: AttributeError: module 'mine_too' has no",
 }
 

@@ -1,9 +1,9 @@
-"""The first minutes on a GPU: is every kernel right, what does the device reach, which tiles win.
+"""The first minutes on a GPU: check every kernel, measure the device's limits, compare tiles.
 
-First checks: each engine and direction, wgrad and all of its tiles before others, called 8 times
-alone and 8 times beside other work; all repeats must give the same bits, within a bound of a
-reference in higher precision. Then ceilings, then three tiles of seven layers beside cuDNN. Each
-row is kept in FILE as it comes. What ends its process, or does not end, is that row's result.
+First come checks: each engine and direction, wgrad with all of its tiles before others, called 8
+times alone and 8 times beside other work. All repeats must give the same bits, within a bound of a
+reference in higher precision. Then come ceilings, then three tiles of seven layers beside cuDNN.
+Each row is saved to FILE as it comes. If an item kills its process or hangs, that is its result.
 """
 
 import argparse
@@ -36,12 +36,12 @@ from .workers import Compilers, Death, Late, Worker
 
 Row = dict[str, Any]
 
-_MOST_SECONDS = 60.0  # for one item on a GPU, which takes a second at most: else it hangs
-_RECENT = 10  # items whose longest tells whether there is time for one more
+_MOST_SECONDS = 60.0  # for an item on a GPU, which takes a second at most: beyond this it hangs
+_RECENT = 10  # recent items, whose longest predicts whether there is time for one more
 
 
 class Machine(NamedTuple):
-    """What a worker says of where it runs; ``target`` is None in the interpreter."""
+    """A worker's description of its machine; ``target`` is None in the interpreter."""
 
     identity: dict[str, str]
     here: Device
@@ -49,35 +49,39 @@ class Machine(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``python -m bench campaign``."""
+    """Add the options of ``python -m bench campaign``."""
     parser.add_argument(
-        "--minutes", type=_minutes, default=3.0, metavar="N", help="end within this time (3)"
+        "--minutes",
+        type=_minutes,
+        default=3.0,
+        metavar="N",
+        help="end within this time (default: 3)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where rows are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the rows")
     parser.add_argument("--resume", action="store_true", help="skip the rows that FILE has")
     parser.add_argument(
-        "--only", nargs="+", metavar="TEXT", help="items whose names have one of these (all)"
+        "--only", nargs="+", metavar="TEXT", help="items whose names contain a TEXT (default: all)"
     )
     parser.add_argument(
         "--jobs",
         type=int,
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes that compile ahead (as many as there are processors)",
+        help="processes that compile ahead (default: one per processor)",
     )
     parser.add_argument(
-        "--commit", default="unknown", metavar="NAME", help="the commit, where git cannot tell it"
+        "--commit", default="unknown", metavar="NAME", help="the commit, if git cannot tell it"
     )
     parser.add_argument(
         "--device",
         choices=["cuda", "cpu"],
         default="cuda",
-        help="cpu tries all of this on tiny layers, in the interpreter; it measures nothing (cuda)",
+        help="cpu tests everything on tiny layers and measures nothing (default: cuda)",
     )
     parser.add_argument(
         "--emulate",
         choices=["sm_80", "sm_90"],
-        help="with --device cpu: execute what is compiled for such a GPU",
+        help="with --device cpu: execute the code compiled for such a GPU",
     )
 
 
@@ -92,9 +96,9 @@ def _minutes(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what there is time for. Returns the exit code: 1 if a check failed."""
+    """Run as many items as time allows. Returns the exit code: 1 if a check failed."""
     if args.device == "cpu" and not args.emulate and not INTERPRET:
-        # Only under the interpreter do CPU tensors take the path of a GPU's.
+        # CPU tensors take a GPU's path only under the interpreter.
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         command = [sys.executable, "-m", "bench", *shlex.split(args.command)[3:]]
         left = args.minutes - (time.monotonic() - args.started) / 60
@@ -177,7 +181,7 @@ class _Campaign:
             keep(results, self._args.json)
 
     def _row(self, item: Item) -> Row | None:
-        """One item's row; None if time ended first."""
+        """The row of one item; None if time ran out first."""
         begun = time.monotonic()
         try:
             row = self._ask(item)
@@ -195,7 +199,7 @@ class _Campaign:
         return row
 
     def _ask(self, request: Any) -> Any:
-        """A worker's answer, of a new one if there is none."""
+        """The answer of a worker, which is started if there is none."""
         self._worker = self._worker or Worker(self._serve)
         left = self._end - time.monotonic()
         most = _MOST_SECONDS if self._args.device == "cuda" else left
@@ -210,7 +214,9 @@ class _Campaign:
 
 
 def _server(kind: str, emulate: str | None, commit: str) -> Callable[[Any], Any]:
-    """What answers requests: "machine" by a Machine, or why there is none; an item by its row."""
+    """The function that answers requests: "machine" with a Machine, or why there is none; an item
+    with its row.
+    """
     try:
         where = device_named(kind)
         if emulate:
@@ -251,7 +257,7 @@ def _found() -> Row:
 
 
 def _compile_seconds() -> list[float]:
-    """A list to which each kernel that this process compiles from here on adds its time."""
+    """A list to which each kernel that this process compiles from now on adds its time."""
     seconds: list[float] = []
 
     def note(compilation: Compilation) -> None:
@@ -263,7 +269,7 @@ def _compile_seconds() -> list[float]:
 
 
 def run_item(item: Item, where: torch.device, seconds: list[float]) -> Row:
-    """The row of an item, also if it raises; ``lost``: the device takes no more work."""
+    """The row of an item, even if it raises; ``lost``: the device takes no more work."""
     begun = time.monotonic()
     seconds.clear()
     lost = False
@@ -284,7 +290,7 @@ _RUNNERS: dict[type, Callable[[Any, torch.device], Row]] = {
 
 
 def _is_lost(where: torch.device) -> bool:
-    """Whether an error stays, as after an illegal access."""
+    """Whether an error persists, as after an illegal access."""
     if where.type == "cpu":
         return False
     try:
@@ -307,7 +313,7 @@ def _described(item: Item) -> Row:
 
 
 def failed(item: Item, reason: str) -> Row:
-    """The row of an item that gave no result."""
+    """The row of an item without a result."""
     nothing: dict[type, tuple[str, ...]] = {
         Check: ("error", "bound", "reference", "differing", "covered", "kernels", "chosen"),
         Ceiling: ("value", "unit"),
@@ -323,7 +329,7 @@ def failed(item: Item, reason: str) -> Row:
 def _compile(target: GPUTarget | None, emulate: str | None, item: Item) -> None:
     assert target is not None  # else nothing is compiled ahead
     if emulate:
-        _emulate(emulate)  # what it runs is compiled otherwise
+        _emulate(emulate)  # its kernels are compiled differently
     with device.compile_only(target) as kernels:
         if isinstance(item, Check):
             checks.compile_(item)

@@ -1,9 +1,9 @@
-"""Is a result right, and is it the same each time?
+"""Check that a result is right, and the same each time.
 
-An operator is called again and again, alone and beside other work, as what goes wrong by timing
-shows as a difference between repeats. New memory is NaN in each call, so that what is not written
-is seen and what an earlier call left cannot stand for it. The first result is compared with
-``references``' on the same device in float64, or in float32 if that is large.
+An operator is called again and again, alone and beside other work, because faults of timing show as
+differences between repeats. New memory is NaN in each call: missing writes become visible, and an
+earlier call's results cannot hide them. The first result is compared with ``references``' on the
+same device in float64, or in float32 for large problems.
 """
 
 from collections import Counter
@@ -28,18 +28,18 @@ from .items import DIRECTIONS, Check, Forced
 from .operands import Call, Source, call_of
 
 REPEATS = 8  # alone, and as many beside other work
-_LARGE = 2**31  # multiply-adds; of more the reference is float32
+_LARGE = 2**31  # multiply-adds; beyond this the reference is float32
 _EXACT = ("max_pool2d", "max_pool2d_gather", "max_unpool2d", "max_unpool2d_backward")
-_BATCHES = 256  # of other work beside one call, at most
+_BATCHES = 256  # the most batches of other work beside one call
 
 Results = tuple[Tensor, ...]
 
 
-# What is launched.
+# Launching.
 
 
 def launch(check: Check, call: Call) -> Results:
-    """One call of the operator, or of the engine with the tile that the check names."""
+    """Call the operator once, or the engine with the tile that the check names."""
     if check.forced is not None:
         return (_forced(check, check.forced, call),)
     found = getattr(torch.ops.triton_cnn, check.operator)(*call.tensors, *call.numbers)
@@ -47,7 +47,7 @@ def launch(check: Check, call: Call) -> Results:
 
 
 def compile_(check: Check) -> None:
-    """Launch it where launches only compile."""
+    """Launch it in a mode that only compiles."""
     call = call_of(check, torch.device("meta"))
     if check.forced is not None:
         _forced(check, check.forced, call)
@@ -66,7 +66,7 @@ def _forced(check: Check, forced: Forced, call: Call) -> Tensor:
 
 
 def chosen(check: Check, call: Call) -> Forced | None:
-    """The engine and tile that run a convolution; None of other operators."""
+    """The engine and tile that run a convolution; None for other operators."""
     g, direction = check.geometry, DIRECTIONS.get(check.operator)
     if check.forced is not None or direction is None or not isinstance(g, Conv2dGeometry):
         return check.forced
@@ -81,12 +81,12 @@ def chosen(check: Check, call: Call) -> Forced | None:
     return Forced(plan.engine.name, plan.tile)
 
 
-# What is right.
+# References and bounds.
 
 
 @contextmanager
 def _new_memory_is_nan() -> Iterator[None]:
-    """Within this context what torch allocates holds NaN, or the largest integer."""
+    """A context in which memory allocated by torch holds NaN, or the largest integer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -132,11 +132,11 @@ def _reference(check: Check, call: Call, dtype: torch.dtype | None) -> Results:
 
 
 def bound(check: Check) -> float:
-    """The relative RMS error that counts as right.
+    """The largest relative RMS error that counts as right.
 
-    Half a unit in the last place, which no rounded result exceeds; the rounding of a random sum in
-    float32, and what tensor cores cut off in each of theirs; 2**-9 of products in tf32. Of a sum of
-    float8 products Hopper's keep about 14 bits.
+    It is half a unit in the last place, which no rounded result exceeds; plus the rounding of a
+    random float32 sum, and the bits that tensor cores cut off in each of theirs; plus 2**-9 for
+    products in tf32. In a sum of float8 products Hopper keeps about 14 bits.
     """
     if check.operator in _EXACT:
         return 0.0
@@ -152,7 +152,7 @@ def bound(check: Check) -> float:
 
 
 def _terms(check: Check) -> int:
-    """How many products, or values, are added up for a result."""
+    """The number of products, or values, that are added up for a result."""
     g = check.geometry
     if isinstance(g, Pool2dGeometry):
         return g.taps
@@ -168,7 +168,7 @@ def _terms(check: Check) -> int:
 
 
 def _errors(check: Check, call: Call, found: Results, reference: Results) -> Iterator[float]:
-    """The relative RMS error of each result; of integers the share that differs."""
+    """The relative RMS error of each result; for integers the share that differs."""
     for ours, right in zip(found, reference[: len(found)], strict=True):
         if right.is_floating_point() and right.numel():
             yield measure.relative_rms(ours, right)
@@ -179,9 +179,9 @@ def _errors(check: Check, call: Call, found: Results, reference: Results) -> Ite
 
 
 def _winners_error(check: Check, call: Call, found: Results, right: Tensor) -> float:
-    """How far the map is, where our windows say that they won, from what they are to hold.
+    """The error of the map's values where our windows' argmax points, against the right maxima.
 
-    Windows may choose another of two values that rounding makes equal.
+    Of two values that rounding makes equal, a window may choose either.
     """
     assert isinstance(check.geometry, suites.Block)
     x, w, bias = (t.to(right.dtype) for t in call.tensors if t is not None)
@@ -237,7 +237,7 @@ def _poisoned(check: Check, call: Call) -> Results:
 
 
 def _count_differing(first: Results, others: list[Results]) -> int:
-    """How many of the others have other bits."""
+    """The number of the others whose bits differ."""
     return sum(
         not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(first, other, strict=True))
         for other in others
@@ -245,14 +245,14 @@ def _count_differing(first: Results, others: list[Results]) -> int:
 
 
 def _bits(t: Tensor) -> Tensor:
-    """A tensor's bytes: NaN is equal to itself."""
+    """A tensor's bytes, so that NaN equals itself."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     return t.view(integer)
 
 
 def _beside_work(call: Callable[[], Results], where: torch.device) -> tuple[list[Results], bool]:
     """The results of repeats beside products and copies on a second stream, and whether these
-    lasted longer than the repeats did.
+    lasted longer than the repeats.
     """
     work = _work(where)
     side = torch.cuda.Stream(where)
@@ -281,7 +281,7 @@ def _beside_work(call: Callable[[], Results], where: torch.device) -> tuple[list
 
 @lru_cache(maxsize=1)
 def _work(where: torch.device) -> Callable[[], None]:
-    """A product that leaves some multiprocessors free, and a copy that takes memory's time."""
+    """A product that leaves some multiprocessors free, and a copy that keeps memory busy."""
     one, other, product = (
         torch.randn(1024, 1024, device=where, dtype=torch.bfloat16) for _ in range(3)
     )

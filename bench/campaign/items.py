@@ -1,4 +1,4 @@
-"""What a campaign does, in the order of its worth: checks of results, ceilings, times of tiles."""
+"""The items of a campaign, most valuable first: checks of results, ceilings, times of tiles."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +21,10 @@ OPERATORS: dict[Direction, str] = {
 DIRECTIONS: dict[str, Direction] = {name: direction for direction, name in OPERATORS.items()}
 CHECKED = ("bf16", "fp16", "tf32", "fp32")
 EPILOGUES = (("bias",), ("bias", "relu"), ("bias", "residual", "relu"))
-RANKS = 3  # tiles of a layer that are timed
+RANKS = 3  # timed tiles per layer
 
-# Layers of ResNet-50: what wgrad is checked on, those where all of its tiles are, what the other
-# directions are checked on, and what is timed.
+# Layers of ResNet-50: those on which wgrad is checked, those on which all of its tiles are, those
+# for the other directions, and those that are timed.
 _WGRADS = (
     *("l1.0.conv2", "l2.1.conv2", "l3.1.conv2", "l4.1.conv2", "l2.0.conv2"),
     *("l1.0.conv3", "l2.1.conv1", "l3.1.conv1", "l3.0.down"),
@@ -35,12 +35,12 @@ _TIMED = (
     *("l1.0.conv2", "l2.1.conv2", "l3.1.conv2", "l4.1.conv2"),
     *("l1.0.conv3", "l2.1.conv1", "l3.1.conv1"),
 )
-_IMAGES = 64  # of a layer that is checked
+_IMAGES = 64  # in a checked layer
 _SMALL = 16  # channels on a CPU: the fewest that tensor cores take
 
 
 class Forced(NamedTuple):
-    """An engine, by its name, and the tile that it is told to use."""
+    """The name of an engine, and the tile that it must use."""
 
     engine: str
     tile: Tile
@@ -55,8 +55,8 @@ class Forced(NamedTuple):
 class Check:
     """An operator of ``torch.ops.triton_cnn`` on one layer: is it right, and always the same?
 
-    ``parts`` are what a convolution has besides: bias, residual, relu. ``forced`` stands in for
-    what the planner chooses.
+    ``parts`` are a convolution's extras: bias, residual, relu. ``forced`` replaces the planner's
+    choice.
     """
 
     layer: str
@@ -76,20 +76,20 @@ class Check:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the device reaches; a name of ``timing.CEILINGS``."""
+    """A limit of the device; a name of ``timing.CEILINGS``."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The time of one direction of a layer in bf16: of cuDNN, or of a tile of ours."""
+    """The time of one direction of a layer in bf16, by cuDNN or by a tile of ours."""
 
     layer: str
     direction: Direction
     geometry: Conv2dGeometry
     forced: Forced | None
-    rank: int  # 0 is what the planner chooses, or cuDNN
+    rank: int  # 0 is the planner's choice, or cuDNN
 
     @property
     def contender(self) -> str:
@@ -104,7 +104,7 @@ Item = Check | Ceiling | Timing
 
 
 def items(here: Device, ceilings: Iterable[str], small: bool) -> list[Item]:
-    """All, the first first. ``small``: on layers for a CPU."""
+    """All items in order. ``small``: on layers for a CPU."""
     layers = _layers(_IMAGES, small)
     found: list[Item] = [*_checks(layers, here), *map(Ceiling, ceilings)]
     found += [*_timings(here, small), *_more_checks(layers, here)]
@@ -127,7 +127,7 @@ def _checks(layers: dict[str, suites.Geometry], here: Device) -> Iterator[Check]
 
 
 def _more_checks(layers: dict[str, suites.Geometry], here: Device) -> Iterator[Check]:
-    """More tiles, where time is left."""
+    """More tiles, if time is left."""
     for name in _FAMILIES:
         yield from _family("wgrad", name, layers[name], "bf16", here, 1)
     for dtype in ("fp16", "tf32"):
@@ -151,7 +151,7 @@ def _directions(
 def _family(
     direction: Direction, name: str, g: suites.Geometry, dtype: str, here: Device, split_k: int
 ) -> Iterator[Check]:
-    """Every tile that some batch and image size of a layer may get, of one ``split_k``."""
+    """Every tile that some batch and image size of a layer may get, for one ``split_k``."""
     assert isinstance(g, Conv2dGeometry)
     kind = DTYPES[dtype]
     problem = Problem(direction, g, kind.torch, kind.precision, here, "aligned")
@@ -178,7 +178,7 @@ def _others(layers: dict[str, suites.Geometry], dtype: str) -> Iterator[Check]:
             yield Check(name, operator, layers[name], dtype)
     block = layers["conv3_2+pool"]
     yield Check("conv3_2+pool", "conv2d_relu_max_pool2d", block, dtype, channels_last=False)
-    if dtype != "tf32":  # what follows makes no products
+    if dtype != "tf32":  # the rest makes no products
         yield from _without_products(layers, dtype)
 
 
@@ -201,10 +201,10 @@ def _bytes_and_float8(layers: dict[str, suites.Geometry], here: Device) -> Itera
 
 
 def _layers(images: int, small: bool) -> dict[str, suites.Geometry]:
-    """The layers that are checked, by name: of networks, and what these have not."""
+    """The checked layers by name: those of networks, and cases that networks lack."""
     named = {
         layer.name: layer.geometry
-        for suite in ("vgg16", "resnet50_v1.5")  # of two of one name, ResNet's
+        for suite in ("vgg16", "resnet50_v1.5")  # of two with one name, ResNet's
         for layer in suites.layers()
         if layer.suite == suite
     }
@@ -217,7 +217,7 @@ def _layers(images: int, small: bool) -> dict[str, suites.Geometry]:
     named |= {
         "depthwise": depthwise["b2.1.dw"],
         "depthwise/2": depthwise["b3.0.dw"],
-        # A generator's: its dgrad doubles 16x16 pixels.
+        # From a generator: its dgrad doubles 16x16 pixels.
         "transposed": Conv2dGeometry(images, 128, 32, 32, 256, 4, 4, (2, 2), ((1, 1), (1, 1))),
         "grouped": Conv2dGeometry(
             images, 256, 28, 28, 256, 3, 3, padding=((1, 1), (1, 1)), groups=4
@@ -238,7 +238,7 @@ def _with_images(g: suites.Geometry, images: int) -> suites.Geometry:
 
 
 def _shrunk(g: suites.Geometry, images: int) -> suites.Geometry:
-    """Two small images, and so many channels that the engine stays the same if it can."""
+    """Two small images, with enough channels to keep the engine the same if possible."""
     if isinstance(g, suites.Block):
         conv = _shrunk(g.conv, images)
         assert isinstance(conv, Conv2dGeometry)
@@ -255,7 +255,7 @@ def _shrunk(g: suites.Geometry, images: int) -> suites.Geometry:
 
 
 def _few(channels: int) -> int:
-    """At most 16, or 18 where rows are to start off 16 bytes."""
+    """At most 16 channels, or 18 if rows should start off 16 bytes."""
     return channels if channels <= 4 else _SMALL + channels % 8 // 2
 
 
@@ -263,7 +263,7 @@ def _few(channels: int) -> int:
 
 
 def _timings(here: Device, small: bool) -> Iterator[Timing]:
-    """What the planner chooses beside cuDNN for all layers, then the other ranks."""
+    """The planner's choice beside cuDNN for all layers, then the other ranks."""
     layers = _layers(256, small)
     three: tuple[Direction, ...] = tuple(OPERATORS)
     for rank in range(RANKS):
@@ -279,8 +279,8 @@ def _timings(here: Device, small: bool) -> Iterator[Timing]:
 
 
 def _best_tiles(direction: Direction, g: Conv2dGeometry, here: Device) -> list[Forced]:
-    """The best predicted of each kind of tile, rows and columns; if these are too few, the best of
-    the others, which differ from them in their boxes or ``split_k``.
+    """The best predicted tile for each number of rows and columns; if these are too few, then the
+    best others, which have other boxes or another ``split_k``.
     """
     kind = DTYPES["bf16"]
     best: dict[tuple, Forced] = {}

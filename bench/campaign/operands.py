@@ -1,4 +1,4 @@
-"""The operands of a check: random, the same each time."""
+"""The operands of a check: random, but the same each time."""
 
 from collections.abc import Callable
 from math import prod, sqrt
@@ -18,7 +18,7 @@ from .items import Check
 
 
 class Call(NamedTuple):
-    """An operator's arguments: ``tensors`` are the first, as its schema has them."""
+    """An operator's arguments; ``tensors`` are the first in its schema."""
 
     tensors: tuple[Tensor | None, ...]
     numbers: tuple[Any, ...]
@@ -50,7 +50,7 @@ class Source:
         return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def derived(self, like: Tensor, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
-        """What follows from other operands, as the places that won do."""
+        """An operand that follows from others, such as an argmax."""
         if self.where.type == "meta":
             return torch.empty_like(like, dtype=dtype)
         with self.where:

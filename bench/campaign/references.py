@@ -1,4 +1,4 @@
-"""What each operator is in torch's own: same arguments, same values, in layouts of its own."""
+"""Each operator in torch's own: same arguments, same values, but layouts of its own."""
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def _geometry(x_shape, kernel, stride, padding, dilation, ceil_mode) -> Pool2dGe
 
 
 def _taps(g: Pool2dGeometry) -> tuple[Tensor, Tensor]:
-    """Rows[P, R] and columns[Q, S] of the pixels that the taps of each window lie on."""
+    """Rows[P, R] and columns[Q, S] of the pixels under the taps of each window."""
     p, q = torch.arange(g.P)[:, None], torch.arange(g.Q)[:, None]
     rows = p * g.stride[0] - g.padding[0] + torch.arange(g.kernel[0]) * g.dilation[0]
     columns = q * g.stride[1] - g.padding[1] + torch.arange(g.kernel[1]) * g.dilation[1]
@@ -48,13 +48,13 @@ def _taps(g: Pool2dGeometry) -> tuple[Tensor, Tensor]:
 
 
 def _winners(g: Pool2dGeometry, argmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Flat indices[N, C, P * Q] of the winning pixels, and where a window has one at all."""
+    """Flat indices[N, C, P * Q] of the winning pixels, and whether a window has one at all."""
     taps = argmax.to(torch.int64)
     found = taps < g.taps if argmax.dtype != torch.int32 else taps >= 0
     rows, columns = _taps(g)
-    first = rows[:, :1] * g.W + columns[:, 0]  # [P, Q], may lie outside
+    first = rows[:, :1] * g.W + columns[:, 0]  # [P, Q], may be outside
     apart = (rows[0, :, None] * g.W + columns[0]).flatten() - first[0, 0]  # [R * S]
-    # Looked up, as dividing by the kernel's width takes several times as long.
+    # By a table, because dividing by the kernel's width takes several times as long.
     winners = first + apart[torch.where(found, taps, 0)]
     return torch.where(found, winners, 0).flatten(2), found
 
@@ -71,7 +71,7 @@ def max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, argmax, indices)
     inside = inside_rows[:, None] & inside_columns
     r = (flat // g.W - rows[:, :1]) // g.dilation[0]
     s = (flat % g.W - columns[:, 0]) // g.dilation[1]
-    # No pixel at all is -1, which is the largest number of an unsigned dtype.
+    # A window without any pixel has -1, the largest number of an unsigned dtype.
     taps = torch.where(inside, r * g.kernel[1] + s, -1).to(argmax_dtype(g))
     flat = torch.where(inside, flat, -1)
     return (

@@ -1,4 +1,4 @@
-"""What a campaign prints: a line for each row as it comes, and what they say together."""
+"""The output of a campaign: one line per row as it comes, and a summary."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ _KINDS = {"check": "checks", "ceiling": "ceilings", "timing": "times"}
 
 
 def line(row: Row) -> str:
-    """One row."""
+    """One row as text."""
     if not row["ok"]:
         return f"FAILED {row['item']}: {row['reason']}"
     if row["kind"] == "check":
@@ -36,7 +36,7 @@ def _chosen(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row], asked: Sequence[Item]) -> str:
-    """Ceilings, the tiles beside cuDNN, what failed, and what was left out."""
+    """Ceilings, the tiles beside cuDNN, failures, and omissions."""
     parts = _ceilings(rows), _tiles(rows), _verdicts(rows)
     lines = [line for part in parts for line in part]
     return "\n".join((*lines, _left_out(rows, asked)))
@@ -49,8 +49,8 @@ def _ceilings(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _tiles(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each tile that was timed: ``model`` is the predicted time over the measured, and
-    ``cudnn`` cuDNN's over ours.
+    """One line per timed tile: ``model`` is the predicted time over the measured one, and ``cudnn``
+    is cuDNN's time over ours.
     """
     measured = [row for row in rows if row["kind"] == "timing" and row["ok"] and row["ms"]]
     if not measured:

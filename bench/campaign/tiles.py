@@ -1,4 +1,4 @@
-"""One direction of a convolution by an engine and a tile that are named."""
+"""One direction of a convolution by a given engine and tile."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def launch(
     first: Tensor,
     second: Tensor,
 ) -> Tensor:
-    """The result: of fprop from x and w, of dgrad from dy and w, of wgrad from x and dy."""
+    """The result: fprop's from x and w, dgrad's from dy and w, or wgrad's from x and dy."""
     shape = {"fprop": g.y_shape, "dgrad": g.x_shape, "wgrad": g.w_shape}[direction]
     last = torch.channels_last
     result = torch.empty(shape, dtype=first.dtype, device=first.device, memory_format=last)

@@ -1,6 +1,6 @@
-"""What the device reaches, and the times of tiles beside cuDNN's.
+"""Measure the device's limits, and the times of tiles beside cuDNN's.
 
-On a CPU each is run once, on little, to try it: it has no number.
+On a CPU each runs once on little data, as a test without a number.
 """
 
 import subprocess
@@ -50,7 +50,7 @@ def l2_copy_kernel(source_ptr, target_ptr, blocks, ROUNDS: tl.constexpr, BLOCK: 
 
 
 def _matmul(size: int, name: str) -> Callable[[torch.device], float | None]:
-    """TFLOP/s of a product of square matrices by torch."""
+    """TFLOP/s of torch's product of square matrices."""
 
     def measured(where: torch.device) -> float | None:
         measure.set_torch(DTYPES[name], where)
@@ -64,7 +64,7 @@ def _matmul(size: int, name: str) -> Callable[[torch.device], float | None]:
 
 
 def _copy(elements: int) -> Callable[[torch.device], float | None]:
-    """GB/s that a copy of float32 reads and writes together."""
+    """GB/s of a float32 copy, read and written together."""
 
     def measured(where: torch.device) -> float | None:
         source = torch.randn(elements if where.type == "cuda" else 64, device=where)
@@ -76,7 +76,7 @@ def _copy(elements: int) -> Callable[[torch.device], float | None]:
 
 
 def _l2_copy(mebibytes: int) -> Callable[[torch.device], float | None]:
-    """GB/s that a copy reads and writes together, within one launch, of so much in L2."""
+    """GB/s of a copy of so much in L2 within one launch, read and written together."""
 
     def measured(where: torch.device) -> float | None:
         gpu = where.type == "cuda"
@@ -149,7 +149,7 @@ CEILINGS: dict[str, tuple[str, _Measured]] = {
 
 
 def _milliseconds(call: Callable, sets: list, where: torch.device) -> float | None:
-    """``measure.milliseconds``; on a CPU one call, and no number."""
+    """``measure.milliseconds``; on a CPU one call, and None."""
     if where.type == "cuda":
         return measure.milliseconds(call, sets, where)
     call(*sets[0])
@@ -192,7 +192,7 @@ def run_timing(item: Timing, where: torch.device) -> dict[str, Any]:
 
 
 def compile_timing(item: Timing) -> None:
-    """Launch the tile where launches only compile."""
+    """Launch the tile in a mode that only compiles."""
     if item.forced is not None:
         _launcher(item, item.forced)(*_inputs(item, torch.device("meta")))
 
@@ -202,7 +202,7 @@ def _problem(item: Timing) -> peers.Convolution:
 
 
 def _launcher(item: Timing, forced: Forced) -> Callable[..., Tensor]:
-    """The tile on the inputs of ``_problem``: x, w and, but for fprop, dy."""
+    """The tile on the inputs of ``_problem``: x, w and, except for fprop, dy."""
     precision = DTYPES["bf16"].precision
 
     def call(x: Tensor, w: Tensor, *dy: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ def _inputs(item: Timing, where: torch.device) -> peers.Inputs:
 
 @lru_cache(maxsize=1)  # cuDNN and the tiles of one layer come one after another
 def _sets(direction: Direction, layer: str, g: Any, where: torch.device) -> list[peers.Inputs]:
-    """Buffers that together exceed the L2 cache twice: the same numbers for all contenders."""
+    """Buffers that together exceed the L2 cache twice, with the same numbers for all contenders."""
     item = Timing(layer, direction, g, None, 0)
     torch.manual_seed(0)
     _, bytes_moved = _problem(item).work(2)

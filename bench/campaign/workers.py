@@ -1,7 +1,7 @@
 """The processes of a campaign: one that has the device, and those that compile ahead of it.
 
-A fault on a GPU takes its process with it, so what runs there runs in a process that can be
-replaced. The parent never touches the GPU, as a process forked from one that did could not.
+A fault on a GPU kills its process, so items run in a process that can be replaced. The parent never
+touches the GPU, because a process forked after that could not use it.
 """
 
 import multiprocessing
@@ -13,22 +13,22 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-_FORK = multiprocessing.get_context("fork")  # what is imported is shared, torch above all
-_LOOK = 0.02  # seconds between two looks at who is done
+_FORK = multiprocessing.get_context("fork")  # shares what is imported, above all torch
+_LOOK = 0.02  # seconds between two checks for finished workers
 
 
 class Death(Exception):
-    """How a worker ended in the middle of an item."""
+    """A worker's end in the middle of an item."""
 
 
 class Late(Exception):
-    """A worker took longer than it was given, and was ended."""
+    """A worker took longer than allowed, and was ended."""
 
 
 class Worker:
     """A process that answers one request after another by ``serve()(request)``.
 
-    ``serve`` is called in the process, before the first request.
+    It calls ``serve`` before the first request.
     """
 
     def __init__(self, serve: Callable[[], Callable[[Any], Any]]):
@@ -59,19 +59,19 @@ class Worker:
 
 
 def _answer(serve: Callable[[], Callable[[Any], Any]], connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = os.getppid()
     answer = serve()
     while True:
         while not connection.poll(1.0):
             if os.getppid() != parent:
-                os._exit(1)  # it was killed, and nobody will ask again
+                os._exit(1)  # the parent was killed, and nobody will ask again
         connection.send(answer(connection.recv()))
 
 
 class Compilers:
-    """Processes that call ``compile_(task)`` for all tasks, the first first; a failure is left to
-    whoever runs the task.
+    """Processes that call ``compile_(task)`` for all tasks in order; failures are left to whoever
+    runs the task.
     """
 
     def __init__(self, compile_: Callable[[Any], None], tasks: Sequence[Any], count: int):
@@ -94,13 +94,13 @@ class Compilers:
             if index >= len(tasks):
                 return
             self._owner[index] = me
-            # What cannot be compiled raises again where it is run, and that is told.
+            # A failure is raised and reported again when the task runs.
             with suppress(Exception):
                 compile_(tasks[index])
             self._done[index] = 1
 
     def wait(self, index: int, until: float) -> None:
-        """Return when a task is compiled, or whoever had it is gone, or at ``until``."""
+        """Return when a task is compiled, or its process is gone, or at ``until``."""
         while not self._done[index] and time.monotonic() < until:
             owner = self._owner[index]
             left = self._processes if owner < 0 else [self._processes[owner]]

@@ -1,1 +1,1 @@
-"""What ``python -m cnn`` is asked and shows; its commands are in ``cnn.__main__``."""
+"""Options and tools of ``python -m cnn``; its commands are in ``cnn.__main__``."""

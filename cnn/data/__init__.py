@@ -1,8 +1,7 @@
 """Data sets of labelled images by name; nothing is downloaded.
 
-``load`` gives a part each to train with, to validate with and to test with. Images are uint8
-[C, size, size] until a batch of them is on its device, where ``Normalize`` makes them what a
-model takes.
+``load`` returns the training, validation and test part of a set. Images are uint8 [C, size, size].
+``Normalize`` moves a batch of them to its device and turns it into a model's input.
 """
 
 from .augment import Augmented

@@ -1,4 +1,4 @@
-"""Augmentation without state."""
+"""Stateless augmentation."""
 
 import numpy as np
 import torch.nn.functional as F
@@ -9,11 +9,11 @@ from .custom import Samples
 
 
 class Augmented(Dataset):
-    """A data set whose images are shifted, and mirrored if that makes sense.
+    """A data set whose images are shifted, and mirrored if the set allows it.
 
-    The crop is of the image padded with black by an eighth on each side; half the images are
-    mirrored. Both are drawn from (seed, epoch, index), so that no worker holds a state and an epoch
-    can be entered anywhere. Items are asked for by (epoch, index).
+    Images are padded with black by an eighth on each side, then cropped; half of them are mirrored.
+    (seed, epoch, index) determine both, so workers hold no state and an epoch can be entered
+    anywhere. Items are indexed by (epoch, index).
     """
 
     def __init__(self, data: Dataset, seed: int, *, shift: bool, mirror: bool):
@@ -24,7 +24,7 @@ class Augmented(Dataset):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = place
-        if isinstance(self.data, Samples):  # which may draw at random itself
+        if isinstance(self.data, Samples):  # which may itself draw random numbers
             image, label = self.data.at(index, self.seed, epoch)
         else:
             image, label = self.data[index]

@@ -1,4 +1,4 @@
-"""The order in which images are trained on."""
+"""The order of the training images."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 class Batches:
-    """The batches of an epoch from any step on, as lists of (epoch, index of an image).
+    """The batches of an epoch, from any step on, as lists of (epoch, index of an image).
 
-    The order is drawn from ``seed`` and the epoch alone. A batch is the same however many processes
-    share it: process ``rank`` of ``world`` takes every ``world``-th image. Every batch is whole:
-    what is left of an epoch is dropped, other images each time.
+    Only ``seed`` and the epoch determine the order. A batch is the same however many processes
+    share it: process ``rank`` of ``world`` takes every ``world``-th image. Every batch is full: the
+    rest of an epoch is dropped, different images each time.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
@@ -21,7 +21,7 @@ class Batches:
         self.epoch = self.step = 0  # where the next pass begins
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """The number of batches in a whole epoch."""
         return self.count // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:

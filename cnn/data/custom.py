@@ -1,4 +1,4 @@
-"""Data sets that a function of one's own makes, given as MODULE:FUNCTION."""
+"""Data sets from a user's function, given as MODULE:FUNCTION."""
 
 import inspect
 import random
@@ -24,31 +24,31 @@ from .pixels import DEEP, fit
 from .prepare import IMAGENET, Description, moments
 
 SAMPLE = 1000
-"""Images by which the mean and deviation of pixels are estimated."""
+"""Number of images from which the mean and standard deviation of pixels are estimated."""
 
 
 def is_code(name: str) -> bool:
-    """Whether the name of a data set is of a function, so that loading it runs code."""
+    """Whether a data set's name is that of a function, so that loading it runs code."""
     return bool(re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name))
 
 
 def call(flag: str, name: str, **options: Any) -> Any:
-    """What the function ``name`` returns, which the argument ``flag`` gives: runs its code.
+    """The result of the function ``name``, given by the argument ``flag``: runs its code.
 
-    Its module is looked for in the current folder, too. It is called with those of ``options`` that
-    it has parameters for.
+    Its module is also searched in the current folder. It gets those of ``options`` that it has
+    parameters for.
     """
     try:
         here = str(Path.cwd())
         if here not in sys.path and not sys.flags.safe_path:
-            sys.path.insert(0, here)  # where python -m has it, but no installed command
+            sys.path.insert(0, here)  # python -m adds it, an installed command does not
         return fitting(resolve_name(name), options)
-    except (Exception, SystemExit) as error:  # someone else's code can raise anything
+    except (Exception, SystemExit) as error:  # user code can raise anything
         raise UsageError(f"--{flag}: {name}() fails: {type(error).__name__}: {error}") from None
 
 
 def fitting(function: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """What a function returns, called with those of ``options`` that it has parameters for."""
+    """The result of a function, called with those of ``options`` that it has parameters for."""
     taken = inspect.signature(function).parameters if options else {}
     if not any(each.kind is each.VAR_KEYWORD for each in taken.values()):
         options = {name: value for name, value in options.items() if name in taken}
@@ -56,10 +56,10 @@ def fitting(function: Callable[..., Any], options: dict[str, Any]) -> Any:
 
 
 class Samples(Dataset):
-    """A part of someone's data set, as (image [channels, size, size], label).
+    """A part of a user's data set, as (image [channels, size, size], label).
 
-    Pixels are uint8, other images float32. An image that cannot be had is black, with a label of -1
-    less its index.
+    Pixels are uint8, other images float32. An unreadable image is black and has the label -1 minus
+    its index.
     """
 
     def __init__(self, data: Any, origin: str, part: str, description: Description):
@@ -73,7 +73,7 @@ class Samples(Dataset):
         return self.at(index, 0, 0)
 
     def at(self, index: int, seed: int, epoch: int) -> tuple[Tensor, int]:
-        """An item; what it draws at random is fixed by ``seed``, ``epoch`` and ``index`` alone."""
+        """An item; ``seed``, ``epoch`` and ``index`` fix everything that it draws at random."""
         try:
             return self._sample(index, seed, epoch)
         except UsageError:
@@ -82,42 +82,44 @@ class Samples(Dataset):
             return torch.zeros(known.channels, known.size, known.size, dtype=kind), -1 - index
 
     def read(self, index: int) -> Tensor:
-        """Get an image; raises UsageError if that cannot be done."""
+        """Read an image. Raises UsageError if that fails."""
         return self._sample(index, 0, 0)[0]
 
     def name(self, index: int) -> str:
-        """What tells an image from the others."""
-        return f"image {index} to {USES[self.part]} with of {self.origin}"
+        """A name that identifies an image."""
+        return f"{USES[self.part]} image {index} of {self.origin}"
 
     def _sample(self, index: int, seed: int, epoch: int) -> tuple[Tensor, int]:
         try:
             with fixed_random(seed, epoch, index):
                 image, label = _pair(self.data[index])
             return as_pixels(image, self.description), self._label(label)
-        except (Exception, SystemExit) as error:  # someone else's code can raise anything
+        except (Exception, SystemExit) as error:  # user code can raise anything
             raise unreadable(self.name(index), error) from None
 
     def _label(self, label: Any) -> int:
         count, number = len(self.description.classes), int(label)
         if not 0 <= number < count or number != label:
-            raise ValueError(f"its label {label} is none of 0 to {count - 1}")
+            raise ValueError(f"its label {label} is not in 0 to {count - 1}")
         return number
 
 
 def _pair(sample: Any) -> tuple[Any, Any]:
-    """The image and the label of a data set's item."""
+    """The image and the label in a data set's item."""
     if not isinstance(sample, list | tuple) or len(sample) != 2:
-        raise TypeError(f"it is a {type(sample).__name__}, and not (image, label)")
+        raise TypeError(f"it is a {type(sample).__name__}, not (image, label)")
     return sample[0], sample[1]
 
 
 @contextmanager
 def fixed_random(*numbers: int) -> Iterator[None]:
-    """Fix what Python, NumPy and torch draw on the CPU within; afterwards they go on as before."""
+    """A context with fixed random numbers of Python, NumPy and torch on the CPU; it restores the
+    generators' states.
+    """
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # the generator that others' code draws from
+    np.random.seed(seed % 2**32)  # the generator that user code draws from
     torch.default_generator.manual_seed(seed)
     try:
         yield
@@ -128,17 +130,17 @@ def fixed_random(*numbers: int) -> Iterator[None]:
 
 
 def as_pixels(image: Any, known: Description) -> Tensor:
-    """An image of Pillow's, an array [H, W, C] or a tensor [C, H, W], as ``known`` describes it."""
+    """A Pillow image, an array [H, W, C] or a tensor [C, H, W], in the form of ``known``."""
     if hasattr(image, "getexif"):
         if not known.pixels:
-            raise ValueError("it is an image of Pillow's, and not of floating point")
+            raise ValueError("it is a Pillow image, not a floating-point one")
         return fit(image, known.size, known.channels)
     pixels = _channels_first(image)
-    wanted = "uint8" if known.pixels else "of floating point"
+    wanted = "uint8" if known.pixels else "floating point"
     if pixels.is_floating_point() == known.pixels:
-        raise ValueError(f"it is of {pixels.dtype}, and not {wanted}")
+        raise ValueError(f"its dtype is {pixels.dtype}, not {wanted}")
     if len(pixels) != known.channels:
-        raise ValueError(f"it has {len(pixels)} channels, and not {known.channels}")
+        raise ValueError(f"it has {len(pixels)} channels, not {known.channels}")
     if not known.pixels and not pixels.isfinite().all():
         raise ValueError("it holds NaN or infinite numbers")
     return square(pixels if known.pixels else pixels.float(), known.size)
@@ -149,17 +151,17 @@ def _channels_first(image: Any) -> Tensor:
         image = torch.from_numpy(np.array(image))
         image = image.permute(2, 0, 1) if image.dim() == 3 else image
     if not isinstance(image, Tensor):
-        raise TypeError(f"it is of {type(image).__name__}, and neither a tensor nor of Pillow's")
+        raise TypeError(f"it is a {type(image).__name__}, neither a tensor nor a Pillow image")
     image = image[None] if image.dim() == 2 else image
     if image.dim() != 3 or not image.numel():
-        raise ValueError(f"it has the shape {list(image.shape)}, and not [channels, height, width]")
+        raise ValueError(f"its shape is {list(image.shape)}, not [channels, height, width]")
     if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"it is of {image.dtype}, and neither uint8 nor of floating point")
+        raise TypeError(f"its dtype is {image.dtype}, neither uint8 nor floating point")
     return image
 
 
 def square(image: Tensor, size: int) -> Tensor:
-    """An image [C, H, W] as [C, size, size]: scaled, then its middle cut out."""
+    """An image [C, H, W] as [C, size, size]: scaled, then cropped at the center."""
     height, width = image.shape[1:]
     least = min(height, width)
     if (height, width) == (size, size):
@@ -172,11 +174,11 @@ def square(image: Tensor, size: int) -> Tensor:
 def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
     """The data set that the function ``name`` returns, which is called without arguments.
 
-    It returns a map-style ``torch.utils.data.Dataset`` of (image, label); two of them, to train
-    and to test with; or a dict of them by "train", "val" and "test". If there is none to test with,
-    or ``val`` and none to validate with, it is drawn from the images to train with, each by its
-    index and ``seed``. Classes are the attribute ``classes`` of the data set, or "classes" in the
-    dict: their names or their number. An entry "mirrors" says whether to mirror images.
+    It returns a map-style ``torch.utils.data.Dataset`` of (image, label), or two of them, for
+    training and testing, or a dict of them by "train", "val" and "test". A missing test set, or
+    with ``val`` a missing validation set, is drawn from the training images by each one's index and
+    ``seed``. Classes are the attribute ``classes`` of the data set, or "classes" in the dict: their
+    names or their number. An entry "mirrors" says whether images may be mirrored.
     """
     made = call("data", name)
     if isinstance(made, tuple) and len(made) == 2:
@@ -193,7 +195,7 @@ def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
     samples = {part: Samples(each, name, part, description) for part, each in parts.items()}
     for part, images in samples.items():
         if not len(images):
-            raise UsageError(f"--data: {name} gives no image to {USES[part]} with")
+            raise UsageError(f"--data: {name} returns no {USES[part]} image")
     mirrors = bool(given.get("mirrors", False))
     return Data(samples["train"], samples["test"], description, mirrors, samples.get("val"))
 
@@ -201,18 +203,18 @@ def custom(name: str, size: int | None, seed: int, val: bool) -> Data:
 def _parts(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     parts = {WORDS[key.casefold()]: part for key, part in given.items() if key.casefold() in WORDS}
     if "train" not in parts:
-        raise UsageError(f'--data: {name} gives no data set to train with, as {{"train": ...}}')
+        raise UsageError(f'--data: {name} returns no training set: return {{"train": ...}}')
     for part in parts.values():
         if not (hasattr(part, "__getitem__") and hasattr(part, "__len__")):
             kind = type(part).__name__
-            raise UsageError(f"--data: {name} gives a {kind}, which has no length or no index")
+            raise UsageError(f"--data: {name} returns a {kind}, which has no length or no index")
     return parts
 
 
 def _described(
     parts: Mapping[str, Any], classes: tuple[str, ...], size: int | None, name: str
 ) -> Description:
-    """What the first image that can be had tells of all; a sample tells the mean of pixels."""
+    """The description of all images by the first readable one; a sample gives the pixels' mean."""
     train = parts["train"]
     image = _first(train, name)
     if hasattr(image, "getexif"):
@@ -237,7 +239,7 @@ def _described(
         chosen = range(0, len(train), -(-len(train) // SAMPLE))
         images = [image for image, label in map(sample.__getitem__, chosen) if label >= 0]
         if not images:
-            sample.read(0)  # says what is wrong with them
+            sample.read(0)  # raises with the reason
             raise UsageError(f"--data: few images of {name} can be read")
         mean, std = moments(torch.stack(images))
     return replace(known, mean=mean, std=std)
@@ -249,19 +251,19 @@ def _first(data: Any, name: str) -> Any:
         try:
             with fixed_random(0, 0, index):
                 return _pair(data[index])[0]
-        except (Exception, SystemExit) as raised:  # someone else's code can raise anything
+        except (Exception, SystemExit) as raised:  # user code can raise anything
             error = error or raised
     if error is None:
-        raise UsageError(f"--data: {name} gives no image to train with")
+        raise UsageError(f"--data: {name} returns no training image")
     raise unreadable(f"any image of {name}", error)
 
 
 def _classes(given: Mapping[str, Any], parts: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """The names that are given, those of the data sets, or numbers."""
+    """The class names: those given, those of the data sets, or numbers."""
     told = [_told(part) for part in parts.values()]
     classes = given.get("classes", told[0])
     if classes is None:
-        raise UsageError(f'--data: say what the classes are: {name} gives no "classes"')
+        raise UsageError(f'--data: {name} returns no "classes": give their names or number')
     names = range(classes) if isinstance(classes, int) else classes
     found = tuple(map(str, names))
     if len(found) < 2 or len({*found}) < len(found):
@@ -273,7 +275,7 @@ def _classes(given: Mapping[str, Any], parts: Mapping[str, Any], name: str) -> t
 
 
 def _told(data: Any) -> Sequence[str] | None:
-    """The classes that a data set, or the one that it is a part of, says it has."""
+    """The classes that a data set states, or the set that it is a part of."""
     while not hasattr(data, "classes") and hasattr(data, "dataset"):
         data = data.dataset
     return getattr(data, "classes", None)

@@ -1,4 +1,4 @@
-"""Images in files, through Pillow."""
+"""Images in files, read with Pillow."""
 
 import os
 import stat
@@ -16,20 +16,20 @@ from .pixels import fit, pillow
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 SYSTEM = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
-"""Folders that systems put beside one's own, in small letters."""
+"""Folders that operating systems add, in lower case."""
 
-UNCOUNTED = -100  # torch's label for a sample that does not count
+UNCOUNTED = -100  # torch's label for a sample to ignore
 
 
 class ImageFiles(Dataset):
     """Image files with labels, as uint8 [channels, size, size].
 
-    The shorter side is scaled to ``size``, and the middle is cut out; what is transparent is white.
-    A file that cannot be read is a black image, whose label is -1 less its index.
+    The shorter side is scaled to ``size``, and the center is cropped; transparency becomes white.
+    An unreadable file gives a black image with the label -1 minus its index.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], size: int, channels: int = 3):
-        pillow()  # its absence is no fault of an image
+        pillow()  # if Pillow is missing, no image is to blame
         self.paths = paths
         self.labels = labels
         self.size = size
@@ -45,25 +45,25 @@ class ImageFiles(Dataset):
             return torch.zeros(self.channels, self.size, self.size, dtype=torch.uint8), -1 - index
 
     def read(self, index: int) -> Tensor:
-        """Read an image; raises UsageError if that cannot be done."""
+        """Read an image. Raises UsageError if that fails."""
         path, (image, _) = self.paths[index], pillow()
         try:
-            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait
                 raise OSError("it is not a file")
             with warnings.catch_warnings(action="ignore"), image.open(path) as file:
-                if file.format == "EPS":  # for which Pillow starts Ghostscript
+                if file.format == "EPS":  # Pillow would start Ghostscript for it
                     raise ValueError("it is PostScript, a program")
                 return fit(file, self.size, self.channels)
-        except Exception as error:  # decoders raise anything
+        except Exception as error:  # decoders can raise anything
             raise unreadable(path, error) from None
 
     def name(self, index: int) -> str:
-        """What tells an image from the others."""
+        """A name that identifies an image."""
         return str(self.paths[index])
 
 
 def unreadable(name: object, error: BaseException) -> UsageError:
-    """The problem that reading the image ``name`` raised ``error``."""
+    """The error for an image ``name`` whose reading raised ``error``."""
     words = str(getattr(error, "strerror", None) or error)
     words = "it ends the program" if isinstance(error, SystemExit) else words
     reason = words.replace(f" {str(name)!r}", "") or type(error).__name__
@@ -77,13 +77,13 @@ PHOTOGRAPHS = {
     ),
     "sklearn": ("china", "flower"),
 }
-"""The images that come with scikit-image and with scikit-learn."""
+"""The images included in scikit-image and scikit-learn."""
 
 
 def photograph(name: str, size: int, channels: int = 3) -> Tensor:
-    """An image as uint8 [channels, size, size]: a file, or "skimage:coffee" of PHOTOGRAPHS.
+    """An image as uint8 [channels, size, size]: a file, or one of PHOTOGRAPHS as "skimage:coffee".
 
-    Raises UsageError if there is none, or it cannot be read.
+    Raises UsageError if it does not exist or cannot be read.
     """
     source, _, which = name.partition(":")
     if source not in PHOTOGRAPHS:
@@ -104,10 +104,10 @@ def photograph(name: str, size: int, channels: int = 3) -> Tensor:
 
 
 class UnreadableImages:
-    """Looks over labels for images that could not be read.
+    """Finds images that could not be read by their labels.
 
-    Under ``policy`` "stop" the first raises UsageError; under "skip" ``tell`` is called once of
-    each, and they do not count.
+    Under ``policy`` "stop" the first raises UsageError. Under "skip" each is reported once by
+    ``tell``, and does not count.
     """
 
     def __init__(self, data: Any, policy: str, tell: Callable[[str], None]):
@@ -117,13 +117,13 @@ class UnreadableImages:
         self._known: set[int] = set()
 
     def __call__(self, labels: Tensor) -> Tensor:
-        """Return the labels with UNCOUNTED for each image that could not be read."""
+        """The labels, with UNCOUNTED for each unreadable image."""
         if not len(labels) or labels.min() >= 0:
             return labels
         for index in (-1 - labels[labels < 0]).tolist():
             if self.policy == "stop":
                 reason = self._reason(index)
-                raise UsageError(f"{reason}; --broken skip goes on without it", FAILURE)
+                raise UsageError(f"{reason}; --broken skip continues without it", FAILURE)
             if index not in self._known:
                 self._known.add(index)
                 self.tell(f"{self._reason(index)}; skipped")
@@ -138,15 +138,15 @@ class UnreadableImages:
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder of this name is the system's or an editor's, and no one's own."""
+    """Whether a file or folder of this name belongs to the system or an editor."""
     return name.startswith(".") or name.casefold() in SYSTEM
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All image files below ``folder``, by their suffixes, in the order of their names.
+    """All image files below ``folder``, by their suffixes, sorted by name.
 
-    Hidden files and folders, those of systems, pipes and devices are left out. Folders that are
-    links are not entered.
+    Hidden files and folders, system folders, pipes and devices are left out. Folders that are links
+    are not entered.
     """
     found, folders = [], [str(folder)]
     while folders:
@@ -161,9 +161,9 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def is_image(entry: os.DirEntry) -> bool:
-    """Whether an entry has an image's name and is a file, or a link to one or to nothing.
+    """Whether an entry has an image's name and is a file, or a link to a file or to nothing.
 
-    The latter is told of when it is read.
+    Reading the latter reports the broken link.
     """
     if hidden(entry.name) or Path(entry.name).suffix.lower() not in SUFFIXES:
         return False

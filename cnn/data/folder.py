@@ -1,4 +1,4 @@
-"""Folders of photographs, with a folder for each class."""
+"""Folders of photographs, with one folder per class."""
 
 import os
 from collections.abc import Iterable
@@ -11,18 +11,18 @@ from .parts import USES, WORDS, Data, class_name, draw, identity, missing, utf8
 from .prepare import IMAGENET, Description
 
 Listing = dict[str, list[Path]]
-"""The image files of each class, by its name."""
+"""Each class's image files, by class name."""
 
 
 def folder(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
-    """Colour images in a folder for each class, or in such folders below train, val and test.
+    """Color images in one folder per class, or in such folders below train, val and test.
 
-    The parts may have other usual names, in any capitals. If there is no test, or ``val`` and no
-    val, it is drawn from the images to train with, each by its name and ``seed``.
+    The parts may have other usual names, in any capitalization. A missing test part, or with
+    ``val`` a missing val part, is drawn from the training images by each one's name and ``seed``.
     """
     if not path or not path.is_dir():
         raise UsageError(
-            f"{path or 'folder'} is no folder: give folder:PATH, with a folder a class"
+            f"{path or 'folder'} is not a folder: give folder:PATH, with one folder per class"
         )
     places = _parts(path)
     parts = {part: _listing(place) for part, place in places.items()}
@@ -38,15 +38,15 @@ def folder(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
     if "test" not in places and places["train"] != path:
         count = len(images["test"])
         notes.append(
-            f"{path} holds no test: {count} images of {places['train'].name} are drawn for it"
+            f"{path} has no test part: {count} images of {places['train'].name} are used for it"
         )
     return Data(images["train"], images["test"], description, True, images.get("val"), tuple(notes))
 
 
 def _parts(path: Path) -> dict[str, Path]:
-    """The folder of each part that there is; of "train" alone, ``path`` itself, if there is none.
+    """The folder of each part; without parts only "train", which is ``path`` itself.
 
-    A folder with a part's name that holds no folders is a class, unless all have such names.
+    A folder with a part's name but without subfolders is a class, unless all have such names.
     """
     inside = _folders(path)
     named: dict[str, Path] = {}
@@ -54,7 +54,7 @@ def _parts(path: Path) -> dict[str, Path]:
         part = WORDS.get(place.name.casefold())
         if part in named:
             two = f"{named[part].name} and {place.name}"
-            raise UsageError(f"{path} holds two folders to {USES[part]} with: {two}")
+            raise UsageError(f"{path} holds two {USES[part]} folders: {two}")
         if part:
             named[part] = place
     others = len(inside) - len(named)
@@ -73,7 +73,7 @@ def _parts(path: Path) -> dict[str, Path]:
 
 
 def _folders(path: Path) -> list[Path]:
-    """The folders in ``path`` that are someone's own."""
+    """The user's folders in ``path``."""
     try:
         return sorted(each for each in path.iterdir() if not hidden(each.name) and each.is_dir())
     except OSError as error:
@@ -91,7 +91,7 @@ def _listing(path: Path) -> Listing:
 
 
 def _check_classes(path: Path, places: dict[str, Path], parts: dict[str, Listing]) -> None:
-    """Raise UsageError if a part has a class that cannot be trained."""
+    """Raise UsageError if a part has a class that the training part lacks."""
     known = parts["train"]
     for part, listing in parts.items():
         for name in sorted(listing.keys() - known.keys()):
@@ -101,20 +101,18 @@ def _check_classes(path: Path, places: dict[str, Path], parts: dict[str, Listing
 
 
 def _check_images(path: Path, images: dict[str, ImageFiles], classes: tuple[str, ...]) -> None:
-    """Raise UsageError unless each part has images, and there are two classes to train with."""
+    """Raise UsageError unless each part has images, and the training part two classes."""
     for part, each in images.items():
         if not len(each):
-            raise UsageError(
-                f"{path} holds no image to {USES[part]} with, in a folder of its class"
-            )
+            raise UsageError(f"{path} holds no {USES[part]} image in a folder of its class")
     first, *others = {*images["train"].labels}
     if not others:
-        only = f"{path} holds images to train with of one class, {classes[first]}"
+        only = f"{path} holds training images of only one class, {classes[first]}"
         raise UsageError(f"{only}: give a folder with a folder for each class")
 
 
 def _drawn(known: Listing, path: Path, seed: int, parts: list[str]) -> dict[str, Listing]:
-    """The images of ``known`` as what stays to train with and ``parts``."""
+    """The images of ``known``, split into the training part and ``parts``."""
     pairs = [(name, image) for name, images in known.items() for image in images]
     names = [str(image.relative_to(path)) for _, image in pairs]
     drawn = {part: {name: [] for name in known} for part in ("train", *parts)}
@@ -129,21 +127,21 @@ def _labelled(listing: Listing, classes: tuple[str, ...], size: int) -> ImageFil
 
 
 def _lacking(path: Path, parts: dict[str, Listing]) -> list[str]:
-    """A line for each part in which there are classes without an image."""
+    """A line for each part that has no images of some classes."""
     found = []
     for part in filter(parts.__contains__, USES):
         names = [name for name in sorted(parts["train"]) if not parts[part].get(name)]
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             which = ", ".join(map(plain, names[:5])) + more
-            found.append(f"{path} holds no image to {USES[part]} with of: {which}")
+            found.append(f"{path} holds no {USES[part]} image of: {which}")
     return found
 
 
 def _loose(path: Path, places: Iterable[Path]) -> list[str]:
-    """A line for images that lie beside the folders of classes."""
+    """A line on images that are outside the class folders."""
     count = 0
     for place in {path, *places}:
         with os.scandir(place) as entries:
             count += sum(is_image(entry) for entry in entries)
-    return [f"{path} holds {count} images in no folder of a class; they are not used"] * (count > 0)
+    return [f"{path} holds {count} images outside class folders: they are unused"] * (count > 0)

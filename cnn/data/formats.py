@@ -1,4 +1,4 @@
-"""Readers of the files that data sets come in. Each raises UsageError that names the file."""
+"""Readers of data sets' file formats. Each raises UsageError that names the file."""
 
 import gzip
 import io
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import UsageError
 
 DEFLATE = 1032
-"""Times that gzip can shrink a file at most."""
+"""The highest compression ratio of gzip."""
 
 
 def read(path: Path) -> bytearray:
@@ -28,9 +28,9 @@ def read(path: Path) -> bytearray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a file to read it, unpacked if its name ends in .gz."""
+    """Open a file for reading, unpacked if its name ends in .gz."""
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would wait
             path.stat()
             raise UsageError(f"{path} is not a file")
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -42,9 +42,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def idx(path: Path, axes: int) -> Tensor:
-    """Read bytes from the IDX format of MNIST, described at yann.lecun.com/exdb/mnist.
+    """Bytes from a file in MNIST's IDX format, described at yann.lecun.com/exdb/mnist.
 
-    No more is unpacked than its header announces, nor than the file can hold.
+    Unpacks no more than the header announces, nor than the file can hold.
     """
     with _opened(path) as file:
         header = file.read(4 + 4 * axes)
@@ -63,7 +63,7 @@ def idx(path: Path, axes: int) -> Tensor:
 
 
 def cifar10_binary(path: Path) -> tuple[Tensor, Tensor]:
-    """Read images [N, 3, 32, 32] and labels [N] of CIFAR-10's binary version."""
+    """Images [N, 3, 32, 32] and labels [N] from a file of CIFAR-10's binary version."""
     contents = read(path)
     if not contents or len(contents) % 3073:
         raise UsageError(f"{path} is not a CIFAR-10 file: records have 3073 bytes")
@@ -72,7 +72,7 @@ def cifar10_binary(path: Path) -> tuple[Tensor, Tensor]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that builds numpy's arrays and nothing else."""
+    """An unpickler that builds only numpy arrays."""
 
     _ALLOWED: dict[tuple[str, str], Any] = {
         (f"numpy.{core}.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0]
@@ -87,9 +87,9 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def cifar10_pickle(path: Path) -> tuple[Tensor, Tensor]:
-    """Read images [N, 3, 32, 32] and labels [N] of CIFAR-10's Python version.
+    """Images [N, 3, 32, 32] and labels [N] from a file of CIFAR-10's Python version.
 
-    Nothing but arrays is built from the pickle, which could else run any code.
+    Only arrays are built from the pickle, which could otherwise run any code.
     """
     try:
         contents = _ArraysOnly(io.BytesIO(read(path)), encoding="bytes").load()
@@ -105,7 +105,7 @@ def cifar10_pickle(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def first_there(folder: Path, names: Sequence[str]) -> Path:
-    """The first of ``names`` that is in ``folder``."""
+    """The first of ``names`` that exists in ``folder``."""
     for name in names:
         if (folder / name).is_file():
             return folder / name

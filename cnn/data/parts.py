@@ -1,4 +1,4 @@
-"""The parts of a data set: to train with, to validate with, and to test with."""
+"""The parts of a data set: training, validation and test."""
 
 import hashlib
 import os
@@ -14,22 +14,22 @@ WORDS = {
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev", "development"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""The part that a usual name means, in small letters."""
+"""The part that a usual name means, in lower case."""
 
-USES = {"train": "train", "val": "validate", "test": "test"}
+USES = {"train": "training", "val": "validation", "test": "test"}
 
 SHARES = {"test": (0.0, 0.2), "val": (0.2, 0.3)}
-"""Of the numbers from 0 to 1 by which parts are drawn: a fifth and a tenth of all images."""
+"""Shares of the numbers from 0 to 1 that choose an image's part: a fifth and a tenth of all."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Parts of (image [channels, size, size], label), which have no image in common.
+    """Disjoint parts of (image [channels, size, size], label).
 
     Args:
-        mirrors: whether a mirrored image could as well be in the set.
-        val: to validate with; None if there is none and none was asked for.
-        notes: what is odd about the set, in words.
+        mirrors: whether a mirrored image could also be in the set.
+        val: the validation part; None if there is none and none was requested.
+        notes: sentences about anything unusual in the set.
     """
 
     train: Any
@@ -50,20 +50,20 @@ def utf8(name: str) -> bytes:
 
 
 def class_name(name: str) -> str:
-    """The name of a class, as it is in every locale, from that of its folder."""
+    """A class's name from its folder's name, the same in every locale."""
     return utf8(name).decode(errors="surrogateescape")
 
 
 def missing(given: Container[str], val: bool) -> list[str]:
-    """The parts that have to be drawn from the images to train with."""
+    """The parts that must be drawn from the training images."""
     return [part for part in ("test", "val")[: 1 + val] if part not in given]
 
 
 def draw(names: Sequence[str], seed: int, parts: Iterable[str]) -> list[str]:
-    """The part of each name: one of ``parts``, as far as its share goes, else "train".
+    """The part of each name: one of ``parts``, according to its share, else "train".
 
-    It depends on the name and ``seed`` alone, so that a new or a renamed file moves no other. Only
-    a part that no name would be in gets the one that is nearest to it.
+    It depends only on the name and ``seed``, so a new or renamed file moves no other. The one
+    exception: a part that would be empty gets the name that is nearest to it.
     """
     numbers = [_number(name, seed) for name in names]
     drawn = ["train"] * len(names)
@@ -86,7 +86,7 @@ def _number(name: str, seed: int) -> float:
 
 
 def identity(records: Iterable[bytes]) -> str:
-    """A digest of what a data set is made of, in order."""
+    """A digest of a data set's contents, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
         digest.update(len(record).to_bytes(8, "big"))

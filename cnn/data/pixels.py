@@ -1,4 +1,4 @@
-"""Images of Pillow's as tensors: upright, of 8 bits, without transparency, and square."""
+"""Turn Pillow images into tensors: upright, 8 bits, without transparency, and square."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import missing
 
 BACKGROUND = "white"
-"""The colour behind what is transparent."""
+"""The color behind transparent pixels."""
 
 ORIENTATION, BITS_PER_SAMPLE = 0x0112, 0x0102  # of EXIF and TIFF
 
@@ -17,17 +17,17 @@ TURNS = (
     *("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"),
     *("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
 )
-"""What makes an image of orientation 2 to 8 upright, as Pillow names it."""
+"""Pillow's operation that makes an image of orientation 2 to 8 upright."""
 
 DEEP = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 """Pillow's modes of grey images with more than 8 bits."""
 
 
 def fit(picture: Any, size: int, channels: int) -> Tensor:
-    """A picture as uint8 [channels, size, size]: scaled, then its middle cut out."""
+    """A picture as uint8 [channels, size, size]: scaled, then cropped at the center."""
     image, ops = pillow()
     if channels not in (1, 3):
-        raise ValueError(f"it is an image of Pillow's, and has no {channels} channels")
+        raise ValueError(f"it is a Pillow image, and has no {channels} channels")
     picture.load()
     upright = turned(eight_bits(picture), orientation(picture))
     coloured = opaque(upright).convert("L" if channels == 1 else "RGB")
@@ -37,28 +37,28 @@ def fit(picture: Any, size: int, channels: int) -> Tensor:
 
 
 def orientation(picture: Any) -> int:
-    """What the picture's EXIF says of its orientation; EXIF that cannot be read says 1, upright."""
-    try:  # not ImageOps.exif_transpose, which writes all of the EXIF anew
+    """The orientation in the picture's EXIF; 1, upright, if the EXIF cannot be read."""
+    try:  # not ImageOps.exif_transpose, which rewrites the whole EXIF
         number = picture.getexif().get(ORIENTATION)
-    except Exception:  # Pillow's reader raises anything
+    except Exception:  # Pillow's reader can raise anything
         return 1
     return int(number) if number in range(1, 9) else 1
 
 
 def turned(picture: Any, orientation: int) -> Any:
-    """The picture upright."""
+    """The picture turned upright."""
     if orientation == 1:
         return picture
     return picture.transpose(pillow()[0].Transpose[TURNS[orientation - 2]])
 
 
 def eight_bits(picture: Any) -> Any:
-    """The picture with the shades of deeper ones scaled to 0 to 255.
+    """The picture with shades scaled to 0 to 255 if it has more than 8 bits.
 
-    White is 65,535 in 16 bits, and the largest number of 9 to 15 bits in a TIFF of these. Numbers
-    of 32 bits do not say what white is: it is the least of 1, for floating point, 255 and 65,535
-    that no pixel exceeds. If pixels are negative or exceed all of these, the darkest becomes black
-    and the brightest white.
+    White is 65,535 in 16 bits, and the largest number of 9 to 15 bits in a TIFF that has these.
+    32-bit numbers do not say what white is: it is the lowest of 1 (floating point only), 255 and
+    65,535 that no pixel exceeds. If pixels are negative or exceed all of these, the darkest becomes
+    black and the brightest white.
     """
     if picture.mode not in DEEP:
         return picture
@@ -76,7 +76,7 @@ def eight_bits(picture: Any) -> Any:
 
 
 def _whites(picture: Any) -> tuple[int, ...]:
-    """What white may be in a picture of a DEEP mode."""
+    """The possible values of white in a picture of a DEEP mode, lowest first."""
     if picture.mode == "F":
         return 1, 255, 65535
     if picture.mode == "I" and picture.format not in ("PNG", "PPM"):  # 16 bits, in Pillow's 32
@@ -86,7 +86,7 @@ def _whites(picture: Any) -> tuple[int, ...]:
 
 
 def opaque(picture: Any) -> Any:
-    """The picture before a plain BACKGROUND."""
+    """The picture on a plain BACKGROUND."""
     if not picture.has_transparency_data:
         return picture
     image, _ = pillow()
@@ -98,7 +98,7 @@ def opaque(picture: Any) -> Any:
 
 
 def pillow():
-    """Pillow's Image and ImageOps."""
+    """Pillow's modules Image and ImageOps."""
     try:
         from PIL import Image, ImageOps
     except ImportError:

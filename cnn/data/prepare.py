@@ -1,4 +1,4 @@
-"""What a model is given of an image."""
+"""Turn images into a model's input."""
 
 from dataclasses import dataclass
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and deviation of ImageNet's photographs, by which torchvision's models are trained."""
+"""Mean and standard deviation of ImageNet's photographs, used to train torchvision's models."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What must be known of a data set to prepare other images alike. A checkpoint holds it.
+    """Everything needed to prepare other images like a data set's. A checkpoint holds it.
 
     Args:
-        mean, std: of the training set's pixels, one per channel, black 0 and white 1.
-        pixels: whether images are pixels, uint8; if not, they are float32 and taken as they are.
-        identity: a digest of the images to train and to validate with, or nothing.
+        mean, std: of the training set's pixels, one per channel, with black 0 and white 1.
+        pixels: whether images are uint8 pixels; otherwise they are float32 and used as they are.
+        identity: a digest of the training and validation images, or "".
     """
 
     classes: tuple[str, ...]
@@ -32,7 +32,7 @@ class Description:
 
 
 class Normalize:
-    """Takes images [N, C, H, W] to a device: float32, pixels with mean 0 and variance 1."""
+    """Moves images [N, C, H, W] to a device as float32; pixels get mean 0 and variance 1."""
 
     def __init__(
         self,

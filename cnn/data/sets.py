@@ -1,4 +1,4 @@
-"""The data sets that have a name."""
+"""The named data sets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from .parts import Data, draw, identity
 from .prepare import Description, moments
 
 DEBIAN = Path("/usr/share/datasets")
-"""Where Debian's packages, as dataset-fashion-mnist, put data sets."""
+"""The folder of data sets from Debian's packages, such as dataset-fashion-mnist."""
 
 CLOTHES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -33,12 +33,16 @@ DIGITS = tuple("0123456789")
 def load(name: str, size: int | None = None, seed: int = 0, *, val: bool = False) -> Data:
     """The data set ``name``: one of NAMES, "NAME:PATH" with the place of its files, or a function.
 
-    A function, as "MODULE:FUNCTION", is imported and called: it is code. Images are ``size`` x
-    ``size``, by default 224 for folders of photographs, what a function gives, and else 32.
+    A function, as "MODULE:FUNCTION", is imported and called: this runs code. Images are ``size`` x
+    ``size``; the default is 224 for folders of photographs, a function's own size, and 32 for
+    others. ``seed`` draws a missing test set from the training images, and with ``val`` the
+    validation images; in-memory sets always draw the same ones. Raises UsageError if the files are
+    not valid.
 
-    ``seed`` draws a test set that is lacking from the images to train with, and if ``val`` the
-    images to validate with; of sets in memory these are always the same. Raises UsageError if files
-    are not as they should be.
+    Example:
+        >>> sets = cnn.data.load("digits", val=True)
+        >>> len(sets.train), len(sets.val), len(sets.test)
+        (1295, 142, 360)
     """
     known, _, path = name.partition(":")
     if known in NAMES:
@@ -49,13 +53,13 @@ def load(name: str, size: int | None = None, seed: int = 0, *, val: bool = False
 
 
 def same_set(first: str, second: str) -> bool:
-    """Whether two names are of one data set, whose files may have moved."""
+    """Whether two names refer to one data set, whose files may have moved."""
     names = [name if runs_code(name) else name.partition(":")[0] for name in (first, second)]
     return names[0] == names[1]
 
 
 def runs_code(name: str) -> bool:
-    """Whether to load the data set ``name`` runs code that it names."""
+    """Whether loading the data set ``name`` runs code that the name chooses."""
     return name.partition(":")[0] not in NAMES
 
 
@@ -73,9 +77,9 @@ def in_memory(
     mirrors: bool,
     val: bool,
 ) -> Data:
-    """A data set of ``train`` and ``test``; ``origin`` is named where they are not sound.
+    """A data set of ``train`` and ``test``; errors name ``origin``.
 
-    A fixed tenth of ``train`` is to validate with, if ``val``.
+    With ``val``, a fixed tenth of ``train`` is for validation.
     """
     for images, labels in (train, test):
         if not len(images) == len(labels) > 0:
@@ -92,15 +96,15 @@ def in_memory(
             chosen = [at for at, each in enumerate(drawn) if each == part]
             parts[part] = TensorDataset(images[chosen], labels[chosen])
         if not len(parts["train"]):
-            raise UsageError(f"{origin} holds no image to train with besides one to validate with")
+            raise UsageError(f"{origin} holds no training image besides one for validation")
     return Data(parts["train"], parts["test"], description, mirrors, parts.get("val"))
 
 
 def resized(images: Tensor, size: int) -> Tensor:
     """uint8 images [N, C, H, W] as [N, C, size, size].
 
-    They are padded with black if that takes at most four pixels on each side, as LeNet-5's
-    paper makes 28x28 pixels 32x32, and else scaled bilinearly.
+    They are padded with black if up to four pixels on each side suffice, as LeNet-5's paper pads
+    28x28 pixels to 32x32, and otherwise scaled bilinearly.
     """
     height, width = images.shape[-2:]
     margin, odd = divmod(size - height, 2)
@@ -153,7 +157,7 @@ def faces(path: Path | None, size: int | None, seed: int, val: bool) -> Data:
 
 @dataclass(frozen=True)
 class IdxSet:
-    """A reader of the four IDX files that MNIST, and what was made like it, consists of."""
+    """A reader of the four IDX files of MNIST and of sets in the same format."""
 
     classes: tuple[str, ...]
     place: Path
@@ -163,7 +167,7 @@ class IdxSet:
         folder = path or self.place
         if not folder.is_dir():
             raise UsageError(
-                f"{folder} is no folder: give the place of the IDX files, as NAME:FOLDER"
+                f"{folder} is not a folder: give the place of the IDX files, as NAME:FOLDER"
             )
         train, test = (self._part(folder, name) for name in ("train", "t10k"))
         options = {"mirrors": self.mirrors, "val": val}
@@ -176,7 +180,7 @@ class IdxSet:
 
 
 def _idx_path(folder: Path, name: str, kind: str) -> Path:
-    """Plain or compressed; some unpackers write the second hyphen as a point."""
+    """The path of a plain or compressed file; some unpackers write the second hyphen as a dot."""
     return first_there(folder, [f"{name}{dot}{kind}{end}" for dot in "-." for end in ("", ".gz")])
 
 

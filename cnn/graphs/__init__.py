@@ -1,1 +1,1 @@
-"""Dynamo's graphs, rewritten for ``torch.compile(model, backend="triton_cnn")``."""
+"""Rewriting of Dynamo's graphs for ``torch.compile(model, backend="triton_cnn")``."""

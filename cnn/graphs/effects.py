@@ -1,7 +1,7 @@
-"""What a node of Dynamo's graph changes: tensors in place, or a state that others depend on.
+"""Side effects of the nodes in Dynamo's graph: changes of tensors in place, or of global state.
 
-Dynamo traces on fake tensors, whose storages tell which results are views of which: each node keeps
-its own in ``meta["example_value"]``.
+Dynamo traces with fake tensors, which it keeps in each node's ``meta["example_value"]``. Their
+storages tell which results are views of which.
 """
 
 import inspect
@@ -30,19 +30,19 @@ _WRITING_OPERATORS = {
     operator.iconcat,
 }
 _KEEPING_STATISTICS = ("batch_norm", "instance_norm", "embedding", "fake_quant")
-"""Words in the names of functions that may also write to the tensors after their first."""
+"""Words in the names of functions that may also write to tensors after their first."""
 
 
 _RESHAPING = {
     *("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_"),
     *("resize_", "resize_as_", "set_", "detach_", "requires_grad_"),
 }
-"""Names of functions that change in place how a tensor lies, or whether it gets a gradient."""
+"""Functions that change a tensor's layout, or whether it gets a gradient, in place."""
 
 
 def forget_reshaped(gm: GraphModule) -> None:
-    """Have ``value`` give None for tensors that are reshaped in place: Dynamo then keeps for all
-    nodes how they are at the end.
+    """Make ``value`` return None for tensors that are reshaped in place. For all nodes with such a
+    tensor Dynamo keeps only its final layout.
     """
     graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
     nodes = [node for graph in graphs for node in graph.nodes]
@@ -58,17 +58,17 @@ def forget_reshaped(gm: GraphModule) -> None:
 
 
 def _name(target: Any) -> str:
-    """A function's or method's, without its overload."""
+    """The name of a function or method, without its overload."""
     return str(getattr(getattr(target, "overloadpacket", target), "__name__", target))
 
 
 def value(node: Node) -> Any:
-    """What Dynamo knows of a node's result; None if it knows nothing."""
+    """Dynamo's fake value of a node's result, None if unknown."""
     return None if "reshaped" in node.meta else node.meta.get("example_value")
 
 
 def storages(nodes: Iterable[Node]) -> set[int] | None:
-    """The storages in which the results of nodes lie; None if it is not known for one of them."""
+    """The storages of the nodes' results, None if one is unknown."""
     found = set()
     for t in pytree.tree_leaves([value(node) for node in nodes]):
         if type(t) is not FakeTensor:
@@ -78,7 +78,7 @@ def storages(nodes: Iterable[Node]) -> set[int] | None:
 
 
 def changed(node: Node) -> list[Node] | None:
-    """The nodes whose tensors a node writes to; None if it may change anything else, too."""
+    """The nodes whose tensors a node writes to, None if it may change anything else, too."""
     target = node.target
     if node.op in ("placeholder", "get_attr") or target is getattr:
         return []
@@ -91,7 +91,7 @@ def changed(node: Node) -> list[Node] | None:
     if node.op == "call_method":
         return _nodes(node.args[0]) if _writes_in_place(str(target)) else []
     if node.op != "call_function" or getattr(target, "__module__", None) not in FUNCTION_MODULES:
-        return None  # those change what they are told to change in place, and nothing else
+        return None  # functions in those modules change only what they are told to
     return _written_by_function(node)
 
 
@@ -136,8 +136,8 @@ def _is_told_to_write(node: Node) -> bool:
 
 
 def _gives_tensors(node: Node) -> bool:
-    """Whether the result is made of tensors, or a method's of numbers. A change of state gives
-    neither.
+    """Whether the result consists of tensors, or for a method also of numbers. A change of state
+    returns neither.
     """
     leaves = pytree.tree_leaves(value(node))
     kinds = (Tensor, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -1,8 +1,9 @@
-"""Dynamo's graphs with convolutions and poolings as this library's operators, fused if it is sound.
+"""Replace convolutions and poolings in Dynamo's graphs by this library's operators, and fuse them.
 
-First each call becomes an operator at its own place. Then each convolution takes in the node that
-reads it, and what reads that, as long as one of ``FUSIONS`` knows how. It moves down to its reader.
-So nothing else may read it, and nothing on the way may change what it reads or what it depends on.
+First each call becomes an operator in place. Then each convolution absorbs its reader, and the
+reader of that, as long as one of ``FUSIONS`` can. The fused operator runs at the reader's place. So
+the convolution must have no other reader, and nothing between the two may change its operands or
+the state that it depends on.
 """
 
 import operator
@@ -23,9 +24,9 @@ _Fused = tuple[Any, dict[str, Any]] | None  # an operator and its arguments
 
 
 def rewrite(graph: Graph) -> list[Outcome]:
-    """Put the operators into a graph; what became of each convolution and pooling."""
+    """Put the operators into a graph; returns the outcome for each convolution and pooling."""
     for node in list(graph.nodes):
-        if node.target is getattr and not node.users:  # asked while it was traced: is_cpu, say
+        if node.target is getattr and not node.users:  # read only by tracing, as is_cpu is
             graph.erase_node(node)
     outcomes = lower(graph)
     for outcome in list(outcomes):
@@ -45,7 +46,7 @@ def _fuse_readers(outcome: Outcome) -> None:
 
 
 def _fused(conv: Node) -> Node:
-    """The convolution with the node that reads it, at that node's place."""
+    """The node that replaces a convolution and its reader, at the reader's place."""
     if len(conv.users) != 1:
         raise Refusal(f"its result has {len(conv.users)} readers")
     (reader,) = conv.users
@@ -68,8 +69,8 @@ def _fused(conv: Node) -> Node:
 
 
 def _check_way(conv: Node, reader: Node, arguments: dict[str, Any]) -> None:
-    """That the convolution can be computed at its reader's place: nothing between changes what is
-    read, or a state such as autocast's.
+    """Check that the convolution may run at its reader's place: nothing between the two changes its
+    operands, or a state such as autocast's.
     """
     read = storages(node for node in arguments.values() if isinstance(node, Node))
     node = conv.next
@@ -83,14 +84,14 @@ def _check_way(conv: Node, reader: Node, arguments: dict[str, Any]) -> None:
         node = node.next
 
 
-# What a convolution takes in: each gives the fused operator, None if the reader is of another kind.
+# Fusions. Each returns the fused operator, or None if the reader is of another kind.
 
 _ADDITIONS = operator.add, operator.iadd, torch.add, "add", "add_"
 _RELUS = TF.relu, torch.relu, torch.relu_, "relu", "relu_"
 
 
 def _sum(input: Any, other: Any, *, alpha: Any = 1) -> None:
-    """Has the arguments of additions."""
+    """The signature of additions."""
 
 
 def _calls(node: Node, targets: tuple) -> bool:
@@ -115,7 +116,7 @@ def _add_residual(conv: Node, reader: Node) -> _Fused:
     if not _is_alike(value(residual), value(conv)):
         raise Refusal("its sum is with a tensor of another shape, dtype or device")
     if not _lies_alike(value(reader), value(conv)):
-        raise Refusal("its sum lies otherwise in memory, as the other tensor does")
+        raise Refusal("its sum has the memory format of the other tensor")
     return conv.target, arguments | {"residual": residual}
 
 
@@ -128,7 +129,7 @@ def _is_alike(t: Any, y: Any) -> bool:
 
 
 def _lies_alike(t: Any, y: Any) -> bool:
-    """Whether tensors of one shape have the same strides, but along axes of one element."""
+    """Whether tensors of one shape have the same strides, except along axes of size 1."""
     return type(t) is type(y) is FakeTensor and all(
         statically_known_true(size == 1) or statically_known_true(a == b)
         for size, a, b in zip(y.shape, t.stride(), y.stride(), strict=True)

@@ -1,9 +1,9 @@
-"""Networks given in NCHW, computed in channels_last, as Inductor does with torch's convolutions.
+"""Run NCHW networks in channels_last, as Inductor does with torch's convolutions.
 
-Inductor decides by ``aten.convolution``. So this pass does it for this library's operators, in
-AOTAutograd's joint graph of forward and backward: it has no side effects, and nothing in it sees
-how a tensor lies. Operands are copied once, the gradients' operators are told to keep the layout,
-and what leaves the graph lies as it did.
+Inductor does this only for ``aten.convolution``, so this pass does it for our operators. It works
+on AOTAutograd's joint graph of forward and backward, which has no side effects and in which nothing
+depends on a tensor's layout. Each operand is copied once, the gradients' operators are told to
+keep the layout, and outputs get their original layout back.
 """
 
 import hashlib
@@ -38,10 +38,10 @@ _Pass = graph_pass()
 
 
 class ChannelsLast(_Pass):
-    """The pass, after those that the user has set.
+    """The pass, which runs after the user's own.
 
-    Its id stands for this library's sources, too: what Inductor and AOTAutograd cache depends on
-    the operators' fake versions and gradients.
+    Its id includes a digest of this library's sources, because the caches of Inductor and
+    AOTAutograd depend on the operators' fake implementations and gradients.
     """
 
     def __init__(self, before: Any = None):
@@ -68,7 +68,7 @@ def _digest_of_sources() -> bytes:
 
 
 def move(graph: Graph) -> None:
-    """Have the operands of convolutions, and all that follows from them, in channels_last."""
+    """Put the operands of convolutions, and everything computed from them, into channels_last."""
     mover = _Mover()
     for node in list(graph.nodes):
         mover.visit(node)
@@ -76,7 +76,7 @@ def move(graph: Graph) -> None:
 
 class _Mover:
     def __init__(self) -> None:
-        self.before: dict[Node, Any] = {}  # the values of nodes whose results lay otherwise
+        self.before: dict[Node, Any] = {}  # original values of results whose layout has changed
         self.copies: dict[tuple[Node, tuple[int, ...]], Node] = {}
 
     def visit(self, node: Node) -> None:
@@ -86,7 +86,7 @@ class _Mover:
         if not moved and not _is_own(node):
             return
         result = _evaluated(node)
-        if result is None:  # it gets its operands as they lay before
+        if result is None:  # it gets operands in their original layout
             for operand in moved:
                 self._give_copy(node, operand, _order(self.before[operand]))
         elif _strides(result) != _strides(node.meta["val"]):
@@ -94,7 +94,7 @@ class _Mover:
             node.meta["val"] = result
 
     def _give_channels_last(self, node: Node) -> None:
-        """Move a convolution's images; others' only if one of them has been moved."""
+        """Move a convolution's images; for other operators only if one image has moved already."""
         values = {operand: _value(operand) for operand in node.all_input_nodes}
         images = {n: t for n, t in values.items() if isinstance(t, Tensor) and t.dim() == 4}
         last = torch.channels_last
@@ -109,10 +109,10 @@ class _Mover:
             True if name == "channels_last" else argument
             for name, argument in zip(defaults_of(target), node.args, strict=True)
         )
-        node.meta.pop("eager_input_vals", None)  # by which Inductor would have them as before
+        node.meta.pop("eager_input_vals", None)  # Inductor would restore the old layouts by it
 
     def _give_copy(self, node: Node, operand: Node, order: tuple[int, ...]) -> None:
-        """Give a node an operand whose axes lie in an order, the longest strides first."""
+        """Replace a node's operand by a copy with its axes in an order, longest strides first."""
         if (operand, order) not in self.copies:
             axes = list(range(len(order)))
             with node.graph.inserting_before(node):
@@ -127,7 +127,7 @@ class _Mover:
 
 
 def _call(node: Node, target: Any, *arguments: Any, **options: Any) -> Node:
-    """A call for a node, in whose part of the graph it is."""
+    """A new call in the same part of the graph as ``node``."""
     made = node.graph.call_function(target, arguments, options)
     made.meta = {key: item for key, item in node.meta.items() if key != "eager_input_vals"}
     made.meta["val"] = _evaluated(made)
@@ -153,7 +153,7 @@ def _strides(value: Any) -> list[tuple]:
 
 
 def _evaluated(node: Node) -> Any:
-    """The result of operands as they lie now; None of a node that may go by how they lie."""
+    """A node's result for the operands' new layouts; None if it may depend on the layout."""
     target: Any = node.target
     if target is not operator.getitem and (
         not isinstance(target, OpOverload)
@@ -167,5 +167,5 @@ def _evaluated(node: Node) -> Any:
     try:
         with torch.no_grad(), enable_python_dispatcher():
             return target(*arguments[0], **arguments[1])
-    except (RuntimeError, ValueError):  # a view that only the old strides have
+    except (RuntimeError, ValueError):  # a view that only the old strides allow
         return None

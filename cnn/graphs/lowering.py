@@ -1,4 +1,4 @@
-"""Calls of convolutions and poolings in Dynamo's graphs, each as an operator at its own place."""
+"""Replace calls of convolutions and poolings in Dynamo's graphs by operators, each in place."""
 
 import operator
 import re
@@ -37,22 +37,22 @@ _OWN_SOURCES = (
 
 
 class Refusal(Exception):
-    """Why a node stays as it is, as a clause about it."""
+    """The reason why a node stays unchanged, as a clause about it."""
 
 
 @dataclass
 class Outcome:
-    """What became of a convolution or pooling."""
+    """The outcome for a convolution or pooling."""
 
     node: Node
     function: str  # that was called
-    layer: str  # of the model
+    layer: str  # its name in the model
     line: str  # of its source
-    why: str = ""  # it was left to Inductor, or nothing more was fused
+    why: str = ""  # it was left to Inductor, or not fused further
 
     @property
     def became(self) -> str:
-        """The operator with what is fused in it; nothing if the call was left to Inductor."""
+        """The operator and what it fuses; "" if the call was left to Inductor."""
         if self.node.target not in OPERATORS:
             return ""
         arguments = given(self.node)
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def lower(graph: Graph) -> list[Outcome]:
-    """Put an operator in place of each call; what became of it."""
+    """Replace each call by an operator; returns the outcomes."""
     outcomes = []
     for node in list(graph.nodes):
         make = _LOWERINGS.get(node.target)
@@ -82,23 +82,23 @@ def name_of(node: Node) -> str:
 
 
 def _layer(node: Node) -> str:
-    """The name in the model of the innermost layer that made a call."""
+    """The name in the model of the innermost layer that makes a call."""
     path = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
     return re.sub(r"^L\['\w+'\]\.?", "", path[-1]) if path else ""
 
 
 def _line(node: Node) -> str:
-    """FILE:LINE of a call, outside of this library's functions and layers."""
+    """FILE:LINE of a call, outside this library's functions and layers."""
     frames = re.findall(r'File "(.*)", line (\d+)', node.meta.get("stack_trace") or "")
     users = [":".join(frame) for frame in frames if not frame[0].startswith(_OWN_SOURCES)]
     return users[-1] if users else ""
 
 
-# How a call's arguments are bound.
+# Binding of a call's arguments.
 
 
 def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> BoundArguments | None:
-    """All arguments of a call of a function; None if it does not take them."""
+    """All arguments of a call of ``function``; None if they do not fit its signature."""
     try:
         call = signature(function).bind(*args, **kwargs)
     except TypeError:
@@ -108,12 +108,12 @@ def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> BoundArgum
 
 
 def given(node: Node) -> dict[str, Any]:
-    """The arguments by name of a call of an operator, which has all of them by place."""
+    """The arguments by name of a call of an operator, which passes all of them by position."""
     target: Any = node.target
     return dict(zip(defaults_of(target), node.args, strict=True))
 
 
-# What makes the operator of a call, whose arguments have torch's names and defaults.
+# The lowerings: each makes a call's operator from arguments with torch's names and defaults.
 
 
 def _conv2d(
@@ -156,7 +156,7 @@ def _conv_transpose2d(
 
 
 def _size(node: Node, axis: int) -> Any:
-    """A size of a tensor: if it may vary, what asks for it when the graph runs."""
+    """A size of a tensor; if it may vary, a node that reads it when the graph runs."""
     size = value(node).shape[axis]
     return size if isinstance(size, int) else Proxy(_evaluated(node, "size", axis))
 
@@ -176,9 +176,9 @@ def _max_pool2d(
     results = value(node) if indices and value(node) else (value(node),)
     operands = _operands(results[0], input)
     if indices and any(user.target is not operator.getitem for user in node.users):
-        raise Refusal("its maxima and indices are handed on in one tuple")
+        raise Refusal("its maxima and indices are passed on as one tuple")
     kernel, steps, pads = pooling(kernel_size, stride, padding)
-    # Without a gradient the argmax is not kept.
+    # The argmax is kept only for a gradient.
     kept = results[0].requires_grad
     numbers = kernel, steps, pads, pair(dilation, 1), bool(ceil_mode), kept, indices
     made = _call(node, _ops.max_pool2d.default, *operands, *numbers)
@@ -195,7 +195,7 @@ def _max_pool2d(
 
 
 def _own(node: Node, *args: Any, **kwargs: Any) -> Node:
-    """A call of one of this library's operators, with all arguments by place."""
+    """A call of one of this library's operators, with all arguments by position."""
     target = _OVERLOADS.get(node.target, node.target)
     arguments = defaults_of(target)
     arguments |= dict(zip(arguments, args, strict=False)) | kwargs
@@ -231,7 +231,7 @@ def _check_constant(*arguments: Any) -> None:
 
 
 def _operands(result: Any, *operands: Any) -> list[Node | None]:
-    """The operands, cast to the result's dtype: autocast has given it another than theirs."""
+    """The operands, cast to the result's dtype if autocast has changed it."""
     tensors = [
         value(node) if isinstance(node, Node) else node for node in operands if node is not None
     ]
@@ -272,7 +272,7 @@ ON_CPU = "its tensors are on the CPU, where kernels run only in Triton's interpr
 
 
 def _evaluated(node: Node, method: str, *arguments: Any) -> Node:
-    """A call of a method that changes nothing, with its value."""
+    """A call of a method without side effects, with its value."""
     made = node.graph.call_method(method, (node, *arguments))
     with torch.no_grad():
         made.meta["example_value"] = getattr(value(node), method)(*arguments)
@@ -280,7 +280,7 @@ def _evaluated(node: Node, method: str, *arguments: Any) -> Node:
 
 
 def _call(node: Node, target: Callable[..., Any], *arguments: Any) -> Node:
-    """A call in place of a node, whose lines of source it keeps."""
+    """A call that replaces a node and keeps its source lines."""
     made = node.graph.call_function(target, arguments)
     made.meta = {key: item for key, item in node.meta.items() if key != "example_value"}
     return made

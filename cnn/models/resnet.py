@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut around them: figure 5, right.
 
-    The stride is on the 3x3 convolution, where the paper has it on the 1x1 before: torchvision's
+    The stride is on the 3x3 convolution, not on the 1x1 before it as in the paper: torchvision's
     "v1.5". Takes x[N, channels, H, W]; returns [N, 4 * width, H / stride, W / stride].
     """
 
@@ -73,12 +73,13 @@ class ResNet(nn.Module):
 
     Args:
         block: BasicBlock or Bottleneck.
-        counts: how many of them each stage has.
-        width: of the stem and of the first stage's 3x3 convolutions; each later stage doubles it.
-        zero_init_residual: whether each block begins as its shortcut alone (Goyal et al.,
-            "Accurate, large minibatch SGD", 2017, section 5.1).
-        image_size: of the images to come. Below 64 the stem is that of section 4.2, made for
-            32x32: a 3x3 convolution that moves by one pixel, without pooling.
+        counts: number of blocks in each stage.
+        width: width of the stem and of the first stage's 3x3 convolutions; each later stage doubles
+            it.
+        zero_init_residual: whether each block starts as only its shortcut (Goyal et al., "Accurate,
+            large minibatch SGD", 2017, section 5.1).
+        image_size: side of the expected images. Below 64 the stem is the one of section 4.2, made
+            for 32x32: a 3x3 convolution of stride 1, without pooling.
     """
 
     def __init__(
@@ -131,13 +132,13 @@ def _shortcut(channels: int, width: int, stride: int) -> nn.Module:
 def _stage(
     block: type[BasicBlock] | type[Bottleneck], channels: int, width: int, count: int, stride: int
 ) -> nn.Sequential:
-    """``count`` blocks, the first of which moves by ``stride`` pixels."""
+    """``count`` blocks, the first of which has ``stride``."""
     rest = [block(width * block.expansion, width) for _ in range(count - 1)]
     return nn.Sequential(block(channels, width, stride), *rest)
 
 
 def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """18 layers: 11,689,512 parameters, 3,628,146,688 FLOPs an image.
+    """18 layers: 11,689,512 parameters, 3,628,146,688 FLOPs per image.
 
     ``options`` are ResNet's.
     """
@@ -145,7 +146,7 @@ def resnet18(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> R
 
 
 def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """34 layers: 21,797,672 parameters, 7,327,522,816 FLOPs an image.
+    """34 layers: 21,797,672 parameters, 7,327,522,816 FLOPs per image.
 
     ``options`` are ResNet's.
     """
@@ -153,7 +154,7 @@ def resnet34(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> R
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """50 layers, v1.5: 25,557,032 parameters, 8,178,368,512 FLOPs an image.
+    """50 layers, v1.5: 25,557,032 parameters, 8,178,368,512 FLOPs per image.
 
     ``options`` are ResNet's.
     """
@@ -161,7 +162,7 @@ def resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> R
 
 
 def resnet101(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> ResNet:
-    """101 layers, v1.5: 44,549,160 parameters, 15,602,810,880 FLOPs an image.
+    """101 layers, v1.5: 44,549,160 parameters, 15,602,810,880 FLOPs per image.
 
     ``options`` are ResNet's.
     """

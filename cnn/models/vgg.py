@@ -25,14 +25,14 @@ class VGG(nn.Module):
     Takes x[N, in_channels, H, W] or one image without N; returns logits [N, num_classes].
 
     Args:
-        stages: the filters of each convolution, stage by stage.
-        batch_norm: whether each convolution is followed by batch normalization (Ioffe and Szegedy,
-            2015), which is not in the paper.
-        image_size: of the images to come. Maps are averaged to 7x7, the size that 224x224 leaves,
-            or to what smaller images leave: one pixel of 32x32. Any size can be given, down to 32.
-        dropout: the share of units that training drops after the first two linear layers.
-        hidden: the width of these layers.
-        init_weights: whether to draw as torchvision does, not as torch's layers do.
+        stages: number of filters of each convolution, stage by stage.
+        batch_norm: whether batch normalization follows each convolution (Ioffe and Szegedy, 2015);
+            the paper has none.
+        image_size: side of the expected images. Maps are averaged to 7x7, the rest of 224x224, or
+            to the rest of smaller images: one pixel for 32x32. Any size from 32 on works.
+        dropout: share of units that training drops after the first two linear layers.
+        hidden: width of these layers.
+        init_weights: whether to initialize as torchvision does, not as torch's layers do.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class VGG(nn.Module):
 
 
 def features(stages: Sequence[Sequence[int]], channels: int) -> nn.Sequential:
-    """The convolutions with ReLUs and poolings, numbered as if these stood apart, as checkpoints
-    have it.
+    """The convolutions with ReLUs and poolings, numbered as if these were separate layers, as in
+    checkpoints.
     """
     layers, number = nn.Sequential(), 0
     for *widths, last in stages:
@@ -95,7 +95,7 @@ def _normalized(stages: Sequence[Sequence[int]], channels: int) -> nn.Sequential
 
 
 def initialise(layer: nn.Module) -> None:
-    """Draw a layer's parameters as torchvision does."""
+    """Initialize a layer's parameters as torchvision does."""
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     elif isinstance(layer, nn.Linear):
@@ -105,22 +105,22 @@ def initialise(layer: nn.Module) -> None:
 
 
 def vgg11(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
-    """Column A: 132,863,336 parameters, 15,218,180,096 FLOPs an image. ``options`` are VGG's."""
+    """Column A: 132,863,336 parameters, 15,218,180,096 FLOPs per image. ``options`` are VGG's."""
     return VGG(A, num_classes, in_channels, **options)
 
 
 def vgg13(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
-    """Column B: 133,047,848 parameters, 22,616,932,352 FLOPs an image. ``options`` are VGG's."""
+    """Column B: 133,047,848 parameters, 22,616,932,352 FLOPs per image. ``options`` are VGG's."""
     return VGG(B, num_classes, in_channels, **options)
 
 
 def vgg16(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
-    """Column D: 138,357,544 parameters, 30,940,528,640 FLOPs an image. ``options`` are VGG's."""
+    """Column D: 138,357,544 parameters, 30,940,528,640 FLOPs per image. ``options`` are VGG's."""
     return VGG(D, num_classes, in_channels, **options)
 
 
 def vgg19(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> VGG:
-    """Column E: 143,667,240 parameters, 39,264,124,928 FLOPs an image. ``options`` are VGG's."""
+    """Column E: 143,667,240 parameters, 39,264,124,928 FLOPs per image. ``options`` are VGG's."""
     return VGG(E, num_classes, in_channels, **options)
 
 

@@ -12,17 +12,17 @@ class VGGSmall(nn.Module):
     """Four convolutions in VGG's style, for small images.
 
     It is this library's own, after Simonyan and Zisserman, "Very deep convolutional networks for
-    large-scale image recognition" (2015): 3x3 windows, channels doubled where the map is halved,
+    large-scale image recognition" (2015): 3x3 windows, channels doubled when the map is halved,
     dropout before the linear layers. The layout is 32 channels, pool, 64, pool, 128, 128, pool,
     then 256 units. With one channel and ten classes it has 767,370 parameters and takes 39,392,256
-    FLOPs an image, a multiply-add counted as two.
+    FLOPs per image.
 
     Takes x[N, in_channels, image_size, image_size] or one image without N; returns logits
     [N, num_classes].
 
     Args:
-        image_size: of the images to come, from 8 on. The first linear layer depends on it.
-        dropout: the share of units that training drops before each linear layer.
+        image_size: side of the images, at least 8. The first linear layer depends on it.
+        dropout: share of units that training drops before each linear layer.
     """
 
     def __init__(
@@ -56,5 +56,5 @@ class VGGSmall(nn.Module):
 
 
 def vgg_small(num_classes: int = 10, in_channels: int = 1, **options: Any) -> VGGSmall:
-    """A freshly initialised small VGG-like network. ``options`` are the class's."""
+    """A newly initialized small network in VGG's style. ``options`` are the class's."""
     return VGGSmall(num_classes, in_channels, **options)

@@ -1,1 +1,1 @@
-"""Runs: how they are trained, what they keep, and how they are used afterwards."""
+"""Training runs, their files, and the use of trained models."""

@@ -1,6 +1,6 @@
-"""Checkpoints: files that are whole at any moment, and that run no code when they are read.
+"""Checkpoints: files that are written atomically and run no code when they are read.
 
-They end in a digest of all that is before it, so that no damage is taken for a run.
+They end in a digest of everything before it, so any damage is noticed.
 """
 
 import argparse
@@ -33,25 +33,25 @@ T = TypeVar("T")
 FORMAT = 3
 KEYS = {"format", "versions", "config", "description", "state_dict", "position", "training"}
 FILES = ("last.pt", "best.pt", "best.safetensors", "log.csv", "log.jsonl", "curves.png")
-"""What a run writes; and epoch-N.pt."""
+"""The files that a run writes, besides epoch-N.pt."""
 
 _scalar, (_dtype, _) = numpy.float64(0).__reduce__()
 HARMLESS = [
     *(argparse.Namespace, numpy.dtype, type(_dtype), type(numpy.dtype("float32"))),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-"""What others' checkpoints hold besides tensors: arguments and numbers, which run no code."""
+"""Non-tensors in other programs' checkpoints: arguments and numbers, which run no code."""
 
 MARK = b"triton-cnn blake2b "
 DIGITS = 32
 
 
 def save(checkpoint: dict[str, Any], *paths: Path) -> None:
-    """Write ``checkpoint`` with format and versions to each path: always the old or the new, whole.
+    """Write ``checkpoint`` with format and versions to each path, atomically.
 
-    Raises OSError that names the path if that cannot be done.
+    Raises OSError with the path if that fails.
     """
-    whole = BytesIO()  # torch.save into a file hides what the system says of a full disk
+    whole = BytesIO()  # torch.save into a file hides the system's error for a full disk
     torch.save({"format": FORMAT, "versions": versions(), **checkpoint}, whole)
     seal(whole)
     for path in paths:
@@ -59,35 +59,35 @@ def save(checkpoint: dict[str, Any], *paths: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What computes here, by the modules: a package of Triton's has one of several names."""
+    """The versions of the modules that compute. Triton's package has one of several names."""
     modules = {"torch": torch, "triton": triton, "numpy": numpy}
     known = {name: str(module.__version__) for name, module in modules.items()}
     return {"python": platform.python_version(), **known, "triton-cnn": __version__}
 
 
 def seal(file: BytesIO) -> None:
-    """End what torch.save wrote in a digest, as the comment that a ZIP file may have."""
-    file.seek(-2, os.SEEK_END)  # the length of the comment, of which there was none
+    """Append a digest to torch.save's output, as the comment that a ZIP file may have."""
+    file.seek(-2, os.SEEK_END)  # the length of the comment, so far 0
     file.write((len(MARK) + DIGITS).to_bytes(2, "little") + MARK)
     whole = digest(file.getbuffer())
     file.write(whole)
 
 
 def digest(contents: memoryview | bytes) -> bytes:
-    """DIGITS letters that are others for other contents."""
+    """A digest of ``contents``, DIGITS letters long."""
     return hashlib.blake2b(contents, digest_size=DIGITS // 2).hexdigest().encode()
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Make the folder of a run, and keep other processes out of it; the lock ends with this one.
+    """Create the folder of a run and lock it against other processes; the lock ends with this one.
 
-    Gives whether the file system has locks, without which nobody is kept out. Removes what a killed
-    run was writing. Raises UsageError if another run has the folder, or if nothing can be written.
+    Yields whether the file system has locks; without them nobody is kept out. Removes partial files
+    of a killed run. Raises UsageError if another run has the folder or nothing can be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK  # of a pipe, which nobody reads, an error
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK  # an error, not a wait, if it is a pipe
         file = os.open(folder / ".lock", flags, 0o666)
     except OSError as error:
         raise UsageError(f"cannot write {folder}: {error.strerror}") from None
@@ -106,7 +106,7 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 def _lock(file: int, folder: Path) -> bool:
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a loader's workers do not inherit
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by a loader's workers
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UsageError(f"{folder} is in use by another run: name another --output") from None
@@ -117,7 +117,7 @@ def _lock(file: int, folder: Path) -> bool:
 
 
 def results(folder: Path) -> list[Path]:
-    """The files of a run that ``folder`` holds."""
+    """The files in ``folder`` that a run wrote."""
     return [*filter(Path.exists, map(folder.joinpath, FILES)), *kept(folder).values()]
 
 
@@ -128,34 +128,34 @@ def kept(folder: Path) -> dict[int, Path]:
 
 
 def of_run(path: Path, name: str = "best.pt") -> Path:
-    """The file ``path``, or the checkpoint ``name`` of the run whose folder it is."""
+    """The file ``path``; if ``path`` is a run's folder, its checkpoint ``name``."""
     return path / name if path.is_dir() else path
 
 
 def latest(path: Path) -> Path:
-    """The file ``path``, or last.pt of the run whose folder it is.
+    """The file ``path``; if ``path`` is a run's folder, its last.pt.
 
-    Raises UsageError if there is none.
+    Raises UsageError if the file does not exist.
     """
     last = of_run(path, "last.pt")
     if not last.exists():
-        best = last.with_name("best.pt")  # a run that was killed early may have no other
-        hint = f"; --resume {best} --overwrite goes on from its best" if best.exists() else ""
+        best = last.with_name("best.pt")  # the only checkpoint, if a run was killed early
+        hint = f"; --resume {best} --overwrite continues from its best" if best.exists() else ""
         raise UsageError(f"cannot read {last}: No such file or directory{hint}")
     return last
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote, on the CPU. Raises UsageError if ``path`` holds something else."""
+    """Read on the CPU what ``save`` wrote. Raises UsageError if ``path`` holds anything else."""
     if path.suffix == ".safetensors":
-        raise UsageError(f"{path} holds weights alone: a run goes on from its last.pt")
+        raise UsageError(f"{path} holds only weights: resume a run from its last.pt")
     return checked(*unpacked(contents(path), path), path)
 
 
 def checked(
     checkpoint: Any, sealed: bool, path: Path, keys: Set[str] = frozenset(KEYS)
 ) -> dict[str, Any]:
-    """What was read of ``path`` if it is a checkpoint with ``keys``, and as it was written."""
+    """The contents of ``path``, if they are an undamaged checkpoint with ``keys``."""
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("format"), int):
         raise UsageError(f"{path} is not a checkpoint of python -m cnn train")
     if checkpoint["format"] != FORMAT:
@@ -168,12 +168,12 @@ def checked(
         _check_type(checkpoint[name], name, dict, str(path))
     for name, value in checkpoint["state_dict"].items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UsageError(f"{path} has a parameter {name}={value!r:.50}, which is no tensor")
+            raise UsageError(f"{path} has a parameter {name}={value!r:.50}, which is not a tensor")
     return checkpoint
 
 
 def description(checkpoint: dict[str, Any], path: Path) -> Description:
-    """What the data was on which the model of the checkpoint ``path`` was trained."""
+    """The description of the data that the checkpoint's model was trained on."""
     known = record(Description, checkpoint["description"], f"the description in {path}")
     if not 0 < len(known.mean) == len(known.std):
         raise UsageError(
@@ -183,7 +183,7 @@ def description(checkpoint: dict[str, Any], path: Path) -> Description:
 
 
 def configuration(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """How the model of the checkpoint ``path`` was trained: its name, data, seed and more."""
+    """The configuration of the checkpoint's training: its model's name, data, seed and more."""
     config = checkpoint["config"]
     for name, kind in (("model", str), ("data", str), ("seed", int)):
         _check_type(config.get(name), name, kind, f"the configuration in {path}")
@@ -191,7 +191,7 @@ def configuration(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def record(kind: type[T], values: dict[str, Any], known_as: str) -> T:
-    """A dataclass of ``values``. Raises UsageError that names what it lacks or does not know."""
+    """A dataclass of ``values``. Raises UsageError that names a missing or unknown value."""
     hints = get_type_hints(kind)
     if unknown := sorted(map(str, values.keys() - hints.keys())):
         raise UsageError(f"{known_as} holds {unknown[0]}, which this version does not know")
@@ -208,11 +208,11 @@ def _check_type(value: Any, name: str, hint: Any, known_as: str) -> None:
     plain = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
     if not isinstance(value, plain | int if float in (hint, *get_args(hint)) else plain):
         wanted = hint.__name__ if isinstance(hint, type) else hint
-        raise UsageError(f"{known_as} has {name}={value!r:.50}, which is no {wanted}")
+        raise UsageError(f"{known_as} has {name}={value!r:.50}, which is not {wanted}")
 
 
 def contents(path: Path) -> bytes:
-    """A file as it is. Raises UsageError if it cannot be read."""
+    """The bytes of a file. Raises UsageError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -220,10 +220,10 @@ def contents(path: Path) -> bytes:
 
 
 def unpacked(whole: bytes, path: Path) -> tuple[Any, bool]:
-    """What a file of torch.save holds, and whether it ends in a digest, which is then right."""
+    """The contents of a torch.save file, and whether it ends in a digest, which is verified."""
     sealed = whole.endswith(MARK, 0, -DIGITS)
     if sealed and digest(memoryview(whole)[:-DIGITS]) != whole[-DIGITS:]:
-        raise UsageError(f"{path} is damaged: its digest is not that of its contents")
+        raise UsageError(f"{path} is damaged: its digest does not match its contents")
     damaged = None
     try:
         damaged = None if sealed else _wrong_crc(BytesIO(whole))
@@ -232,7 +232,7 @@ def unpacked(whole: bytes, path: Path) -> tuple[Any, bool]:
     except Exception as error:  # a damaged file can raise anything
         code = re.search(r"GLOBAL (\S+) (was not an allowed|whose module)", str(error))
         if code and not damaged:
-            what = f"{path} holds {code[1]}, and to read that could run code"
+            what = f"{path} holds {code[1]}, and reading that could run code"
             raise UsageError(f"{what}: save its state_dict") from None
         raise UsageError(f"{path} is damaged or not a checkpoint") from None
     if damaged:
@@ -241,7 +241,7 @@ def unpacked(whole: bytes, path: Path) -> tuple[Any, bool]:
 
 
 def _wrong_crc(file: BytesIO) -> str | None:
-    """A part of a ZIP file whose CRC, which torch.load does not look at, is wrong."""
+    """A part of a ZIP file with a wrong CRC, which torch.load does not check."""
     if not zipfile.is_zipfile(file):
         return None
     with zipfile.ZipFile(file) as archive:

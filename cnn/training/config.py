@@ -1,4 +1,4 @@
-"""What a run is asked for: what fixes its numbers, and what may change on the way."""
+"""A run's settings: those that fix its numbers, and those that may change when it is resumed."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], float, float]] = {
     "adamw": (AdamW, 1e-3, 1e-2),
     "sgd": (lambda *args, **kw: SGD(*args, momentum=0.9, nesterov=True, **kw), 0.05, 5e-4),
 }
-"""Each with its usual rate and weight decay."""
+"""The optimizers, each with its default rate and weight decay."""
 
 SCHEDULES: dict[str, Callable[[Optimizer, float, int], LRScheduler]] = {
     "one-cycle": lambda optimizer, lr, steps: OneCycleLR(optimizer, lr, steps),
@@ -30,10 +30,10 @@ SCHEDULES: dict[str, Callable[[Optimizer, float, int], LRScheduler]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """What fixes the numbers of a run; one that is resumed keeps it.
+    """The settings that fix a run's numbers; a resumed run keeps them.
 
-    ``batch_size`` counts the images of a step over all processes. ``patience`` is after how many
-    epochs without a better one a run stops, 0 for never.
+    ``batch_size`` counts the images of a step over all processes. ``patience`` is the number of
+    epochs without a better one after which a run stops; 0 means never.
     """
 
     model: str = "lenet5"
@@ -59,7 +59,7 @@ class Config:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> "Config":
-        """The configuration in the checkpoint ``path``. Raises UsageError if it is none."""
+        """The configuration in the checkpoint ``path``. Raises UsageError if it is not valid."""
         values, known_as = (
             checkpoints.configuration(checkpoint, path),
             f"the configuration in {path}",
@@ -73,7 +73,7 @@ class Config:
     def resumed(self, given: dict[str, Any], path: Path) -> "Config":
         """This configuration of the checkpoint ``path``, if the arguments ``given`` agree with it.
 
-        Files may have moved: of data in files only the name must agree.
+        Files may have moved: for data in files only the name must agree.
         """
         known = asdict(self)
         for name, value in given.items():
@@ -86,14 +86,14 @@ class Config:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What may change when a run is resumed.
+    """The settings that may change when a run is resumed.
 
     Args:
-        folder: of the checkpoints last.pt and best.pt, and of the log.
-        workers: processes that load images, for each process of the run.
+        folder: folder of the checkpoints last.pt and best.pt, and of the log.
+        workers: number of processes that load images, for each process of the run.
         save_every: steps, or seconds if ``in_seconds``, between checkpoints within an epoch.
-        broken: "skip" or "stop" at an image that cannot be read.
-        keep_every: epochs between checkpoints that stay, as epoch-1.pt; 0 for none.
+        broken: what to do about an unreadable image, "skip" or "stop".
+        keep_every: epochs between checkpoints that are kept, as epoch-1.pt; 0 for none.
     """
 
     folder: Path

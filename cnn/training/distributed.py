@@ -1,4 +1,4 @@
-"""The processes that share a run, one for each GPU: torchrun starts them."""
+"""The processes of a run, one per GPU, started by torchrun."""
 
 import ctypes
 import os
@@ -13,9 +13,9 @@ from ..errors import UsageError
 
 
 class ProcessGroup:
-    """The processes of a run. Without torchrun there is one, and nothing is exchanged.
+    """The processes of a run. Without torchrun there is one, which exchanges nothing.
 
-    ``rank`` is this process's number of ``world``. The first writes files and speaks.
+    ``rank`` is this process's number, out of ``world``. Only the first writes files and messages.
     """
 
     def __init__(self, device: torch.device):
@@ -30,10 +30,10 @@ class ProcessGroup:
                 raise UsageError(f"process {local} of this machine has no GPU of its own")
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        # What is exchanged on the CPU, as who was interrupted, does not wait for the GPU.
+        # CPU messages, such as who was interrupted, go through gloo and do not wait for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        # Gloo's destructor keeps the interpreter's lock while it waits for its threads, which may
-        # want that lock to free a tensor: it must never run.
+        # Gloo's destructor holds the interpreter's lock while it waits for its threads, which may
+        # need that lock to free a tensor: it must never run.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
 
     @property
@@ -41,7 +41,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def highest(self, *values: int) -> list[int]:
-        """For each value the highest that any process gave."""
+        """For each value the maximum over the processes."""
         if self.world == 1:
             return list(values)
         shared = torch.tensor(values)
@@ -49,20 +49,20 @@ class ProcessGroup:
         return shared.tolist()
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the processes of a tensor, on its device."""
+        """The sum of a tensor over the processes, on its device."""
         if self.world > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors by the first process's."""
+        """Overwrite tensors with the first process's."""
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gave, for the first; the others get nothing of use."""
+        """The values of all processes, in the first one; the others get nothing useful."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -70,7 +70,7 @@ class ProcessGroup:
         return values
 
     def close(self) -> None:
-        """Leave, all together."""
+        """Leave the group, all processes together."""
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()

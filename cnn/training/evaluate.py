@@ -1,4 +1,4 @@
-"""What a trained model says of images, and how often it is right."""
+"""A trained model's predictions, and how often they are right."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -21,18 +21,18 @@ from .distributed import ProcessGroup
 from .signals import ignore_in_worker
 
 BATCH = 256
-"""Images of a batch when nothing is learnt."""
+"""Images per batch outside training."""
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
-    """torch.autocast of "bf16" or "fp16", or nothing for "off"."""
+    """A torch.autocast context for "bf16" or "fp16"; for "off" one that does nothing."""
     if amp == "off":
         return nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
 
 
 def in_workers(count: int) -> dict[str, Any]:
-    """The options of a DataLoader with ``count`` worker processes; it draws no shared numbers."""
+    """Options for a DataLoader with ``count`` worker processes that draws no shared numbers."""
     options = {"generator": torch.Generator(), "num_workers": count}
     if count:
         options |= {"worker_init_fn": ignore_in_worker, "persistent_workers": True}
@@ -43,7 +43,7 @@ def in_workers(count: int) -> dict[str, Any]:
 def outputs(
     model: nn.Module, loader: DataLoader, prepare: Normalize, amp: str, unreadable: UnreadableImages
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits in float32 and labels of each batch of ``loader``, on the device of ``prepare``."""
+    """Yield float32 logits and labels of each batch of ``loader``, on the device of ``prepare``."""
     model.eval()
     for images, labels in loader:
         with autocast(prepare.device, amp):
@@ -53,12 +53,12 @@ def outputs(
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of the images [N] that can be read.
+    """A model's answers for the readable images [N].
 
     Args:
-        labels: what they are, [N].
-        ranked: the five likeliest classes, [N, 5], of equals the first; of five or fewer classes
-            only the likeliest, [N, 1].
+        labels: the right classes, [N].
+        ranked: the five most probable classes, [N, 5], ties in the order of their numbers; for five
+            or fewer classes only the most probable one, [N, 1].
         loss: the mean cross-entropy.
     """
 
@@ -67,7 +67,7 @@ class Answers:
     loss: float
 
     def right(self, top: int = 1) -> int:
-        """For how many images the label is one of the ``top`` likeliest classes."""
+        """The number of images whose label is among the ``top`` most probable classes."""
         return int((self.ranked[:, :top] == self.labels[:, None]).sum())
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ def answers(
     unreadable: UnreadableImages,
     workers: int,
 ) -> Answers:
-    """What ``model`` says of ``images``, with a bar meanwhile."""
+    """The answers of ``model`` for ``images``; shows a progress bar."""
     loader = DataLoader(images, BATCH, **in_workers(workers))
     bar = Progress("eval", len(images), 0, "image")
     right, loss, parts = 0, 0.0, []
@@ -129,7 +129,7 @@ class Evaluator:
         self._group = group
 
     def __call__(self, model: nn.Module, between: Callable[[], None]) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy; ``between`` is called after each batch."""
+        """Mean cross-entropy and accuracy; calls ``between`` after each batch."""
         totals = torch.zeros(3, dtype=torch.float64, device=self._group.device)
         for logits, labels in outputs(model, self._loader, *self._rest):
             totals += tally(logits, labels, F.cross_entropy(logits, labels, reduction="sum"))
@@ -140,7 +140,7 @@ class Evaluator:
 
 
 def tally(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    """What is summed over batches: loss, right answers, and images that count."""
+    """The sums to accumulate over batches: loss, right answers, and number of images."""
     right = (logits.argmax(1) == labels).sum()
     return torch.stack(
         [loss.detach().double(), right.double(), (labels != UNCOUNTED).sum().double()]
@@ -148,7 +148,7 @@ def tally(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
 
 
 def class_table(found: Answers, classes: tuple[str, ...]) -> str:
-    """Precision, recall, F1 and number of images of each class."""
+    """A table of each class's precision, recall, F1 and number of images."""
     from sklearn.metrics import classification_report  # takes its time
 
     numbers, names = range(len(classes)), [*map(plain, classes)]
@@ -157,7 +157,7 @@ def class_table(found: Answers, classes: tuple[str, ...]) -> str:
 
 
 def draw_confusion(found: Answers, classes: tuple[str, ...], path: Path) -> None:
-    """Draw how often which class is taken for which, as a PNG. Names show of up to 50 classes."""
+    """Draw the confusion matrix as a PNG; class names appear for up to 50 classes."""
     from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 
     count = len(classes)

@@ -1,4 +1,4 @@
-"""The log of a run: its rows as CSV and JSON lines, its curves, and TensorBoard's events."""
+"""A run's log: CSV, JSON lines, curves, and TensorBoard's events."""
 
 import csv
 import io
@@ -14,13 +14,13 @@ from ..figures import new_figure, png
 from ..files import write
 
 Row = dict[str, Any]
-"""What is known of an epoch: its number, loss and accuracy in training and validation, and more."""
+"""One epoch: its number, loss and accuracy in training and validation, and more."""
 
 
 class RunLog:
-    """log.csv, log.jsonl and curves.png in ``folder``, and TensorBoard's events when installed.
+    """log.csv, log.jsonl and curves.png in ``folder``, and TensorBoard's events if installed.
 
-    The files are written whole from all rows so far, so that they agree with the checkpoint.
+    Each write replaces the files by all rows so far, so that they agree with the checkpoint.
     """
 
     def __init__(self, folder: Path, rows: list[Row]):
@@ -35,7 +35,7 @@ class RunLog:
             self._write_files(rows, last=False)
 
     def write(self, rows: list[Row], *, last: bool) -> None:
-        """Tell of a new epoch, the last of ``rows``."""
+        """Log a new epoch, the last of ``rows``."""
         self._write_files(rows, last=last)
         if self._board:
             for name, value in rows[-1].items():

@@ -1,4 +1,4 @@
-"""Networks by name: this library's, timm's, torchvision's, or those of one's own function."""
+"""Networks by name: this library's, timm's, torchvision's, or from a user's function."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ from ..text import meant
 LIBRARIES = ("timm", "torchvision")
 
 Source = str | nn.Module | Callable[..., Any]
-"""A network's name, itself, or a function that makes it."""
+"""A network, its name, or a function that makes it."""
 
 
 def known_as(name: str) -> str:
-    """What to say of a name that is none; nothing if it may be one."""
+    """The end of an error message about an unknown name; "" if the name may be valid."""
     library, colon, _ = name.partition(":")
     if name in models.list() or (colon and (library in LIBRARIES or data.is_code(name))):
         return ""
@@ -32,18 +32,18 @@ def known_as(name: str) -> str:
 
 
 def runs_code(name: str) -> bool:
-    """Whether to make the network ``name`` runs code that it names, and not that of a library."""
+    """Whether creating the network ``name`` runs code that the name chooses, not a library's."""
     return data.is_code(name) and name.partition(":")[0] not in LIBRARIES
 
 
 def create(source: Source, **options: Any) -> nn.Module:
-    """A network, newly initialised unless it is given itself, of this library's layers.
+    """A network with this library's layers, newly initialized unless ``source`` is a module.
 
-    ``options`` are num_classes, in_channels and image_size. A function gets those that it has
+    ``options`` are num_classes, in_channels and image_size; a function gets those that it has
     parameters for. Raises UsageError if there is no such network.
     """
     if isinstance(source, str) and source in models.list():
-        with warnings.catch_warnings(action="ignore"):  # of an empty layer
+        with warnings.catch_warnings(action="ignore"):  # about an empty layer
             return models.create(source, **options)
     if isinstance(source, str):
         if unknown := known_as(source):
@@ -57,13 +57,11 @@ def create(source: Source, **options: Any) -> nn.Module:
         model = source if isinstance(source, nn.Module) else data.fitting(source, options)
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
-        raise UsageError(f"--model: {source} gives a {kind}, and no torch.nn.Module")
+        raise UsageError(f"--model: {source} returns a {kind}, not a torch.nn.Module")
     if not any(True for _ in model.parameters()):
-        raise UsageError(f"--model: {source} gives a {type(model).__name__} without parameters")
+        raise UsageError(f"--model: {source} returns a {type(model).__name__} without parameters")
     if odd := [name for name, value in model.state_dict().items() if not torch.is_tensor(value)]:
-        raise UsageError(
-            f"--model: {source} keeps {odd[0]}, which is no tensor: no file can hold it"
-        )
+        raise UsageError(f"--model: {source} keeps {odd[0]}, not a tensor: no file can hold it")
     return convert(model)
 
 
@@ -71,11 +69,11 @@ def _of_library(library: str, name: str, options: dict[str, Any]) -> nn.Module:
     """A network that timm or torchvision lists, without weights, which would be downloaded."""
     try:
         package: Any = import_module(library)
-    except Exception as error:  # one that was built for another torch raises anything
+    except Exception as error:  # a build for another torch can raise anything
         raise UsageError(f"--model: cannot import {library}: {error}") from None
     timm, zoo = library == "timm", package if library == "timm" else package.models
     known = zoo.list_models() if timm else zoo.list_models(module=zoo)
-    if (name.partition(".")[0] if timm else name) not in known:  # timm's may tell a tag of weights
+    if (name.partition(".")[0] if timm else name) not in known:  # timm's may end in a weights' tag
         raise UsageError(f"--model: {library} has no {name!r}{meant(name, known)}")
     taken = {key: value for key, value in options.items() if key == "num_classes"}
     channels = options.get("in_channels", 3)
@@ -86,22 +84,22 @@ def _of_library(library: str, name: str, options: dict[str, Any]) -> nn.Module:
     model = zoo.get_model(name, weights=None, **taken)
     if channels != 3:
         if not (first := first_convolution(model)):
-            raise UsageError(f"--model: {name} has no convolution, and takes 3 channels alone")
+            raise UsageError(f"--model: {name} has no convolution and takes only 3 channels")
         renew(first[1], 1, channels)
     return model
 
 
 def first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d] | None:
-    """The convolution that sees the image, and its name."""
+    """The name and module of the convolution that sees the image."""
     found = ((n, module) for n, module in model.named_modules() if isinstance(module, nn.Conv2d))
     return next(found, None)
 
 
 def described(model: nn.Module, known: data.Description) -> data.Description:
-    """``known``, with the mean and deviation by which photographs are normalized for a network.
+    """``known`` with a network's own mean and standard deviation for photographs.
 
-    timm's networks tell them. torchvision's GoogLeNet and Inception, whose files are for others
-    than ImageNet's, convert images themselves if it loads the files.
+    timm's networks state them. torchvision's GoogLeNet and Inception, whose files need other values
+    than ImageNet's, convert images themselves if torchvision loads the files.
     """
     if (known.mean, known.std) != data.IMAGENET:
         return known
@@ -115,16 +113,16 @@ def described(model: nn.Module, known: data.Description) -> data.Description:
 
 
 def check_size(model: nn.Module, name: str, known: data.Description) -> None:
-    """Raise UsageError unless the model gives a number per class, for images as are ``known``."""
+    """Raise UsageError unless the model outputs one number per class for images like ``known``."""
     shape, given = (1, known.channels, known.size, known.size), []
     hook = model.register_forward_hook(lambda *call: given.append(call[-1]))
     try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # of an empty layer
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):  # about an empty layer
             if runs_code(name):
                 model(torch.zeros(shape))
             else:
                 summary(model, shape)
-    except Exception as error:  # someone else's code can raise anything
+    except Exception as error:  # user code can raise anything
         why = f"{type(error).__name__}: {error}"
         size = f"{known.size}x{known.size} pixels"
         raise UsageError(f"--size: {name} does not take {size}: {why}") from None
@@ -133,4 +131,4 @@ def check_size(model: nn.Module, name: str, known: data.Description) -> None:
     count, size = len(known.classes), getattr(given[0], "shape", None)
     if count and size != (1, count):
         gives = type(given[0]).__name__ if size is None else [*size]
-        raise UsageError(f"--model: {name} gives {gives} for an image, and not [1, {count}]")
+        raise UsageError(f"--model: {name} returns {gives} for an image, not [1, {count}]")

@@ -1,4 +1,4 @@
-"""Training an image classifier: one run, from its first or any later step."""
+"""A training run of an image classifier, from its first or any later step."""
 
 import math
 import time
@@ -31,7 +31,7 @@ from .signals import Interrupted, Signals
 
 @dataclass
 class Position:
-    """How far a run is: whole epochs, steps of the next, and the log's row of each epoch."""
+    """A run's progress: whole epochs, steps of the next one, and the log's row of each epoch."""
 
     epoch: int = 0
     step: int = 0
@@ -39,17 +39,17 @@ class Position:
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any], path: Path) -> "Position":
-        """The position in the checkpoint ``path``. Raises UsageError if it is none."""
+        """The position in the checkpoint ``path``. Raises UsageError if it is not valid."""
         known_as = f"the position in {path}"
         position = checkpoints.record(cls, checkpoint["position"], known_as)
         epochs = range(1, len(position.rows) + 1)
         if position.epoch != len(epochs) or not all(map(_is_row, position.rows, epochs)):
-            raise UsageError(f"{known_as} lacks what was measured of its {position.epoch} epochs")
+            raise UsageError(f"{known_as} lacks results of its {position.epoch} epochs")
         return position
 
     @property
     def best(self) -> Row | None:
-        """The row of the highest validation accuracy; of equal ones that of the lowest loss."""
+        """The row with the highest validation accuracy; ties go to the lowest validation loss."""
         return max(self.rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]), default=None)
 
 
@@ -68,7 +68,7 @@ def _sound(tensor: Tensor) -> bool:
 
 
 class Run:
-    """A model in training with all that its next step depends on."""
+    """A model in training, with everything that its next step depends on."""
 
     def __init__(self, config: Config, options: RunOptions, data: Data, group: ProcessGroup):
         self.config, self.options, self.data, self.group = config, options, data, group
@@ -77,7 +77,7 @@ class Run:
         self._build_model()
         self._build_loaders()
         self._build_optimizer()
-        torch.manual_seed(config.seed + group.rank)  # dropout
+        torch.manual_seed(config.seed + group.rank)  # for dropout
         self._saved = time.monotonic()
         self._kept = "nothing was saved"
 
@@ -114,7 +114,7 @@ class Run:
         config, settings, group, data = self.config, self.options, self.group, self.data
         count, size = len(data.train), config.batch_size
         if size > count:
-            raise UsageError(f"--batch-size: {size} is more than the {count} images to train with")
+            raise UsageError(f"--batch-size: {size} is more than the {count} training images")
         if size % group.world:
             raise UsageError(f"--batch-size: {size} is not a multiple of {group.world} processes")
         self.batches = Batches(count, size, config.seed, group.rank, group.world)
@@ -141,11 +141,11 @@ class Run:
 
     @property
     def averaged(self) -> nn.Module:
-        """The model to use: of averaged parameters if there are."""
+        """The model to use: the one with averaged parameters, if there is one."""
         return self.average.module if self.average else self.model
 
     def go(self, signals: Signals) -> None:
-        """Train until it is over, or interrupted: then raises Interrupted after saving."""
+        """Train to the end. If interrupted, save and raise Interrupted."""
         log = None
         if self.group.first:
             log = RunLog(self.options.folder, self.position.rows)
@@ -161,13 +161,13 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether all epochs are done, or those that may pass without a better one."""
+        """Whether all epochs are done, or patience with the last ones is exhausted."""
         best, patience = self.position.best, self.config.patience
         waited = self.position.epoch - best["epoch"] if best else 0
         return self.position.epoch >= self.config.epochs or 0 < patience <= waited
 
     def _train(self, signals: Signals) -> None:
-        """The steps of an epoch that are left."""
+        """Run the remaining steps of an epoch."""
         config, position = self.config, self.position
         weights.training(self.network)
         self.batches.epoch, self.batches.step = position.epoch, position.step
@@ -182,9 +182,9 @@ class Run:
                 diverged = False
                 if bar.advance(config.batch_size):
                     loss, right, count = self.totals.tolist()
-                    count = max(count, 1)  # none where all images are broken
+                    count = max(count, 1)  # none if all images are unreadable
                     bar.show(loss=f"{loss / count:.4f}", accuracy=f"{right / count:.3f}")
-                    diverged = not math.isfinite(loss)  # which ends the attempt to save
+                    diverged = not math.isfinite(loss)  # saving then fails and ends the run
                 signal, due = self.group.highest(signals.signal, self._due() or diverged)
                 if signal or (due and position.step < steps):
                     self.save()
@@ -203,7 +203,7 @@ class Run:
                 reduction="sum",
                 label_smoothing=self.config.label_smoothing,
             )
-        # Not over those that count: the processes' means are averaged.
+        # Not only over readable images, because the processes' means are averaged.
         self.scaler.scale(loss / len(labels)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -219,7 +219,7 @@ class Run:
         return self.position.step % self.options.save_every == 0
 
     def _finish(self, rate: float, signals: Signals, log: RunLog | None) -> None:
-        """Validate the model, tell and save."""
+        """Validate the model, report the epoch and save."""
 
         def between() -> None:
             if signals.signal and self.group.world == 1:
@@ -253,7 +253,7 @@ class Run:
                 f"epoch {position.epoch}/{self.config.epochs}  loss {row['train_loss']:.4f}  "
                 f"accuracy {row['train_accuracy']:.3f}  validation loss {val_loss:.4f}  "
                 f"validation accuracy {val_accuracy:.4f}  {rate:.0f} images/s"
-                + (f"  {lost} broken images skipped" if lost else "")
+                + (f"  {lost} unreadable images skipped" if lost else "")
             )
             log.write(position.rows, last=self.over)
         better = position.best is row
@@ -262,7 +262,7 @@ class Run:
         self.save(*(name for name, wanted in names.items() if wanted))
 
     def _check_finite(self) -> None:
-        """Raise UsageError in all processes if one has diverged: what is saved stays what it is."""
+        """Raise UsageError in all processes if one has diverged; existing files stay unchanged."""
         self._check_loss("loss", self.group.sum(self.totals)[0].item())
         if self.group.highest(not all(map(_sound, self._state())))[0]:
             raise self._diverged("not all parameters", "are finite")
@@ -276,7 +276,9 @@ class Run:
         return UsageError(f"{where} {how}: lower --lr; {self._kept}", FAILURE)
 
     def _state(self) -> Iterator[Tensor]:
-        """What is learnt, with batch statistics, and what the optimizer keeps of it."""
+        """The tensors that training changes: the model's, including batch statistics, and the
+        optimizer's.
+        """
         for model in (self.model, self.averaged):
             yield from model.parameters()
             for module in model.modules():
@@ -286,7 +288,7 @@ class Run:
             yield from filter(torch.is_tensor, kept.values())
 
     def begin_folder(self, source: Path | None) -> None:
-        """Clear the folder, and copy to it the checkpoint ``source`` and the best of its run."""
+        """Clear the folder, and copy the checkpoint ``source`` and the best of its run into it."""
         best, past, folder = None, self.position.best, self.options.folder
         last = source.read_bytes() if source else None
         if source and past and (path := source.with_name("best.pt")).exists():
@@ -307,7 +309,7 @@ class Run:
         return self.options.folder / "last.pt"
 
     def save(self, *names: str) -> None:
-        """Write last.pt, and before it the same as files of other ``names``."""
+        """Write last.pt, and before it the same contents under other ``names``."""
         self._check_finite()
         device = self.group.device
         own = {"totals": self.totals.cpu(), "random": torch.get_rng_state()}
@@ -340,10 +342,10 @@ class Run:
 
     @property
     def task(self) -> str:
-        """What is trained with what, on what and whereto, in words."""
+        """A sentence on the model, the device, the data and the output folder."""
         sets, count = self.data, sum(each.numel() for each in self.model.parameters())
-        parts = {"train": sets.train, "validate": sets.val, "test": sets.test}
-        counts = ", ".join(f"{len(part):,} to {use} with" for use, part in parts.items())
+        parts = {"training": sets.train, "validation": sets.val, "test": sets.test}
+        counts = ", ".join(f"{len(part):,} {use}" for use, part in parts.items())
         among = f" in {self.group.world} processes" if self.group.world > 1 else ""
         return (
             f"training {self.config.model}, {count:,} parameters, on {self.group.device}{among}; "
@@ -352,31 +354,31 @@ class Run:
 
     @property
     def outcome(self) -> str:
-        """Where the best model is, of which epoch and how good, in words."""
+        """A sentence on the best model: its file, its epoch and its accuracy."""
         best, path = self.position.best, self.options.folder / "best.pt"
         if not best:
             return "nothing was trained"
-        holds = "holds" if path.exists() else "is lacking; the best was"
+        holds = "holds" if path.exists() else "is missing; the best was"
         epoch = f"epoch {best['epoch']} of {self.config.epochs}"
         return f"{path} {holds} {epoch}, validation accuracy {best['val_accuracy']:.4f}"
 
     @property
     def place(self) -> str:
-        """How far the run has come, in words."""
+        """A phrase that says how far the run has come."""
         words = f"epoch {self.position.epoch} of {self.config.epochs}"
         return words + (f" and {self.position.step} steps" if self.position.step else "")
 
     def restore(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Go on where the checkpoint ``path`` was saved, on any number of processes.
+        """Continue where the checkpoint ``path`` was saved, on any number of processes.
 
-        With another number the order of images stays, and dropout draws anew.
+        With a different number the order of images stays the same, but dropout draws other numbers.
         """
         training = checkpoint["training"]
         known, found = checkpoints.description(checkpoint, path), self.data.description
         if replace(known, identity="") != replace(found, identity=""):
             raise UsageError(f"--data: {self.config.data} is not what {path} was trained on")
         if (count := training.get("images")) != len(self.data.train):
-            counts = f"{len(self.data.train)} images to train with, {count}"
+            counts = f"{len(self.data.train)} training images, {count}"
             raise UsageError(f"--data: {self.config.data} holds {counts} when {path} was saved")
         if known.identity not in ("", found.identity):
             raise UsageError(
@@ -387,9 +389,7 @@ class Run:
             self._load(training)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise UsageError(
-                f"{path} does not hold what this run goes on from: {reason}"
-            ) from error
+            raise UsageError(f"{path} does not fit this run: {reason}") from error
         self._kept = f"{path} holds {self.place}"
 
     def _load(self, training: dict[str, Any]) -> None:

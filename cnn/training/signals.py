@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals of schedulers and terminals, taken at the end of a step."""
+"""Ctrl-C and the signals of schedulers and terminals, handled at the end of a step."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(Exception):
-    """The run was asked to end by ``signal``, and is saved: ``kept`` says where and how far."""
+    """The run was stopped by ``signal`` and is saved; ``kept`` says where and how far it is."""
 
     def __init__(self, number: int, kept: str):
         super().__init__(number, kept)
@@ -18,12 +18,12 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Within it, ``signal`` is 0 until one of SIGNALS arrives, and then its number.
+    """A context in which ``signal`` is 0 until one of SIGNALS arrives, and then its number.
 
-    SIGHUP does not count if it is ignored, as nohup has it.
+    SIGHUP does not count if it is ignored, as under nohup.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Not under torchrun, which passes on the Ctrl-C
-    that a terminal has already sent to each process.
+    A second Ctrl-C raises KeyboardInterrupt at once. Under torchrun it does not, because torchrun
+    forwards the Ctrl-C that a terminal has already sent to each process.
     """
 
     def __init__(self) -> None:
@@ -51,9 +51,9 @@ class Signals:
 
 
 def ignore_in_worker(worker: int) -> None:
-    """Leave the end of a loader's worker to the process that started it.
+    """Ignore signals in a loader's worker, so that its parent process decides when it ends.
 
-    A scheduler signals all processes at once, and the run can save only if its workers go on.
+    A scheduler signals all processes at once, and the run can save only if its workers keep going.
     """
     for number in SIGNALS:
         if number != signal.SIGTERM:
@@ -63,7 +63,7 @@ def ignore_in_worker(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process by a SIGTERM of its parent's, and of no other's."""
+    """End this process on a SIGTERM from its parent, but from no other process."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,8 +1,8 @@
-"""What the layers of a network have learned, as pictures.
+"""Pictures of what the layers of a network have learned.
 
 After Zeiler and Fergus, "Visualizing and understanding convolutional networks" (2014). Each tool is
-a function that returns tensors, with a ``figure`` of them, for any network of torch's layers or
-this library's.
+a function that returns tensors, with a ``figure`` method. It works on any network of torch's layers
+or this library's.
 """
 
 from .ablation import Ablation, ablation

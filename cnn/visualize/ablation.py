@@ -1,4 +1,4 @@
-"""What a trained network is worth without one of its layers."""
+"""A trained network's accuracy without one of its layers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, contextmanager
@@ -19,21 +19,21 @@ from .layers import calls, check_class, evaluating, find, first_tensor, hooked, 
 from .pictures import SIZE
 
 Batches = Sequence[tuple[Tensor, Tensor]] | DataLoader
-"""Images [N, ...] as a model takes them and their labels [N], of integers; gone over repeatedly."""
+"""Pairs of model inputs [N, ...] and integer labels [N]; iterated over several times."""
 
 Change = Callable[[Tensor], Tensor | None]
-"""From a layer's result to what is put in its place, None to leave it."""
+"""A function from a layer's result to its replacement; None leaves the result unchanged."""
 
 
 class Score(NamedTuple):
-    """Share of images that are classified right, and mean cross-entropy in nats."""
+    """Share of images that are classified correctly, and mean cross-entropy in nats."""
 
     accuracy: float
     loss: float
 
 
 class Removal(NamedTuple):
-    """Layers that were removed together, how many parameters they have, and what was left."""
+    """Layers that were removed together, their number of parameters, and the score without them."""
 
     layers: tuple[str, ...]
     parameters: int
@@ -42,9 +42,9 @@ class Removal(NamedTuple):
 
 @dataclass(frozen=True)
 class Ablation:
-    """What a network's layers are worth to it: ``whole`` is its score with all of them.
+    """A network's score without each of its layers; ``whole`` is the score with all of them.
 
-    ``how`` they were removed is "mean" or "zero"; ``images`` is how many were classified.
+    ``how`` is "mean" or "zero", the replacement; ``images`` is the number of images classified.
     """
 
     how: str
@@ -53,7 +53,7 @@ class Ablation:
     removals: tuple[Removal, ...]
 
     def __str__(self) -> str:
-        """A line a removal: the share of wrong answers, its change, and the loss."""
+        """One line per removal: the share of wrong answers, its change, and the loss."""
         rows = [("without", "parameters", "error", "change", "loss")]
         for layers, parameters, (accuracy, loss) in (Removal((), 0, self.whole), *self.removals):
             change = f"{self.whole.accuracy - accuracy:+.2%}" if layers else ""
@@ -62,7 +62,7 @@ class Ablation:
         return table(rows, "<>>>>")
 
     def figure(self) -> Any:
-        """Error and loss without each of the layers, as bars; lines show those of the whole."""
+        """Error and loss without each of the layers as bars; lines show the whole network's."""
         names = [" + ".join(removal.layers) for removal in self.removals]
         size = SIZE, 1.3 + 0.25 * len(names)
         figure = new_figure("ablation", figsize=size, layout="constrained")
@@ -77,7 +77,7 @@ class Ablation:
 
 
 def _bars(axes: Any, what: str, whole: float, *values: float) -> Any:
-    """Bars, and a line where the whole network is."""
+    """Bars, and a line for the whole network."""
     axes.barh(range(len(values)), values, color="tab:blue")
     axes.set_xlabel(what)
     axes.grid(axis="x", alpha=0.3)
@@ -91,23 +91,28 @@ def ablation(
     layers: Sequence[str | Sequence[str]] | None = None,
     how: str = "mean",
 ) -> Ablation:
-    """How well a trained network classifies without one of its layers, or several at once.
+    """Measure how well a trained network classifies without one of its layers, or several at once.
 
     Args:
-        batches: a list of pairs (x, labels), a DataLoader or the like, gone over once for the whole
-            network and once for each removal. Images go to where the model's parameters are.
-        layers: a name, or a group of names, for each removal. By default each layer that has
+        batches: a list of pairs (x, labels), a DataLoader or the like, iterated over once for the
+            whole network and once per removal. Images are moved to the model's parameters.
+        layers: a name, or a group of names, for each removal. By default each layer with
             parameters.
-        how: "mean" puts in the place of each of a layer's maps (axis 1 of its result) the mean that
-            the whole network's map has over all images and pixels, "zero" zeros. So behind the
-            layer, nothing of the image is left but what goes around it.
+        how: "mean" replaces each of a layer's maps (axis 1 of its result) by the map's mean over
+            all images and pixels in the whole network; "zero" replaces it by zeros. After the
+            layer, only paths around it still carry information about the image.
 
     Zeiler and Fergus (2014; arXiv:1311.2901), section 5.1 and table 3, remove layers before the
-    training and so find what the others can make up for. Here nothing is learnt anew, which tells
-    what a trained network relies on. For theirs, train networks with and without the layers by
-    ``python -m cnn train`` and compare what ``python -m cnn eval`` says of them.
+    training and so find what the others can make up for. Here nothing is trained again, which shows
+    what a trained network relies on. To repeat their experiment, train networks with and without
+    the layers by ``python -m cnn train`` and compare the results of ``python -m cnn eval``.
 
     Raises ValueError for arguments that do not fit.
+
+    Example:
+        >>> batches = [(torch.rand(8, 1, 32, 32), torch.arange(8))]
+        >>> result = visualize.ablation(cnn.models.lenet5(), batches, ["features.0"])
+        >>> print(result)  # doctest: +SKIP
     """
     if how not in ("mean", "zero"):
         raise ValueError(f"how must be one of mean, zero, got how={how!r}")
@@ -128,7 +133,7 @@ def ablation(
 
 
 def _first(model: nn.Module, batches: Batches) -> Tensor:
-    """The images of the first batch, where the model is."""
+    """The images of the first batch, on the model's device."""
     if not isinstance(batches, Sized) or not len(batches):
         kind = type(batches).__name__
         raise ValueError(f"batches must be a list or a DataLoader that is not empty, got a {kind}")
@@ -143,7 +148,7 @@ def _place(model: nn.Module, images: Tensor) -> torch.device:
 def _groups(
     model: nn.Module, x: Tensor, layers: Sequence[str | Sequence[str]] | None
 ) -> list[tuple[str, ...]]:
-    """What is removed together, by names that were checked."""
+    """The groups of layers to remove, with checked names."""
     if layers is None:
         layers = list(dict.fromkeys(row.name for row in calls(model, x) if row.parameters))
     groups = [(group,) if isinstance(group, str) else tuple(group) for group in layers]
@@ -153,7 +158,7 @@ def _groups(
 
 @contextmanager
 def _changed(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
-    """The model with changes of what layers give."""
+    """A context in which the results of the model's layers are changed."""
 
     def apply(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor):
@@ -165,7 +170,7 @@ def _changed(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[None]:
 
 
 class _Mean:
-    """A change that changes nothing, and takes the mean of each map meanwhile."""
+    """A change that leaves results unchanged, and accumulates the mean of each map."""
 
     def __init__(self) -> None:
         self._sum: Any = 0
@@ -178,12 +183,12 @@ class _Mean:
 
     @property
     def value(self) -> Tensor:
-        """Of each map [K]."""
+        """The mean of each map [K]."""
         return self._sum / self._count
 
 
 def _constant(mean: _Mean | None) -> Change:
-    """What puts a mean, or zero, in the place of each map. What comes next may change it."""
+    """A change that replaces each map by its mean or zero, in a tensor that may be modified."""
 
     def fill(y: Tensor) -> Tensor:
         levels = mean.value.to(y) if mean else y.new_zeros(1)
@@ -195,7 +200,7 @@ def _constant(mean: _Mean | None) -> Change:
 def _score(
     model: nn.Module, batches: Batches, changes: Mapping[str, Change], bar: Progress
 ) -> tuple[int, Score]:
-    """How many images there are, and how well the model with changes classifies them."""
+    """The number of images, and the score of the changed model."""
     totals: Any = torch.zeros(3, dtype=torch.float64)
     with _changed(model, changes):
         for images, labels in batches:
@@ -216,5 +221,5 @@ def _score(
 
 
 def _parameters(model: nn.Module, names: Sequence[str]) -> int:
-    """How many parameters layers have together."""
+    """The number of parameters in all of the layers."""
     return sum(p.numel() for p in {p for name in names for p in find(model, name).parameters()})

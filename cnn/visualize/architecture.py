@@ -1,4 +1,4 @@
-"""A drawing of what a network is made of."""
+"""A drawing of a network's structure."""
 
 import math
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ COLOURS = {
     "block": "#c2a5cf",
     "other": "#f2e6b8",
 }
-"""Of the groups of blocks."""
+"""Colors of the groups of blocks."""
 
 ACROSS = 8
-"""Blocks in a row of a drawing, at most."""
+"""The most blocks in a row of a drawing."""
 
 PLACE = 1.1
-"""Inches from a block to the next, and the unit of a drawing."""
+"""Inches between neighboring blocks: the unit of a drawing."""
 
 Point = tuple[float, float]
 
@@ -39,8 +39,8 @@ Point = tuple[float, float]
 class Block(NamedTuple):
     """Layers that are drawn as one.
 
-    ``kind`` is their classes with " + " between, ``group`` one of COLOURS, ``size`` that of what
-    they give, without the batch.
+    ``kind`` is their classes joined by " + ", ``group`` one of COLOURS, ``size`` the size of their
+    output without the batch.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network's blocks in the order of their calls; the first stands for the image."""
+    """A network's blocks in the order of their calls; the first represents the image."""
 
     blocks: tuple[Block, ...]
 
     def __str__(self) -> str:
-        """A line a block."""
+        """One line per block."""
         rows = [("block", "kind", "output", "parameters")]
         for name, kind, _, size, parameters in self.blocks:
             rows.append((name, kind, by(size), f"{parameters:,}"))
@@ -66,10 +66,10 @@ class Architecture:
     def figure(self) -> Any:
         """The blocks as boxes, row by row.
 
-        A box is the longer the more maps there are, and the higher and deeper the larger they are;
-        other results are bars. All sizes are to a logarithmic scale.
+        A box is longer for more maps, and higher and deeper for larger maps; other outputs are
+        bars. All sizes are on a logarithmic scale.
         """
-        from matplotlib.patches import Patch  # optional, as all of matplotlib
+        from matplotlib.patches import Patch  # optional, like all of matplotlib
 
         *_, last = self.blocks
         ends = [f"{last.size[0]:,}\nclasses"] if len(last.size) == 1 else []
@@ -103,7 +103,7 @@ class Architecture:
 
 
 class _Scale:
-    """What the largest of all blocks has."""
+    """The maxima over all blocks."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         maps = [block.size for block in blocks if len(block.size) == 3]
@@ -113,7 +113,7 @@ class _Scale:
 
 
 def _draw(axes: Any, block: Block, place: Point, scale: _Scale) -> float:
-    """A box in the middle of its place with its label below it; half its width."""
+    """Draw a box at the center of its place with a label below; returns half its width."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Polygon
 
@@ -147,12 +147,12 @@ def _arrow(axes: Any, start: Point, end: Point) -> None:
 
 
 def _cut(text: str) -> str:
-    """The end of a text that is too long for its place."""
+    """A text, shortened at its start if it is too long."""
     return text if len(text) <= 18 else f"…{text[-17:]}"
 
 
 def _log(value: int, largest: int) -> float:
-    """From 0 to 1, to a logarithmic scale."""
+    """A value from 0 to 1 on a logarithmic scale."""
     return math.log1p(value) / math.log1p(largest)
 
 
@@ -167,15 +167,21 @@ def _short(count: int) -> str:
 def architecture(model: nn.Module, size: Sequence[int], depth: int = 1) -> Architecture:
     """The blocks of a network for an image of ``size`` C, H, W, without computing anything.
 
-    Its layers are taken in the order of their calls. Those that leave the number of values as it
-    is, such as ReLU, normalization and dropout, are joined to the block before.
+    Layers appear in the order of their calls. Those that keep the number of values, such as ReLU,
+    normalization and dropout, are joined to the block before.
 
     Args:
-        depth: how many modules that are no containers (Sequential, ModuleList) within each other
-            are opened. By 1 the network alone is: each residual block is one, as its branches are
-            no chain. Larger values show the layers in it, one after another.
+        depth: how many levels of modules to open, not counting containers (Sequential, ModuleList).
+            1 opens only the network: each residual block is one block, because its branches are no
+            chain. Higher values show the layers in it, one after another.
 
-    Raises ValueError for a size that is not of three numbers, and for a depth below 1.
+    Raises ValueError if size does not have three numbers, or if depth is below 1.
+
+    Example:
+        >>> drawing = visualize.architecture(cnn.models.lenet5(), (1, 32, 32))
+        >>> print(drawing.blocks[1].kind)
+        ConvReLUMaxPool2d
+        >>> drawing.figure().savefig("lenet5.png")
     """
     if len(size) != 3 or min(size) < 1:
         raise ValueError(f"size must be C, H, W, got size={tuple(size)}")
@@ -202,7 +208,7 @@ def architecture(model: nn.Module, size: Sequence[int], depth: int = 1) -> Archi
 
 
 def _owner(modules: dict[str, nn.Module], name: str, depth: int) -> str:
-    """The outermost module around a layer that is not opened, or the layer itself."""
+    """The outermost unopened module around a layer, or the layer itself."""
     path = name.split(".")
     for end in range(1, len(path)):
         outer = ".".join(path[:end])

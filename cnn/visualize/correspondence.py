@@ -15,19 +15,19 @@ from .layers import check_images, evaluating, run_in_batches
 from .pictures import SIZE, colours, frame, grey, pixels, show
 
 SHOWN = 10
-"""Images in a figure."""
+"""The number of images in a figure."""
 
 
 @dataclass(frozen=True)
 class Correspondence:
     """How differently the features of images change when the same part of each is covered.
 
-    ``parts`` names the boxes [N, 4] that were covered in ``images`` [N, C, H, W], each top, left,
-    bottom and right, of which the last two are the first outside.
+    ``parts`` names the boxes [N, 4] that were covered in ``images`` [N, C, H, W]: top, left, bottom
+    and right, the last two exclusive.
 
-    ``shares`` [layers, parts, N, N] says of any two images for how many of a layer's features the
-    changes differ in sign, up, down or none, as a share of all. ``random`` [layers, parts, draws,
-    N, N] is the same of boxes as large as the part's, at random places.
+    ``shares`` [layers, parts, N, N] is, for any two images, the share of a layer's features whose
+    changes differ in sign: up, down or none. ``random`` [layers, parts, draws, N, N] is the same
+    for boxes of the part's size at random places.
     """
 
     images: Tensor
@@ -40,15 +40,15 @@ class Correspondence:
     def change(self) -> Tensor:
         """The score of each layer and part, and its spread: [2, layers, parts].
 
-        The score is the mean share over all pairs of images: 0 where each feature changes in the
-        same direction in all images. The spread is the standard deviation, over the images, of the
-        mean of an image's pairs.
+        The score is the mean share over all pairs of images: 0 if each feature changes in the same
+        direction in all images. The spread is the standard deviation, over the images, of the mean
+        over an image's pairs.
         """
         return _mean_and_spread(self.shares[:, :, None])
 
     @property
     def random_change(self) -> Tensor:
-        """The same of random boxes: [2, layers, parts], over images and draws."""
+        """The same for random boxes: [2, layers, parts], over images and draws."""
         return _mean_and_spread(self.random)
 
     def __str__(self) -> str:
@@ -98,7 +98,9 @@ def _bars(axes: Any, scores: Tensor, colour: Mapping[str, Any], shift: float) ->
 
 
 def _mean_and_spread(shares: Tensor) -> Tensor:
-    """Of shares [layers, parts, draws, N, N], over draws and images: [2, layers, parts]."""
+    """Mean and spread of shares [layers, parts, draws, N, N], over draws and images:
+    [2, layers, parts].
+    """
     count = shares.shape[-1]
     means = (shares.sum(-1) / (count - 1)).flatten(2)  # an image does not differ from itself
     return torch.stack([means.mean(-1), means.std(-1)])
@@ -114,30 +116,37 @@ def correspondence(
     seed: int = 0,
     batch: int = 64,
 ) -> Correspondence:
-    """Cover the same part in images of one kind of object and compare what changes in them.
+    """Cover the same part in images of one kind of object and compare the changes in features.
 
     Zeiler and Fergus (2014; arXiv:1311.2901), section 4.3 and table 1. Nothing tells a network that
-    eyes of different dogs correspond. If it knows, covering them changes its features alike. Of ε,
-    the features of an image less those of the image with its part covered, the signs (-1, 0 or 1)
-    are compared: Δ is the sum of the Hamming distances of sign(ε) over all ordered pairs of images.
-    The score here is Δ divided by the number of such pairs and of features; by what the paper's own
-    values are divided, it does not say. A lower score means more alike.
+    the eyes of different dogs correspond. If it knows, covering them changes its features alike. ε
+    is an image's features minus those of the image with its part covered. The signs (-1, 0 or 1) of
+    ε are compared: Δ is the sum of the Hamming distances of sign(ε) over all ordered pairs of
+    images. The score here is Δ divided by the number of such pairs and of features; the paper does
+    not say what its own values are divided by. A lower score means more alike.
 
-    Boxes at random places, drawn for each image apart, are what to compare with. Where objects lie
-    alike in all images, the parts' boxes do, too, and random ones do not: this alone lowers the
-    scores of layers that keep the map's size. What covers is of level 0.5 for an image within 0 and
-    1, else of the mean of each of its channels.
+    The baseline is boxes at random places, drawn separately for each image. If objects have the
+    same place in all images, so do the parts' boxes, unlike random ones: this alone lowers the
+    scores of layers that keep the map's size. The cover has level 0.5 for an image within 0 and 1,
+    else the mean of each of its channels.
 
     Args:
         images: floats [N, C, H, W] as the model takes them, at least two.
         parts: the boxes [N, 4] of each part by its name, in whole pixels: top, left, bottom and
-            right, of which the last two are the first outside.
-        layers: names of those whose features are compared, in any number of axes.
-        random: how often random boxes are drawn for a part.
-        seed: of the random places.
-        batch: images that the model gets at once. The features of all images are kept.
+            right, the last two exclusive.
+        layers: names of the layers whose features are compared, with any number of axes.
+        random: number of random boxes per part.
+        seed: seed of the random places.
+        batch: number of images passed to the model at once. All images' features are kept.
 
     Raises ValueError for arguments that do not fit.
+
+    Example:
+        >>> eyes = torch.tensor([[8, 8, 16, 16]] * 4)
+        >>> images, model = torch.rand(4, 1, 32, 32), cnn.models.lenet5()
+        >>> result = visualize.correspondence(model, images, {"eyes": eyes}, ["features.2"])
+        >>> result.change.shape  # (score, spread) of each layer and part
+        torch.Size([2, 1, 1])
     """
     check_images(images, "images")
     if len(images) < 2:
@@ -155,7 +164,7 @@ def correspondence(
         torch.no_grad(),
         closing(Progress("correspondence", images.shape[0] * len(places), 0, "image")) as bar,
     ):
-        # Always in the same batches, so that a feature that sees no change has the same bits.
+        # Always in the same batches, so that an unaffected feature keeps its bits.
         _, before = run_in_batches(model, images, layers, batch)
         found = []
         for place in places:
@@ -168,7 +177,7 @@ def correspondence(
 
 
 def _boxes(name: str, values: Any, whole: Tensor) -> Tensor:
-    """The boxes [N, 4] that an argument gives, checked to lie within the images."""
+    """The boxes [N, 4] in an argument, checked to be within the images."""
     boxes = torch.as_tensor(values).cpu()
     if boxes.shape != whole.shape or boxes.is_floating_point():
         size = f"{boxes.dtype} {list(boxes.shape)}"
@@ -183,7 +192,7 @@ def _boxes(name: str, values: Any, whole: Tensor) -> Tensor:
 
 
 def _with_random(boxes: dict[str, Tensor], whole: Tensor, count: int, seed: int) -> Tensor:
-    """Each part's boxes, and after them ``count`` times as large ones at random places."""
+    """Each part's boxes, followed by ``count`` boxes of the same size at random places."""
     generator = torch.Generator().manual_seed(seed)
     places = []
     for own in boxes.values():
@@ -198,7 +207,7 @@ def _with_random(boxes: dict[str, Tensor], whole: Tensor, count: int, seed: int)
 
 
 def _covered(images: Tensor, boxes: Tensor, levels: Tensor) -> Tensor:
-    """Copies of the images, each with its box at its level."""
+    """Copies of the images, each with its box filled with its level."""
     images = images.clone()
     for image, box, level in zip(images, boxes.tolist(), levels, strict=True):
         top, left, bottom, right = box
@@ -207,6 +216,6 @@ def _covered(images: Tensor, boxes: Tensor, levels: Tensor) -> Tensor:
 
 
 def _shares(before: Tensor, after: Tensor) -> Tensor:
-    """For how many of the features [N, ...] two images' changes differ in sign: [N, N]."""
+    """The number of features [N, ...] in which two images' changes differ in sign: [N, N]."""
     signs = (before - after).flatten(1).sign()
     return torch.stack([(signs != own).double().mean(1) for own in signs]).cpu()

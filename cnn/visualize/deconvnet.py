@@ -1,12 +1,12 @@
-"""The deconvnet: what in an image made a map respond, projected back to its pixels.
+"""The deconvnet: projects what made a map respond in an image back to the image's pixels.
 
 Zeiler and Fergus, "Visualizing and understanding convolutional networks" (2014), section 2.1. Their
-network runs each step backwards: pooling by its switches, a ReLU by a ReLU, a convolution by the
-transposed filters. But for the ReLU that is what a gradient does, too, through the same kernels:
-pooling's gradient places values by the one-byte switches of the forward pass, a convolution's is
-the transposed convolution by the same weights. So a projection is a gradient with one rule changed,
-as Springenberg, Dosovitskiy, Brox and Riedmiller, "Striving for simplicity" (2015, section 3.4),
-observe, and it exists for any network.
+network runs each step backward: pooling by its switches, a ReLU by a ReLU, a convolution by the
+transposed filters. Except for the ReLU, a gradient does the same, through the same kernels:
+pooling's gradient places values by the one-byte switches of the forward pass, and a convolution's
+is the transposed convolution with the same weights. So a projection is a gradient with one rule
+changed, as Springenberg, Dosovitskiy, Brox and Riedmiller, "Striving for simplicity" (2015, section
+3.4), observe, and it exists for any network.
 """
 
 from collections.abc import Iterable
@@ -29,11 +29,11 @@ from .layers import check_images, evaluating, field_of, outputs
 from .pictures import panels, pixels, signed, tiles
 
 BATCH = 16
-"""Images that are projected at once."""
+"""The number of images that are projected at once."""
 
 
 class _Rectify(Function):
-    """y = relu(x); backwards dx = relu(dy), whatever x was, or if ``guided`` where y > 0."""
+    """y = relu(x); backward dx = relu(dy) for any x, or, if ``guided``, only where y > 0."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, relu: Any, guided: bool) -> Tensor:
@@ -53,7 +53,7 @@ _RELUS = (TF.relu, torch.relu, Tensor.relu, *_IN_PLACE)
 
 
 def _relu_of(func: Any, kwargs: dict[str, Any]) -> Any:
-    """The ReLU that a function is, also one that ends at a largest value; None if it is none."""
+    """The ReLU that a function is, perhaps with an upper limit; None for any other function."""
     if func in _RELUS:
         return torch.relu
     if func is TF.hardtanh and kwargs["min_val"] == 0:  # of nn.ReLU6
@@ -62,14 +62,20 @@ def _relu_of(func: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class Deconvnet(TorchFunctionMode):
-    """Within it, gradients of what a network computes are the deconvnet's projections.
+    """A context in which a network's gradients are the deconvnet's projections.
 
-    Each ReLU, be it a module, a function or part of this library's fused operators, is a ReLU of
-    the gradient as well. Other steps have their own gradients: where windows of a pooling overlap,
-    what they place at one pixel adds up; a normalization scales.
+    Each ReLU, whether a module, a function or a part of this library's fused operators, is also a
+    ReLU of the gradient. Other steps keep their own gradients: where pooling windows overlap, the
+    values that they place at one pixel add up; a normalization scales.
 
-    If ``guided``, a ReLU also stops what its own result was zero at, as a plain gradient does
-    (Springenberg et al., section 3.4): sharper in deep layers.
+    If ``guided``, a ReLU also stops the gradient where its own result was zero, as a plain gradient
+    does (Springenberg et al., section 3.4): sharper in deep layers.
+
+    Example:
+        >>> model, x = cnn.models.lenet5(), torch.rand(1, 1, 32, 32, requires_grad=True)
+        >>> with visualize.Deconvnet():
+        ...     peak = model.features(x)[0, 3].max()
+        ...     (projection,) = torch.autograd.grad(peak, x, peak.detach())
     """
 
     def __init__(self, guided: bool = False):
@@ -103,16 +109,16 @@ def project(
     *,
     guided: bool = False,
 ) -> Tensor:
-    """Project what a layer gives on x[N, C, H, W] back to pixels, of each image one map.
+    """Project one map of a layer's result on x[N, C, H, W] per image back to pixels.
 
     Args:
-        layer: one that gives maps [N, K, P, Q], or units [N, K], which are maps of one pixel.
+        layer: a layer with maps [N, K, P, Q], or units [N, K], which are maps of one pixel.
         numbers: the map of each image, [N]; all others are set to zero.
-        places: the pixel (p, q) of its map that alone is kept, [N, 2]; by default all are.
+        places: the only pixel (p, q) to keep of each map, [N, 2]; by default all are kept.
         guided: see ``Deconvnet``.
 
-    Returns [N, C, H, W]. Raises ValueError for a layer that does not exist, is not called or gives
-    something else, for a map that it does not have, and for another kind of x.
+    Returns [N, C, H, W]. Raises ValueError if the layer does not exist, is not called or has
+    another kind of result, if it lacks a map, and for another kind of x.
     """
     check_images(x, "x")
     if numbers.shape != x.shape[:1]:
@@ -144,7 +150,7 @@ def _as_maps(y: Tensor, layer: str) -> Tensor:
 
 
 def _check_numbers(numbers: Tensor, y: Tensor, layer: str) -> None:
-    """Raises ValueError unless all are of maps that y[N, K, P, Q] has."""
+    """Raise ValueError unless all numbers are those of maps in y[N, K, P, Q]."""
     count = y.shape[1]
     if wrong := [k for k in numbers.tolist() if not 0 <= k < count]:
         raise ValueError(f"numbers must be of the {count} maps of {layer}, got {wrong[0]}")
@@ -152,16 +158,16 @@ def _check_numbers(numbers: Tensor, y: Tensor, layer: str) -> None:
 
 @dataclass(frozen=True)
 class Projections:
-    """The strongest activations of M maps of a layer, ``top`` of each, no two in one image.
+    """The ``top`` strongest activations of each of M maps of a layer, no two in one image.
 
     Attributes:
-        numbers: of the maps, [M].
-        values: the activations, [M, top], of each map in falling order.
-        sources: the images in which they are, [M, top], by their places in the order of all.
+        numbers: the maps' numbers, [M].
+        values: the activations, [M, top], the strongest first.
+        sources: the images that hold them, [M, top], by their position among all images.
         places: their pixels (p, q), [M, top, 2].
-        images: what the network saw, [M, top, C, H, W].
-        projections: of the activations, or of the whole maps, to the pixels, [M, top, C, H, W].
-        field: what a pixel of the maps sees of the image; None if that is all, or not known, or
+        images: the input images, [M, top, C, H, W].
+        projections: the activations, or the whole maps, projected to pixels, [M, top, C, H, W].
+        field: receptive field of a map's pixel in the image; None if it is everything, unknown, or
             whole maps were projected.
     """
 
@@ -175,10 +181,10 @@ class Projections:
     field: ReceptiveField | None
 
     def patches(self) -> tuple[Tensor, Tensor]:
-        """Projections and images, cut to what each activation saw: [M, top, C, h, w] both.
+        """Projections and images, cropped to what each activation saw: [M, top, C, h, w] both.
 
-        A cut has the size of the receptive field. Where this reaches beyond the image, the cut is
-        moved into it, and is the image if that is smaller.
+        A crop has the size of the receptive field. If it would exceed the image, it is moved
+        inside, and is the whole image if that is smaller.
         """
         if self.field is None:
             return self.projections, self.images
@@ -196,7 +202,7 @@ class Projections:
         return cut(self.projections), cut(self.images)
 
     def figure(self) -> Any:
-        """Of each map its projections, 0 being grey, and right of them the images there."""
+        """Each map's projections, with 0 as grey, and to their right the same parts of images."""
         projections, images = self.patches()
         gap = max(1, images.shape[-1] // 12)
         pictures = []
@@ -222,22 +228,29 @@ def deconvnet(
     whole: bool = False,
     guided: bool = False,
 ) -> Projections:
-    """The activations of a layer's maps that are strongest, projected back to the pixels.
+    """The strongest activations of a layer's maps, projected back to the pixels.
 
-    Of each map the ``top`` images that excite it most are found, and in each the strongest
-    activation is projected, all others of the layer set to zero, as in figure 2 of the paper.
+    For each map it finds the ``top`` images that excite it most, and in each projects the strongest
+    activation, with all others of the layer set to zero, as in figure 2 of the paper.
 
     Args:
-        images: one image [C, H, W], several [N, C, H, W], or batches of these, each as the model
-            takes them. They are passed through the model once, and only the strongest are kept.
-        layer: one that gives maps [N, K, P, Q], or units [N, K].
+        images: one image [C, H, W], several [N, C, H, W], or batches of these, as the model takes
+            them. They pass through the model once; only the strongest are kept.
+        layer: a layer with maps [N, K, P, Q], or units [N, K].
         numbers: the maps; by default the ``count`` with the strongest activations in the first
             batch, the strongest first.
-        whole: whether to project all activations of a map, not the strongest alone.
+        whole: whether to project all activations of a map, not only the strongest.
         guided: see ``Deconvnet``.
 
-    Raises ValueError for a layer that does not exist or gives something else, for a map that it
-    does not have, and for images of another kind.
+    Raises ValueError if the layer does not exist or has another kind of result, if it lacks a map,
+    and for another kind of images.
+
+    Example:
+        >>> model, images = cnn.models.lenet5(), torch.rand(4, 1, 32, 32)
+        >>> found = visualize.deconvnet(model, images, "features.2", numbers=[3, 7], top=2)
+        >>> found.projections.shape  # two maps, two images each
+        torch.Size([2, 2, 1, 32, 32])
+        >>> found.figure().savefig("deconvnet.png")
     """
     if numbers is not None and not numbers:
         raise ValueError(f"numbers must not be empty, got numbers={numbers}")
@@ -251,7 +264,7 @@ def deconvnet(
     projections = project(model, *flat, None if whole else places.flatten(0, 1), guided=guided)
     try:
         field = None if whole else field_of(model, layer, kept[0])
-    except (ValueError, RuntimeError):  # also of a network that decides by what it computes
+    except (ValueError, RuntimeError):  # also from a network whose control flow depends on values
         field = None
     return Projections(layer, **found, projections=projections.view_as(kept), field=field)
 
@@ -264,7 +277,7 @@ def _strongest(
     count: int,
     top: int,
 ) -> dict[str, Tensor]:
-    """All fields of Projections that one pass over the images tells."""
+    """All fields of Projections that one pass over the images determines."""
     best: dict[str, Tensor] = {}
     chosen, seen = None if numbers is None else torch.tensor(numbers), 0
     with closing(Progress(f"strongest of {layer}", None, 0, "image")) as bar:
@@ -296,7 +309,7 @@ def _strongest(
 
 
 def _merged(best: dict[str, Tensor], more: dict[str, Tensor], top: int) -> dict[str, Tensor]:
-    """Of each map the ``top`` of both, of equal ones those that came first."""
+    """The ``top`` of both for each map; ties go to the earlier ones."""
     both = {name: torch.cat([best[name], t], 1) if best else t for name, t in more.items()}
     order = both["values"].argsort(dim=1, descending=True, stable=True)[:, :top]
     rows = torch.arange(len(order), device=order.device)[:, None]

@@ -1,4 +1,4 @@
-"""What a layer's filters look for, and how that changes while a network is trained."""
+"""The patterns that a layer's filters respond to, and their change during training."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from .pictures import SIZE, panels, signed, tiles
 
 @dataclass(frozen=True)
 class Filters:
-    """The filters [K, C, R, S] of a layer that sees the image itself, C being 1 or 3."""
+    """The filters [K, C, R, S] of a layer that sees the image itself, with C 1 or 3."""
 
     layer: str
     weights: Tensor
 
     def figure(self) -> Any:
-        """The filters as a grid, each from black to white, 0 grey."""
+        """The filters as a grid, each from black to white with 0 as grey."""
         title = f"filters of {self.layer}"
         return panels([tiles(signed(self.weights))], [title], 1, "filters", SIZE / 2)
 
@@ -32,18 +32,21 @@ def filters(
     count: int = 64,
     guided: bool = False,
 ) -> Filters | Projections:
-    """The filters of a layer: of the first as they are, of deeper ones as their projections.
+    """The filters of a layer: the first layer's as they are, deeper ones' as projections.
 
-    What a deeper filter looks for cannot be seen in its numbers, so it is what made it respond most
-    strongly among ``images``, projected to the pixels by ``deconvnet``.
+    A deeper filter's numbers do not show which pattern it responds to. So its strongest response
+    among ``images`` is projected to the pixels by ``deconvnet``.
 
     Args:
         layer: by default the first convolution.
-        images: as ``deconvnet`` takes them; not needed for a convolution of one or three channels.
-        count: projected filters at most.
+        images: as in ``deconvnet``; not needed for a convolution of one or three channels.
+        count: the most filters to project.
         guided: see ``deconvnet``.
 
-    Raises ValueError for a layer that does not exist, and for a deeper one without images.
+    Raises ValueError if the layer does not exist, or is a deeper one and images are missing.
+
+    Example:
+        >>> visualize.filters(cnn.models.lenet5()).figure().savefig("filters.png")
     """
     if layer is None:
         convolutions = (name for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
@@ -67,7 +70,7 @@ class Evolution:
     projections: tuple[Projections, ...]
 
     def figure(self) -> Any:
-        """A row a map and a column an epoch: what excited it most among all images, projected."""
+        """A row per map and a column per epoch: the strongest activation of all, projected."""
         numbers, columns = self.projections[0].numbers.tolist(), len(self.epochs)
         strongest = [signed(found.patches()[0][:, 0]) for found in self.projections]
         pictures = [found[row] for row in range(len(numbers)) for found in strongest]
@@ -88,15 +91,21 @@ def evolution(
     count: int = 6,
     guided: bool = False,
 ) -> Evolution:
-    """What excites maps of a layer most as training goes on, as in figure 4 of the paper.
+    """The strongest activations of a layer's maps over the epochs, as in figure 4 of the paper.
 
     Args:
-        models: by epoch, in the order to be shown.
-        images: called for each model, returns images as ``deconvnet`` takes them.
-        numbers: of the maps; by default the ``count`` strongest of the last model.
+        models: models by epoch, in the order to show them.
+        images: a function, called for each model, that returns images as in ``deconvnet``.
+        numbers: the maps; by default the ``count`` strongest of the last model.
         guided: see ``deconvnet``.
 
     Raises ValueError as ``deconvnet`` does, and without a model.
+
+    Example:
+        >>> images = torch.rand(8, 1, 32, 32)
+        >>> models = {epoch: cnn.models.lenet5() for epoch in (1, 2)}
+        >>> found = visualize.evolution(models, lambda: images, "features.2", count=2)
+        >>> found.figure().savefig("evolution.png")
     """
     if not models:
         raise ValueError("models must hold at least one, got none")

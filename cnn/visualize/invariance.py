@@ -1,4 +1,4 @@
-"""How far a network's features move when an image is shifted, magnified or rotated."""
+"""The change of a network's features when an image is shifted, magnified or rotated."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,19 +26,19 @@ from .layers import (
 from .pictures import pixels, show, tiles
 
 UNITS = {"translation": "pixels down", "scale": "times", "rotation": "degrees anticlockwise"}
-"""The transforms, and what their steps count."""
+"""The transforms, and the units of their steps."""
 
 NEUTRAL = {"translation": 0.0, "scale": 1.0, "rotation": 0.0}
 SHOWN = 5
-"""Images, and steps of each, that a figure shows."""
+"""The number of images, and of steps of each, in a figure."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What one transform does to N images at each of its S ``steps``.
+    """The effect of one transform on N images at each of its S ``steps``.
 
-    ``distances`` [layers, N, S] are Euclidean, between a layer's values on the image as it is and
-    transformed. ``probability`` [N, S] is that of the image's class, None of a network without.
+    ``distances`` [layers, N, S] are Euclidean, between a layer's values for the original and the
+    transformed image. ``probability`` [N, S] is that of the image's class, None without classes.
     """
 
     steps: tuple[float, ...]
@@ -48,9 +48,9 @@ class Curves:
 
 @dataclass(frozen=True)
 class Invariance:
-    """The curves of each transform for ``images`` [N, C, H, W], and the layers they are of.
+    """The curves of each transform for ``images`` [N, C, H, W], and the layers that they belong to.
 
-    ``labels`` [N] are the classes whose probabilities are asked for, ``classes`` the names of all.
+    ``labels`` [N] are the classes of ``probability``, ``classes`` the names of all classes.
     """
 
     images: Tensor
@@ -60,7 +60,7 @@ class Invariance:
     classes: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Means over the images, a line a step."""
+        """Means over the images, one line per step."""
         rows: list[tuple[str, ...]] = [("transform", "step", *self._titles())]
         for kind, curves in self.curves.items():
             means = [lines.mean(0).tolist() for lines in self._lines(curves)]
@@ -69,9 +69,9 @@ class Invariance:
         return table(rows, "<" + ">" * len(rows[0][1:]))
 
     def figure(self) -> Any:
-        """A row a transform: the first images, distances in each layer, probabilities.
+        """One row per transform: the first images, distances in each layer, probabilities.
 
-        The lines of images that are not shown are grey.
+        Images that are not shown have grey lines.
         """
         titles = self._titles()
         columns = 1 + len(titles)
@@ -99,7 +99,7 @@ class Invariance:
         return figure
 
     def _titles(self) -> list[str]:
-        """Of what ``_lines`` gives."""
+        """The titles of the result of ``_lines``."""
         distances = [f"distance in {name}" for name in self.layers]
         return distances if self.labels is None else [*distances, "probability"]
 
@@ -114,7 +114,7 @@ class Invariance:
         return f"image {number + 1}: {self.classes[int(self.labels[number])]}"
 
     def _show_examples(self, axes: Any, kind: str, steps: Sequence[float]) -> None:
-        """The first images, a row each, at steps from the first to the last."""
+        """The first images, one per row, at steps from the first to the last."""
         count = min(SHOWN, len(steps))
         chosen = [steps[round(n)] for n in torch.linspace(0, len(steps) - 1, count).tolist()]
         moved = [pixels(transformed(self.images[:SHOWN], kind, step)) for step in chosen]
@@ -124,15 +124,15 @@ class Invariance:
 
 
 def transformed(images: Tensor, kind: str, step: float) -> Tensor:
-    """Images [N, C, H, W] that show the content transformed, by bilinear interpolation.
+    """Images [N, C, H, W] with their content transformed by bilinear interpolation.
 
     Args:
         kind: "translation": ``step`` pixels down; "scale": ``step`` times as large, about the
-            middle; "rotation": by ``step`` degrees anticlockwise, about the middle.
+            center; "rotation": by ``step`` degrees anticlockwise, about the center.
 
-    Where content would come from outside the image, its border's pixels are repeated. A step that
-    changes nothing (0, 1, or full turns) returns the images themselves. Raises ValueError for
-    another kind, for a scale that is not positive, and for images that are no floats [N, C, H, W].
+    Content from outside the image repeats the pixels of its border. A step without effect (0, 1, or
+    full turns) returns the images themselves. Raises ValueError for another kind, a scale that is
+    not positive, and images that are not floats [N, C, H, W].
     """
     _check_step(kind, step)
     check_images(images, "images")
@@ -140,7 +140,7 @@ def transformed(images: Tensor, kind: str, step: float) -> Tensor:
     if step == NEUTRAL[kind]:
         return images
     height, width = images.shape[2:]
-    # Where in the image a place of the result is taken from; both reach from -1 to 1.
+    # The position in the image from which each pixel of the result comes, in -1 to 1.
     if kind == "translation":
         rows = (1, 0, 0), (0, 1, -2 * step / height)
     elif kind == "scale":
@@ -164,7 +164,7 @@ def _check_step(kind: str, step: float) -> None:
 
 
 def _steps(height: int) -> dict[str, tuple[float, ...]]:
-    """Those of the paper's figure, but shifts of whole pixels in proportion to the height."""
+    """The steps of the paper's figure, but shifts by whole pixels in proportion to the height."""
     shift = max(1, round(height * 10 / 224))
     return {
         "translation": tuple(float(shift * n) for n in range(-6, 7)),
@@ -183,24 +183,28 @@ def invariance(
     classes: Sequence[str] = (),
     batch: int = 64,
 ) -> Invariance:
-    """How a network's features and answers change when images are shifted, magnified or rotated.
+    """The change of a network's features and answers when images are shifted, magnified or rotated.
 
     Zeiler and Fergus (2014; arXiv:1311.2901), section 4, "Feature invariance", and figure 5: small
-    transforms change the first layer much and the last ones little, and but for rotations the
-    answers hardly.
+    transforms change the first layer a lot and the last ones little, and except for rotations they
+    hardly change the answers.
 
     Args:
-        images: [N, C, H, W] of floats, as the model takes them.
-        layers: whose values are compared; by default the first that gives maps, and the last before
-            the one that ends the network.
-        labels: N classes whose probabilities are asked for; by default the most probable ones.
-        steps: of each transform of ``transformed`` that is wanted. By default those of the paper's
-            figure: shifts by up to 27 % of the height, scales from 1 to 1.8, rotations of a turn.
+        images: floats [N, C, H, W], as the model takes them.
+        layers: layers whose values are compared; by default the first with maps, and the last
+            before the output.
+        labels: N classes whose probabilities are reported; by default the most probable ones.
+        steps: the steps of each transform of ``transformed`` to apply. By default those of the
+            paper's figure: shifts by up to 27 % of the height, scales from 1 to 1.8, a full turn.
         classes: names of the classes, for texts.
-        batch: images that the model gets at once. The features of all images are kept.
+        batch: number of images passed to the model at once. All images' features are kept.
 
-    What a model gives is taken for logits if it is [N, classes]; of another there are only
-    distances. Raises ValueError for arguments that do not fit.
+    A result [N, classes] counts as logits; for any other there are only distances. Raises
+    ValueError for arguments that do not fit.
+
+    Example:
+        >>> curves = visualize.invariance(cnn.models.lenet5(), torch.rand(2, 1, 32, 32))
+        >>> curves.figure().savefig("invariance.png")
     """
     check_images(images, "images")
     if not len(images):
@@ -241,7 +245,7 @@ def invariance(
 def _labels(
     chances: Tensor | None, images: Tensor, labels: Sequence[int] | Tensor | None
 ) -> Tensor | None:
-    """The classes [N] whose probabilities are asked for."""
+    """The classes [N] whose probabilities are reported."""
     if labels is None:
         return None if chances is None else chances.argmax(1)
     numbers = torch.as_tensor(labels, dtype=torch.int64, device=images.device)
@@ -253,7 +257,7 @@ def _labels(
 
 
 def _ends(model: nn.Module, images: Tensor) -> dict[str, None]:
-    """The first layer that gives maps, and the last but one."""
+    """The first layer with maps, and the last but one."""
     layers = calls(model, images)
     maps = [row.name for row in layers if len(row.output_size) == 4]
     names = [row.name for row in layers]

@@ -1,4 +1,4 @@
-"""A network's layers by name, and what they give."""
+"""A network's layers by name, and their results."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +16,7 @@ from ..summaries import Layer, summary
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each of its modules gets its own mode back."""
+    """A context with the model in eval mode; afterwards each module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -27,7 +27,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def find(model: nn.Module, name: str) -> nn.Module:
-    """The module ``name`` of a model. Raises ValueError that lists those that exist."""
+    """The module ``name`` of a model. Raises ValueError that lists the existing ones."""
     known = dict(model.named_modules())
     if not name or name not in known:
         names = ", ".join(filter(None, known))
@@ -49,7 +49,7 @@ def map_layers(model: nn.Module, x: Tensor) -> list[str]:
 def field_of(model: nn.Module, name: str, x: Tensor) -> ReceptiveField:
     """The receptive field of a layer's outputs on x[N, C, H, W].
 
-    Raises ValueError if the layer sees everything, or what it sees is not known.
+    Raises ValueError if the layer sees everything, or its field is unknown.
     """
     find(model, name)
     field = next((row.field for row in reversed(calls(model, x)) if row.name == name), None)
@@ -60,7 +60,7 @@ def field_of(model: nn.Module, name: str, x: Tensor) -> ReceptiveField:
 
 @contextmanager
 def hooked(model: nn.Module, names: Iterable[str], hook: Callable[..., Any]) -> Iterator[None]:
-    """The model with a forward hook at each of its layers ``names``, which gets the name, too."""
+    """A context in which the model's layers ``names`` have a forward hook, which gets the name."""
     modules = {name: find(model, name) for name in names}
     hooks = [layer.register_forward_hook(partial(hook, name)) for name, layer in modules.items()]
     try:
@@ -71,24 +71,24 @@ def hooked(model: nn.Module, names: Iterable[str], hook: Callable[..., Any]) -> 
 
 
 class _Enough(Exception):
-    """Every layer that was asked for has been called."""
+    """Every requested layer has been called."""
 
 
 def run(
     model: nn.Module, x: Tensor, names: Sequence[str], *, stop: bool = False
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The first tensor that the model gives on x, and what its layers ``names`` give at their first
-    call. With ``stop`` nothing after that is computed.
+    """The first tensor in the model's result on x, and in the results of its layers ``names`` at
+    their first call. With ``stop`` nothing after that is computed.
 
-    The model runs as it is: in its mode, and with gradients where they are enabled. Raises
-    ValueError for a layer that does not exist, is not called or gives no tensor.
+    The model runs as it is: in its mode, and with gradients if they are enabled. Raises ValueError
+    if a layer does not exist, is not called or returns no tensor.
     """
     result, found = None, {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
         tensor = first_tensor(output)
         if tensor is not None:
-            found.setdefault(name, tensor.clone())  # before a ReLU in place
+            found.setdefault(name, tensor.clone())  # before an in-place ReLU
         if stop and len(found) == len(set(names)):
             raise _Enough
 
@@ -101,14 +101,14 @@ def run(
 
 
 def outputs(model: nn.Module, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    """What the layers ``names`` give on x, as ``run`` has it. Nothing after that is computed."""
+    """The results of the layers ``names`` on x, as in ``run``. Nothing after that is computed."""
     return run(model, x, names, stop=True)[1]
 
 
 def run_in_batches(
     model: nn.Module, images: Tensor, names: Sequence[str], batch: int
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """What ``run`` gives, of ``batch`` images at once."""
+    """The result of ``run``, computed for ``batch`` images at a time."""
     parts = [run(model, part, names) for part in images.split(batch)]
     results = [result for result, _ in parts if result is not None]
     found = {name: torch.cat([each[name] for _, each in parts]) for name in names}
@@ -116,24 +116,24 @@ def run_in_batches(
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor in what a module gives, be it a tuple, a dict or what there is."""
+    """The first tensor in a module's result, such as a tuple or a dict."""
     return next((t for t in pytree.tree_leaves(values) if isinstance(t, Tensor)), None)
 
 
 def wide(t: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in float32, or float64 if it is that."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def check_images(x: Tensor, name: str, axes: str = "[N, C, H, W]") -> None:
-    """Raises ValueError if the argument ``name`` is not of floats and axes with pixels."""
+    """Raise ValueError if the argument ``name`` does not hold floats with the given axes."""
     count = axes.count(",") + 1
     if x.dim() != count or not x.is_floating_point() or not all(x.shape[count - 3 :]):
         raise ValueError(f"{name} must be floats {axes}, got {x.dtype} {list(x.shape)}")
 
 
 def probabilities(result: Tensor | None) -> Tensor | None:
-    """Those of classes, of what a model gives: logits [N, classes]. None if it is not that."""
+    """The probabilities of classes for logits [N, classes]; None for any other result."""
     return None if result is None or result.dim() != 2 else wide(result).softmax(1)
 
 
@@ -145,15 +145,15 @@ def class_names(given: Sequence[str], count: int) -> tuple[str, ...]:
 
 
 def check_class(number: int, count: int, name: str) -> int:
-    """Raises ValueError if the argument ``name`` is not one of a model's ``count`` classes."""
+    """Raise ValueError if the argument ``name`` is not one of a model's ``count`` classes."""
     if not 0 <= number < count:
-        known = f"one of the {count} classes that the model gives, from 0 on"
+        known = f"one of the {count} classes of the model, from 0 on"
         raise ValueError(f"{name} must be {known}, got {name}={number}")
     return number
 
 
 def check_maps(y: Tensor, name: str) -> Tensor:
-    """Raises ValueError if y, which the layer ``name`` gave, is not [N, K, P, Q]."""
+    """Raise ValueError if y, the result of the layer ``name``, is not [N, K, P, Q]."""
     if y.dim() != 4:
         size = list(y.shape)
         raise ValueError(f"layer must give maps [N, K, P, Q], got {size} of layer={name!r}")

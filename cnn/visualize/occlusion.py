@@ -1,4 +1,4 @@
-"""What a network loses when a part of the image is covered."""
+"""The effect on a network's output of covering a part of the image."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,17 +29,17 @@ from .pictures import SIZE, grey, pixels, show
 
 @dataclass(frozen=True)
 class Occlusion:
-    """What a network gives while a grey square covers one part of an image after another.
+    """A network's answers while a grey square covers one part of an image after another.
 
-    ``corners`` [rows, columns, 2] are the first line and column of each square, negative where it
-    hangs over the border; ``size`` is its side, ``level`` [C] what its pixels have.
+    ``corners`` [rows, columns, 2] are the first row and column of each square, negative if it
+    extends beyond the border; ``size`` is its side, ``level`` [C] the value of its pixels.
 
-    ``probability`` [rows, columns] is that of the class ``class_`` and ``answers`` [rows, columns]
-    are the most probable classes. Both are None of a network that does not give [N, classes].
+    ``probability`` [rows, columns] is that of the class ``class_``, and ``answers`` [rows, columns]
+    are the most probable classes. Both are None if the network's result is not [N, classes].
 
-    ``activation`` [rows, columns] is the sum of the map ``number`` of ``layer``, the one with the
-    largest value on the whole image, where it is ``map`` [P, Q]. All are None of a network without
-    maps. ``whole`` has "probability" and "activation", as far as they exist, without a square.
+    ``activation`` [rows, columns] is the sum of the map ``number`` of ``layer``, the map with the
+    largest value for the whole image, ``map`` [P, Q]. All are None for a network without maps.
+    ``whole`` has "probability" and "activation", if they exist, without a square.
     """
 
     image: Tensor
@@ -58,7 +58,7 @@ class Occlusion:
     activation: Tensor | None = None
 
     def __str__(self) -> str:
-        """Each heat map's extremes, and how often which class is the most probable."""
+        """Each heat map's extremes, and how often each class is the most probable."""
         rows = [("", "whole image", "least", "of the square at", "most")]
         for title, whole, heat in self._heats():
             corner = "{}, {}".format(*self._corner(heat).tolist())
@@ -72,7 +72,7 @@ class Occlusion:
         return f"{text}\n\n{table(rows, '<>')}"
 
     def figure(self) -> Any:
-        """The image with the square where it matters most, heat maps and most probable classes."""
+        """The image with the most effective square, heat maps, and most probable classes."""
         heats = self._heats()
         count = 1 + len(heats) + (self.map is not None) + 2 * (self.answers is not None)
         rows, columns = -(-count // 3), min(count, 3)
@@ -98,7 +98,7 @@ class Occlusion:
         return figure
 
     def _heats(self) -> list[tuple[str, float, Tensor]]:
-        """Title, value without a square, and heat map of what there is."""
+        """Title, value without a square, and heat map of everything available."""
         heats = []
         if self.probability is not None:
             title = f"probability of {self.classes[self.class_ or 0]}"
@@ -109,11 +109,11 @@ class Occlusion:
         return heats
 
     def _corner(self, heat: Tensor) -> Tensor:
-        """That of the square under which ``heat`` is least."""
+        """The corner of the square under which ``heat`` is lowest."""
         return self.corners.flatten(0, 1)[int(heat.argmin())]
 
     def _draw(self, axes: Any, values: Tensor, title: str, **options: Any) -> Any:
-        """A value a cell, over the image."""
+        """Draw one value per cell, over the image."""
         rows, columns = (count * self.stride - 0.5 for count in values.shape)
         options |= {"extent": (-0.5, columns, rows, -0.5), "alpha": 0.75}
         show(axes, pixels(self.image).mean(0))
@@ -123,7 +123,7 @@ class Occlusion:
         return drawn
 
     def _draw_answers(self, axes: Any, names: Any, answers: Tensor) -> None:
-        """A colour for each of the nine most frequent classes, and the tenth for all others."""
+        """A color for each of the nine most frequent classes, and a tenth for all others."""
         counts = Counter(answers.flatten().tolist())
         numbers = [number for number, _ in counts.most_common(9)]
         places = torch.full_like(answers, 9)
@@ -152,29 +152,35 @@ def occlusion(
     classes: Sequence[str] = (),
     batch: int = 64,
 ) -> Occlusion:
-    """Cover one part of an image after another by a grey square and see what a network makes of it.
+    """Cover one part of an image after another with a grey square and record a network's answers.
 
     Zeiler and Fergus (2014; arXiv:1311.2901), section 4.2 and figure 7: if the network sees the
-    object, not what is around it, then covering the object makes its class less probable, and its
+    object, not its surroundings, then covering the object makes its class less probable, and its
     strongest map weaker.
 
-    The image is divided into cells of ``stride`` pixels a side, from its upper left corner on. A
-    square is centred on each (a remaining half of a pixel goes down and right) and may hang over
-    the border. So every pixel is covered, and a heat map has one value a cell. The square's level
+    The image is divided into cells of ``stride`` x ``stride`` pixels, from its upper left corner. A
+    square is centered on each (a remaining half pixel goes down and right) and may extend beyond
+    the border. So every pixel is covered, and a heat map has one value per cell. The square's level
     is 0.5 for an image within 0 and 1, else the mean of each of the image's channels.
 
     Args:
         x: one image [C, H, W] of floats, as the model takes it.
-        class_: whose probability is asked for; by default the most probable of the whole image.
-        layer: whose strongest map is watched; by default the last that gives maps of more than one
+        class_: class whose probability is recorded; by default the most probable for the whole
+            image.
+        layer: layer whose strongest map is recorded; by default the last with maps of more than one
             pixel.
         size: side of the square in pixels; by default a fourth of the image's shorter side.
-        stride: pixels from a square to the next, at most ``size``; by default a fourth of it.
+        stride: pixels between squares, at most ``size``; by default a fourth of it.
         classes: names of the classes, for texts.
-        batch: images that the model gets at once.
+        batch: number of images passed to the model at once.
 
-    What a model gives is taken for logits if it is [N, classes]. Raises ValueError for arguments
-    that do not fit, and for a model that has neither classes nor maps.
+    A result [N, classes] counts as logits. Raises ValueError for arguments that do not fit, and for
+    a model without classes and maps.
+
+    Example:
+        >>> found = visualize.occlusion(cnn.models.lenet5(), torch.rand(1, 32, 32), class_=7)
+        >>> found.probability.shape  # one value per cell of 2x2 pixels
+        torch.Size([16, 16])
     """
     check_images(x, "x", "[C, H, W]")
     if batch < 1:
@@ -211,9 +217,9 @@ def occlusion(
 
 
 def covered(x: Tensor, corners: Tensor, size: int, level: Tensor) -> Tensor:
-    """Copies [N, C, H, W] of x[C, H, W], each with a square of ``level`` [C] from its corner on.
+    """Copies [N, C, H, W] of x[C, H, W], each with a square of ``level`` [C] at its corner.
 
-    ``corners`` [N, 2] are the first line and column of each; a square may hang over the border.
+    ``corners`` [N, 2] are the first row and column of each; a square may extend beyond the border.
     """
     inside = []
     for axis in (0, 1):
@@ -233,14 +239,14 @@ def _corners(x: Tensor, size: int, stride: int) -> Tensor:
 
 
 def _last_maps(model: nn.Module, x: Tensor) -> str | None:
-    """The last layer that gives maps, if possible of more than one pixel."""
+    """The last layer with maps, if possible of more than one pixel."""
     maps = [row for row in calls(model, x) if len(row.output_size) == 4]
     large = [row for row in maps if row.output_size[2:] != (1, 1)]
     return next((row.name for row in reversed(large or maps)), None)
 
 
 def _look(model: nn.Module, images: Tensor, layer: str | None) -> tuple[Any, Any]:
-    """Probabilities [N, classes] and the layer's maps [N, K, P, Q]; None if there are none."""
+    """Probabilities [N, classes] and the layer's maps [N, K, P, Q]; None for a missing one."""
     result, found = run(model, images, [] if layer is None else [layer])
     return probabilities(result), None if layer is None else check_maps(found[layer], layer)
 
@@ -248,7 +254,7 @@ def _look(model: nn.Module, images: Tensor, layer: str | None) -> tuple[Any, Any
 def _values(
     chances: Tensor | None, maps: Tensor | None, class_: int | None, number: int | None
 ) -> dict[str, Tensor]:
-    """A class's probability, the most probable class, and a map's sum, [N] each: what there is."""
+    """A class's probability, the most probable class, and a map's sum, each [N], if available."""
     values = {}
     if chances is not None:
         values |= {"probability": chances[:, class_], "answers": chances.argmax(1)}

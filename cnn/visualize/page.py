@@ -1,4 +1,4 @@
-"""A figure and its table as one HTML file that needs no other."""
+"""A figure and its table as one self-contained HTML file."""
 
 import base64
 from html import escape
@@ -37,9 +37,9 @@ document.documentElement.dataset.ready = document.images.length;
 
 
 def page(title: str, command: str, image: bytes, table: str) -> str:
-    """An HTML page of a PNG image and of a table in plain text, which ``command`` has made.
+    """An HTML page with the PNG image and plain-text table that ``command`` has made.
 
-    A click shows the image in its own size.
+    A click shows the image at its own size.
     """
     texts = {"title": title, "command": command, "table": table}
     shown = {name: escape(lines(text)) for name, text in texts.items()}

@@ -1,4 +1,4 @@
-"""Tensors as pictures, and pictures as figures of matplotlib's."""
+"""Turn tensors into pictures, and pictures into matplotlib figures."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,15 @@ SIZE = 8.0
 
 
 def normalize_first(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-    """Let the model take pixels, black 0 and white 1: it normalizes them itself from now on.
+    """Make the model take pixels, black 0 and white 1, which it then normalizes itself.
 
-    So each picture of an input, and of what is projected back to it, has its true colours. This
-    registers a hook on the model and returns it.
+    So pictures of inputs, and of projections to them, have their true colors. Registers a hook on
+    the model and returns the model.
+
+    Example:
+        >>> mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        >>> model = visualize.normalize_first(cnn.models.lenet5(in_channels=3), mean, std)
+        >>> logits = model(torch.rand(1, 3, 32, 32))
     """
 
     def normalize(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -34,8 +39,8 @@ def normalize_first(model: nn.Module, mean: Sequence[float], std: Sequence[float
 def pixels(images: Tensor) -> Tensor:
     """Images [N, C, H, W], or one without N, as levels from 0 to 1 of one or three channels.
 
-    An image within 0 and 1 stays as it is, to a rounding; others are stretched to that. Of neither
-    one nor three channels the mean is shown.
+    An image within 0 and 1 stays as it is, up to rounding; others are stretched to that range.
+    Other numbers of channels are averaged.
     """
     images = _shown(images)
     low = images.amin((-3, -2, -1), keepdim=True)
@@ -46,7 +51,7 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def signed(images: Tensor) -> Tensor:
-    """Images [N, C, H, W] of either sign as levels: 0 is grey, its largest white or black."""
+    """Images [N, C, H, W] of either sign as levels: 0 is grey, the largest value white or black."""
     images = _shown(images)
     largest = images.abs().amax((-3, -2, -1), keepdim=True).clamp(min=1e-12)
     return 0.5 + images / (2 * largest)
@@ -58,7 +63,7 @@ def _shown(images: Tensor) -> Tensor:
 
 
 def grey(images: Tensor) -> Tensor:
-    """What stands for nothing in images [N, C, H, W]: levels [N, C, 1, 1].
+    """The neutral levels [N, C, 1, 1] of images [N, C, H, W].
 
     They are 0.5 for an image within 0 and 1, else the mean of each of its channels.
     """
@@ -70,7 +75,7 @@ def grey(images: Tensor) -> Tensor:
 def tiles(images: Tensor, columns: int | None = None, gap: int = 1, level: float = 1.0) -> Tensor:
     """Images [N, C, H, W] row by row as one [C, H', W'], ``gap`` pixels of ``level`` between them.
 
-    By default as many columns as make it about square.
+    The default number of columns makes the result roughly square.
     """
     count, channels, height, width = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
@@ -94,8 +99,8 @@ def show(axes: Any, image: Tensor, title: str = "", **options: Any) -> Any:
 
 
 def frame(axes: Any, box: Sequence[int], colour: Any, **options: Any) -> Any:
-    """Draw a rectangle around the pixels from top, left to before bottom, right in ``axes``."""
-    from matplotlib.patches import Rectangle  # optional, as all of matplotlib
+    """Draw a rectangle in ``axes`` around the pixels from (top, left) to before (bottom, right)."""
+    from matplotlib.patches import Rectangle  # optional, like all of matplotlib
 
     top, left, bottom, right = box
     options = {"linewidth": 1.5, "fill": False, "edgecolor": colour} | options
@@ -103,7 +108,7 @@ def frame(axes: Any, box: Sequence[int], colour: Any, **options: Any) -> Any:
 
 
 def colours(count: int) -> list[Any]:
-    """``count`` colours that are told apart: ten distinct ones, or more from blue to red."""
+    """``count`` distinguishable colors: ten distinct ones, or more from blue to red."""
     from matplotlib import colormaps
 
     if count <= 10:
@@ -114,7 +119,7 @@ def colours(count: int) -> list[Any]:
 def panels(
     images: Sequence[Tensor], titles: Sequence[str], columns: int, use: str, width: float = SIZE
 ) -> Any:
-    """A figure of pictures, of levels [C, H, W], with a title each, row by row."""
+    """A figure of pictures with levels [C, H, W], each with a title, row by row."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     high = max(image.shape[-2] / image.shape[-1] for image in images)

@@ -1,4 +1,4 @@
-"""What the layers of a network see of an image."""
+"""The part of an image that each layer sees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from .layers import calls, check_images, field_of
 from .pictures import SIZE, colours, frame, pixels, show
 
 Box = tuple[int, int, int, int]
-"""Top, left, bottom and right of a rectangle of pixels; the last two are the first outside it."""
+"""Top, left, bottom and right of a rectangle of pixels; the last two are exclusive."""
 
 
 class Seen(NamedTuple):
-    """What the pixel ``position`` of a layer's maps sees.
+    """The box that the pixel ``position`` of a layer's maps sees.
 
-    ``box`` reaches beyond the image if the layer sees padding.
+    ``box`` exceeds the image if the layer sees padding.
     """
 
     layer: str
@@ -38,7 +38,7 @@ class ReceptiveFields:
     seen: tuple[Seen, ...]
 
     def __str__(self) -> str:
-        """Size and stride of each layer's field, and the pixels that its central one spans."""
+        """Size and stride of each layer's field, and the pixels spanned by its central one."""
         rows = [("layer", "field", "stride", "pixel", "rows", "columns")]
         for layer, field, position, (top, left, bottom, right) in self.seen:
             spans = f"{top} to {bottom - 1}", f"{left} to {right - 1}"
@@ -47,9 +47,9 @@ class ReceptiveFields:
         return table(rows, "<>>>>>")
 
     def figure(self) -> Any:
-        """The image with a rectangle a layer, dashed if it sees padding.
+        """The image with one rectangle per layer, dashed if it sees padding.
 
-        Of what is outside the image, no more shows than half the image's size on each side.
+        At most half the image's size is shown outside the image on each side.
         """
         figure = new_figure("fields", figsize=(SIZE, 0.7 * SIZE), layout="constrained")
         axes = figure.subplots()
@@ -69,9 +69,8 @@ class ReceptiveFields:
 
 
 def _limits(first: Sequence[int], last: Sequence[int], side: int) -> tuple[float, float]:
-    """What of an axis is shown: the image and all boxes, with a margin, but no more than twice it.
-
-    Pixels are drawn around whole numbers.
+    """The shown range of an axis: the image and all boxes, with a margin, but at most twice the
+    image. Pixels are centered on whole numbers.
     """
     margin = 0.02 * side
     low, high = min(0, *first) - margin, max(side, *last) + margin
@@ -79,7 +78,7 @@ def _limits(first: Sequence[int], last: Sequence[int], side: int) -> tuple[float
 
 
 def window(field: ReceptiveField, p: int, q: int) -> Box:
-    """What pixel (p, q) of a map sees, with what lies in the padding outside the image."""
+    """The box that pixel (p, q) of a map sees, including padding outside the image."""
     top, left = (
         offset + stride * place
         for offset, stride, place in zip(field.offset, field.stride, (p, q), strict=True)
@@ -90,15 +89,19 @@ def window(field: ReceptiveField, p: int, q: int) -> Box:
 def receptive_field(
     model: nn.Module, x: Tensor, layers: Sequence[str] | None = None
 ) -> ReceptiveFields:
-    """The field of the central pixel of layers' maps, drawn on the image x[C, H, W].
+    """The receptive field of the central pixel of layers' maps, drawn on the image x[C, H, W].
 
-    ``layers`` are names; by default all whose field is known, those left out whose field is that of
-    one before. A field is the least rectangle of pixels that holds all that any path from the image
-    brings, as ``cnn.summary`` finds it without computing anything. Of an even number of rows or
-    columns the one behind the middle is central.
+    ``layers`` are names. The default is all layers with a known field, without those whose field
+    equals an earlier one's. A field is the smallest rectangle of pixels on which an output depends,
+    along any path; ``cnn.summary`` finds it without computing anything. If the number of rows or
+    columns is even, the one after the middle is central.
 
-    Raises ValueError for a layer that does not exist, or whose field is not known: one that sees
-    everything, such as a linear one.
+    Raises ValueError if a layer does not exist or its field is unknown, such as a linear one's,
+    which sees everything.
+
+    Example:
+        >>> found = visualize.receptive_field(cnn.models.lenet5(), torch.rand(1, 32, 32))
+        >>> found.figure().savefig("fields.png")
     """
     check_images(x, "x", "[C, H, W]")
     rows = {row.name: row for row in calls(model, x[None])}
@@ -110,7 +113,7 @@ def receptive_field(
     seen = []
     for name in layers:
         field = rows[name].field if name in rows else None
-        field = field or field_of(model, name, x[None])  # which says what is wrong
+        field = field or field_of(model, name, x[None])  # raises with the reason
         p, q = (side // 2 for side in rows[name].output_size[-2:])
         seen.append(Seen(name, field, (p, q), window(field, p, q)))
     return ReceptiveFields(x, tuple(seen))
