@@ -15,11 +15,30 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import device, library, planner
+from kernels import device, planner
 from kernels.conv.engine import Fprop
 from kernels.conv.paired_columns import FEW
 from kernels.geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from kernels.lang.epilogue import Epilogue
+from kernels.ops.conv2d import (
+    channel_sum,
+    conv2d,
+    conv2d_dgrad,
+    conv2d_wgrad,
+    relu_backward,
+)
+from kernels.ops.conv2d_8bit import conv2d_bytes, conv2d_bytes_wgrad
+from kernels.ops.conv2d_relu_max_pool2d import (
+    conv2d_relu_max_pool2d,
+    conv2d_relu_max_pool2d_backward,
+)
+from kernels.ops.max_pool2d import (
+    max_pool2d,
+    max_pool2d_backward,
+    max_pool2d_gather,
+    max_unpool2d,
+    max_unpool2d_backward,
+)
 from kernels.pool import max_pool
 from kernels.problem import Problem, layout_of
 
@@ -99,14 +118,14 @@ def _convolution(g: Conv2dGeometry, dtype: Dtype, layout: str, every: bool) -> N
     if every:
         epilogues = list(product((None, bias), (None, y), (False, True)))
     for vector, added, relu in epilogues:
-        library._conv2d(x, w, vector, added, *how, relu)
+        conv2d.launch(x, w, vector, added, *how, relu)
     for vector in (None, w.new_empty(g.C)):
-        library._conv2d_dgrad(y, w, vector, x.shape[2:], *how, layout != "scattered")
+        conv2d_dgrad.launch(y, w, vector, x.shape[2:], *how, layout != "scattered")
     for with_bias in (False, True):
-        library._conv2d_wgrad(x, y, w.shape, w.stride(), *how, with_bias)
-    library._channel_sum(y)
+        conv2d_wgrad.launch(x, y, w.shape, w.stride(), *how, with_bias)
+    channel_sum.launch(y)
     for with_bias in (False, True):
-        library._relu_backward(y, y, with_bias)
+        relu_backward.launch(y, y, with_bias)
     if g.groups == 1 and g.C <= FEW:
         _bytes(g, dtype, layout, arguments)
     if dtype.torch == torch.bfloat16:
@@ -120,9 +139,9 @@ def _bytes(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: Arguments) -
     scale, shift = (w.new_empty(g.C, dtype=torch.float32) for _ in range(2))
     how = *arguments, dtype.precision
     for bias, relu in ((None, False), (w.new_empty(g.K), True)):
-        library._conv2d_bytes(x, w, bias, scale, shift, *how, relu)
+        conv2d_bytes.launch(x, w, bias, scale, shift, *how, relu)
     for with_bias in (False, True):
-        library._conv2d_bytes_wgrad(x, dy, scale, shift, w.shape, w.stride(), *how, with_bias)
+        conv2d_bytes_wgrad.launch(x, dy, scale, shift, w.shape, w.stride(), *how, with_bias)
 
 
 def _eighths(g: Conv2dGeometry, layout: str, arguments: Arguments) -> None:
@@ -147,11 +166,11 @@ def _pooling(g: Pool2dGeometry, dtype: Dtype, layout: str) -> None:
     indices = _empty(g.y_shape, torch.int64, layout)
     window = g.kernel, g.stride, g.padding, g.dilation, g.ceil_mode
     for with_offsets, with_indices in ((False, False), (True, False), (False, True)):
-        library._max_pool2d(x, *window, with_offsets, with_indices)
-    library._max_pool2d_backward(y, argmax, x.shape[2:], *window, layout != "scattered")
-    library._max_pool2d_gather(x, argmax, *window)
-    library._max_unpool2d(y, indices, x.shape[2:])
-    library._max_unpool2d_backward(x, indices)
+        max_pool2d.launch(x, *window, with_offsets, with_indices)
+    max_pool2d_backward.launch(y, argmax, x.shape[2:], *window, layout != "scattered")
+    max_pool2d_gather.launch(x, argmax, *window)
+    max_unpool2d.launch(y, indices, x.shape[2:])
+    max_unpool2d_backward.launch(x, indices)
 
 
 def _block(block: suites.Block, dtype: Dtype, layout: str) -> None:
@@ -163,9 +182,9 @@ def _block(block: suites.Block, dtype: Dtype, layout: str) -> None:
     how = g.stride, (top, bottom, left, right), g.dilation, g.groups, dtype.precision
     window = pool.kernel, pool.stride, pool.padding
     for bias, with_offsets in product((None, w.new_empty(g.K)), (False, True)):
-        library._conv_pool(x, w, bias, *how, *window, with_offsets)
+        conv2d_relu_max_pool2d.launch(x, w, bias, *how, *window, with_offsets)
     sizes = x.shape[2:], w.shape, w.stride()
     for wanted in ((g.C > 4, True, True), (g.C > 4, True, False)):
-        library._conv_pool_backward(
+        conv2d_relu_max_pool2d_backward.launch(
             dy, argmax, x, w, *sizes, *how, *window, layout != "scattered", wanted
         )

@@ -24,11 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 from triton import knobs
 
-from kernels import library, planner
+from kernels import planner
 from kernels.conv.engine import Call, Dgrad, Fprop, Plan, PooledConv, Wgrad
 from kernels.device import Device
 from kernels.geometry import Conv2dGeometry, Direction, Pool2dGeometry
 from kernels.lang.epilogue import Epilogue
+from kernels.ops.conv2d_relu_max_pool2d import conv2d_relu_max_pool2d_backward
+from kernels.ops.tensors import resolve_precision
 from kernels.pool import max_pool, pool_gradient
 from kernels.problem import Problem, layout_of
 from kernels.tile import Tile
@@ -163,7 +165,7 @@ def launch_block(block: suites.Block, dtype: measure.Dtype, gpu: Device) -> tupl
     x, w, _ = selection.operands(g, dtype.torch)
     y = selection.empty(pool.y_shape, dtype.torch)
     argmax = selection.empty(pool.y_shape, max_pool.argmax_dtype(pool))
-    precision = library.resolve_precision(dtype.precision, x)
+    precision = resolve_precision(dtype.precision, x)
     problem = Problem("fprop", g, x.dtype, precision, gpu, layout_of((x, y), (w,)))
     engine, tile = planner.plan_pooled(problem, pool)
     engine.launch(PooledConv(x, w, x.new_zeros(g.K), y, argmax, g, pool, precision), tile)
@@ -185,8 +187,10 @@ def launch_block_backward(
     window = pool.kernel, pool.stride, pool.padding
     wanted = g.C > 4, True, True
     sizes = x.shape[2:], w.shape, w.stride()
-    library._conv_pool_backward(dy, argmax, x, w, *sizes, *geometry, *window, True, wanted)
-    precision = library.resolve_precision(dtype.precision, x)
+    conv2d_relu_max_pool2d_backward.launch(
+        dy, argmax, x, w, *sizes, *geometry, *window, True, wanted
+    )
+    precision = resolve_precision(dtype.precision, x)
     directions: tuple[Direction, ...] = ("dgrad", "wgrad") if wanted[0] else ("wgrad",)
     plans = [
         planner.plan_pool_gradient(Problem(direction, g, x.dtype, precision, gpu), pool)

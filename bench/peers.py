@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import library, planner
+from kernels import planner
 from kernels.device import describe
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.ops.tensors import resolve_precision
 from kernels.pool.max_pool import argmax_dtype
 from kernels.problem import Problem as Planned
 from kernels.problem import layout_of
@@ -102,7 +103,7 @@ class Convolution:
         images = (x, y.to(memory_format=torch.channels_last))
         layout = layout_of(images, () if self.op == "wgrad" else (w,))
         direction = DIRECTIONS[self.op]
-        precision = library.resolve_precision(self.precision, x)
+        precision = resolve_precision(self.precision, x)
         here = describe(x.device)
         return planner.plan(Planned(direction, self.g, x.dtype, precision, here, layout)).ms
 

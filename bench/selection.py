@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import device, library, planner
+from kernels import device, planner
 from kernels._private import GPUTarget
 from kernels.conv.engine import Plan
 from kernels.geometry import Conv2dGeometry, Direction, output_strides
+from kernels.ops.tensors import resolve_precision
 from kernels.problem import Problem, layout_of
 from kernels.tile import Tile
 
@@ -151,7 +152,7 @@ def plan(
     direction: Direction, g: Conv2dGeometry, precision: str, x: Tensor, w: Tensor, y: Tensor
 ) -> Plan:
     """The operators' choice for these operands, on the stand-in device."""
-    precision = library.resolve_precision(precision, x)
+    precision = resolve_precision(precision, x)
     here, layout = (
         device.describe(x.device),
         layout_of((x, y), () if direction == "wgrad" else (w,)),

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from kernels import library
-from kernels._private import is_any_autocast_enabled, is_function_mode_enabled, is_watched
+from kernels._private import is_function_mode_enabled, is_watched
 from kernels.geometry import Pair, conv_output_sizes, full_padding, same_padding
 
 INT32, INT64 = 2**31 - 1, 2**63 - 1
@@ -50,63 +48,13 @@ def refused(function: Callable[..., Any], **call: Any) -> Exception:
     return RuntimeError(f"these arguments are not supported, {got}")
 
 
-# Calls that come again.
-
-_PLAIN = {int, str, type(None)}
-_TENSORS = {Tensor, Parameter}
-
-
-def call_key(name: str, tensors: tuple, arguments: tuple) -> tuple | None:
-    """The key of a call in a cache: all that its checks and its plan read. None if it may not be
-    kept.
-
-    Only ints, strings and None are cached: True == 1 == 1.0, but only 1 is a valid stride. Nor is a
-    call that is traced or cast on the way.
-    """
-    if torch.compiler.is_compiling() or is_function_mode_enabled():
-        return None
-    if type(tensors[0]) not in _TENSORS or not library.runs_kernels(tensors[0]):
-        return None
-    for value in arguments:
-        if type(value) not in _PLAIN:
-            if type(value) is not tuple:
-                return None
-            for item in value:
-                if type(item) is not int:
-                    return None
-    if is_any_autocast_enabled() or (setting := library.setting(tensors[0])) is None:
-        return None
-    key: list[Any] = [name, setting, arguments]
-    try:
-        for t in tensors:
-            if t is None:
-                key.append(None)
-            elif type(t) in _TENSORS and not t.is_neg() and (start := t.data_ptr()):
-                key += (t.shape, t.stride(), t.dtype, t.device, start % 16)
-            else:
-                return None  # its values are not what lies in its memory: see library.is_plain
-    except RuntimeError:  # t is not strided, or has no memory
-        return None
-    return tuple(key)
-
-
-def remember(calls: dict[tuple, Callable], key: tuple, call: Callable) -> None:
-    """Keep a call that has passed its checks."""
-    if len(calls) >= 4096:
-        calls.clear()
-    calls[key] = call
-
-
 # Whole signatures.
 
 
 class Convolution(NamedTuple):
     """A convolution's numbers, normalized, with (P, Q) = ``size`` of its result."""
 
-    stride: Pair
-    padding: tuple[int, int, int, int]  # top, bottom, left, right
-    dilation: Pair
-    groups: int
+    numbers: dict[str, Any]  # as operators name them; padding is top, bottom, left, right
     size: Pair
     unbatched: bool
 
@@ -128,7 +76,8 @@ def convolution(
     pads = conv_padding(padding, (R, S), steps, spread)
     size = conv_output_sizes(input.shape[-2:], (R, S), steps, pads, spread)
     require(size[0] >= 1 and size[1] >= 1)
-    return Convolution(steps, pads, spread, groups, size, unbatched)
+    numbers = {"stride": steps, "padding": pads, "dilation": spread, "groups": groups}
+    return Convolution(numbers, size, unbatched)
 
 
 def pooling(kernel_size: Any, stride: Any, padding: Any) -> tuple[Pair, Pair, Pair]:

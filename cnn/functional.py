@@ -11,6 +11,7 @@ raises there, and so they are on every device while ``torch.export`` looks on.
 from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import signature
+from operator import itemgetter
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
@@ -18,16 +19,18 @@ import torch.nn.functional as TF
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from kernels import functions
+from kernels import ops
 from kernels._private import is_quantizing
 from kernels.geometry import conv_transpose_output_size, conv_transpose_padding, pool_output_size
+from kernels.ops import calls
+from kernels.ops.dispatch import Bound
+from kernels.ops.tensors import channels_last
 
 from . import composed
 from .arguments import (
     INT32,
     PRECISIONS,
     Invalid,
-    call_key,
     check_bytes,
     check_channels,
     check_choice,
@@ -43,7 +46,6 @@ from .arguments import (
     pair,
     pooling,
     refused,
-    remember,
     require,
     unpool_size,
     weight_sizes,
@@ -92,19 +94,14 @@ def _handed_on(function: Callable[..., Any], values: tuple, *args: Any, **kwargs
     return handle_torch_function(function, values, *args, **kwargs)
 
 
-_calls: dict[tuple, Callable[..., Any]] = {}  # those that have passed the checks
-
-
-def _called(
-    call: functions.Call, *tensors: Tensor | None, key: tuple | None = None, unbatched: bool
-) -> Any:
+def _called(call: Bound, *tensors: Tensor | None, key: tuple | None = None, unbatched: bool) -> Any:
     """What the call makes of tensors, of which one image is a batch; under its key it is kept."""
     if unbatched:
         made = call(*(t.unsqueeze(0) if t is not None and t.dim() == 3 else t for t in tensors))
         return made.squeeze(0) if isinstance(made, Tensor) else tuple(t.squeeze(0) for t in made)
     made = call(*tensors)
     if key is not None and (again := call.again(*tensors)) is not None:
-        remember(_calls, key, again)
+        calls.remember(key, again)
     return made
 
 
@@ -150,8 +147,8 @@ def conv2d(
     tensors = (input, weight, bias, residual)
     arguments = (stride, padding, dilation, groups, activation, precision)
     beyond = scale is not None or normalize is not None
-    key = None if beyond else call_key("conv2d", tensors, arguments)
-    if key is not None and (known := _calls.get(key)) is not None:
+    key = None if beyond else calls.function_key("conv2d", tensors, arguments)
+    if key is not None and (known := calls.known.get(key)) is not None:
         return known(input, weight, bias, residual)
     given: Any = input, weight, bias, stride, padding, dilation, groups
     options: Any = {
@@ -174,7 +171,7 @@ def conv2d(
         return y.relu_() if relu else y  # in place, as backward does not need what it gave
     try:
         check_tensors(input=input, weight=weight, bias=bias, residual=residual, scale=scale)
-        steps, pads, spread, groups, size, unbatched = convolution(*given)
+        numbers, size, unbatched = convolution(*given)
         check_pixels(input)
     except Invalid:
         names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
@@ -188,26 +185,27 @@ def conv2d(
     elif normalize is not None:
         if residual is not None:
             raise NotImplementedError("a convolution of bytes takes no residual, got one")
-        constants = check_bytes(input, weight, groups, normalize)
+        constants = check_bytes(input, weight, numbers["groups"], normalize)
     if is_torchs:
-        geometry = stride, (pads[0], pads[2]) if is_full else padding, dilation, groups
+        top, _, left, _ = numbers["padding"]
+        geometry = stride, (top, left) if is_full else padding, dilation, numbers["groups"]
         y = composed.conv2d(input, weight, bias, geometry, residual, scale, constants)
         return y.relu_() if relu else y
-    geometry = steps, pads, spread, groups
+    numbers["relu"] = relu
     if scale is not None:
-        call: Any = lambda *operands: functions.conv2d_fp8(*operands, *geometry, relu)  # noqa: E731
+        call = ops.conv2d_8bit.conv2d_fp8.bind(**numbers)
         return _called(call, input, weight, scale, bias, residual, unbatched=unbatched)
     if constants:
         input, weight, bias = autocast(input, weight, bias)
         check_dtypes(weight, bias=bias)
-        call = functions.conv2d_bytes(*geometry, relu, precision)
+        call = ops.conv2d_8bit.conv2d_bytes.bind(**numbers, precision=precision)
         return _called(call, input, weight, bias, *constants, unbatched=unbatched)
     input, weight, bias, residual = autocast(input, weight, bias, residual)
     check_dtypes(input, weight=weight, bias=bias, residual=residual)
     if input.shape[-3] == 0:  # a result without channels, whose gradients are zero
         y = input.reshape(*input.shape[:-3], 0, *size) + weight.sum()
         return y if bias is None else y + bias.sum()
-    call = functions.conv2d(*geometry, relu, precision)
+    call = ops.conv2d.conv2d.bind(**numbers, precision=precision)
     return _called(call, input, weight, bias, residual, key=key, unbatched=unbatched)
 
 
@@ -235,8 +233,8 @@ def conv_transpose2d(
     """
     tensors = (input, weight, bias)
     arguments = (stride, padding, output_padding, groups, dilation)
-    key = call_key("conv_transpose2d", tensors, arguments)
-    if key is not None and (known := _calls.get(key)) is not None:
+    key = calls.function_key("conv_transpose2d", tensors, arguments)
+    if key is not None and (known := calls.known.get(key)) is not None:
         return known(input, weight, bias)
     check_tensors(input=input, weight=weight, bias=bias)
     steps, spread = pair(stride, 1), pair(dilation, 1)
@@ -259,8 +257,9 @@ def conv_transpose2d(
     x, weight, bias = autocast(input, weight, bias)
     check_dtypes(x, weight=weight, bias=bias)
     pads = conv_transpose_padding((ph, pw), extra, steps)
-    last = functions.channels_last(x.unsqueeze(0) if unbatched else x, weight)
-    call = functions.conv_transpose2d(size, steps, pads, spread, groups, None, last)
+    last = channels_last(x.unsqueeze(0) if unbatched else x, weight)
+    numbers = {"stride": steps, "padding": pads, "dilation": spread, "groups": groups}
+    call = ops.conv2d.conv2d_dgrad.bind(size=size, **numbers, precision=None, channels_last=last)
     return _called(call, x, weight, bias, key=key, unbatched=unbatched)
 
 
@@ -288,8 +287,9 @@ def max_pool2d(
     """
     # In words, as 1 would be taken for the True that it is equal to.
     words = str(ceil_mode), str(return_indices)
-    key = call_key("max_pool2d", (input,), (kernel_size, stride, padding, dilation, *words))
-    if key is not None and (known := _calls.get(key)) is not None:
+    arguments = (kernel_size, stride, padding, dilation, *words)
+    key = calls.function_key("max_pool2d", (input,), arguments)
+    if key is not None and (known := calls.known.get(key)) is not None:
         return known(input)
     check_tensors(input=input)
     kernel, steps, pads = pooling(kernel_size, stride, padding)
@@ -302,7 +302,16 @@ def max_pool2d(
     Q = pool_output_size(W, kernel[1], steps[1], pads[1], spread[1], ceil_mode)
     require(P >= 1 and Q >= 1)
     check_dtypes(input)
-    call = functions.max_pool2d(kernel, steps, pads, spread, ceil_mode, bool(return_indices))
+    call = ops.max_pool2d.max_pool2d.bind(
+        itemgetter(0, 2) if return_indices else itemgetter(0),
+        kernel=kernel,
+        stride=steps,
+        padding=pads,
+        dilation=spread,
+        ceil_mode=ceil_mode,
+        argmax=torch.is_grad_enabled(),  # which only backward takes
+        indices=bool(return_indices),
+    )
     return _called(call, input, key=key, unbatched=unbatched)
 
 
@@ -343,8 +352,8 @@ def conv2d_relu_max_pool2d(
     """
     arguments = (stride, padding, dilation, groups, precision)
     window = (pool_kernel_size, pool_stride, pool_padding)
-    key = call_key("conv2d_relu_max_pool2d", (input, weight, bias), (*arguments, *window))
-    if key is not None and (known := _calls.get(key)) is not None:
+    key = calls.function_key("conv2d_relu_max_pool2d", (input, weight, bias), (*arguments, *window))
+    if key is not None and (known := calls.known.get(key)) is not None:
         return known(input, weight, bias)
     check_tensors(input=input, weight=weight, bias=bias)
     check_choice("precision", precision, PRECISIONS)
@@ -359,8 +368,14 @@ def conv2d_relu_max_pool2d(
     check_devices(input, weight=weight, bias=bias)
     x, weight, bias = autocast(input, weight, bias)
     check_dtypes(x, weight=weight, bias=bias)
-    call = functions.conv2d_relu_max_pool2d(
-        *(g.stride, g.padding, g.dilation, g.groups, precision, kernel, steps, pads)
+    call = ops.conv2d_relu_max_pool2d.conv2d_relu_max_pool2d.bind(
+        itemgetter(0),
+        **g.numbers,
+        precision=precision,
+        pool_kernel=kernel,
+        pool_stride=steps,
+        pool_padding=pads,
+        argmax=torch.is_grad_enabled(),
     )
     return _called(call, x, weight, bias, key=key, unbatched=g.unbatched)
 
@@ -394,4 +409,5 @@ def max_unpool2d(
     check_dtypes(input)
     if input.is_cpu and torch.is_autocast_enabled("cpu"):
         input = cast(input, torch.float32)  # torch's rule; GPUs unpool in the dtype they are given
-    return _called(functions.max_unpool2d(size), input, indices, unbatched=unbatched)
+    call = ops.max_pool2d.max_unpool2d.bind(size=size)
+    return _called(call, input, indices, unbatched=unbatched)

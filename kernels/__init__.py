@@ -1,1 +1,1 @@
-"""Convolution and max-pooling kernels in Triton, from geometry to autograd Functions."""
+"""Convolution and max-pooling kernels in Triton, from geometry to operators of PyTorch."""

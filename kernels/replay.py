@@ -133,5 +133,6 @@ def derive(t: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     return made
 
 
-def contiguous(t: Tensor) -> Tensor:
-    return t if t.is_contiguous() else derive(t, Tensor.contiguous)
+def contiguous(t: Tensor | None) -> Any:
+    """t, or its copy if it is not contiguous; None stays None."""
+    return t if t is None or t.is_contiguous() else derive(t, Tensor.contiguous)

@@ -24,11 +24,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import suites
-from kernels import device, library, planner
+from kernels import device, planner
 from kernels.conv import depthwise, few_channels, implicit_gemm, paired_columns, relu_backward
 from kernels.conv.engine import Dgrad, Fprop, Wgrad
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry, output_strides
 from kernels.lang.epilogue import Epilogue
+from kernels.ops.conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
+from kernels.ops.conv2d_relu_max_pool2d import (
+    conv2d_relu_max_pool2d,
+    conv2d_relu_max_pool2d_backward,
+)
 from kernels.pool import max_pool, max_unpool, pool_gradient
 from kernels.problem import Problem
 from kernels.tile import Tile
@@ -146,11 +151,13 @@ def launch_block(window: Any, direction: str, g: Conv2dGeometry, channels_last: 
     padding = (*g.padding[0], *g.padding[1])
     arguments = (g.stride, padding, g.dilation, g.groups, None, *window)
     if direction == "forward":
-        library._conv_pool(x, w, bias, *arguments, True)
+        conv2d_relu_max_pool2d.launch(x, w, bias, *arguments, True)
     else:
         sizes = x.shape[2:], w.shape, w.stride()
         wanted = g.C > 4, True, True  # images need no gradient
-        library._conv_pool_backward(y, argmax, x, w, *sizes, *arguments, channels_last, wanted)
+        conv2d_relu_max_pool2d_backward.launch(
+            y, argmax, x, w, *sizes, *arguments, channels_last, wanted
+        )
 
 
 def sizes() -> Iterator[tuple[int, int, int]]:
@@ -226,10 +233,10 @@ def step(N: int, image: int) -> None:
         x, w = empty((N, g.C, size, size), True), empty(g.w_shape, True)
         (top, bottom), (left, right) = g.padding
         arguments = (g.stride, (top, bottom, left, right), g.dilation, g.groups, None)
-        y = library._conv2d(x, w, None, None, *arguments, False)
+        y = conv2d.launch(x, w, None, None, *arguments, False)
         if g.C > 3:
-            library._conv2d_dgrad(y, w, None, x.shape[2:], *arguments, True)
-        library._conv2d_wgrad(x, y, w.shape, w.stride(), *arguments, False)
+            conv2d_dgrad.launch(y, w, None, x.shape[2:], *arguments, True)
+        conv2d_wgrad.launch(x, y, w.shape, w.stride(), *arguments, False)
 
 
 def resnet50(needed: set[Binary]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from kernels import device, functions
+from kernels import device, ops
 from kernels.geometry import Conv2dGeometry, full_padding, output_strides, same_padding
+from kernels.ops.tensors import channels_last
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -193,8 +194,8 @@ def conv2d(g: Conv2dGeometry, relu: bool = False, precision: str | None = "ieee"
 
     def operator(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         pads = (*g.padding[0], *g.padding[1])
-        call = functions.conv2d(g.stride, pads, g.dilation, g.groups, relu, precision)
-        return call(x, w, bias, residual)
+        numbers = g.stride, pads, g.dilation, g.groups, precision, relu
+        return ops.conv2d.conv2d(x, w, bias, residual, *numbers)
 
     return operator
 
@@ -204,11 +205,8 @@ def conv_transpose2d(g: Conv2dGeometry):
 
     def operator(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         pads = (*g.padding[0], *g.padding[1])
-        last = functions.channels_last(x, w)
-        call = functions.conv_transpose2d(
-            (g.H, g.W), g.stride, pads, g.dilation, g.groups, "ieee", last
-        )
-        return call(x, w, bias)
+        numbers = g.stride, pads, g.dilation, g.groups, "ieee", channels_last(x, w)
+        return ops.conv2d.conv2d_dgrad(x, w, bias, (g.H, g.W), *numbers)
 
     return operator
 

@@ -20,13 +20,14 @@ import torch
 from cases import GROUPED, PLAIN, STRIDED, operands, sliced
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import aten, autotune, planner, tuning_cache
+from kernels import autotune, planner, tuning_cache
 from kernels.autotune import Tuner
 from kernels.conv import few_channels, implicit_gemm
 from kernels.conv.engine import Dgrad, Fprop, Plan, Wgrad
 from kernels.device import Device, describe
 from kernels.geometry import Conv2dGeometry
 from kernels.lang.epilogue import Epilogue
+from kernels.ops.conv2d import conv2d, conv2d_dgrad, conv2d_wgrad
 from kernels.problem import Problem
 from kernels.tile import Tile
 
@@ -75,11 +76,11 @@ class Fake:
         pads = (*g.padding[0], *g.padding[1])
         rest = (g.stride, pads, g.dilation, g.groups, None)
         if direction == "fprop":
-            return (aten.conv2d(*tensors, *rest, False).contiguous(),)
+            return (conv2d.reference(*tensors, *rest, False).contiguous(),)
         if direction == "dgrad":
-            return (aten.conv2d_dgrad(*tensors, (g.H, g.W), *rest, False),)
+            return (conv2d_dgrad.reference(*tensors, (g.H, g.W), *rest, False),)
         strides = torch.empty(g.w_shape).stride()
-        return aten.conv2d_wgrad(*tensors, g.w_shape, strides, *rest, True)
+        return conv2d_wgrad.reference(*tensors, g.w_shape, strides, *rest, True)
 
     def choose(
         self,
@@ -796,16 +797,16 @@ def test_the_first_engine_passes_and_is_timed(tmp_path, device, g, dtype):
         return dw, db
 
     calls = {
-        "fprop": (o.inputs, fprop, lambda *t: (aten.conv2d(*t, *rest, True),)),
+        "fprop": (o.inputs, fprop, lambda *t: (conv2d.reference(*t, *rest, True),)),
         "dgrad": (
             (o.dy, o.w, None),
             dgrad,
-            lambda *t: (aten.conv2d_dgrad(*t, (g.H, g.W), *rest, True),),
+            lambda *t: (conv2d_dgrad.reference(*t, (g.H, g.W), *rest, True),),
         ),
         "wgrad": (
             (o.x, o.dy),
             wgrad,
-            lambda *t: aten.conv2d_wgrad(*t, g.w_shape, strides, *rest, True),
+            lambda *t: conv2d_wgrad.reference(*t, g.w_shape, strides, *rest, True),
         ),
     }
     timed = []

@@ -19,8 +19,9 @@ from bench.campaign import items, timing, workers
 from bench.campaign.items import Check, Timing
 from bench.campaign.summary import summary
 from bench.emulator.checks import Report, note
-from kernels import device, library, planner
+from kernels import device, planner
 from kernels.geometry import Conv2dGeometry
+from kernels.ops.dispatch import operators
 from kernels.problem import Problem
 
 pytestmark = pytest.mark.slow
@@ -124,7 +125,7 @@ def engine_of(check: Check) -> str:
 def test_every_operator_and_engine_is_checked_and_wgrad_first():
     found = items.items(HOPPER, timing.CEILINGS, small=False)
     checks = [item for item in found if isinstance(item, Check)]
-    assert {check.operator for check in checks} == library._operands.keys()
+    assert {check.operator for check in checks} == operators.keys()
     assert checks[0].operator == "conv2d_wgrad"
     assert isinstance(found[0], Check)
     engines = {

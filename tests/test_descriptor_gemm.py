@@ -38,13 +38,14 @@ from tolerance import assert_close, double, evaluate, float32_convolutions, torc
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import device as kernel_device
-from kernels import library, planner
+from kernels import planner
 from kernels.conv import descriptor_gemm
 from kernels.conv.descriptor_gemm import takes_pairs
 from kernels.conv.descriptor_tiles import keeps_places_apart, read_phases, supports
 from kernels.conv.engine import Dgrad, Fprop, Wgrad
 from kernels.device import INTERPRET, Device
 from kernels.lang.epilogue import Epilogue
+from kernels.ops import tensors
 from kernels.problem import Problem, layout_of
 from kernels.tile import Tile, is_valid
 
@@ -690,8 +691,8 @@ def test_a_convolution_in_each_mode(g, direction, mode, device):
 
 def test_modes_by_target(monkeypatch):
     def resolve(precision, dtype=torch.float32, target=HOPPER):
-        monkeypatch.setattr(library, "describe", lambda device: target)
-        return library.resolve_precision(precision, SimpleNamespace(dtype=dtype, device=None))
+        monkeypatch.setattr(tensors, "describe", lambda device: target)
+        return tensors.resolve_precision(precision, SimpleNamespace(dtype=dtype, device=None))
 
     modes = ("ieee", *MODES)
     monkeypatch.setattr(torch.version, "hip", None)

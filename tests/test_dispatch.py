@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import cnn.functional as F
 from cnn import arguments
-from kernels import functions, library
+from kernels.ops.dispatch import operators
 
 # Values that are not what lies in memory.
 
@@ -38,21 +38,20 @@ LAZY = {  # what a tensor is replaced by, and what that is in value
 
 
 @pytest.mark.parametrize("lazy", LAZY)
-@pytest.mark.parametrize("function", functions.Operator.__subclasses__(), ids=lambda f: f.name)
-def test_operators_read_values_and_not_memory(function, lazy, device):
+@pytest.mark.parametrize("name", [name for name, op in operators.items() if op.function])
+def test_operators_read_values_and_not_memory(name, lazy, device):
     """Of each operand; gradients of any order are further operators."""
     replaced, in_value = LAZY[lazy]
-    count = library.operands(function.name)
-    for given in operator_samples(device, torch.float32)[function.name]:
+    operator = operators[name]
+    count = operator.tensors
+    for given in operator_samples(device, torch.float32)[name]:
         tensors = [None if t is None else t.detach() for t in given[:count]]
-        numbers = library.with_tuples(given[count:])
+        numbers = [tuple(n) if isinstance(n, list) else n for n in given[count:]]
         for i, t in enumerate(tensors):
             if t is None or t.dtype == torch.uint8:
                 continue
             results, expected = (
-                functions._apply(
-                    function, *tensors[:i], change(t), *tensors[i + 1 :], numbers=numbers
-                )
+                operator(*tensors[:i], change(t), *tensors[i + 1 :], *numbers)
                 for change in (replaced, in_value)
             )
             assert_close(results, expected, rtol=0, atol=0)
@@ -163,6 +162,31 @@ def test_constants_made_in_any_mode_serve_training(mode, device):
     assert_close(y, z)
     ours, theirs = (torch.autograd.grad(r.sum(), w) for r in (y, z))
     assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("mapped", [(0, None, None), (1, 0, None), (None, None, 0), (0, 0, 0)])
+def test_images_of_bytes_are_mapped(mapped, device):
+    """Images, filters and the numbers that normalize, and the gradient of the filters."""
+    shapes = (1, 3, 5, 4), (4, 3, 3, 3), (3,)
+    x, w, scale = (
+        random(s if dim is None else (*s[:dim], 2, *s[dim:]), torch.float32, device, i)
+        for i, (s, dim) in enumerate(zip(shapes, mapped, strict=True))
+    )
+    x, scale = (x * 50 + 128).to(torch.uint8), scale / 64
+
+    def ours(x, w, scale):
+        return F.conv2d(x, w, normalize=(scale, 0.5))
+
+    def theirs(x, w, scale):
+        return TF.conv2d(x * scale[:, None, None] + 0.5, w)
+
+    def gradient(function):
+        return torch.func.grad(lambda w, x, scale: function(x, w, scale).pow(2).sum())
+
+    assert_close(*(torch.vmap(f, mapped)(x, w, scale) for f in (ours, theirs)))
+    dims = mapped[1], mapped[0], mapped[2]
+    both = [torch.vmap(gradient(f), dims)(w, x, scale) for f in (ours, theirs)]
+    assert_close(*both, rtol=1e-5, atol=1e-4)
 
 
 # Transforms of transforms, and what is vectorised.

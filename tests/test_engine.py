@@ -11,7 +11,7 @@ from tolerance import assert_operator_close, torch_conv2d
 
 from cnn import functional
 from kernels import device as kernel_device
-from kernels import library, planner
+from kernels import planner
 from kernels.conv.engine import Engine, Fprop
 from kernels.device import launches, loop
 from kernels.geometry import Conv2dGeometry
@@ -19,6 +19,7 @@ from kernels.lang.epilogue import results, store_result
 from kernels.lang.integers import cdiv, decode_ints, decode_strides, encode_ints, pixel, program
 from kernels.lang.integers import operands as arguments
 from kernels.lang.numerics import dot
+from kernels.ops import calls
 from kernels.problem import Problem
 from kernels.tile import Block, Tile
 
@@ -98,8 +99,7 @@ POINTWISE = Engine("pointwise", tiles=tiles, launchers={Fprop: fprop})
 def pointwise(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """The engine, in front of the planner's others; no call from before is replayed."""
     monkeypatch.setattr(planner, "ENGINES", [POINTWISE, *planner.ENGINES])
-    monkeypatch.setattr(library, "_recordings", {})
-    monkeypatch.setattr(functional, "_calls", {})
+    monkeypatch.setattr(calls, "known", {})
     planner.plan.cache_clear()
     yield POINTWISE
     planner.plan.cache_clear()

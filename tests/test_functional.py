@@ -137,7 +137,7 @@ def test_what_torch_rejects(function, changes, device, monkeypatch):
     """The same class of exception, the blame on the right argument, and no operator is called."""
     with pytest.raises(Exception) as theirs:  # noqa: PT011  any that torch raises
         getattr(TF, function)(**arguments(function, changes))
-    monkeypatch.setattr(F, "functions", SimpleNamespace())
+    monkeypatch.setattr(F, "ops", SimpleNamespace())
     with pytest.raises(theirs.type) as ours:
         getattr(F, function)(**arguments(function, changes, device))
     assert ours.type is theirs.type
@@ -194,7 +194,7 @@ REFUSED = [
 def test_what_this_library_refuses(function, changes, error, device, monkeypatch):
     if "input" in changes and function.startswith("conv") and "residual" not in changes:
         changes = {**changes, "weight": changes["input"]}
-    monkeypatch.setattr(F, "functions", SimpleNamespace())
+    monkeypatch.setattr(F, "ops", SimpleNamespace())
     with pytest.raises(error) as raised:
         getattr(F, function)(**arguments(function, changes, device))
     name, change = next(iter(changes.items()))

@@ -13,7 +13,7 @@ import pytest
 import cnn
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("lang", "pool", "conv", "conv_pool")
+FOLDERS = ("lang", "pool", "conv", "conv_pool", "ops")
 PACKAGES = (
     *("kernels", *(f"kernels.{name}" for name in FOLDERS)),
     *(
@@ -34,10 +34,9 @@ kernels.lang
 kernels.pool
 kernels.conv
 kernels.conv_pool
-kernels.planner kernels.aten kernels.vmap kernels.sharding kernels.tuning_cache
+kernels.planner kernels.tuning_cache
 kernels.autotune
-kernels.library
-kernels.functions
+kernels.ops
 cnn.arguments cnn.autocast cnn.errors cnn.text cnn.files
 cnn.console cnn.figures
 cnn.composed

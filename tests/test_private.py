@@ -55,7 +55,7 @@ def internals(path: Path) -> Iterator[str]:
             yield from filter(_is_internal, names)
         elif isinstance(node, ast.Attribute) and node.attr[0] == "_" and node.attr[:2] != "__":
             theirs = not _of_self(node) and node.attr not in own | PROTOCOLS
-            if theirs and ast.unparse(node.value) not in ("library", "recording"):
+            if theirs:
                 yield ast.unparse(node)
 
 

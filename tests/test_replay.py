@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 import cnn.functional as F
-from kernels import autotune, conv_pool, device, library, planner, replay
+from kernels import autotune, conv_pool, device, ops, planner, replay
 from kernels.conv import descriptor_gemm
 from kernels.conv.engine import Dgrad, Fprop, PooledConv, Wgrad
 from kernels.device import Device, launches
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.ops import calls
 from kernels.problem import Problem
 
 pytestmark = pytest.mark.skipif(
@@ -72,11 +73,18 @@ def everything(call: Callable[..., Tensor], operands: list[Tensor]) -> list[Tens
     return [*results, y, *grads, *seconds]
 
 
+def of_functions(known: dict) -> set[tuple]:
+    return {key for key in known if isinstance(key[0], str)}
+
+
+def of_operators(known: dict) -> set[tuple]:
+    return set(known) - of_functions(known)
+
+
 @pytest.fixture
 def forget():
     def clear() -> None:
-        library._recordings.clear()
-        F._calls.clear()
+        calls.known.clear()
 
     clear()
     yield clear
@@ -92,12 +100,11 @@ def test_a_call_that_comes_again_computes_what_a_first_one_does(name, last, forg
     expected = everything(call, second)
     forget()
     everything(call, first)
-    known, kept = dict(library._recordings), dict(F._calls)
-    assert len(kept) == 2, "the function's, without and with gradients"
+    known = dict(calls.known)
+    assert len(of_functions(known)) == 2, "without and with gradients"
     before = launches()
     again = everything(call, second)
-    assert library._recordings == known
-    assert F._calls == kept
+    assert calls.known == known
     assert launches() != before
     for ours, theirs in zip(again, expected, strict=True):
         assert ours.equal(theirs)
@@ -122,15 +129,15 @@ def test_strides_alignment_dtype_and_numbers_make_another_call(forget):
     apart.copy_(bias)
     expected = F.conv2d(x, w, bias)
     for operands in [(x.contiguous(), w, bias), (shifted, w, bias), (x, w, apart), (x, w, None)]:
-        known = set(library._recordings)
+        known = of_operators(calls.known)
         y = F.conv2d(*operands)
-        assert set(library._recordings) != known
+        assert of_operators(calls.known) != known
         if operands[2] is not None:
             torch.testing.assert_close(y, expected)
-    known = set(library._recordings)
+    known = of_operators(calls.known)
     F.conv2d(x.half(), w.half(), bias.half())
     F.conv2d(x, w, bias, stride=2)
-    assert len(library._recordings) == len(known) + 2
+    assert len(of_operators(calls.known)) == len(known) + 2
 
 
 @pytest.mark.parametrize("name", ["product", "pool", "block"])
@@ -139,7 +146,7 @@ def test_nothing_is_replayed_while_tuning_or_warming_up(name, forget, monkeypatc
     call, sizes = CALLS[name]
     operands = [random(*size) for size in sizes]
     call(*operands)
-    assert F._calls
+    assert of_functions(calls.known)
     monkeypatch.setattr(replay.Recording, "__call__", lambda *_: pytest.fail("replayed"))
     for owner, state, value in (
         (autotune, "_on", True),
@@ -147,7 +154,7 @@ def test_nothing_is_replayed_while_tuning_or_warming_up(name, forget, monkeypatc
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, state, value)
-            patch.setattr(library, "_run", lambda *_, **__: None)
+            patch.setattr(ops.conv2d, "_launch", lambda *_: None)
             patch.setattr(device, "launch", lambda *_, **__: None)
             call(*operands)
 
@@ -159,9 +166,10 @@ def test_the_setting_of_float32_makes_another_call(forget, monkeypatch):
     bytes_ = x.to(torch.uint8)
     keys = set()
     for precision in ("ieee", "tf32"):
-        monkeypatch.setattr(library, "resolve_precision", lambda *_, p=precision: p)
-        keys.add(library._key("conv2d", (x, w, None, None, *numbers), 4))
-        keys.add(library._key("conv2d_bytes", (bytes_, w, None, one, one, *numbers), 5))
+        monkeypatch.setattr(calls, "resolve_precision", lambda *_, p=precision: p)
+        keys.add(calls.operator_key(ops.conv2d.conv2d, (x, w, None, None), numbers))
+        operands = bytes_, w, None, one, one
+        keys.add(calls.operator_key(ops.conv2d_8bit.conv2d_bytes, operands, numbers))
     assert len(keys) == 4
 
 
@@ -171,7 +179,7 @@ def test_a_recording_holds_no_tensor(forget):
     held = [weakref.ref(t) for t in (x, w, y)]
     del x, w, y
     gc.collect()
-    assert library._recordings
+    assert calls.known
     assert not any(ref() is not None for ref in held)
 
 

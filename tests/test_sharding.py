@@ -42,8 +42,8 @@ def test_all_operators_are_known_to_it_where_it_is_imported():
 import sys
 import cnn
 assert not {"torch.distributed.tensor", "torch._dynamo"} & sys.modules.keys()
-from kernels import sharding
-print(*sorted(sharding._SHARDED))
+from kernels.ops.dispatch import operators
+print(*sorted(operators))
 """
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True

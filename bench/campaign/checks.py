@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import device, library, planner
+from kernels import device, planner
 from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.ops.dispatch import operators
+from kernels.ops.tensors import resolve_precision
 from kernels.problem import Problem, layout_of
 
 from .. import measure, suites
@@ -52,7 +54,7 @@ def compile_(check: Check) -> None:
     if check.forced is not None:
         _forced(check, check.forced, call)
     else:
-        library.launching(check.operator)(*call.tensors, *call.numbers)
+        operators[check.operator].launch(*call.tensors, *call.numbers)
 
 
 def _forced(check: Check, forced: Forced, call: Call) -> Tensor:
@@ -60,7 +62,7 @@ def _forced(check: Check, forced: Forced, call: Call) -> Tensor:
     assert first is not None
     assert second is not None
     assert isinstance(check.geometry, Conv2dGeometry)
-    precision = library.resolve_precision(DTYPES[check.dtype].precision, first)
+    precision = resolve_precision(DTYPES[check.dtype].precision, first)
     direction = DIRECTIONS[check.operator]
     return tiles.launch(forced, direction, check.geometry, precision, first, second)
 
@@ -72,7 +74,7 @@ def chosen(check: Check, call: Call) -> Forced | None:
         return check.forced
     first = call.tensors[0]
     assert first is not None
-    precision = library.resolve_precision(DTYPES[check.dtype].precision, first)
+    precision = resolve_precision(DTYPES[check.dtype].precision, first)
     source = Source(check, torch.device("meta"))
     x, w, y = (source.images(shape) for shape in (g.x_shape, g.w_shape, g.y_shape))
     layout = layout_of((x, y), () if direction == "wgrad" else (w,))
@@ -125,7 +127,7 @@ def _reference(check: Check, call: Call, dtype: torch.dtype | None) -> Results:
         assert w is not None
         assert scale is not None
         w = w * scale.view(-1, 1, 1, 1)
-        return (references.conv2d(x, w, bias, residual, *geometry, precision=None, relu=relu),)
+        return (references.conv2d(x, w, bias, residual, *geometry, None, relu),)
     with first.device:
         found = getattr(references, check.operator)(*wider, *call.numbers)
     return found if isinstance(found, tuple) else (found,)
@@ -187,7 +189,7 @@ def _winners_error(check: Check, call: Call, found: Results, right: Tensor) -> f
     x, w, bias = (t.to(right.dtype) for t in call.tensors if t is not None)
     geometry, window = call.numbers[:5], call.numbers[5:8]
     with right.device:
-        z = references.conv2d(x, w, bias, None, *geometry, relu=True)
+        z = references.conv2d(x, w, bias, None, *geometry, True)
         won = references.max_pool2d_gather(z, found[1], *window, (1, 1), False)
     return measure.relative_rms(won, right)
 

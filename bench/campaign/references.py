@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from kernels.aten import conv2d, conv2d_dgrad, conv2d_wgrad
+from kernels import ops
 from kernels.geometry import Pool2dGeometry, conv_output_sizes
 from kernels.pool.max_pool import argmax_dtype
 
-__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad"]
+conv2d = ops.conv2d.conv2d.reference
+conv2d_dgrad = ops.conv2d.conv2d_dgrad.reference
+conv2d_wgrad = ops.conv2d.conv2d_wgrad.reference
 
 
 def _normalized(x, scale, shift, dtype):
@@ -107,7 +109,7 @@ def max_unpool2d_backward(dy, indices):
 
 def conv2d_relu_max_pool2d(x, w, bias, *arguments):
     *convolution, kernel, step, margin, argmax = arguments
-    z = conv2d(x, w, bias, None, *convolution, relu=True)
+    z = conv2d(x, w, bias, None, *convolution, True)
     y, taps, _ = max_pool2d(z, kernel, step, margin, (1, 1), False, True, False)
     taps = torch.where(y <= 0, -1, taps.to(torch.int64)).to(taps.dtype)
     return y, taps if argmax else taps.new_empty(0)
@@ -121,7 +123,7 @@ def conv2d_relu_max_pool2d_backward(dy, argmax, x, w, size, w_size, w_strides, *
     dz = max_pool2d_backward(dy, argmax, places, *window, channels_last)
     dx, dw, db = (dy.new_empty(0) for _ in range(3))
     if wanted[0]:
-        dx = conv2d_dgrad(dz, w, None, size, *convolution, channels_last=channels_last)
+        dx = conv2d_dgrad(dz, w, None, size, *convolution, channels_last)
     if wanted[1]:
-        dw, _ = conv2d_wgrad(x, dz, w_size, w_strides, *convolution, bias=False)
+        dw, _ = conv2d_wgrad(x, dz, w_size, w_strides, *convolution, False)
     return dx, dw, channel_sum(dz) if wanted[2] else db

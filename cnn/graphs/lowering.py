@@ -14,9 +14,10 @@ from torch.fx import Graph, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import kernels
-from kernels import device, functions
+from kernels import device
 from kernels._private import FakeTensor, defaults_of, pytree
 from kernels.geometry import conv_transpose_output_size, conv_transpose_padding
+from kernels.ops.tensors import channels_last
 
 from ..arguments import DTYPES, conv_padding, one_number, pair, pooling
 from .effects import value
@@ -149,7 +150,7 @@ def _conv_transpose2d(
         )
     ]
     size = [item.node if isinstance(item, Proxy) else item for item in size]
-    last = functions.channels_last(value(input), value(weight))
+    last = channels_last(value(input), value(weight))
     sides = conv_transpose_padding(pads, extra, steps)
     numbers = size, steps, sides, spread, one_number(groups), None, last
     return _replace(node, _ops.conv2d_dgrad.default, *operands, *numbers)
