@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import triton
+from triton import knobs
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler, driver
 
@@ -36,7 +37,7 @@ def listen(note: Callable[[Compilation], None]) -> None:
     def listener(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any) -> None:
         note(Compilation(metadata["hash"], times.total / 1e6, cache_hit))
 
-    triton.knobs.compilation.listener = listener
+    knobs.compilation.listener = listener
 
 
 @contextmanager
@@ -59,11 +60,11 @@ def intercepted(
         return is_known(name(key, fn))
 
     def after(*, key: str, fn: Any, **_: Any) -> None:
-        for kernels, *_ in fn.jit_function.device_caches.values():
+        for kernels, *_others in fn.jit_function.device_caches.values():
             if kernel := kernels.pop(key, None):
                 take(name(key, fn), kernel)
 
-    runtime = triton.knobs.runtime
+    runtime = knobs.runtime
     with runtime.scope():
         runtime.jit_cache_hook, runtime.jit_post_compile_hook = before, after
         yield
@@ -83,7 +84,9 @@ def unspecialized(name: str) -> str:
         one = kind == "constexpr" and value == 1 and value is not True
         return "integer" if one or re.fullmatch(r"i\d+", str(kind)) else (kind, value)
 
-    kernel, arguments, options = re.fullmatch(r"(\S+ \S+) (\[.*\])(\{.*\})", name).groups()
+    found = re.fullmatch(r"(\S+ \S+) (\[.*\])(\{.*\})", name)
+    assert found is not None
+    kernel, arguments, options = found.groups()
     return f"{kernel} {[of(*argument) for argument in literal_eval(arguments)]}{options}"
 
 
@@ -111,7 +114,7 @@ class _ToPTX(compiler.CUDABackend):
         super().add_stages(stages, options, language)
         stages.pop("cubin", None)
 
-    def hash(self) -> str:
+    def hash(self) -> str:  # type: ignore[override]  Triton's is cached
         return f"{super().hash()}-ptx"
 
 
@@ -121,8 +124,7 @@ def stop_at_ptx() -> None:
     Relies on the table of back ends, on the stages running in order and the last one returning what
     is loaded, and on ``hash`` being part of the key of Triton's cache.
     """
-    known = triton.backends.backends
-    known["nvidia"] = type(known["nvidia"])(_ToPTX, known["nvidia"].driver)
+    backends["nvidia"] = type(backends["nvidia"])(_ToPTX, backends["nvidia"].driver)
 
 
 def parameters_of_descriptor(kind: str, descriptor: Any, meta: Any) -> list[tuple[str, Any]]:

@@ -8,7 +8,6 @@ offsets. "every" has all epilogues, and all tiles with 64-bit offsets.
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Literal, NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor
 from kernels import device, planner
 from kernels.conv.engine import Fprop
 from kernels.conv.paired_columns import FEW
-from kernels.geometry import Conv2dGeometry, Pool2dGeometry
+from kernels.geometry import Conv2dGeometry, Pair, Pool2dGeometry
 from kernels.lang.epilogue import Epilogue
 from kernels.ops.conv2d import (
     channel_sum,
@@ -49,6 +48,8 @@ from .measure import Dtype
 Scope = Literal["planned", "family", "every"]
 SCOPES: tuple[Scope, ...] = ("planned", "family", "every")
 LAYOUTS = ("aligned", "channels_last", "scattered")  # the planner's
+Arguments = tuple[Pair, tuple[int, int, int, int], Pair, int]
+"""Stride, padding, dilation and groups of a convolution, as operators take them."""
 
 
 class Group(NamedTuple):
@@ -93,12 +94,9 @@ def _operators(geometry: suites.Geometry, dtype: Dtype, layout: str, every: bool
 
 def _large(geometry: suites.Geometry) -> suites.Geometry:
     """The geometry with enough images for 64-bit offsets."""
-    if isinstance(geometry, suites.Block):
-        conv, pool = geometry
-        images = _large(conv).N
-        return suites.Block(replace(conv, N=images), replace(pool, N=images))
-    images = 1 + 2**31 // min(prod(geometry.x_shape[1:]), prod(geometry.y_shape[1:]))
-    return replace(geometry, N=images)
+    g = geometry.conv if isinstance(geometry, suites.Block) else geometry
+    images = 1 + 2**31 // min(prod(g.x_shape[1:]), prod(g.y_shape[1:]))
+    return suites.with_images(geometry, images)
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Tensor:
@@ -134,7 +132,7 @@ def _convolution(g: Conv2dGeometry, dtype: Dtype, layout: str, every: bool) -> N
         _eighths(g, layout, arguments)
 
 
-def _bytes(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: tuple) -> None:
+def _bytes(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: Arguments) -> None:
     """First layers on uint8 images."""
     w = selection.empty(g.w_shape, dtype.torch, layout != "scattered")
     x, dy = _empty(g.x_shape, torch.uint8, layout), _empty(g.y_shape, dtype.torch, layout)
@@ -146,7 +144,7 @@ def _bytes(g: Conv2dGeometry, dtype: Dtype, layout: str, arguments: tuple) -> No
         conv2d_bytes_wgrad.launch(x, dy, scale, shift, w.shape, w.stride(), *how, with_bias)
 
 
-def _eighths(g: Conv2dGeometry, layout: str, arguments: tuple) -> None:
+def _eighths(g: Conv2dGeometry, layout: str, arguments: Arguments) -> None:
     """Products of float8 with bfloat16 results."""
     w = selection.empty(g.w_shape, torch.float8_e4m3fn, layout != "scattered")
     x, y = (

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 from tqdm import tqdm
+from triton import knobs
 
 from kernels import planner
 from kernels.conv.engine import Call, Dgrad, Fprop, Plan, PooledConv, Wgrad
@@ -125,7 +126,7 @@ def instructions(kernel: Any, encoded: bool = False) -> list[assembly.Instructio
 
 def _ask(tool: str, kernel: Any, *options: str) -> str:
     """The output of one of the tools in Triton's wheel for a kernel."""
-    path = getattr(triton.knobs.nvidia, tool).path
+    path = getattr(knobs.nvidia, tool).path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -197,7 +198,7 @@ def launch_block_backward(
         dy, argmax, x, w, *sizes, *geometry, *window, True, wanted
     )
     precision = resolve_precision(dtype.precision, x)
-    directions: list[Direction] = ["dgrad"] * wanted[0] + ["wgrad"]
+    directions: tuple[Direction, ...] = ("dgrad", "wgrad") if wanted[0] else ("wgrad",)
     plans = [
         planner.plan_pool_gradient(Problem(direction, g, x.dtype, precision, gpu), pool)
         for direction in directions
@@ -232,7 +233,6 @@ def timing() -> Iterator[dict[str, float]]:
     def note(compilation: Compilation) -> None:
         seconds[compilation.hash] = compilation.seconds
 
-    knobs = triton.knobs
     with tempfile.TemporaryDirectory() as folder, knobs.compilation.scope(), knobs.cache.scope():
         knobs.cache.dir = folder
         knobs.compilation.disable_line_info = True
@@ -253,14 +253,14 @@ class Reader:
         self._launched.clear()
         if isinstance(g, Conv2dGeometry):
             tensors = selection.operands(g, dtype.torch)
-            direction = suites.NAMED.get(case.op, case.op)
+            direction = suites.DIRECTIONS[case.op]
             if case.op == "conv_relu":
-                direction, epilogue = "fprop", {**epilogue, "bias": True, "relu": True}
+                epilogue = {**epilogue, "bias": True, "relu": True}
             plan = selection.plan(direction, g, dtype.precision, *tensors)
             launch(direction, g, tensors, plan, dtype.precision, **epilogue)
             engine, tile = plan.engine.name, plan.tile
             kernel = principal(self._launched, g, plan)
-        elif case.op == "conv_relu_max_pool":
+        elif isinstance(g, suites.Block) and case.op == "conv_relu_max_pool":
             engine, tile = launch_block(g, dtype, self._gpu)
             kernel = self._launched[-1]  # the first may lay out filters
         elif isinstance(g, suites.Block):

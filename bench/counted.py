@@ -73,7 +73,7 @@ class Assumed(NamedTuple):
     programs: int | None
     turns: int | None
     macs: int | None
-    turn_instructions: int | None
+    turn_instructions: float | None
     l2_bytes: int | None
     bytes: int | None
     ms: float | None
@@ -155,7 +155,7 @@ def least_bytes(op: str, g: suites.Geometry, itemsize: int) -> int:
             return kept + itemsize * (read + prod(conv.w_shape))
         dx = prod(conv.x_shape) + prod(conv.w_shape) if conv.C > 4 else 0
         return kept + itemsize * (read + prod(conv.w_shape) + dx)
-    pixels = g.H * g.W if suites.NAMED.get(op, op) == "dgrad" else read_pixels(g)
+    pixels = g.H * g.W if suites.DIRECTIONS[op] == "dgrad" else read_pixels(g)
     return itemsize * (g.N * g.C * pixels + prod(g.w_shape) + prod(g.y_shape))
 
 
@@ -164,12 +164,12 @@ def execute(case: suites.Case, gpu: Device) -> tuple[str, Tile, Assumed | None]:
     g, dtype = case.layer.geometry, DTYPES[case.dtype]
     if isinstance(g, Conv2dGeometry):
         relu = case.op == "conv_relu"
-        direction = "fprop" if relu else suites.NAMED.get(case.op, case.op)
+        direction = suites.DIRECTIONS[case.op]
         tensors = selection.operands(g, dtype.torch)
         plan = selection.plan(direction, g, dtype.precision, *tensors)
         compiled.launch(direction, g, tensors, plan, dtype.precision, bias=relu, relu=relu)
         return plan.engine.name, plan.tile, assumed(direction, g, dtype.torch, plan)
-    if case.op == "conv_relu_max_pool":
+    if isinstance(g, suites.Block) and case.op == "conv_relu_max_pool":
         return *compiled.launch_block(g, dtype, gpu), None
     if isinstance(g, suites.Block):
         return *compiled.launch_block_backward(g, dtype, gpu), None

@@ -141,7 +141,8 @@ def _row(case: Case, task: str, layout: str, seconds: float) -> dict[str, Any]:
     model = cnn.models.create(case.model, **options)
     x = torch.randn(case.batch_size, channels, size, size).to(memory_format=LAYOUTS[layout])
     labels = torch.randint(10, (case.batch_size,))
-    networks = contenders(model.to(memory_format=LAYOUTS[layout]))
+    model = model.to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+    networks = contenders(model)
     make = training if task == "training" else inference
     calls = {name: make(network, x, labels) for name, network in networks.items()}
     times = alternating(calls, seconds)

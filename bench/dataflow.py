@@ -139,7 +139,7 @@ class State:
             writes = writes.union(product.accumulator)
         for what, registers in self.awaited.items():
             # A unit reads its operands in order, and so before a later result is written.
-            if not what.writes and what.unit == sass.queue(effects.unit):
+            if not what.writes and effects.unit and what.unit == sass.queue(effects.unit):
                 continue
             # A result does not overtake an earlier one of its unit if these come in order.
             if what.writes and what.unit == effects.unit and effects.in_order:

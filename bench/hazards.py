@@ -67,7 +67,7 @@ class Verdicts:
         self._examples: dict[tuple[str, str], str] = {}  # by unspecialized kernel, and layout
         if path.is_file():
             rows = json.loads(path.read_text())
-            self._kept = {key: Verdict(*rest, tuple(found)) for key, *rest, found in rows}
+            self._kept = {key: Verdict(*rest, hazards=tuple(found)) for key, *rest, found in rows}
 
     def save(self) -> None:
         """Write the file atomically."""

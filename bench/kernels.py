@@ -35,7 +35,7 @@ class Ending(Exception):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m bench kernels``; lists take commas, spaces or both."""
-    lists = {"nargs": "+", "metavar": "NAME"}
+    lists: Any = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument(
         "--suite", type=_names(None), help="suites (default: all, or all of --shapes)", **lists
     )

@@ -93,7 +93,7 @@ def calls() -> dict[str, Callable[[], object]]:
     image, first = tensor(2, 3, 32, 32), tensor(64, 3, 7, 7)
     x_leaf, w_leaf, b_leaf = (t.clone().requires_grad_() for t in (x, w, bias))
     layer = cnn.Conv2d(64, 64, 3, padding=1, device=where, dtype=torch.bfloat16)
-    layer = layer.to(memory_format=torch.channels_last)
+    layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     stem: Any = {"stride": 2, "padding": 3}
     block: Any = {"padding": 1, "pool_kernel_size": 2}
     y = F.conv2d(x_leaf, w_leaf, b_leaf, padding=1)

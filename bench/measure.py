@@ -88,7 +88,8 @@ def set_torch(dtype: Dtype, device: torch.device, search: bool = True) -> None:
     """Configure PyTorch in this process for the dtype: TF32 only if requested; cuDNN may search."""
     if device.type == "cpu":
         return
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn  # its settings are not in the stubs
+    matmul: Any = torch.backends.cuda.matmul
     cudnn.benchmark = search
     tf32 = dtype.precision == "tf32"
     # Inductor reads the older and the newer settings, and either raises if the two differ.

@@ -25,7 +25,7 @@ from kernels.problem import layout_of
 
 from ._private import inductors_pooling
 from .measure import DTYPES
-from .suites import NAMED, Block, Case
+from .suites import DIRECTIONS, NAMED, Block, Case
 
 PEERS = ("cudnn", "cudnn_nchw", "inductor", "flaggems")
 Inputs = tuple[Tensor, ...]
@@ -102,7 +102,7 @@ class Convolution:
         y = torch.empty(self.g.y_shape, dtype=x.dtype, device="meta")
         images = (x, y.to(memory_format=torch.channels_last))
         layout = layout_of(images, () if self.op == "wgrad" else (w,))
-        direction = "fprop" if self.op == "conv_relu" else self.op
+        direction = DIRECTIONS[self.op]
         precision = resolve_precision(self.precision, x)
         here = describe(x.device)
         return planner.plan(Planned(direction, self.g, x.dtype, precision, here, layout)).ms
@@ -146,7 +146,7 @@ class Convolution:
 
     def flaggems(self) -> Contender:
         """FlagGems' forward pass; its backward cannot compute one gradient only."""
-        import flag_gems
+        import flag_gems  # pyright: ignore[reportMissingImports]
 
         conv2d, numbers = flag_gems.ops.conv2d, self._torch
         if self.op == "fprop":
@@ -219,7 +219,7 @@ class MaxPool:
 
     def flaggems(self) -> Contender:
         """FlagGems' kernels, which work in NCHW."""
-        import flag_gems
+        import flag_gems  # pyright: ignore[reportMissingImports]
 
         ops, window = flag_gems.ops, (*self._window, self.g.ceil_mode)
         if self.op == "max_pool":
@@ -307,7 +307,7 @@ class ConvPool:
 
     def flaggems(self) -> Contender:
         """FlagGems' kernels in sequence, forward; backward as in Convolution."""
-        import flag_gems
+        import flag_gems  # pyright: ignore[reportMissingImports]
 
         ops, numbers, window = flag_gems.ops, self._torch, (*self._window, (1, 1), False)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from kernels import device
+from kernels.geometry import Conv2dGeometry
 
 from . import selection, suites
 from .errors import UsageError
@@ -41,8 +42,10 @@ def lines(cases: Iterable[suites.Case]) -> Iterator[str]:
     sums: dict[tuple[str, str, str], float] = {}
     yield _line(_HEAD)
     for layer, op, dtype in cases:
-        tensors = selection.operands(layer.geometry, DTYPES[dtype].torch)
-        plan = selection.plan(op, layer.geometry, DTYPES[dtype].precision, *tensors)
+        g = layer.geometry
+        assert isinstance(g, Conv2dGeometry)  # --op offers nothing else
+        tensors = selection.operands(g, DTYPES[dtype].torch)
+        plan = selection.plan(suites.DIRECTIONS[op], g, DTYPES[dtype].precision, *tensors)
         key = layer.suite, op, dtype
         sums[key] = sums.get(key, 0.0) + plan.ms * layer.count
         box = "x".join(map(str, plan.tile.box or "-"))

@@ -25,7 +25,7 @@ def device_named(name: str) -> torch.device:
         )
     if name == "cuda" and INTERPRET:
         raise UsageError("TRITON_INTERPRET is set: the kernels would run in the interpreter")
-    return torch.device(name, 0 if name == "cuda" else None)
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
 def opened(args: argparse.Namespace, identity: dict[str, str], **more: Any) -> dict[str, Any]:

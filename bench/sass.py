@@ -145,7 +145,7 @@ _WARP_PRODUCTS = {
 _GROUP_PRODUCT = re.compile(r"[HQI]GMMA\.64x(\d+)x\d+(?:\.SP)?\.(F32|F16|S32)\b")
 
 
-def queue(unit: str | None) -> str | None:
+def queue(unit: str) -> str:
     """The queue of a unit: units of one queue take their operands in order."""
     return "memory" if unit in ("shared", "global") else unit
 

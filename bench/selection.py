@@ -9,7 +9,6 @@ import mmap
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -101,16 +100,9 @@ def layers(args: argparse.Namespace) -> list[suites.Layer]:
         _all_known("layer", args.layer, [layer.name for layer in chosen])
         chosen = [layer for layer in chosen if layer.name in args.layer]
     if args.batch:
-        chosen = [
-            layer._replace(geometry=_with_images(layer.geometry, args.batch)) for layer in chosen
-        ]
+        sized = [suites.with_images(layer.geometry, args.batch) for layer in chosen]
+        chosen = [layer._replace(geometry=g) for layer, g in zip(chosen, sized, strict=True)]
     return chosen
-
-
-def _with_images(geometry: suites.Geometry, N: int) -> suites.Geometry:
-    if isinstance(geometry, suites.Block):
-        return suites.Block(*(replace(part, N=N) for part in geometry))
-    return replace(geometry, N=N)
 
 
 def _all_known(what: str, names: list[str], known: list[str]) -> None:

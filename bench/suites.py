@@ -15,19 +15,29 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kernels.geometry import Conv2dGeometry, Pair, Pool2dGeometry
+from kernels.geometry import Conv2dGeometry, Direction, Pair, Pool2dGeometry
 
 CASES = Path(__file__).parent / "cases"
 
 # Operators on every convolution; on depthwise ones and on first layers only, by what they compute;
 # on poolings; on blocks.
-CONVOLUTIONS = ("fprop", "dgrad", "wgrad", "conv_relu")
-DEPTHWISE = {"depthwise": "fprop", "depthwise_dgrad": "dgrad", "depthwise_wgrad": "wgrad"}
-FIRST = {"first_layer": "fprop", "first_layer_wgrad": "wgrad"}
+CONVOLUTIONS: dict[str, Direction] = {
+    "fprop": "fprop",
+    "dgrad": "dgrad",
+    "wgrad": "wgrad",
+    "conv_relu": "fprop",
+}
+DEPTHWISE: dict[str, Direction] = {
+    "depthwise": "fprop",
+    "depthwise_dgrad": "dgrad",
+    "depthwise_wgrad": "wgrad",
+}
+FIRST: dict[str, Direction] = {"first_layer": "fprop", "first_layer_wgrad": "wgrad"}
 POOLINGS = ("max_pool", "max_pool_backward")
 BLOCKS = ("conv_relu_max_pool", "conv_relu_max_pool_backward")
 OPS = (*CONVOLUTIONS, *DEPTHWISE, *FIRST, *POOLINGS, *BLOCKS)
 NAMED = DEPTHWISE | FIRST  # operators of CONVOLUTIONS with their own names
+DIRECTIONS = CONVOLUTIONS | NAMED  # what each of them computes
 
 
 class Block(NamedTuple):
@@ -93,7 +103,7 @@ def read(path: Path) -> list[Layer]:
 
 
 def _layer(row: dict[str, Any]) -> Layer:
-    image = [_number(row, key) for key in "NCHW"]
+    N, C, H, W = (_number(row, key) for key in "NCHW")
     stride, padding, dilation = (
         _pair(row.get(key, usual), key)
         for key, usual in (("stride", 1), ("padding", 0), ("dilation", 1))
@@ -103,22 +113,23 @@ def _layer(row: dict[str, Any]) -> Layer:
         kernel = _pair(row["kernel"], "kernel")
         stride = stride if "stride" in row else kernel
         ceil = bool(row.get("ceil_mode", False))
-        geometry = Pool2dGeometry(*image, kernel, stride, padding, dilation, ceil)
+        geometry = Pool2dGeometry(N, C, H, W, kernel, stride, padding, dilation, ceil)
     else:
-        filters = [_number(row, key) for key in "KRS"]
+        K, R, S = (_number(row, key) for key in "KRS")
         both = (padding[0], padding[0]), (padding[1], padding[1])
         groups = _number(row, "groups") if "groups" in row else 1
-        if image[1] % groups or filters[0] % groups:
-            raise ValueError(f"groups={groups} do not divide both C={image[1]} and K={filters[0]}")
-        geometry = Conv2dGeometry(*image, *filters, stride, both, dilation, groups)
+        if C % groups or K % groups:
+            raise ValueError(f"groups={groups} do not divide both C={C} and K={K}")
+        geometry = Conv2dGeometry(N, C, H, W, K, R, S, stride, both, dilation, groups)
     size = geometry.P, geometry.Q
     said = row.get("P", size[0]), row.get("Q", size[1])
     if size != said or min(size) < 1:
         raise ValueError(f"the output is {size[0]}x{size[1]}, not {said[0]}x{said[1]}")
     if "pool" in row and isinstance(geometry, Conv2dGeometry):
         pool = row["pool"]
-        window = [_pair(pool.get(key, 0), key) for key in ("kernel", "stride", "padding")]
-        geometry = Block(geometry, Pool2dGeometry(*geometry.y_shape, *window))
+        sides = ("kernel", "stride", "padding")
+        kernel, stride, padding = (_pair(pool.get(key, 0), key) for key in sides)
+        geometry = Block(geometry, Pool2dGeometry(*geometry.y_shape, kernel, stride, padding))
     count = _number(row, "count") if "count" in row else 1
     return Layer(str(row["suite"]), str(row["name"]), geometry, count)
 
@@ -169,6 +180,13 @@ def _has(layer: Layer, op: str, ops: Sequence[str]) -> bool:
         return _is_named(op, g)
     twice = any(NAMED.get(other) == op and _is_named(other, g) for other in ops)
     return op in CONVOLUTIONS and not twice
+
+
+def with_images(g: Geometry, N: int) -> Geometry:
+    """The geometry with so many images."""
+    if isinstance(g, Block):
+        return Block(replace(g.conv, N=N), replace(g.pool, N=N))
+    return replace(g, N=N)
 
 
 def shrink(layer: Layer) -> Layer:

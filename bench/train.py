@@ -174,7 +174,8 @@ class Step:
     def __init__(self, contender: str, model: nn.Module, mode: str, device: torch.device):
         self.contender = contender
         network = copy.deepcopy(model) if contender.startswith("ours") else eager(model)
-        network = network.to(device, memory_format=torch.channels_last)
+        layout = torch.channels_last
+        network = network.to(device, memory_format=layout)  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
         self.network: Any = network
         if contender.endswith("compiled"):
@@ -225,5 +226,5 @@ def _torchs(layer: nn.Module) -> nn.Module:
         following.append(nn.MaxPool2d(*window))
     for ours, torchs in ((cnn.Conv2d, nn.Conv2d), (cnn.MaxPool2d, nn.MaxPool2d)):
         if isinstance(layer, ours):
-            layer.__class__ = torchs
+            layer.__class__ = torchs  # type: ignore[assignment]
     return nn.Sequential(layer, *following) if following else layer

@@ -28,14 +28,16 @@ from torch._ops import OpOverloadPacket as OpOverloadPacket
 from torch._subclasses import FakeTensor as FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.nn.modules.utils import _pair
+from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from triton.backends.compiler import GPUTarget as GPUTarget
 from triton.language.target_info import cuda_capability_geq as cuda_capability_geq
 from triton.runtime.errors import PTXASError as PTXASError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-pytree = torch.utils._pytree
-pair_of: Callable[[Any], tuple] = torch.nn.modules.utils._pair
+pytree = _pytree
+pair_of: Callable[[Any], tuple] = _pair
 """A pair from one number or two, as torch's layers make it."""
 Convolution: type[torch.nn.Module] = torch.nn.modules.conv._ConvNd
 """Of which torch's convolutions are, transposed ones too."""
@@ -104,7 +106,7 @@ def without_gpu(target: GPUTarget) -> Iterator[None]:
     needed: to ask for ``active`` would make one, or raise without a GPU.
     """
     previous = triton.runtime.driver._active
-    triton.runtime.driver.set_active(_NoDriver(target))
+    triton.runtime.driver.set_active(_NoDriver(target))  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -266,7 +268,7 @@ def register_sharding(operator: Any, choices: Sequence[_Choice]) -> None:
                 if isinstance(t, OpStrategy)
             ]
             costs = [generate_redistribute_costs(*pair) for pair in given]
-            result = results if len(results) > 1 else results[0]
+            result = results[0] if len(results) == 1 else results
             specs.append(OpSpec(result, [spec for _, spec in given], costs))
         return OpStrategy(specs)
 

@@ -18,7 +18,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import reduce
 from math import inf, prod, sqrt
+from operator import add
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -203,7 +205,8 @@ def expected_results(
         parts.append([Expected(*pair) for pair in zip(values, magnitudes, strict=True)])
     results = [list(result) for result in zip(*parts, strict=True)]
     if direction == "wgrad":
-        return [[Expected(*map(sum, zip(*result, strict=True)))] for result in results]
+        sums = [[reduce(add, ts) for ts in zip(*result, strict=True)] for result in results]
+        return [[Expected(values, magnitude)] for values, magnitude in sums]
     return results
 
 

@@ -7,7 +7,6 @@ and the second pass of a split reduction. Nothing is measured here: ``device.Pea
 rates. Times are in ms, sizes in elements.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil, prod
@@ -101,19 +100,19 @@ def predict(problem: Problem, tile: Tile) -> Prediction:
     works = launches(direction, g, tile)
     programs = max(1, sum(work.programs for work in works))  # none of an empty batch
     turn = turn_cycles(direction, tile, itemsize, per_cycle, device)
-    ms, waits = 0.0, Counter[Limit]()
+    ms, waits = 0.0, dict[Limit, float]()
     for work in works:
         busy: Times = {name: work.k_tiles * each for name, each in turn.items()}
         busy["memory"] = memory * everywhere / programs
         limit, taken = cycles(work.programs, busy, tile, itemsize, device)
-        waits[limit] += taken
+        waits[limit] = waits.get(limit, 0.0) + taken
         ms += taken * device.multiprocessors / everywhere
     launch = _LAUNCH * len(works)
     if tile.split_k > 1:
         parts = 4 * (tile.split_k * 2 + 1) * prod(g.w_shape)
         launch += _LAUNCH + parts / (device.peaks.memory * 1e6)
     # Of an image without pixels nothing is launched.
-    return Prediction(ms + launch, "launch" if launch >= ms else waits.most_common(1)[0][0])
+    return Prediction(ms + launch, "launch" if launch >= ms else max(waits, key=waits.__getitem__))
 
 
 def turn_instructions(direction: Direction, tile: Tile) -> float:

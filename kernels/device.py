@@ -6,7 +6,7 @@ Everything is asked lazily: importing this module touches no GPU.
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,15 +14,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import triton
 import triton.language as tl
+from triton import knobs
 
 from ._private import GPUTarget, python_range, quick_interpreter, without_gpu
 
-INTERPRET: bool = triton.knobs.runtime.interpret
+INTERPRET: bool = knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on CPU tensors."""
 
-loop = python_range if INTERPRET else tl.range
+loop: Callable[..., Iterable[Any]] = python_range if INTERPRET else tl.range
 
 
 class _Recorder(threading.local):

@@ -233,15 +233,9 @@ class Conv2dGeometry:
     ) -> "Conv2dGeometry":
         """From the shapes of x and w; ``padding`` is (top, bottom, left, right)."""
         top, bottom, left, right = padding
-        return cls(
-            *x_shape,
-            w_shape[0],
-            *w_shape[2:],
-            stride=(stride[0], stride[1]),
-            padding=((top, bottom), (left, right)),
-            dilation=(dilation[0], dilation[1]),
-            groups=groups,
-        )
+        (N, C, H, W), (K, _, R, S) = x_shape, w_shape
+        pairs = (stride[0], stride[1]), ((top, bottom), (left, right)), (dilation[0], dilation[1])
+        return cls(N, C, H, W, K, R, S, *pairs, groups)
 
     @property
     def P(self) -> int:

@@ -326,7 +326,8 @@ def failed(item: Item, reason: str) -> Row:
 # In a process that compiles ahead.
 
 
-def _compile(target: GPUTarget, emulate: str | None, item: Item) -> None:
+def _compile(target: GPUTarget | None, emulate: str | None, item: Item) -> None:
+    assert target is not None  # else nothing is compiled ahead
     if emulate:
         _emulate(emulate)  # its kernels are compiled differently
     with device.compile_only(target) as kernels:

@@ -122,11 +122,12 @@ def _reference(check: Check, call: Call, dtype: torch.dtype | None) -> Results:
     first = call.tensors[0]
     assert first is not None
     if check.operator == "conv2d_fp8":  # ATen's rounds to bfloat16
-        x, w, scale, *epilogue = wider
+        x, w, scale, bias, residual = wider
         *geometry, relu = call.numbers
-        return (
-            references.conv2d(x, w * scale.view(-1, 1, 1, 1), *epilogue, *geometry, None, relu),
-        )
+        assert w is not None
+        assert scale is not None
+        w = w * scale.view(-1, 1, 1, 1)
+        return (references.conv2d(x, w, bias, residual, *geometry, None, relu),)
     with first.device:
         found = getattr(references, check.operator)(*wider, *call.numbers)
     return found if isinstance(found, tuple) else (found,)

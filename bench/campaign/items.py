@@ -219,22 +219,22 @@ def _layers(images: int, small: bool) -> dict[str, suites.Geometry]:
         "depthwise/2": depthwise["b3.0.dw"],
         # From a generator: its dgrad doubles 16x16 pixels.
         "transposed": Conv2dGeometry(images, 128, 32, 32, 256, 4, 4, (2, 2), ((1, 1), (1, 1))),
-        "grouped": Conv2dGeometry(images, 256, 28, 28, 256, 3, 3, padding=((1, 1),) * 2, groups=4),
+        "grouped": Conv2dGeometry(
+            images, 256, 28, 28, 256, 3, 3, padding=((1, 1), (1, 1)), groups=4
+        ),
         "groups of 4": Conv2dGeometry(
-            images, 64, 28, 28, 64, 3, 3, padding=((1, 1),) * 2, groups=16
+            images, 64, 28, 28, 64, 3, 3, padding=((1, 1), (1, 1)), groups=16
         ),
         "odd": odd,
         "odd+pool": suites.Block(odd, Pool2dGeometry(*odd.y_shape, (2, 2), (2, 2), (0, 0))),
-        "one channel": Conv2dGeometry(images, 1, 28, 28, 32, 5, 5, padding=((2, 2),) * 2),
+        "one channel": Conv2dGeometry(images, 1, 28, 28, 32, 5, 5, padding=((2, 2), (2, 2))),
     }
     shrink = _shrunk if small else _with_images
     return {name: shrink(g, images) for name, g in named.items()}
 
 
 def _with_images(g: suites.Geometry, images: int) -> suites.Geometry:
-    if isinstance(g, suites.Block):
-        return suites.Block(*(replace(part, N=min(images, 16)) for part in g))
-    return replace(g, N=images)
+    return suites.with_images(g, min(images, 16) if isinstance(g, suites.Block) else images)
 
 
 def _shrunk(g: suites.Geometry, images: int) -> suites.Geometry:

@@ -3,15 +3,16 @@
 import numpy as np
 
 from . import arithmetic
-from .memory import TYPES
+from .memory import TYPES, GlobalAccess
 from .parser import SIZES
+from .shared import SharedMemory
 
 _LETTERS = str.maketrans("fsub", "fiuu")  # kinds as numpy calls them
 _OPERATIONS = {"add": np.add, "min": np.fmin, "max": np.fmax}
 _BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
-class Atomics:
+class Atomics(SharedMemory, GlobalAccess):
     def atomic(self, L, space, how, kind, address, values, mask, i):
         """One thread after the other; returns the old values."""
         size = SIZES[kind]
@@ -22,15 +23,15 @@ class Atomics:
             return old
         if space == "shared":
             memory, index = self.shared_index(L, address[sel], size, sel, i)
-        elif self.counters is not None:
-            self.counters.global_access(self, L, sel, address[sel], size * count, i, "atomic")
-        for n, lane in enumerate(sel):
-            if space != "shared":
-                memory, at = self._atomic_target(L, lane, address, size, size * count, i)
+            targets = ((memory, at) for at in index)
+        else:
+            if self.counters is not None:
+                self.counters.global_access(self, L, sel, address[sel], size * count, i, "atomic")
+            targets = (self._atomic_target(L, n, address, size, size * count, i) for n in sel)
+        for lane, (memory, at) in zip(sel, targets, strict=True):
             for c in range(count):
-                place = (index[n] if space == "shared" else at) + c
-                old[c][lane] = memory[place]
-                memory[place] = updated(how, kind, memory[place], [v[c][lane] for v in values])
+                old[c][lane] = memory[at + c]
+                memory[at + c] = updated(how, kind, memory[at + c], [v[c][lane] for v in values])
         return old
 
     def _atomic_target(self, L, lane, address, size, total, i):

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .memory import TYPES, chosen
+from .batch import Lanes
+from .memory import TYPES, GlobalAccess, chosen
+from .shared import SharedMemory
 
 i64 = np.int64
 
@@ -13,7 +15,7 @@ i64 = np.int64
 class Copy:
     """Copies of one instruction that some threads have not waited for."""
 
-    L: object
+    L: Lanes
     rows: np.ndarray  # which of the lanes
     group: np.ndarray  # of each
     waiting: np.ndarray
@@ -25,7 +27,7 @@ class Copy:
     landed: bool = False
 
 
-class Copies:
+class Copies(SharedMemory, GlobalAccess):
     def init_copies(self) -> None:
         self._copies: list[Copy] = []
         self._copy_count = np.zeros(self.lanes, i64)  # groups that each thread has committed

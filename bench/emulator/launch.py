@@ -87,11 +87,9 @@ class Launch:
             self.symbols[p.name] = origin + p.offset
 
     def execute(self, ctas: list[Grid], options: Options) -> None:
-        function, batch = self.function, max(1, options.lanes // self.threads)
-        where = (self.memory, self.params, self.symbols, self.grid)
-        how = (self.threads, function.shared, options, self.counters)
+        batch = max(1, options.lanes // self.threads)
         for first in range(0, len(ctas), batch):
-            Machine(function.program, *where, ctas[first : first + batch], *how).run()
+            Machine(self, ctas[first : first + batch], options).run()
 
 
 def run(
@@ -131,7 +129,8 @@ def _check_limits(function: Function, grid: Grid, threads: int, metadata: Any) -
         raise RuntimeError(f"Triton Error [CUDA]: invalid argument: a grid of {grid}")
     if threads > 1024:
         raise RuntimeError(f"Triton Error [CUDA]: invalid argument: {threads} threads")
-    limit = triton.runtime.driver.active.utils.get_device_properties(0)["max_shared_mem"]
+    active: Any = triton.runtime.driver.active  # the emulator's
+    limit = active.utils.get_device_properties(0)["max_shared_mem"]
     if function.shared > limit:
         raise triton.OutOfResources(function.shared, limit, "shared memory")
 

@@ -3,11 +3,12 @@
 A phase is complete when neither arrivals nor bytes of asynchronous copies are to come.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .parser import Imm
+from .shared import SharedMemory
 
 i64 = np.int64
 
@@ -20,14 +21,15 @@ class Barrier:
     phase: int = 0
     epoch: int = 1  # of its tensor loads: goes on when the barrier is initialised again
     agent: int | None = None  # that these loads are in the order of accesses
-    arriving: np.ndarray | None = None  # the clock of what arrives in this phase
-    done: np.ndarray | None = None  # and that of what arrived in earlier ones
+    arriving: np.ndarray = field(init=False, repr=False)  # the clock of what arrives in this phase
+    done: np.ndarray = field(init=False, repr=False)  # and that of what arrived in earlier ones
 
 
-class MBarriers:
+class MBarriers(SharedMemory):
     def init_barriers(self) -> None:
         self.barriers: dict[int, Barrier] = {}  # by flat address
         self._epochs: dict[int, int] = {}  # those that barriers of the past have reached
+        self.version = 0  # those who wait look again when it changes
 
     def _flat(self, L, address, mask, i) -> list[tuple]:
         """(lane, flat address) of those that a mask selects."""
@@ -76,18 +78,17 @@ class MBarriers:
 
     def barrier_arrive(self, L, address, amount, expects, mask, i):
         """An arrival releases what its warp has done before."""
+        amounts = np.ones(L.n, i64) if amount is None else amount
         for lane, at in self._flat(L, address, mask, i):
             b = self._barrier(at, L, lane, i)
-            count = 1
+            count = int(amounts[lane])
             if expects:
-                b.transactions += int(amount[lane])
-            elif amount is not None:
-                count = int(amount[lane])
+                b.transactions, count = b.transactions + count, 1
             if count > b.pending:
                 what = f"{count} arrivals at an mbarrier that waits for {b.pending}"
                 self.stop(what, i, L, lane)
             b.pending -= count
-            if b.agent is not None:
+            if self.order is not None:
                 self.order.arrive(b.arriving, int(L.idx[lane]) >> 5)
             self._settle(b)
 

@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .batch import Lanes
+from .copies import Copies
+from .tma import TensorCopies
+from .wgmma import GroupProducts
+
 PATIENCE = 512
 """Blocks after which those whom spinning threads keep waiting have their turn."""
 STEPS = 200_000_000
@@ -20,7 +25,7 @@ class Group:
     """Threads that are about to run a block. The place is odd once they have passed its entry."""
 
     place: int  # 2 x block, or 2 x block + 1
-    lanes: object
+    lanes: Lanes
     since: int
 
 
@@ -34,11 +39,10 @@ class CtaBarrier:
     waiting: list = field(default_factory=list)  # (lanes, place where they go on)
 
 
-class Scheduler:
+class Scheduler(Copies, TensorCopies, GroupProducts):
     def init_schedule(self) -> None:
         self.exited = np.zeros(self.ctas, np.int64)
         self.bars: dict[int, CtaBarrier] = {}
-        self.version = 0  # of mbarriers: those who wait look again when it changes
         self._groups: list[Group] = [Group(0, self.everyone, 0)]
         self._blocked: list[Group] = []  # at an mbarrier
         self._converging: dict = {}  # by block: threads that wait for their warpgroup
@@ -173,7 +177,7 @@ class Scheduler:
         bar.arrived += lanes.per_cta
         if (bar.arrived > self._expected(bar)).any():
             self.stop(f"barrier {number}: more threads than it expects", ins, lanes)
-        if bar.clock is not None:
+        if self.order is not None and bar.clock is not None:
             self.order.release(bar.clock, lanes.warps)
         return bar
 
@@ -181,7 +185,7 @@ class Scheduler:
         return self.threads - self.exited if bar.count is None else bar.count
 
     def _learn(self, bar: CtaBarrier, lanes) -> None:
-        if bar.clock is not None:
+        if self.order is not None and bar.clock is not None:
             self.order.acquire(bar.clock[self.order.cta[lanes.warps]], lanes.warps)
 
     def _release(self, number: int) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .batch import Lanes
 from .ordering import Ordering
+from .shared import SharedMemory
 from .tensorcore import LAYOUTS, WIDTH, decode, fragments
 from .tma import SPANS, swizzled
 
@@ -48,7 +50,7 @@ class Accumulators:
 class Product:
     """A product that some warpgroups have not waited for yet."""
 
-    L: object
+    L: Lanes
     groups: np.ndarray  # of the whole batch
     number: np.ndarray  # of groups of products committed before, for each warpgroup
     waiting: np.ndarray
@@ -59,7 +61,7 @@ class Product:
     matrix: np.ndarray | None = None  # the result
 
 
-class GroupProducts:
+class GroupProducts(SharedMemory):
     def init_products(self) -> None:
         self._products: list[Product] = []
         self._product_count = np.zeros(-(-self.lanes // 128), i64)  # committed by each warpgroup
@@ -117,16 +119,14 @@ class GroupProducts:
 
     def _operand(self, L, descriptors, number, extent, trans, kind, i) -> Operand:
         """What descriptors name. The read of it begins."""
-        chunks = []
         first = L.sbase[::128] + self.shared_base  # where each CTA's shared memory begins
         same = self._uniform(L, descriptors, "a matrix descriptor", i)
-        for d, start in zip(same.tolist(), first.tolist(), strict=True):
-            at, shape = self._chunks(d, extent, WIDTH[kind] // 8, trans, i)
-            chunks.append(at + start // 16)
-        operand = Operand(np.stack(chunks), shape, trans, kind)
-        who = len(at), L.idx[::128] // 128, number
-        self.begin_read(operand.chunks.reshape(-1), i, Ordering.multiplying, *who)
-        return operand
+        named = [self._chunks(d, extent, WIDTH[kind] // 8, trans, i) for d in same.tolist()]
+        starts = (first // 16).tolist()
+        chunks = np.stack([at + start for (at, _), start in zip(named, starts, strict=True)])
+        who = chunks.shape[1], L.idx[::128] // 128, number
+        self.begin_read(chunks.reshape(-1), i, Ordering.multiplying, *who)
+        return Operand(chunks, named[0][1], trans, kind)
 
     def _multiply(self, p: Product) -> list:
         """Makes a product. Returns its accumulators."""
@@ -152,6 +152,7 @@ class GroupProducts:
     def _before_product(self, c: Accumulators) -> np.ndarray:
         """The old values [warpgroups, 64, N]."""
         if c.after is not None:
+            assert c.after.matrix is not None  # products are made in the order of their issue
             return c.after.matrix
         known, product = self._last_product
         if list(map(id, known)) == list(map(id, c.old)):

@@ -66,7 +66,8 @@ def rows_first(images: TensorDescriptor) -> TensorDescriptor:
     rows = len(images.shape) - 3
     order = (*range(1, rows + 1), 0, rows + 1, rows + 2)
     axes = images.shape, images.strides, images.block_shape
-    return TensorDescriptor(images.base, *([t[axis] for axis in order] for t in axes))
+    shape, strides, block = ([t[axis] for axis in order] for t in axes)
+    return TensorDescriptor(images.base, shape, strides, block)
 
 
 def filters(w: Tensor, block: Sequence[int]) -> TensorDescriptor:

@@ -287,7 +287,8 @@ conv2d_wgrad = define(
 
 
 def _channel_sum(a: Any, db: Tensor) -> None:
-    g = Conv2dGeometry(*a.dy.shape, a.dy.shape[1], 1, 1)
+    N, K, P, Q = a.dy.shape
+    g = Conv2dGeometry(N, K, P, Q, K, 1, 1)
     here, layout = describe(a.dy.device), layout_of((a.dy,), ())
     plan = planner.plan(Problem("wgrad", g, a.dy.dtype, "ieee", here, layout))
     plan.engine.launch(Wgrad(a.dy, a.dy, None, db, g), plan.tile)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +59,8 @@ def resolve_precision(precision: str | None, x: Tensor) -> str:
     if x.dtype != torch.float32 or describe(x.device).backend == "interpreter":
         return "ieee"
     if precision is None:
-        setting = torch.backends.cudnn.conv.fp32_precision
-        precision = "tf32" if setting == "tf32" else "ieee"
+        cudnn: Any = torch.backends.cudnn  # its settings are not in the stubs
+        precision = "tf32" if cudnn.conv.fp32_precision == "tf32" else "ieee"
     if torch.version.hip:
         precision = "bf16x6" if precision == "tf32x3" else precision
         known = precision != "tf32" or describe(x.device).arch == "gfx942"

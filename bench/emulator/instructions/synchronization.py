@@ -79,6 +79,8 @@ def redux(e: Emitter, ins: Instr) -> None:
 def elect(e: Emitter, ins: Instr) -> None:
     only(ins, "sync")
     d, _ = ins.operands
+    if not isinstance(d, Pair):
+        raise PTXError("elect without a predicate")
     t = e.machine("elect(L, i)")
     e.dst(d.first, f"{t}[0]", "u32")
     e.dst(d.second, f"{t}[1]", "pred")

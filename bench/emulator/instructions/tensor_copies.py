@@ -32,7 +32,9 @@ def _tensor(e: Emitter, ins: Instr) -> None:
     spaces = ("shared::cluster", "shared::cta", "global")
     known(ins.parts[5:], *spaces, "tile", "bulk_group", "mbarrier::complete_tx::bytes")
     loads = ins.parts[5].startswith("shared")
-    tensor: Address = of if loads else to
+    tensor = of if loads else to
+    if not isinstance(tensor, Address):
+        raise PTXError(f"{tensor} is not a tensor's place")
     coordinates = ", ".join(e.full(c, "u32") for c in tensor.coordinates or ())
     shared = e.address(to if loads else of)
     where = f"L, {shared}, {e.address(tensor)}, [{coordinates}]"
