@@ -200,7 +200,7 @@ def test_operators_under_their_own_names_are_read(tmp_path):
     assert rows.keys() == set(NAMED_OPS)
     assert {row["spill_bytes"] for row in rows.values()} == {0}
     engines = {op: (row["engine"], row["kernel"]) for op, row in rows.items()}
-    assert engines["first_layer_wgrad"] == ("conv.paired_columns", "pair_wgrad_kernel")
+    assert engines["first_layer_wgrad"] == ("paired_columns", "pair_wgrad_kernel")
     assert engines["conv_relu_max_pool_backward"] == engines["first_layer_wgrad"]
     assert rows["conv_relu"]["binary"] != rows["first_layer"]["binary"]
     run(*read, "--suite", "lenet5_n256", "--layer", "C1", "--op", "fprop", "--bias", "--relu")
