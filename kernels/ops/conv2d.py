@@ -218,7 +218,7 @@ conv2d_dgrad = define(
     setup_context=_dgrad_setup,
     backward=_dgrad_backward,
 )
-"""dx[N,C,H,W] of (H, W) = size: the gradient of x, plus bias[C]. So it is also the transposed
+"""dx[N,C,H,W] of (H, W) = size, the gradient of x plus bias[C]. This is also the transposed
 convolution of dy[N,K,P,Q] with w[K,C/groups,R,S]."""
 
 
@@ -280,7 +280,7 @@ conv2d_wgrad = define(
     setup_context=_wgrad_setup,
     backward=_wgrad_backward,
 )
-"""(dw, db): the gradient of w, of such a size and strides, and with ``bias`` that of a bias."""
+"""(dw, db), the gradients of w, with the given size and strides, and if ``bias`` of a bias."""
 
 
 # db[k] = sum over n, p, q of dy[n, k, p, q].
@@ -306,7 +306,7 @@ channel_sum = define(
     sharding=Sharding((BATCH,), (SUM,)),
     backward=_channel_sum_backward,
 )
-"""db[K], the sum of dy[N,K,P,Q] over all but its channels: the gradient of a bias."""
+"""db[K], the gradient of a bias. It is the sum of dy[N,K,P,Q] over n, p and q."""
 
 
 # dz = dy where y > 0.
@@ -338,5 +338,5 @@ relu_backward = define(
     saves=("y",),
     backward=_relu_backward_backward,
 )
-"""(dz, db): dz = dy where y > 0, through which y itself gets no gradient, and with ``bias`` its sum
-over all but the channels."""
+"""(dz, db) of dz = dy where y > 0, else 0, and if ``bias`` of db = the sum of dz over n, p and q.
+No gradient flows to y itself."""

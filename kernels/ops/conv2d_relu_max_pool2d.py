@@ -203,4 +203,4 @@ conv2d_relu_max_pool2d_backward = define(
     saves=("dy", "argmax", "x", "w"),
     backward=_backward_backward,
 )
-"""(dx, dw, db), those that are wanted: dgrad, wgrad and channel sum of the gradient of the map."""
+"""(dx, dw, db), if wanted, which are dgrad, wgrad and channel sum of the map's gradient."""

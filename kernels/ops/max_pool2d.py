@@ -73,8 +73,8 @@ max_pool2d = define(
     setup_context=_max_pool2d_setup,
     backward=_max_pool2d_backward,
 )
-"""(y, argmax, indices): the maxima, if asked for the taps that backward takes, and if asked for
-int64 indices, flat over H * W."""
+"""(y, argmax, indices), which are the maxima, the taps that backward takes, and int64 indices, flat
+over H * W. The last two are empty unless asked for."""
 
 
 # Its gradient: what each pixel has won.
@@ -100,7 +100,7 @@ max_pool2d_backward = define(
     saves=("argmax",),
     backward=_scatter_backward,
 )
-"""dx[N,C,H,W] of (H, W) = size: for each pixel the sum of dy over the windows that it won."""
+"""dx[N,C,H,W] of (H, W) = size, in each pixel the sum of dy over the windows that it won."""
 
 
 def _gather(a: Any, ddy: Tensor) -> None:
@@ -124,7 +124,7 @@ max_pool2d_gather = define(
     saves=("argmax",),
     backward=_gather_backward,
 )
-"""ddy[N,C,P,Q]: the value of ddx at the pixel that won each window."""
+"""ddy[N,C,P,Q], the value of ddx at the pixel that won each window."""
 
 
 # The inverse, by indices.
@@ -143,8 +143,8 @@ max_unpool2d = define(
     saves=("indices",),
     backward=_max_unpool2d_backward,
 )
-"""y[N,C,H,W] of (H, W) = size, flat over H * W: y[indices] = x and zero elsewhere. Of equal indices
-the last in row-major order wins."""
+"""y[N,C,H,W] of (H, W) = size, with y[indices] = x, flat over H * W, and zero elsewhere. Of equal
+indices the last in row-major order wins."""
 
 
 def _pick_backward(ctx: Any, ddx: Tensor) -> tuple:
