@@ -3,9 +3,11 @@ without Triton's interpreter.
 """
 
 import copy
+import doctest
 import json
 from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import jsonschema
@@ -382,3 +384,18 @@ def test_the_benchmark(tmp_path, capsys, monkeypatch):
         assert row["rounds"] == 11
     monkeypatch.setattr(cpu, "LIMIT", 0.0)
     assert main(command) == 1
+
+
+EXAMPLES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "cnn").rglob("*.py")
+    if any(">>> " in line and "+SKIP" not in line for line in path.read_text().splitlines())
+)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_docstrings_are_true(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"torch": torch, "nn": nn, "cnn": cnn, "visualize": cnn.visualize}
+    failed, attempted = doctest.testmod(import_module(name), extraglobs=names)
+    assert (failed, attempted > 0) == (0, True)
