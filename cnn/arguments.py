@@ -21,7 +21,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Invalid(Exception):
-    """Of an argument that torch does not take either."""
+    """Raised for arguments that torch rejects; ``refused`` turns it into torch's exception."""
 
 
 def require(condition: Any) -> None:

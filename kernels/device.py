@@ -18,6 +18,7 @@ import triton.language as tl
 from triton import knobs
 
 from ._private import GPUTarget, python_range, quick_interpreter, without_gpu
+from .geometry import largest_offset
 
 INTERPRET: bool = knobs.runtime.interpret
 """Whether TRITON_INTERPRET=1 was set when Triton was imported: kernels then run on CPU tensors."""
@@ -282,9 +283,5 @@ def int64_index(pixels: int, *tensors: torch.Tensor | None) -> bool:
 
     A margin of one tile is kept, as the last program's masked rows lie beyond the end.
     """
-    largest = max([pixels, *(_largest_offset(t) for t in tensors if t is not None)])
-    return largest >= 2**31 - 2**20
-
-
-def _largest_offset(t: torch.Tensor) -> int:
-    return sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    offsets = [largest_offset(t.shape, t.stride()) for t in tensors if t is not None]
+    return max([pixels, *offsets]) >= 2**31 - 2**20

@@ -39,7 +39,7 @@ def conv_output_sizes(
 def conv_transpose_output_size(
     size: int, kernel: int, stride: int, padding: Pair, dilation: int, output_padding: int
 ) -> int:
-    """Size along one axis of the input whose convolution has ``size`` places."""
+    """Size along one axis of the input whose convolution has ``size`` outputs."""
     before, after = padding
     return (size - 1) * stride - before - after + dilation * (kernel - 1) + output_padding + 1
 
@@ -64,8 +64,8 @@ def pool_output_size(
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     if not ceil_mode:
         return room // stride + 1
-    places = (room + stride - 1) // stride + 1
-    return places - 1 if (places - 1) * stride >= size + padding else places
+    outputs = (room + stride - 1) // stride + 1
+    return outputs - 1 if (outputs - 1) * stride >= size + padding else outputs
 
 
 def same_padding(kernel: int, dilation: int) -> Pair:
@@ -154,7 +154,7 @@ class Taps(NamedTuple):
 def dgrad_taps(size: int, kernel: int, stride: int, before: int, dilation: int) -> tuple[Taps, ...]:
     """The phases of one axis, each with exactly the taps that can contribute to it.
 
-    Tap ``r`` of place ``p`` reads pixel ``h = p * stride - before + r * dilation``; so a pixel
+    Tap ``r`` of output ``p`` reads pixel ``h = p * stride - before + r * dilation``; so a pixel
     meets tap ``r`` only if ``stride`` divides ``h + before - r * dilation``, which recurs every
     ``stride / gcd(stride, dilation)`` taps.
     """
@@ -181,7 +181,7 @@ def dgrad_taps(size: int, kernel: int, stride: int, before: int, dilation: int) 
 
 
 class IndexMap(NamedTuple):
-    """Where place (p, q) and tap (r, s) meet: row ``p * stride_h + origin_h + r * step_h`` of x,
+    """Where output (p, q) and tap (r, s) meet: row ``p * stride_h + origin_h + r * step_h`` of x,
     likewise its column.
     """
 
@@ -263,7 +263,7 @@ class Conv2dGeometry:
 
     @property
     def pointwise(self) -> bool:
-        """Whether each place reads its own pixel alone: a plain product over all pixels."""
+        """Whether each output reads its own pixel only: a plain product over all pixels."""
         return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == ((0, 0), (0, 0))
 
     @property
@@ -434,9 +434,9 @@ def read_pixels(g: Conv2dGeometry | Pool2dGeometry) -> int:
     """How many pixels of an image some tap reads."""
     axes = zip((g.H, g.W), (g.P, g.Q), g.kernel, g.stride, g.padding, g.dilation, strict=True)
     read = []
-    for size, places, taps, stride, padding, dilation in axes:
+    for size, outputs, taps, stride, padding, dilation in axes:
         before = padding if isinstance(padding, int) else padding[0]
-        at = {p * stride + tap * dilation - before for p in range(places) for tap in range(taps)}
+        at = {p * stride + tap * dilation - before for p in range(outputs) for tap in range(taps)}
         read.append(len(at & set(range(size))))
     return prod(read)
 
@@ -451,6 +451,6 @@ class Placement(NamedTuple):
 
 
 def dgrad_index_map(row: Taps, column: Taps) -> tuple[IndexMap, Placement]:
-    """How one phase of dx, at its place, is a convolution of dy."""
+    """How one phase of dx, at its ``Placement``, is a convolution of dy."""
     index_map = IndexMap(1, row.origin, -row.step, 1, column.origin, -column.step)
     return index_map, Placement(row.stride, row.first, column.stride, column.first)

@@ -49,7 +49,7 @@ def family(problem: Problem) -> list[Plan]:
 
 
 def plan_fused(fusion: Fusion, problem: Problem) -> Plan | None:
-    """The plan of a problem with what only some engines fuse; None if the first one does not."""
+    """The plan of a problem that needs ``fusion``; None if the best plan's engine lacks it."""
     found = candidates(problem)
     fuses = found and found[0].engine.takes(fusion, problem.direction)
     return found[0] if fuses else None

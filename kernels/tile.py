@@ -22,7 +22,7 @@ class Tile:
     and taps together, for channels that do not fill a block; otherwise each turn has one tap.
     Pooling and depthwise kernels have no depth: rows are pixels, columns channels; of depthwise
     ones a row is a ``patch`` of pixels along p and q. Where ``paired_columns`` sums wgrad, rows are
-    filters, each twice, columns (r, place in a run), depth a ``patch`` of pairs of pixels.
+    filters, each twice, columns (r, position in a run), depth a ``patch`` of pairs of pixels.
     ``box``: how a descriptor's block of pixels (rows, for wgrad depth) lies in n, p and q.
     """
 

@@ -41,7 +41,7 @@ from kernels import device as kernel_device
 from kernels import planner
 from kernels.conv import descriptor_gemm
 from kernels.conv.descriptor_gemm import takes_pairs
-from kernels.conv.descriptor_tiles import keeps_places_apart, read_phases, supports
+from kernels.conv.descriptor_tiles import keeps_outputs_apart, read_phases, supports
 from kernels.conv.engine import Dgrad, Fprop, Wgrad
 from kernels.device import INTERPRET, Device
 from kernels.lang.epilogue import Epilogue
@@ -513,7 +513,7 @@ GEOMETRIES_AND_BOXES = [
         *product((*NOT_FINITE, ROWS), ((32, 1, 1),)),
         (ROWS, (1, 1, 16)),
     )
-    if (prod(box) == 32 or g is ROWS) and keeps_places_apart(g, box)
+    if (prod(box) == 32 or g is ROWS) and keeps_outputs_apart(g, box)
 ]
 
 
@@ -555,7 +555,7 @@ def test_boxes_that_keep_places_apart(g, box, device):
 def test_a_box_that_does_not_keep_places_apart(device):
     """The place below the last one has no dy, but its window holds the infinity."""
     box = (1, 8, 8)
-    assert not keeps_places_apart(PADDED, box)
+    assert not keeps_outputs_apart(PADDED, box)
     t = operands(PADDED, torch.float32, device)
     t.x[0, 1, -1, 3] = torch.inf
     dw = launch("wgrad", PADDED, t, blocks("wgrad", box))["dw"]
@@ -578,7 +578,7 @@ def test_places_are_apart_if_no_window_outside_the_result_meets_x(g, box):
         strict=True,
     )
     apart = not any(meets(*axis) for axis in axes)
-    assert keeps_places_apart(g, box) == (apart or g.pointwise)
+    assert keeps_outputs_apart(g, box) == (apart or g.pointwise)
 
 
 # The same bits.

@@ -118,9 +118,9 @@ def conv2d_relu_max_pool2d(x, w, bias, *arguments):
 def conv2d_relu_max_pool2d_backward(dy, argmax, x, w, size, w_size, w_strides, *arguments):
     *convolution, kernel, step, margin, channels_last, wanted = arguments
     stride, padding, dilation, *_ = convolution
-    places = conv_output_sizes(size, w_size[2:], stride, padding, dilation)
+    map_size = conv_output_sizes(size, w_size[2:], stride, padding, dilation)
     window = kernel, step, margin, (1, 1), False
-    dz = max_pool2d_backward(dy, argmax, places, *window, channels_last)
+    dz = max_pool2d_backward(dy, argmax, map_size, *window, channels_last)
     dx, dw, db = (dy.new_empty(0) for _ in range(3))
     if wanted[0]:
         dx = conv2d_dgrad(dz, w, None, size, *convolution, channels_last)

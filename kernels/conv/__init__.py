@@ -10,4 +10,5 @@ ENGINES: list[Engine] = [
     descriptor_gemm.ENGINE,
     implicit_gemm.ENGINE,
 ]
-"""Of those that take a problem, the first is launched; the last takes almost all."""
+"""The first engine that has tiles for a problem is launched; engines are compared by time only if
+it is not ``is_final``. The last one takes almost all problems."""

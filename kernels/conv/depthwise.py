@@ -1,9 +1,9 @@
 """Engine 4: depthwise convolution, where each channel has filters of its own.
 
 There is nothing to multiply matrices with: the aim is to move each pixel once. A row of a tile is a
-*patch*, a few neighbouring places of the result along p and q. A pixel is loaded once for a patch,
-by 16 bytes of channels where they lie side by side, and goes from registers to each place that
-meets it. Along an axis all convolutions are alike: the i-th place of a patch meets its j-th pixel
+*patch*, a few neighboring outputs along p and q. A pixel is loaded once for a patch,
+by 16 bytes of channels where they lie side by side, and goes from registers to each output that
+meets it. Along an axis all convolutions are alike: the i-th output of a patch meets its j-th pixel
 at tap ``every * j - apart * i``. Under dilation neighbours are as far apart as it takes for this;
 in dgrad, whose taps are flipped, ``every`` is the stride. Sizes and strides are in elements.
 """
@@ -42,8 +42,8 @@ from .engine import Dgrad, Engine, Fprop, Wgrad
 
 class _AxisMap(NamedTuple):
     """Place p meets tap r in row (p * stride + origin) / every + r * step of x, and is row
-    p * y_step + y_first of y. A patch's places are ``spacing`` apart; the first patch starts
-    ``shift`` places before the first.
+    p * y_step + y_first of y. A patch's outputs are ``spacing`` apart; the first patch starts
+    ``shift`` outputs before the first.
     """
 
     spacing: int
@@ -56,9 +56,9 @@ class _AxisMap(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """What of a patch lies along one axis: its places, and the taps of a turn or of a program."""
+    """What of a patch lies along one axis: its outputs, and the taps of a turn or of a program."""
 
-    places: int
+    outputs: int
     taps: int
     apart: int
     every: int
@@ -80,26 +80,26 @@ class _Block(NamedTuple):
 
 @triton.constexpr_function
 def pixels_of(line):
-    """How many pixels in a line the places of a patch reach."""
-    places, taps, apart, every = line
-    return (apart * (places - 1) + taps - 1) // every + 1
+    """How many pixels in a line the outputs of a patch reach."""
+    outputs, taps, apart, every = line
+    return (apart * (outputs - 1) + taps - 1) // every + 1
 
 
 @triton.constexpr_function
-def tap_at(lines, place, h, w):
-    """The tap at which a patch's place meets the patch's pixel (h, w); -1 for none."""
+def tap_at(lines, output, h, w):
+    """The tap at which a patch's output meets the patch's pixel (h, w); -1 for none."""
     rows, columns = lines
     _, R, row_apart, row_every = rows
-    places, S, column_apart, column_every = columns
-    r = row_every * h - row_apart * (place // places)
-    s = column_every * w - column_apart * (place % places)
+    outputs, S, column_apart, column_every = columns
+    r = row_every * h - row_apart * (output // outputs)
+    s = column_every * w - column_apart * (output % outputs)
     return r * S + s if 0 <= r < R and 0 <= s < S else -1
 
 
 @triton.constexpr_function
-def is_met(lines, places, h, w):
-    """Whether any of a patch's places meets the patch's pixel (h, w)."""
-    return any(tap_at(lines, i, h, w) >= 0 for i in range(places))
+def is_met(lines, outputs, h, w):
+    """Whether any of a patch's outputs meets the patch's pixel (h, w)."""
+    return any(tap_at(lines, i, h, w) >= 0 for i in range(outputs))
 
 
 @triton.jit
@@ -134,9 +134,9 @@ def add_products(
     mask,
     LINES: tl.constexpr,
 ):
-    """sums[place] + x[pixel] * taps[tap] over all that meet; each pixel is loaded once."""
+    """sums[output] + x[pixel] * taps[tap] over all that meet; each pixel is loaded once."""
     ACC: tl.constexpr = sums[0].dtype
-    PLACES: tl.constexpr = LINES.rows.places * LINES.columns.places
+    OUTPUTS: tl.constexpr = LINES.rows.outputs * LINES.columns.outputs
     h0, w0 = corner
     h_step, w_step = steps
     H, W = sizes
@@ -144,15 +144,15 @@ def add_products(
         h = h0 + i * h_step
         row_mask = mask & within(h, H)
         for j in tl.static_range(pixels_of(LINES.columns)):
-            if is_met(LINES, PLACES, i, j):
+            if is_met(LINES, OUTPUTS, i, j):
                 w = w0 + j * w_step
                 offsets = h * x_strides.h + w * x_strides.w
                 x = tl.load(x_ptr + offsets, mask=row_mask & within(w, W), other=0.0)
                 x = upcast(x, ACC)
-                for place in tl.static_range(PLACES):
-                    if tap_at(LINES, place, i, j) >= 0:
-                        added = sums[place] + x * taps[tap_at(LINES, place, i, j)]
-                        sums = sums[:place] + (added,) + sums[place + 1 :]
+                for output in tl.static_range(OUTPUTS):
+                    if tap_at(LINES, output, i, j) >= 0:
+                        added = sums[output] + x * taps[tap_at(LINES, output, i, j)]
+                        sums = sums[:output] + (added,) + sums[output + 1 :]
     return sums
 
 
@@ -183,8 +183,8 @@ def depthwise_kernel(
     COLUMNS: tl.constexpr = TILE.columns
     UNIT: tl.constexpr = TILE.unit
     FOLD: tl.constexpr = TILE.fold
-    ROW_PLACES: tl.constexpr = LINES.rows.places
-    COLUMN_PLACES: tl.constexpr = LINES.columns.places
+    ROW_OUTPUTS: tl.constexpr = LINES.rows.outputs
+    COLUMN_OUTPUTS: tl.constexpr = LINES.columns.outputs
     bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides = result
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -205,7 +205,7 @@ def depthwise_kernel(
     strip = pid // column_tiles * ROWS + tl.arange(0, ROWS)[:, None]
     n, strip, q0 = pixel(strip, column_strips, row_strips)
     mask = (n < N) & k_mask
-    q0 = q0 // spacing_q * (spacing_q * COLUMN_PLACES) + q0 % spacing_q - shift_q
+    q0 = q0 // spacing_q * (spacing_q * COLUMN_OUTPUTS) + q0 % spacing_q - shift_q
     w0 = (q0 * stride_w + origin_w) // LINES.columns.every
     x_ptr += n * x_strides.n
     pixel_steps = step_h, step_w
@@ -218,10 +218,10 @@ def depthwise_kernel(
         start += upcast(tl.load(bias_ptr + k, mask=k_mask, other=0.0), ACC)
     for turn in loop(patches_per_strip):
         p0 = strip * patches_per_strip + turn
-        p0 = p0 // spacing_p * (spacing_p * ROW_PLACES) + p0 % spacing_p - shift_p
+        p0 = p0 // spacing_p * (spacing_p * ROW_OUTPUTS) + p0 % spacing_p - shift_p
         h0 = (p0 * stride_h + origin_h) // LINES.rows.every
         sums = ()
-        for _ in tl.static_range(ROW_PLACES * COLUMN_PLACES):
+        for _ in tl.static_range(ROW_OUTPUTS * COLUMN_OUTPUTS):
             sums += (start,)
         for part in loop(FOLD * rows * columns):
             m = part // (rows * columns) if FOLD > 1 else 0
@@ -234,9 +234,9 @@ def depthwise_kernel(
             sums = add_products(
                 sums, taps, x_columns, x_strides, corner, pixel_steps, (H, W), mask, LINES
             )
-        for i in tl.static_range(ROW_PLACES * COLUMN_PLACES):
-            p = p0 + i // COLUMN_PLACES * spacing_p
-            q = q0 + i % COLUMN_PLACES * spacing_q
+        for i in tl.static_range(ROW_OUTPUTS * COLUMN_OUTPUTS):
+            p = p0 + i // COLUMN_OUTPUTS * spacing_p
+            q = q0 + i % COLUMN_OUTPUTS * spacing_q
             y_mask = mask & within(p, P) & within(q, Q)
             p = p * step_p + first_p
             q = q * step_q + first_q
@@ -285,7 +285,7 @@ def depthwise_wgrad_kernel(
     UNIT: tl.constexpr = TILE.unit
     R_TAPS: tl.constexpr = LINES.rows.taps
     S_TAPS: tl.constexpr = LINES.columns.taps
-    PLACES: tl.constexpr = LINES.columns.places
+    OUTPUTS: tl.constexpr = LINES.columns.outputs
     dw_ptr, db_ptr, dw_strides = parts
     TAPS: tl.constexpr = R_TAPS * S_TAPS if dw_ptr is not None else 0
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -319,14 +319,14 @@ def depthwise_wgrad_kernel(
     for block in loop(blocks):
         strip = (split * blocks + block) * ROWS + tl.arange(0, ROWS)[:, None]
         n, strip, q0 = pixel(strip, column_strips, row_strips)
-        q0 = q0 // spacing * (spacing * PLACES) + q0 % spacing
+        q0 = q0 // spacing * (spacing * OUTPUTS) + q0 % spacing
         w0 = q0 * stride_w + origin_w + s0 * step_w
         for turn in loop(patches_per_strip):
             p = strip * patches_per_strip + turn
             h0 = p * stride_h + origin_h + r0 * step_h
             mask = (n < N) & (p < P) & k_mask
             dys = ()
-            for i in tl.static_range(PLACES):
+            for i in tl.static_range(OUTPUTS):
                 q = q0 + i * spacing
                 offsets = n * dy_strides.n + p * dy_strides.h + q * dy_strides.w
                 dy = tl.load(dy_ptr + offsets, mask=mask & (q < Q), other=0.0)
@@ -336,21 +336,21 @@ def depthwise_wgrad_kernel(
                 for i in tl.static_range(pixels_of(LINES.rows)):
                     h = h0 + i * step_h
                     for j in tl.static_range(pixels_of(LINES.columns)):
-                        if is_met(LINES, PLACES, i, j):
+                        if is_met(LINES, OUTPUTS, i, j):
                             w = w0 + j * step_w
                             offsets = n * x_strides.n + h * x_strides.h + w * x_strides.w
                             x_mask = mask & within(h, H) & within(w, W)
                             x = upcast(tl.load(x_ptr + offsets, mask=x_mask, other=0.0), ACC)
-                            for place in tl.static_range(PLACES):
-                                if tap_at(LINES, place, i, j) >= 0:
-                                    valid = q0 + place * spacing < Q
-                                    added = dw[tap_at(LINES, place, i, j)] + x * dys[place]
-                                    # Else the zero of a place outside y would meet an infinity.
-                                    added = tl.where(valid, added, dw[tap_at(LINES, place, i, j)])
+                            for output in tl.static_range(OUTPUTS):
+                                if tap_at(LINES, output, i, j) >= 0:
+                                    valid = q0 + output * spacing < Q
+                                    added = dw[tap_at(LINES, output, i, j)] + x * dys[output]
+                                    # Else the zero of a output outside y would meet an infinity.
+                                    added = tl.where(valid, added, dw[tap_at(LINES, output, i, j)])
                                     dw = (
-                                        dw[: tap_at(LINES, place, i, j)]
+                                        dw[: tap_at(LINES, output, i, j)]
                                         + (added,)
-                                        + dw[tap_at(LINES, place, i, j) + 1 :]
+                                        + dw[tap_at(LINES, output, i, j) + 1 :]
                                     )
 
     if db_ptr is not None:
@@ -370,7 +370,7 @@ class _Axis(NamedTuple):
     """One axis of a launch: of a convolution of x into y, or of dy into (a phase of) dx."""
 
     size: int  # of what is read
-    places: int  # of what is written
+    outputs: int  # of what is written
     taps: int
     first_tap: int
     tap_step: int
@@ -380,23 +380,23 @@ class _Axis(NamedTuple):
 
 
 def _forward_axis(g: Conv2dGeometry, axis: int) -> _Axis:
-    size, places = ((g.H, g.P), (g.W, g.Q))[axis]
+    size, outputs = ((g.H, g.P), (g.W, g.Q))[axis]
     stride, dilation, (before, _) = g.stride[axis], g.dilation[axis], g.padding[axis]
     shared = gcd(stride, dilation)
     index_map = _AxisMap(dilation // shared, 0, stride, -before, dilation, 1, 0)
-    return _Axis(size, places, g.kernel[axis], 0, 1, stride // shared, 1, index_map)
+    return _Axis(size, outputs, g.kernel[axis], 0, 1, stride // shared, 1, index_map)
 
 
 def _gathered_axis(g: Conv2dGeometry, axis: int) -> _Axis:
-    """All phases of dx together: place h meets p at the flipped tap stride * p - h - origin.
+    """All phases of dx together: output h meets p at the flipped tap stride * p - h - origin.
 
     Patches start where origin + h is a multiple of the stride, the first of them before dx.
     """
-    size, places = ((g.P, g.H), (g.Q, g.W))[axis]
+    size, outputs = ((g.P, g.H), (g.Q, g.W))[axis]
     taps, stride, (before, _) = g.kernel[axis], g.stride[axis], g.padding[axis]
     origin = before - (taps - 1)
     index_map = _AxisMap(1, origin % stride, 1, origin, 1, 1, 0)
-    return _Axis(size, places, taps, taps - 1, -1, 1, stride, index_map)
+    return _Axis(size, outputs, taps, taps - 1, -1, 1, stride, index_map)
 
 
 def _phase_axis(taps: Taps, size: int) -> _Axis:
@@ -428,7 +428,7 @@ def _axes(
     if direction != "dgrad":
         return [(_forward_axis(g, 0), _forward_axis(g, 1))]
     whole = g.K == g.C and _turn_taps(*g.kernel, tile, itemsize) == g.kernel
-    even = all(places % stride == 0 for places, stride in zip(tile.patch, g.stride, strict=True))
+    even = all(outputs % stride == 0 for outputs, stride in zip(tile.patch, g.stride, strict=True))
     if whole and even and g.dilation == (1, 1):
         return [(_gathered_axis(g, 0), _gathered_axis(g, 1))]
     return [(_phase_axis(row, g.P), _phase_axis(column, g.Q)) for row, column in g.dgrad()]
@@ -457,7 +457,7 @@ def _launches(
         programs = cdiv(g.N * patches * row_strips, tile.rows) * cdiv(K, tile.columns)
         patches_per_strip = max(1, min(patches, _TURNS, programs // (8 * multiprocessors)))
         column_strips = cdiv(patches, patches_per_strip)
-        sizes = (g.N, row.size, column.size, row.places, column.places)
+        sizes = (g.N, row.size, column.size, row.outputs, column.outputs)
         first_tap = row.first_tap * g.S + column.first_tap
         tap_steps = row.tap_step * g.S, column.tap_step
         height, width = tile.patch
@@ -476,10 +476,10 @@ def _launches(
     return tuple(launches)
 
 
-def _patches(axis: _Axis, places: int) -> int:
-    """How many patches cover an axis; where a patch's places lie apart, others lie between them."""
+def _patches(axis: _Axis, outputs: int) -> int:
+    """How many patches cover an axis; if its outputs lie apart, others lie between."""
     spacing = axis.index_map.spacing
-    return cdiv(axis.places + axis.index_map.shift, places * spacing) * spacing
+    return cdiv(axis.outputs + axis.index_map.shift, outputs * spacing) * spacing
 
 
 def _unit(channels: int, *tensors: Tensor | None) -> int:

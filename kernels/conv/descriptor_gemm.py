@@ -190,7 +190,7 @@ def product_kernel(
 
 
 class PhaseTaps(NamedTuple):
-    """How one phase's taps meet the pixels. For place p, its r-th row of taps reads the phase's
+    """How one phase's taps meet the pixels. For output p, its r-th row of taps reads the phase's
     row p + origin + r * step and is the filter's row tap + r * tap_step; likewise q and s.
     """
 

@@ -31,7 +31,7 @@ _BOXES = {
 }
 _LEAST_BOX = 16  # pixels of wgrad's; the least depth of a product instruction in 16 bits
 _LEAST_TURN = 2**18  # multiply-adds of a turn of wgrad, which take as long as its barriers
-_MAP = 2**14  # places of a map that comes in batches of at least a small box
+_MAP = 2**14  # outputs of a map that comes in batches of at least a small box
 _LEAST_COLUMNS = 64  # channels that one product instruction of four warps takes, on Hopper
 _ROW = 128  # bytes of a row of shared memory that a descriptor fills without bank conflicts
 _INSTRUCTION = 32  # bytes of a reduction that one product instruction takes
@@ -56,8 +56,8 @@ def read_phases(g: Conv2dGeometry) -> list[tuple[Taps, Taps]]:
     return [(row, column) for row, column in g.dgrad() if row.taps and column.taps]
 
 
-def keeps_places_apart(g: Conv2dGeometry, box: Box) -> bool:
-    """Whether no place of a box outside the result meets a pixel inside x, by any tap.
+def keeps_outputs_apart(g: Conv2dGeometry, box: Box) -> bool:
+    """Whether no output of a box outside the result meets a pixel inside x, by any tap.
 
     There dy counts as zero, but zero times an infinity or NaN of x would spread into dw.
     """
@@ -66,8 +66,8 @@ def keeps_places_apart(g: Conv2dGeometry, box: Box) -> bool:
     _, height, width = box
     rows, columns = zip(*g.dgrad(), strict=True)
     return all(
-        places % length == 0 or all(places - taps.origin >= taps.count for taps in phases)
-        for places, length, phases in ((g.P, height, rows), (g.Q, width, columns))
+        outputs % length == 0 or all(outputs - taps.origin >= taps.count for taps in phases)
+        for outputs, length, phases in ((g.P, height, rows), (g.Q, width, columns))
     )
 
 
@@ -136,7 +136,7 @@ def _wgrad_boxes(
     Triton 3.6, see ``descriptor_gemm.wgrad_kernel``.
 
     The deepest come first, and a small block makes up for its short turns by their depth. A
-    shallower box is worth its turns only if it covers a tenth fewer places than those before it.
+    shallower box is worth its turns only if it covers a tenth fewer outputs than those before it.
     """
     images = g.N * g.H * g.W if g.pointwise else g.N
     least = inf
@@ -147,7 +147,7 @@ def _wgrad_boxes(
             boxes.append(((depth, 1, 1), images))
         for box, size in boxes:
             waste = ceil(size / depth) * depth / size
-            worth = 1.1 * waste <= least and keeps_places_apart(g, box)
+            worth = 1.1 * waste <= least and keeps_outputs_apart(g, box)
             if any_size or worth:
                 least = min(least, waste)
                 yield box

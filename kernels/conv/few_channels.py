@@ -51,14 +51,14 @@ def indices(COUNT: tl.constexpr, INT64_INDEX: tl.constexpr):
 
 @triton.jit
 def lines(BLOCK: tl.constexpr, SEGMENT: tl.constexpr, INT64_INDEX: tl.constexpr):
-    """(line, place) of a block's elements, laid in lines of SEGMENT; of one line, the scalar 0."""
-    place = indices(BLOCK, INT64_INDEX)
+    """(line, position) of a block's elements, in lines of SEGMENT; of one line, the scalar 0."""
+    position = indices(BLOCK, INT64_INDEX)
     if BLOCK == SEGMENT:
         line = program(INT64_INDEX) * 0
     else:
-        line = place // SEGMENT
-        place = place % SEGMENT
-    return line, place
+        line = position // SEGMENT
+        position = position % SEGMENT
+    return line, position
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def row_element(i, C, S, CHANNELS_FASTEST: tl.constexpr):
 def sum_pixels(
     dy_ptr,
     dy_strides,
-    places,
+    counts,
     k,
     k_mask,
     first,
@@ -89,9 +89,9 @@ def sum_pixels(
 ):
     """db[k], the sum of dy over ``k_tiles`` blocks of DEPTH pixels from the ``first`` block on.
 
-    ``places`` are how many pixels there are, P and Q; ``pooled`` and POOL as for wgrad.
+    ``counts`` are N * P * Q, P and Q; ``pooled`` and POOL as for wgrad.
     """
-    pixels, P, Q = places
+    pixels, P, Q = counts
     acc = tl.zeros((k.shape[0], DEPTH), ACC)
     for i in loop(k_tiles):
         at = (first + i) * DEPTH + tl.arange(0, DEPTH)
@@ -153,10 +153,10 @@ def few_channel_fprop_kernel(
     h0 = p * stride_h + origin_h
     w0 = q * stride_w + origin_w
     x_ptr += group * C * x_strides.c
-    line, place = lines(DEPTH, SEGMENT, INT64_INDEX)
+    line, position = lines(DEPTH, SEGMENT, INT64_INDEX)
     acc = tl.zeros((ROWS, COLUMNS), ACC)
     for part in loop(tl.cdiv(S * C, SEGMENT)):
-        c, s, inside = row_element(part * SEGMENT + place, C, S, TILE.channels_fastest)
+        c, s, inside = row_element(part * SEGMENT + position, C, S, TILE.channels_fastest)
         w = w0[:, None] + s * step_w
         scale, shift = load_normalization(normalize, group * C + c, inside)
         # [ROWS, DEPTH]
@@ -314,16 +314,16 @@ def few_channel_wgrad_kernel(
 
     if tile == column_tiles:
         if db_ptr is not None:
-            places = (pixels, P, Q)
+            counts = (pixels, P, Q)
             at = split * k_tiles
             db = sum_pixels(
-                dy_ptr, dy_strides, places, k, k_mask, at, k_tiles, DEPTH, ACC, pooled, POOL
+                dy_ptr, dy_strides, counts, k, k_mask, at, k_tiles, DEPTH, ACC, pooled, POOL
             )
             db = downcast(db, db_ptr.dtype.element_ty)
             tl.store(db_ptr + split * groups * K + k, db, mask=k_mask)
     elif dw_ptr is not None:
-        line, place = lines(COLUMNS, SEGMENT, INT64_INDEX)
-        c, s, inside = row_element(tile % parts * SEGMENT + place, C, S, TILE.channels_fastest)
+        line, position = lines(COLUMNS, SEGMENT, INT64_INDEX)
+        c, s, inside = row_element(tile % parts * SEGMENT + position, C, S, TILE.channels_fastest)
         r = tile // parts * (COLUMNS // SEGMENT) + line
         if COLUMNS > SEGMENT:
             inside &= r < R

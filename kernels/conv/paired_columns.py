@@ -56,7 +56,7 @@ class Run(NamedTuple):
     columns: int  # of x, that the two windows cover together
     lead: int  # elements before them
     flat: bool  # they lie side by side in x
-    unit: int  # what divides the place of each run's first element in its row of x
+    unit: int  # what divides the position of each run's first element in its row of x
 
 
 def _columns(g: Conv2dGeometry) -> int:
@@ -232,7 +232,7 @@ def convolve(
     x_ptr,
     packed_ptr,
     normalize,  # scale and shift[C], float32, of x in bytes, or None
-    at,  # n_mask, h, w of each pair's first output and tap, that row's place in x, the next tap's
+    at,  # n_mask, h, w of each pair's first output and tap, its row's offset in x, the next tap's
     x_strides,
     sizes,  # H, W
     FILTERS: tl.constexpr,  # the Filters
@@ -257,15 +257,15 @@ def convolve(
     n_mask, h0, w0, x_rows, x_step = at
     H, W = sizes
     depth = tl.arange(0, DEPTH)
-    place = depth % SEGMENT + x_step * 0  # as wide as the offsets
-    j = place - RUN.lead
+    position = depth % SEGMENT + x_step * 0  # as wide as the offsets
+    j = position - RUN.lead
     c, column = run_element(j, C, RUN.columns, RUN.flat)
     if RUN.flat:
         # Both ends of a row are multiples of the unit, as is the start of a run.
         start = tl.multiple_of(w0 * C - RUN.lead, UNIT)
-        i = start[:, None] + place[None, :]
+        i = start[:, None] + position[None, :]
         x_mask = (i >= 0) & (i < tl.multiple_of(W * C, UNIT))
-        x_offsets = tl.multiple_of(x_rows + start, UNIT)[:, None] + place[None, :]
+        x_offsets = tl.multiple_of(x_rows + start, UNIT)[:, None] + position[None, :]
     else:
         w = w0[:, None] + column[None, :]
         x_mask = within(w, W) & (c < C)[None, :]
@@ -467,7 +467,7 @@ def pair_wgrad_kernel(
     column of an odd width therefore has programs of its own, which write one part instead of two.
 
     A turn's pairs are a patch: so many rows of y, and of each so many pairs, or the last output in
-    so many images. Indices that end in _in are of a place within a patch, the same in every turn.
+    so many images. Indices that end in _in are within a patch, the same in every turn.
     """
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
@@ -519,16 +519,16 @@ def pair_wgrad_kernel(
 
     column = tl.arange(0, COLUMNS)
     r = line_tile * LINES + column // RUN.segment
-    place = column % RUN.segment + zero
-    j = place - RUN.lead
+    position = column % RUN.segment + zero
+    j = position - RUN.lead
     c, column = run_element(j, C, RUN.columns, RUN.flat)
     scale, shift = load_normalization(normalize, c, (j >= 0) & (c < C))
     if RUN.flat:
         # Along the width, x is one axis of W * C elements, and a run goes its C-th part as far.
         width = W * C // UNIT * UNIT  # a multiple of the unit, as is the start of a run
         w_step = STEP * C
-        w_in = place
-        x_in = tl.multiple_of(r * FILTERS.step_h * x_strides.h, UNIT) + place
+        w_in = position
+        x_in = tl.multiple_of(r * FILTERS.step_h * x_strides.h, UNIT) + position
         x_step = tl.where(single, zero + x_strides.n, zero + w_step)
     else:
         width = W
@@ -621,7 +621,7 @@ class _Patches(NamedTuple):
 
 
 def _wgrad_patches(g: Conv2dGeometry, shares: int, height: int, width: int) -> _Patches:
-    """The patches of height x width places.
+    """The patches of height x width outputs.
 
     ``sizes``: N, H, W, P, Q, split_k, singles; patches along p, along q, of images. ``divisors``
     divide by these three.

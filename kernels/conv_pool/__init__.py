@@ -4,4 +4,4 @@ from ..conv.engine import PoolingEngine
 from . import descriptor_gemm, few_channels, implicit_gemm
 
 ENGINES: list[PoolingEngine] = [few_channels.ENGINE, descriptor_gemm.ENGINE, implicit_gemm.ENGINE]
-"""Of those that take a problem, the first is launched; the last takes all."""
+"""The first engine that has tiles for a problem is launched. The last one takes all problems."""

@@ -285,8 +285,8 @@ def _store(
     mask = (mask & (p < P) & (q < Q))[:, None] & (k < K)[None, :]
     if INT64_INDEX:
         n, p, k = n.to(tl.int64), p.to(tl.int64), k.to(tl.int64)
-    places = (n * strides.n + p * strides.h + q * strides.w)[:, None]
-    places = places + (k * strides.c)[None, :]
+    offsets = (n * strides.n + p * strides.h + q * strides.w)[:, None]
+    offsets = offsets + (k * strides.c)[None, :]
 
     # The first tap's tag becomes 255, the next one's 254: each is its tap, all bits turned.
     # Zero comes out at 0, as above every key without a value.
@@ -294,9 +294,9 @@ def _store(
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
     INTEGER: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
-    tl.store(y_ptr + places, (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True), mask=mask)
+    tl.store(y_ptr + offsets, (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True), mask=mask)
     if argmax_ptr is not None:
-        tl.store(argmax_ptr + places, (~key).to(tl.uint8), mask=mask)
+        tl.store(argmax_ptr + offsets, (~key).to(tl.uint8), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tiles"])

@@ -102,8 +102,8 @@ def _tile(g: Conv2dGeometry, pool: Pool2dGeometry, dtype: torch.dtype, device: D
     depth = max(16, power_of_2(g.R) * segment(g))
     limit = INTERPRETER_ELEMENTS // max(columns, depth)
     p, q = (
-        2 * max(_GROUPS.value, min(16, power_of_2(places + kernel - 2)))
-        for places, kernel in zip((pool.P, pool.Q), pool.kernel, strict=True)
+        2 * max(_GROUPS.value, min(16, power_of_2(outputs + kernel - 2)))
+        for outputs, kernel in zip((pool.P, pool.Q), pool.kernel, strict=True)
     )
     images = max(1, min(power_of_2(g.N), limit // (p * q)))
     return Tile(images * p * q, columns, depth, box=(images, p, q))
@@ -356,14 +356,14 @@ def few_channel_pool_kernel(
     INTEGER: tl.constexpr = tl.int32 if DTYPE == tl.float32 else tl.int16
     y = (key >> BITS).to(INTEGER).to(DTYPE, bitcast=True)
     y_strides = decode_strides(y_strides)
-    places = n * y_strides.n + p * y_strides.h + q * y_strides.w
-    tl.store(y_ptr + ((k * y_strides.c)[:, None] + places[None, :]), y, mask=mask)
+    offsets = n * y_strides.n + p * y_strides.h + q * y_strides.w
+    tl.store(y_ptr + ((k * y_strides.c)[:, None] + offsets[None, :]), y, mask=mask)
     if argmax_ptr is not None:
         tap = tl.where(key >> BITS > 0, _LAST - (key & _LAST), 255).to(tl.uint8)
         argmax_strides = decode_strides(argmax_strides)
-        places = n * argmax_strides.n + p * argmax_strides.h + q * argmax_strides.w
-        places = (k * argmax_strides.c)[:, None] + places[None, :]
-        tl.store(argmax_ptr + places, tap, mask=mask)
+        offsets = n * argmax_strides.n + p * argmax_strides.h + q * argmax_strides.w
+        offsets = (k * argmax_strides.c)[:, None] + offsets[None, :]
+        tl.store(argmax_ptr + offsets, tap, mask=mask)
 
 
 def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
@@ -371,8 +371,10 @@ def conv2d_relu_max_pool2d(call: PooledConv, tile: Tile) -> None:
     x, y, argmax, g, pool = call.x, call.y, call.argmax, call.g, call.pool
     images, rows, columns = tile.box or (1, 0, 0)
     p_tiles, q_tiles = (
-        cdiv(places, size // 2 - (kernel - 2))
-        for places, size, kernel in zip((pool.P, pool.Q), (rows, columns), pool.kernel, strict=True)
+        cdiv(outputs, size // 2 - (kernel - 2))
+        for outputs, size, kernel in zip(
+            (pool.P, pool.Q), (rows, columns), pool.kernel, strict=True
+        )
     )
     programs = cdiv(g.N, images) * p_tiles * q_tiles * cdiv(g.K, tile.columns)
     window = _Window(*pool.kernel, *pool.padding)

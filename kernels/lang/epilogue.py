@@ -1,8 +1,8 @@
 """What is done to a finished tile while it is still in registers: bias, residual, activation.
 
 ``y = activation(acc + bias + residual)``, rounded once, to the result's dtype. An activation is a
-jitted function, which a kernel takes as a ``tl.constexpr``; its gradient stands beside it. It costs
-a kernel no instruction that has none.
+jitted function, which a kernel takes as a ``tl.constexpr``; its gradient stands beside it. A kernel
+without an activation pays nothing for it.
 """
 
 from typing import Any, NamedTuple

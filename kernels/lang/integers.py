@@ -1,4 +1,4 @@
-"""What all kernels share: index arithmetic, the product, and conversions between dtypes.
+"""Integers in kernels: programs, pixels, strides, divisions, and how sizes are sent to them.
 
 Sizes and strides that follow the batch and the image go to a kernel *encoded*. Triton makes
 one binary for an integer that is 1, one for multiples of 16, one for the rest, and inside a tuple
@@ -6,10 +6,6 @@ one binary for an integer that is 1, one for multiples of 16, one for the rest, 
 So a launcher sends such integers as odd ones that are never 1, and the kernel takes them back.
 A record of integers goes as a plain tuple, which Triton binds in a third of the time, and a kernel
 unpacks it: Triton's cache looks at a kernel's text alone, not at the order of a record's fields.
-
-Triton's interpreter is wrong on bfloat16 in three places, each mended here for it alone: dot
-multiplies raw bits, a conversion to bfloat16 truncates instead of rounding to nearest even, and
-subnormal numbers come out wrong in both directions.
 """
 
 from collections.abc import Iterable
@@ -38,7 +34,9 @@ def power_of_2(size: int) -> int:
 
 
 def encode_ints(values: Iterable[int]) -> tuple[int, ...]:
-    """Integers above -2**19 for a kernel's tuple, which reads them by ``decode_ints``."""
+    """Each value, above -2**19, as an odd integer that is never 1, so that Triton does not
+    specialize on it. The kernel reads them by ``decode_ints``.
+    """
     return tuple([2 * value + _ODD.value for value in values])
 
 

@@ -1,11 +1,11 @@
-"""Calls that come again, and which may be kept or pass PyTorch's dispatcher by.
+"""The cache of calls, and which calls may be kept or bypass PyTorch's dispatcher.
 
-One cache holds what is known of calls, under all that it follows from: everything but the elements
-of the tensors. It answers two questions, by keys of two kinds. ``function_key`` is of a call as a
-user spells it, and spares the checks of its arguments: stride 1 and (1, 1) are two such keys, and
-a function that is recorded for backward is another than one that is not. ``operator_key`` is of
-the arguments that an operator gets in the end, from a backward pass, a compiled graph or a function
-whose call is new, and spares the planning.
+One dict maps a key to a function that repeats the call. The key has everything that the launches
+depend on: all but the tensors' elements. There are two kinds of keys. ``function_key`` is of a call
+as a user spells it, and saves the checks of its arguments: stride 1 and (1, 1) are two such keys,
+and so are calls with and without recording for backward. ``operator_key`` is of an operator's final
+arguments, from a backward pass, a compiled graph or a new call of a function, and saves the
+planning.
 """
 
 from collections.abc import Callable, Sequence

@@ -8,7 +8,7 @@ In 16 bits the traffic of an output leaves a GPU time for a few dozen instructio
 counted. Where channels lie side by side a thread has eight of a pixel: one load of 16 bytes. Taps
 outside the image move to the nearest inside, which changes no maximum and needs no mask. Gradients
 are written by *cells*, the pixels that one step of the windows passes: the windows that cover a
-cell are loaded once, and which tap of theirs a pixel is follows from its place in the cell.
+cell are loaded once, and which tap of theirs a pixel is follows from its position in the cell.
 """
 
 from functools import lru_cache
@@ -89,8 +89,8 @@ class _Taps(NamedTuple):
         """
         rows, columns = ((0, taps) for taps in g.kernel)
         if device.INTERPRET:
-            sizes, places = (g.H, g.W), (g.P, g.Q)
-            axes = zip(sizes, places, g.kernel, g.stride, g.padding, g.dilation, strict=True)
+            sizes, outputs = (g.H, g.W), (g.P, g.Q)
+            axes = zip(sizes, outputs, g.kernel, g.stride, g.padding, g.dilation, strict=True)
             rows, columns = (_reach(*axis) for axis in axes)
         (top, bottom), (left, right) = rows, columns
         width = right - left
@@ -99,9 +99,9 @@ class _Taps(NamedTuple):
         return cls((top, left), width, count, unroll)
 
 
-def _reach(size: int, places: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
+def _reach(size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> Pair:
     """(first, end) of the taps along one axis: from the last window's to the first window's."""
-    first = max(0, -(((places - 1) * stride - padding) // dilation))
+    first = max(0, -(((outputs - 1) * stride - padding) // dilation))
     return first, min(kernel, (size - 1 + padding) // dilation + 1)
 
 
@@ -172,10 +172,10 @@ class _Cell(NamedTuple):
 
 
 @triton.jit
-def _reached(place, SIZE, WINDOW: tl.constexpr, AXIS: tl.constexpr):
+def _reached(output, SIZE, WINDOW: tl.constexpr, AXIS: tl.constexpr):
     """(origin, first, last): where a window's tap 0 lies, and which of its taps are inside."""
     DILATION: tl.constexpr = WINDOW.dilation[AXIS]
-    origin = place * WINDOW.stride[AXIS] - WINDOW.padding[AXIS]
+    origin = output * WINDOW.stride[AXIS] - WINDOW.padding[AXIS]
     first = origin * 0
     last = first + (WINDOW.kernel[AXIS] - 1)
     if WINDOW.overhangs[AXIS]:

@@ -57,8 +57,8 @@ def max_unpool2d_kernel(
         )
         hw += 8 * BLOCK
 
-    place = tl.arange(0, BLOCK)
-    pq = place.to(plane.dtype)[None, :]
+    position = tl.arange(0, BLOCK)
+    pq = position.to(plane.dtype)[None, :]
     for _ in loop(tl.cdiv(PQ, BLOCK)):
         mask = (n < N) & (pq < PQ)
         p = pq // Q
@@ -70,7 +70,9 @@ def max_unpool2d_kernel(
         inside = inside & mask
         index = tl.where(inside, index, -1).to(plane.dtype)
         # [PLANES, BLOCK, BLOCK]
-        repeated = (index[:, :, None] == index[:, None, :]) & (place[:, None] < place[None, :])
+        repeated = (index[:, :, None] == index[:, None, :]) & (
+            position[:, None] < position[None, :]
+        )
         last = tl.max(repeated.to(tl.int32), axis=2) == 0
         tl.debug_barrier()
         tl.store(y_ptr + offset_at(n, c, index // W, index % W, y_strides), x, mask=inside & last)

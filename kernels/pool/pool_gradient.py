@@ -36,8 +36,8 @@ _UNROLLED = 36  # windows times pixels, at most, for loops over them to be unrol
 
 
 class PoolGradient(NamedTuple):
-    """What makes a map's gradient of its pooled one, dy: the pooling, and the tap that won each of
-    its windows. See ``pool_gradient``.
+    """What the map's gradient follows from, besides dy: the pooling's geometry, and per window the
+    tap that won.
     """
 
     pool: Pool2dGeometry
@@ -159,7 +159,7 @@ def pool_gradient_kernel(
 ):
     """dz[n,k,p,q] = sum of dy[n,k,pp,pq] over the windows that the pixel won, db[k] = sum of dz.
 
-    A window starts in each block of stride x stride pixels, so that pixels at one place of their
+    A window starts in each block of stride x stride pixels. So pixels at one position of their
     blocks have the same taps, and no window is loaded for nothing. One program writes
     ``tiles_per_program`` tiles of ROWS blocks by COLUMNS channels, and their part of db.
     """

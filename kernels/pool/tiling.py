@@ -26,7 +26,7 @@ from ..tile import Tile
 _VECTOR = 16  # bytes of the widest load
 
 
-def tile_for(places: int, channels: int, channels_last: bool, device: Device) -> Tile:
+def tile_for(pixels: int, channels: int, channels_last: bool, device: Device) -> Tile:
     """A tile that lies along the axis of a tensor that is contiguous.
 
     Eight channels for each thread are one load of 16 bytes in 16 bits. Where pixels lie side by
@@ -36,7 +36,7 @@ def tile_for(places: int, channels: int, channels_last: bool, device: Device) ->
     columns = power_of_2(channels)
     if device.backend == "interpreter":
         columns = min(columns, 1024)
-        return Tile(min(power_of_2(places), 2**18 // columns), columns)
+        return Tile(min(power_of_2(pixels), 2**18 // columns), columns)
     if not channels_last:
         columns = min(columns, 4)
         return Tile(512 // columns, columns)
@@ -45,11 +45,11 @@ def tile_for(places: int, channels: int, channels_last: bool, device: Device) ->
 
 
 class PixelTile(NamedTuple):
-    rows: int  # places
+    rows: int  # pixels
     columns: int  # channels
     unit: int  # that divides C and all strides but that of channels
     int64_index: bool  # whether offsets need 64 bits
-    channels_inside: bool  # whether neighbouring threads have neighbouring channels, else places
+    channels_inside: bool  # whether neighboring threads have neighboring channels, else pixels
 
 
 class Launch(NamedTuple):
@@ -60,19 +60,19 @@ class Launch(NamedTuple):
 
 
 def tiled_launch(
-    places: tuple[int, int, int],
+    pixels: tuple[int, int, int],
     C: int,
     tile: Tile,
     tensors: Sequence[Tensor],
     **own: Any,
 ) -> Launch:
-    """A launch over places (n, p, q) by C channels of these tensors, of which the first has values.
+    """A launch over pixels (n, p, q) by C channels of these tensors, of which the first has values.
     ``own``: what the kernel takes besides.
 
     Where channels lie side by side the unit is what C and the strides of dense tensors have in
     common, up to a vector: it makes aligned loads, and depends neither on the batch nor the image.
     """
-    N, P, Q = places
+    N, P, Q = pixels
     rows = [_row_strides(t.shape, t.stride()) for t in tensors]
     unit = 1
     channels = [t.stride(1) for t in tensors]
@@ -106,24 +106,26 @@ def unit_strides(strides, TILE: tl.constexpr):
 
 @triton.jit
 def pixels_and_channels(tiling, TILE: tl.constexpr):
-    """(n, p, q, c, mask) of this program's tile of N x P x Q places by C channels.
+    """(n, p, q, c, mask) of this program's tile of N x P x Q pixels by C channels.
 
-    Places are [rows, 1] and channels [1, columns], or channels come first; the mask has both.
+    Neighboring threads go along the last axis. So if channels are contiguous in the last tensor,
+    the result, pixels are [rows, 1] and channels [1, columns]; in NCHW, pixels are [1, rows] and
+    channels [columns, 1]. The mask has both axes.
     """
     N, P, Q, C, column_tiles, by_P, shift_P, by_Q, shift_Q, by_tiles, shift_tiles = decode_ints(
         tiling
     )
     pid = program(TILE.int64_index)
     row_tile = quotient(pid, column_tiles, by_tiles, shift_tiles)
-    place = row_tile * TILE.rows + tl.arange(0, TILE.rows)
+    pixel = row_tile * TILE.rows + tl.arange(0, TILE.rows)
     c = (pid - row_tile * column_tiles) * TILE.columns + tl.arange(0, TILE.columns)
     if TILE.channels_inside:
-        place, c = place[:, None], c[None, :]
+        pixel, c = pixel[:, None], c[None, :]
     else:
-        place, c = place[None, :], c[:, None]
-    row = quotient(place, Q, by_Q, shift_Q)
+        pixel, c = pixel[None, :], c[:, None]
+    row = quotient(pixel, Q, by_Q, shift_Q)
     n = quotient(row, P, by_P, shift_P)
-    return n, row - n * P, place - row * Q, c, (n < N) & (c < C * TILE.unit)
+    return n, row - n * P, pixel - row * Q, c, (n < N) & (c < C * TILE.unit)
 
 
 @triton.jit
