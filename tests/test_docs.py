@@ -275,6 +275,16 @@ def test_a_figure_is_what_the_script_draws(name, tmp_path):
     assert words(drawn.read_text()) == words(kept.read_text()) != []
 
 
+def test_what_contributing_names_is_in_its_file():
+    named = re.findall(r"`(\w+)` in `([\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(named) > 12
+    for name, file in named:
+        assert re.search(rf"^ *(def |class )?{name}\b", (ROOT / file).read_text(), re.M), (
+            name,
+            file,
+        )
+
+
 def test_the_pages_show_all_figures():
     shown = set(
         re.findall(r"figures/([\w-]+)\.\w+", "".join(p.read_text() for p in PAGES.values()))
