@@ -49,6 +49,7 @@ def pointwise_kernel(
     N, P, Q = decode_ints(sizes)
     x_strides = decode_strides(x_strides)
     w_k, w_c = w_strides
+    bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides = result
 
     pid = program(INT64_INDEX)
     column_tiles = tl.cdiv(K, COLUMNS)
@@ -69,6 +70,7 @@ def pointwise_kernel(
         w = tl.load(w_ptr + offsets, mask=mask, other=0.0)
         acc = dot(x, w, acc, PRECISION)
     masks = (row_mask, k_mask)
+    result = bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides
     store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 

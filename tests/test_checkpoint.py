@@ -128,7 +128,7 @@ BAD = {
     "text": (lambda path: path.write_text("text"), "{path} is damaged or not a checkpoint"),
     "empty": (lambda path: path.touch(), "{path} is damaged or not a checkpoint"),
     "cut": (cut, "{path} is damaged or not a checkpoint"),
-    "code": (lambda path: torch.save({"format": Code()}, path), "{path} holds getattr, and to re"),
+    "code": (lambda path: torch.save({"format": Code()}, path), "{path} holds getattr, and rea"),
     "list": (lambda path: sealed([1], path), "{path} is not a checkpoint of python -m cnn"),
     "foreign": (lambda path: torch.save({"epoch": 3}, path), "{path} is not a checkpoint of"),
     "newer": (

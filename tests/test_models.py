@@ -146,7 +146,7 @@ def test_published_sizes(name):
     assert flops == pytest.approx(2e9 * multiply_adds, abs=1 if name in SMALL else 1e6)
     text = " ".join(f"{builder.__doc__} {type(model).__doc__}".split())
     assert f"{parameters:,} parameters" in text
-    assert name.endswith("_bn") or f"{flops:,} FLOPs an image" in text
+    assert name.endswith("_bn") or f"{flops:,} FLOPs per image" in text
 
 
 @pytest.mark.parametrize(

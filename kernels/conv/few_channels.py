@@ -128,6 +128,7 @@ def few_channel_fprop_kernel(
     tile of one group, accumulated in float32 (float64 for float64). A turn's depth is
     ``depth / segment`` rows of the filter, each padded to a segment.
     """
+    bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides = result
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
@@ -181,6 +182,7 @@ def few_channel_fprop_kernel(
             acc = dot(x_tile, w_tile, acc, PRECISION)
 
     masks = (row_mask, k_mask)
+    result = bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides
     store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 
@@ -206,6 +208,7 @@ def few_channel_dgrad_kernel(
     product: each lane adds up its own products over the k_tiles, in float32 (float64 for float64),
     and the lanes are summed once.
     """
+    bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides = result
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
@@ -253,6 +256,7 @@ def few_channel_dgrad_kernel(
     w = w * dx_step_w + dx_first_w
     masks = (row_mask, c_mask)
     c += group * C
+    result = bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides
     store_result(acc, (n, h, w), c, masks, result, ACTIVATION)
 
 

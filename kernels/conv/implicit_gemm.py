@@ -60,6 +60,7 @@ def fprop_kernel(
     y and of the residual. One program writes one rows x columns tile of one group, accumulated in
     float32 (float64 for float64).
     """
+    bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides = result
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
@@ -108,6 +109,7 @@ def fprop_kernel(
     q = q * step_q + first_q
     masks = (row_mask, k_mask)
     k += group * K
+    result = bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides
     store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 

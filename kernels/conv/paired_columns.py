@@ -322,6 +322,7 @@ def pair_fprop_kernel(
 
     One program writes a tile of ``rows`` pixels by ``columns`` filters, accumulated in float32.
     """
+    bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides = result
     PAIRS: tl.constexpr = TILE.rows // 2
     COLUMNS: tl.constexpr = TILE.columns
     DEPTH: tl.constexpr = TILE.depth
@@ -360,6 +361,7 @@ def pair_fprop_kernel(
     q = 2 * q + i % 2
     k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
     masks = ((n < N) & (q < Q), k < K)
+    result = bias_ptr, residual_ptr, residual_strides, y_ptr, y_strides
     store_result(acc, (n, p, q), k, masks, result, ACTIVATION)
 
 

@@ -54,7 +54,10 @@ class Epilogue(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What ``store_result`` takes. A kernel has it as one argument, a plain tuple."""
+    """What ``store_result`` takes. A kernel has it as one argument, a plain tuple.
+
+    It unpacks it before its loop, as Triton 3.6 forgets constants within two tuples after a loop.
+    """
 
     bias: Tensor | None
     residual: Tensor | None
