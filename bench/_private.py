@@ -10,12 +10,14 @@ from ast import literal_eval
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from triton import knobs
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler, driver
+from triton.runtime import jit
 
 # Triton's compiler.
 
@@ -38,6 +40,19 @@ def listen(note: Callable[[Compilation], None]) -> None:
         note(Compilation(metadata["hash"], times.total / 1e6, cache_hit))
 
     knobs.compilation.listener = listener
+
+
+@contextmanager
+def hooked(before: Callable[..., Any], after: Callable[..., Any] | None = None) -> Iterator[None]:
+    """A context in which Triton calls these hooks before and after it compiles a kernel.
+
+    Their ``specialization_data`` is empty, because Triton 3.6 raises an error if a constexpr is a
+    jitted function.
+    """
+    empty = mock.patch.object(jit, "serialize_specialization_data", return_value="")
+    with knobs.runtime.scope(), empty:
+        knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook = before, after
+        yield
 
 
 @contextmanager
@@ -64,9 +79,7 @@ def intercepted(
             if kernel := kernels.pop(key, None):
                 take(name(key, fn), kernel)
 
-    runtime = knobs.runtime
-    with runtime.scope():
-        runtime.jit_cache_hook, runtime.jit_post_compile_hook = before, after
+    with hooked(before, after):
         yield
 
 

@@ -19,11 +19,11 @@ from math import prod
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bench import suites
+from bench._private import hooked
 from kernels import device, planner
 from kernels.conv import depthwise, few_channels, implicit_gemm, paired_columns, relu_backward
 from kernels.conv.engine import Dgrad, Fprop, Wgrad
@@ -80,13 +80,8 @@ def counting(target: GPUTarget) -> Iterator[set[Binary]]:
         needed.add((fn.module, fn.name, key))
         return True
 
-    runtime = triton.knobs.runtime
-    previous, runtime.jit_cache_hook = runtime.jit_cache_hook, note
-    try:
-        with device.compile_only(target):
-            yield needed
-    finally:
-        runtime.jit_cache_hook = previous
+    with hooked(note), device.compile_only(target):
+        yield needed
 
 
 def empty(shape: tuple[int, ...], channels_last: bool, dtype=torch.bfloat16) -> Tensor:
