@@ -281,9 +281,9 @@ def max_pool2d(
         padding: at most half of kernel_size.
         ceil_mode: whether a window may reach beyond the padded input.
 
-    Returns [N, C, P, Q] or [C, P, Q] in input's layout; with return_indices also the int64 places
-    of the maxima, flat over H * W. A window without any pixel gives -inf and index -1; with torch's
-    own an index outside the map.
+    Returns [N, C, P, Q] or [C, P, Q] in input's layout; with return_indices also the int64 indices
+    of the maxima, flat over H * W. A window without any pixel gives -inf and index -1; PyTorch's
+    gives an index outside the map.
     """
     # In words, as 1 would be taken for the True that it is equal to.
     words = str(ceil_mode), str(return_indices)

@@ -1,5 +1,5 @@
-"""The first step of a gradient through a fused activation, as ReLU, whose gradient follows from its
-result; and the sum that is the bias's gradient.
+"""The first step of backward through a fused activation such as ReLU, whose gradient follows from
+its result; and the sum that is the bias's gradient.
 """
 
 import triton
@@ -14,7 +14,7 @@ from ..lang.numerics import downcast, upcast
 from ..lang.split_sum import channel_tiles, parts_like, split_sum
 
 
-# The number of tiles_per_program follows the batch, unlike that of the channels.
+# The tiles per program depend on the batch, the channels do not.
 @triton.jit(do_not_specialize=["tiles_per_program"])
 def relu_backward_kernel(
     dy_ptr,

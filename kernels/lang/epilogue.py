@@ -56,7 +56,7 @@ class Epilogue(NamedTuple):
 class Result(NamedTuple):
     """What ``store_result`` takes. A kernel has it as one argument, a plain tuple.
 
-    It unpacks it before its loop, as Triton 3.6 forgets constants within two tuples after a loop.
+    It must unpack it before its loop: after one, Triton 3.6 forgets constants in nested tuples.
     """
 
     bias: Tensor | None

@@ -1,6 +1,6 @@
 """The product of two tiles, and conversions between dtypes.
 
-Triton's interpreter is wrong on bfloat16 in three places, each mended here for it alone: dot
+Triton's interpreter is wrong on bfloat16 in three ways, each mended here, and only for it: dot
 multiplies raw bits, a conversion to bfloat16 truncates instead of rounding to nearest even, and
 subnormal numbers come out wrong in both directions.
 """

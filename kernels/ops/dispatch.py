@@ -85,10 +85,10 @@ class Recorded:
 
 
 class Operator:
-    """``torch.ops.triton_cnn.NAME``, to be called with all arguments by place, tensors first.
+    """``torch.ops.triton_cnn.NAME``, to be called with all arguments by position, tensors first.
 
-    A call passes PyTorch's dispatcher by if nothing is left for it to do: it takes two thirds of a
-    call.
+    A call bypasses PyTorch's dispatcher, which takes two thirds of the time, if the dispatcher has
+    nothing to do.
     """
 
     def __init__(

@@ -140,7 +140,7 @@ def load_gradient(dy_ptr, dy_strides, offsets, where, mask, pooled, WINDOW: tl.c
     return dy
 
 
-# The number of tiles_per_program follows the batch, unlike that of the channels.
+# The tiles per program depend on the batch, the channels do not.
 @triton.jit(do_not_specialize=["tiles_per_program"])
 def pool_gradient_kernel(
     dy_ptr,  # [N, K, PP, PQ]
